@@ -1,0 +1,74 @@
+# `make help` lists what there is to type.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+# The first Python on the PATH that is supported, 3.11 to 3.13; `make PYTHON=...` names another.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { echo $$python; break; }; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+DATASET ?= cifar10
+DATA ?=
+VARIANT ?= sequential
+LOOP ?= fit
+EPOCHS ?= 10
+SEED ?= 0
+RESUME ?=
+MODELS ?= models
+HOST ?= 127.0.0.1
+PORT ?= 8501
+IMAGE ?=
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: help install demo train serve predict test check format lock clean
+
+help:  ## list these commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
+		printf '  make %-10s %s\n' "$$name" "$$does"; done
+
+install: $(INSTALLED)  ## create .venv with the locked dependencies
+
+$(INSTALLED): requirements.lock
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "installing into .venv (TensorFlow is large: a minute or two) ..."
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@touch $@
+
+demo: $(INSTALLED)  ## everything once, offline: train on drawn shapes, export, serve, classify
+	@PORT=$(PORT) scripts/demo.sh
+
+train: $(INSTALLED)  ## train, judge and export: DATASET= DATA= VARIANT= LOOP= EPOCHS= SEED= or RESUME=runs/...
+	@$(BIN)/python -m training train --models-dir $(MODELS) $(if $(RESUME),--resume $(RESUME),--dataset $(DATASET) \
+		$(if $(DATA),--data $(DATA)) --variant $(VARIANT) --loop $(LOOP) --epochs $(EPOCHS) --seed $(SEED))
+
+serve: $(INSTALLED)  ## serve the newest version of every model: MODELS= HOST= PORT=
+	@$(BIN)/python -m serving --models-dir $(MODELS) --host $(HOST) --rest-port $(PORT)
+
+predict: $(INSTALLED)  ## ask the running service: IMAGE=file-or-folder
+	@test -n "$(IMAGE)" || { echo "error: name a picture or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
+	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) $(IMAGE)
+
+test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
+	@$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(INSTALLED)  ## put the code into the one format
+	@$(BIN)/ruff check --fix --exit-zero --quiet .
+	@$(BIN)/ruff format .
+
+lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
+	@uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-emit-index-url --generate-hashes \
+		pyproject.toml -o requirements.lock
+
+clean:  ## remove .venv and caches; runs/ and models/ stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

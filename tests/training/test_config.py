@@ -1,0 +1,47 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.config import TrainingConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dataset", "mnist"),
+        ("variant", "resnet"),
+        ("loop", "keras"),
+        ("conv_activation", "gelu"),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("plateau_patience", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("plateau_factor", 1.0),
+        ("image_size", (0, 32)),
+        ("seed", -1),
+        ("seed", 2**31),
+    ],
+)
+def test_a_value_out_of_range_is_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        TrainingConfig(**{field: value})
+
+
+def test_json_round_trip():
+    config = TrainingConfig(data=Path("some/where"), image_size=(48, 64), epochs=3, deterministic=True)
+    assert TrainingConfig.from_json(config.to_json()) == config
+    assert TrainingConfig.from_json(TrainingConfig().to_json()) == TrainingConfig()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"epochs": 3, "optimiser": "adam"}', '{"epochs": 0}'])
+def test_other_json_is_refused(text):
+    with pytest.raises(ValueError):  # noqa: PT011 - the four have different messages
+        TrainingConfig.from_json(text)
+
+
+def test_a_wrong_command_line_is_answered_without_importing_tensorflow():
+    program = "import sys, training.__main__; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

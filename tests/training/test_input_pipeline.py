@@ -1,0 +1,86 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from training.datasets import Split
+from training.errors import DatasetError
+from training.input_pipeline import (
+    evaluation_batches,
+    split_validation,
+    steps_per_epoch,
+    training_batches,
+)
+
+
+def numbered_images(count, classes=4):
+    """Images whose first pixel tells which one they are."""
+    images = np.zeros((count, 2, 2, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(count)
+    return Split(images, np.arange(count, dtype=np.int64) % classes)
+
+
+def numbers(batches):
+    return [images.numpy()[:, 0, 0, 0].tolist() for images, _ in batches]
+
+
+def epochs(split, count, *, seed=0, first_epoch=0, batch_size=16):
+    steps = steps_per_epoch(split, batch_size)
+    batches = training_batches(split, batch_size=batch_size, seed=seed, first_epoch=first_epoch)
+    rows = numbers(itertools.islice(batches, count * steps))
+    return [rows[epoch * steps : (epoch + 1) * steps] for epoch in range(count)]
+
+
+def test_validation_takes_a_tenth_of_each_class_and_nothing_twice():
+    train = numbered_images(200)
+    kept, validation = split_validation(train, seed=3)
+    assert np.bincount(validation.labels).tolist() == [5, 5, 5, 5]
+    assert np.bincount(kept.labels).tolist() == [45, 45, 45, 45]
+    seen = np.concatenate([kept.images[:, 0, 0, 0], validation.images[:, 0, 0, 0]])
+    assert sorted(seen) == list(range(200))
+    for split in (kept, validation):
+        assert (split.images[:, 0, 0, 0] % 4 == split.labels).all()
+
+
+def test_the_seed_alone_decides_the_validation_split():
+    train = numbered_images(200)
+    first, again, other = (split_validation(train, seed=seed)[1].images for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_small_classes_keep_one_image_on_each_side():
+    kept, validation = split_validation(numbered_images(8), seed=0)
+    assert np.bincount(kept.labels).tolist() == [1, 1, 1, 1]
+    assert np.bincount(validation.labels).tolist() == [1, 1, 1, 1]
+    with pytest.raises(DatasetError, match="class 0 has one training image"):
+        split_validation(numbered_images(4), seed=0)
+
+
+def test_every_image_comes_once_an_epoch_and_the_last_batch_is_smaller():
+    first, second = epochs(numbered_images(50), 2)
+    for epoch in (first, second):
+        assert [len(batch) for batch in epoch] == [16, 16, 16, 2]
+        assert sorted(itertools.chain(*epoch)) == list(range(50))
+    assert first != second
+    assert list(itertools.chain(*first)) != list(range(50))
+
+
+def test_labels_stay_with_their_images():
+    for images, labels in itertools.islice(
+        training_batches(numbered_images(50), batch_size=16, seed=0, first_epoch=0), 8
+    ):
+        np.testing.assert_array_equal(images[:, 0, 0, 0] % 4, labels)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    split = numbered_images(50)
+    whole = epochs(split, 4)
+    assert epochs(split, 2, first_epoch=2) == whole[2:]
+    assert epochs(split, 4, seed=1) != whole
+
+
+def test_evaluation_reads_everything_once_in_order():
+    batches = numbers(evaluation_batches(numbered_images(50), batch_size=16))
+    assert [len(batch) for batch in batches] == [16, 16, 16, 2]
+    assert list(itertools.chain(*batches)) == list(range(50))

@@ -1,0 +1,68 @@
+import keras
+import numpy as np
+import pytest
+
+from training.config import VARIANTS
+from training.errors import DatasetError
+from training.models import MIN_IMAGE_SIZE, build_model
+
+
+def random_images(count=4, shape=(32, 32, 3)):
+    return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_article_s_parameter_count(variant):
+    model = build_model(variant, (32, 32, 3), classes=10, conv_activation="relu")
+    assert model.count_params() == 109_834
+
+
+@pytest.mark.parametrize("activation", ["relu", "linear"])
+def test_one_network_in_two_styles(activation):
+    sequential, subclass = (
+        build_model(variant, (32, 32, 3), classes=10, conv_activation=activation)
+        for variant in ("sequential", "subclass")
+    )
+    images = random_images()
+    assert np.abs(sequential(images) - subclass(images)).max() > 1e-6  # they start with weights of their own
+    subclass.set_weights(sequential.get_weights())
+    np.testing.assert_array_equal(sequential(images), subclass(images))
+
+
+def test_the_activation_is_applied():
+    relu, linear = (
+        build_model("subclass", (32, 32, 3), classes=10, conv_activation=activation)
+        for activation in ("relu", "linear")
+    )
+    linear.set_weights(relu.get_weights())
+    assert np.abs(relu(random_images()) - linear(random_images())).max() > 1e-6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(MIN_IMAGE_SIZE, MIN_IMAGE_SIZE, 3), (40, 64, 3)])
+def test_other_sizes_and_class_counts(variant, shape):
+    model = build_model(variant, shape, classes=3, conv_activation="relu")
+    probabilities = model(random_images(shape=shape)).numpy()
+    assert probabilities.shape == (4, 3)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_raw_pixels_are_rescaled_inside(variant):
+    model = build_model(variant, (32, 32, 3), classes=10, conv_activation="relu")
+    rescaling = next(layer for layer in model.layers if isinstance(layer, keras.layers.Rescaling))
+    np.testing.assert_allclose(rescaling(np.uint8([[0, 51, 255]])), [[0, 0.2, 1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_too_small_images_are_refused(variant):
+    with pytest.raises(DatasetError, match=r"21x40.*at least 22x22.*--image-size"):
+        build_model(variant, (21, 40, 3), classes=10, conv_activation="relu")
+
+
+def test_a_subclass_model_is_rebuilt_from_its_config(tmp_path):
+    model = build_model("subclass", (32, 32, 3), classes=10, conv_activation="linear")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(random_images()), model(random_images()))

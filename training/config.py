@@ -1,0 +1,99 @@
+"""What a training run is asked to do. Imports no TensorFlow, so that a wrong command line answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DATASETS = ("cifar10", "shapes", "folder")
+VARIANTS = ("sequential", "subclass")
+LOOPS = ("fit", "custom")
+CONV_ACTIVATIONS = ("relu", "linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One training run, complete: the same config and seed give the same run.
+
+    Attributes:
+        dataset: one of `DATASETS`.
+        data: where the dataset lies; `None` lets the dataset look in its usual places.
+        image_size: (height, width) in pixels to resize every image to; `None` keeps the images' own.
+        variant: which way the network is written, one of `VARIANTS`.
+        loop: which way it is trained, one of `LOOPS`.
+        conv_activation: activation after each convolution, one of `CONV_ACTIVATIONS`.
+        epochs: passes over the training images.
+        batch_size: images per optimizer step.
+        learning_rate: Adam's, at the start.
+        plateau_factor: what the learning rate is multiplied by when the validation loss stalls.
+        plateau_patience: epochs without a better validation loss before that happens.
+        seed: of the validation split, the initial weights and the order of the images.
+        deterministic: ask TensorFlow for bit-identical results, at some cost in speed.
+        tensorboard: write TensorBoard logs into the run folder.
+
+    Raises:
+        ValueError: a value is out of range; the message says which and what is allowed.
+    """
+
+    dataset: str = "cifar10"
+    data: Path | None = None
+    image_size: tuple[int, int] | None = None
+    variant: str = "sequential"
+    loop: str = "fit"
+    conv_activation: str = "relu"
+    epochs: int = 10
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    plateau_factor: float = 0.2
+    plateau_patience: int = 2
+    seed: int = 0
+    deterministic: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("dataset", DATASETS),
+            ("variant", VARIANTS),
+            ("loop", LOOPS),
+            ("conv_activation", CONV_ACTIVATIONS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        for name in ("epochs", "batch_size", "plateau_patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.image_size is not None and min(self.image_size) < 1:
+            raise ValueError(f"image_size must be (height, width) in pixels; got {self.image_size}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
+        if not 0 < self.plateau_factor < 1:
+            raise ValueError(f"plateau_factor must lie between 0 and 1; got {self.plateau_factor}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be between 0 and {2**31 - 1}; got {self.seed}")
+
+    def to_json(self) -> str:
+        """Return the config as JSON text that `from_json` reads back."""
+        values = dataclasses.asdict(self)
+        values["data"] = None if self.data is None else str(self.data)
+        return json.dumps(values, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the text is not such JSON, or a field is unknown or out of range.
+        """
+        values: dict[str, Any] = json.loads(text)
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) - fields:
+            raise ValueError(f"expected a JSON object with the fields {', '.join(sorted(fields))}")
+        if values.get("data") is not None:
+            values["data"] = Path(values["data"])
+        if values.get("image_size") is not None:
+            values["image_size"] = tuple(values["image_size"])
+        return cls(**values)

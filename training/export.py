@@ -1,0 +1,305 @@
+"""Write a trained model as a SavedModel that answers by itself, prove it, and publish it as a new version.
+
+    models/<name>/<version>/
+        saved_model.pb  variables/  fingerprint.pb
+        assets.extra/model.json                    what the model is
+        assets.extra/tf_serving_warmup_requests    replayed by a server when it loads the model
+
+A version is written to a hidden folder beside its final place and renamed when it is whole and has answered
+as the trained model does, so whoever watches `models/` never sees half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version as library_version
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
+from training.errors import ExportError
+from training.image_decoding import decode_images
+from training.run import RunFolder
+from training.train import load_best_model
+
+_PROOF_BATCH_SIZES = (1, 3, 64)
+_WARMUP_BATCH_SIZES = (1, 8, 64)
+_TOLERANCE = 1e-5
+
+Signature = Callable[[tf.Tensor], dict[str, tf.Tensor]]
+
+
+def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None) -> Path:
+    """Export the best checkpoint of a run as the next version of a model.
+
+    Args:
+        run: the run.
+        models_dir: the folder of all models.
+        name: of the model; by default that of the run's dataset.
+
+    Returns:
+        The folder of the new version.
+
+    Raises:
+        RunError: the run has no checkpoint, or was not evaluated.
+        ExportError: the exported model does not answer as the trained one; nothing was published.
+    """
+    evaluation = run.read_evaluation()
+    model, best = load_best_model(run)
+    summary = run.read_dataset()
+    config = run.read_config()
+    card = {
+        "class_names": summary.class_names,
+        "input_shape": summary.input_shape,
+        "variant": config.variant,
+        "loop": config.loop,
+        "conv_activation": config.conv_activation,
+        "parameters": model.count_params(),
+        "dataset": {
+            "name": summary.name,
+            "source": summary.source,
+            "train_images": summary.train_images,
+            "test_images": summary.test_images,
+            "content_hash": summary.content_hash,
+        },
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "best_epoch": best["epoch"],
+        "validation": {"loss": best["val_loss"], "accuracy": best["val_accuracy"]},
+        "test": {"loss": evaluation["test"]["loss"], "accuracy": evaluation["test"]["accuracy"]},
+        "calibration": evaluation["test"]["calibration"],
+        "libraries": {library: library_version(library) for library in ("tensorflow", "keras", "numpy")},
+    }
+    return publish_model(
+        model,
+        models_dir=models_dir,
+        name=name or summary.name,
+        class_names=summary.class_names,
+        input_shape=summary.input_shape,
+        card=card,
+    )
+
+
+def publish_model(
+    model: keras.Model,
+    *,
+    models_dir: Path,
+    name: str,
+    class_names: tuple[str, ...],
+    input_shape: tuple[int, int, int],
+    card: dict[str, Any],
+) -> Path:
+    """Export any Keras image classifier as the next version of `models_dir/name`.
+
+    Args:
+        model: uint8 (n, height, width, 3), raw pixels 0-255, in; probabilities float32 (n, classes) out.
+        models_dir: the folder of all models.
+        name: of the model: letters, digits, `.`, `_` and `-`.
+        class_names: a label for each column of the probabilities.
+        input_shape: (height, width, 3).
+        card: what else model.json is to say.
+
+    Returns:
+        The folder of the new version.
+
+    Raises:
+        ExportError: the name cannot be used, or the exported model does not answer as `model` does.
+    """
+    if not name or name.startswith(".") or not all(c.isalnum() or c in "._-" for c in name):
+        raise ExportError(
+            f"{name!r} cannot be a model's name: it becomes a folder and part of an address, so use letters, digits, "
+            "'.', '_' and '-', and no '.' at the start (--name)"
+        )
+    with _next_version(models_dir / name) as (version, partial):
+        _write_saved_model(model, partial, class_names=class_names, input_shape=input_shape)
+        _write_extras(
+            partial,
+            name=name,
+            input_shape=input_shape,
+            card={
+                "name": name,
+                "version": version,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                **card,
+            },
+        )
+        _prove(model, partial, class_names=class_names, input_shape=input_shape)
+    return models_dir / name / str(version)
+
+
+@contextlib.contextmanager
+def _next_version(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Give the next version's number and a hidden folder to write it to; publish it if nothing was raised."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".last_version").open("a+") as counter:
+        # One export at a time, so what is hidden here now was left behind by a killed one.
+        fcntl.flock(counter, fcntl.LOCK_EX)
+        for abandoned in folder.glob(".*.partial"):
+            shutil.rmtree(abandoned)
+        # The file remembers versions that have been deleted since: numbers are never used again.
+        counter.seek(0)
+        versions = [int(path.name) for path in folder.iterdir() if path.name.isascii() and path.name.isdigit()]
+        version = max([int(counter.read() or 0), *versions]) + 1
+        partial = folder / f".{version}.partial"
+        try:
+            yield version, partial
+            _sync(partial)
+            counter.truncate(0)
+            counter.write(f"{version}\n")
+            counter.flush()
+            os.fsync(counter.fileno())
+            partial.rename(folder / str(version))
+            _sync_file(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_saved_model(
+    model: keras.Model, folder: Path, *, class_names: tuple[str, ...], input_shape: tuple[int, int, int]
+) -> None:
+    height, width, channels = input_shape
+
+    def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        probabilities = model(images, training=False)
+        class_id = tf.argmax(probabilities, axis=1, output_type=tf.int64)
+        return {
+            "probabilities": tf.identity(probabilities, "probabilities"),
+            "class_id": tf.identity(class_id, "class_id"),
+            "label": tf.gather(tf.constant(class_names), class_id, name="label"),
+        }
+
+    # The shape is checked in the graph before any kernel sees the tensor: TensorFlow's convolutions end the whole
+    # process on a wrong rank, and a server does not check what it is sent.
+    def serving_default(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return classify(_refuse_empty(tf.ensure_shape(images, (None, *input_shape)), "images"))
+
+    def image_bytes_signature(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        image_bytes = _refuse_empty(tf.ensure_shape(image_bytes, (None,)), "image_bytes")
+        return classify(decode_images(image_bytes, height=height, width=width))
+
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint(
+        "serving_default",
+        serving_default,
+        [tf.TensorSpec((None, height, width, channels), tf.uint8, "images")],
+    )
+    archive.add_endpoint("image_bytes", image_bytes_signature, [tf.TensorSpec((None,), tf.string, "image_bytes")])
+    archive.write_out(str(folder), verbose=False)
+
+
+def _refuse_empty(batch: tf.Tensor, name: str) -> tf.Tensor:
+    not_empty = tf.debugging.Assert(tf.size(batch) > 0, [f"{name} must hold at least one row; got a batch of 0"])
+    with tf.control_dependencies([not_empty]):
+        return tf.identity(batch)
+
+
+def _write_extras(folder: Path, *, name: str, input_shape: tuple[int, int, int], card: dict[str, Any]) -> None:
+    extras = folder / "assets.extra"
+    extras.mkdir()
+    (extras / "model.json").write_text(json.dumps(card, indent=2) + "\n")
+    with tf.io.TFRecordWriter(str(extras / "tf_serving_warmup_requests")) as writer:
+        for batch_size in _WARMUP_BATCH_SIZES:
+            for signature, input_name, batch in _example_inputs(_example_images(batch_size, input_shape)):
+                request = predict_pb2.PredictRequest()
+                request.model_spec.name = name
+                request.model_spec.signature_name = signature
+                request.inputs[input_name].CopyFrom(tf.make_tensor_proto(batch))
+                log = prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
+                writer.write(log.SerializeToString())
+
+
+def _example_images(batch_size: int, input_shape: tuple[int, int, int]) -> np.ndarray:
+    return np.random.default_rng(batch_size).integers(0, 256, (batch_size, *input_shape), dtype=np.uint8)
+
+
+def _example_inputs(images: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
+    """Return the same images as (signature, input name, batch) for both signatures."""
+    encoded = np.array([tf.io.encode_png(image).numpy() for image in images], object)
+    return [("serving_default", "images", images), ("image_bytes", "image_bytes", encoded)]
+
+
+def _prove(
+    model: keras.Model, folder: Path, *, class_names: tuple[str, ...], input_shape: tuple[int, int, int]
+) -> None:
+    """Load the export in both ways that servers do, and compare its answers with those of `model`.
+
+    `tf.saved_model.load` alone does not tell: it binds an export's variables by objects, a server in C++ by names,
+    and an export was seen that answered in Python only.
+    """
+    cases = [
+        (batch_size, signature, input_name, batch, model(tf.constant(images), training=False).numpy())
+        for batch_size in _PROOF_BATCH_SIZES
+        for images in [_example_images(batch_size, input_shape)]
+        for signature, input_name, batch in _example_inputs(images)
+    ]
+    for way, answers in (
+        ("tf.saved_model.load", _ask_loaded(folder, cases)),
+        ("a Session", _ask_session(folder, cases)),
+    ):
+        for (batch_size, signature, _, _, expected), answer in zip(cases, answers, strict=True):
+            where = f"the exported signature {signature}, loaded by {way}, at batch size {batch_size}"
+            if isinstance(answer, tf.errors.OpError):
+                raise ExportError(f"{where} fails: {str(answer).splitlines()[0]}") from answer
+            _compare(answer, expected, class_names, where=where)
+
+
+_Case = tuple[int, str, str, np.ndarray, np.ndarray]  # batch size, signature, input name, batch, expected
+_Answer = dict[str, np.ndarray] | tf.errors.OpError
+
+
+def _ask_loaded(folder: Path, cases: list[_Case]) -> Iterator[_Answer]:
+    signatures = tf.saved_model.load(str(folder)).signatures
+    for _, signature, input_name, batch, _ in cases:
+        try:
+            outputs = signatures[signature](**{input_name: tf.constant(batch)})
+            yield {name: output.numpy() for name, output in outputs.items()}
+        except tf.errors.OpError as error:
+            yield error
+
+
+def _ask_session(folder: Path, cases: list[_Case]) -> Iterator[_Answer]:
+    graph = tf.Graph()
+    with tf.compat.v1.Session(graph=graph) as session:
+        with graph.as_default():
+            meta_graph = tf.compat.v1.saved_model.load(session, ["serve"], str(folder))
+        for _, signature, input_name, batch, _ in cases:
+            definition = meta_graph.signature_def[signature]
+            fetches = {name: output.name for name, output in definition.outputs.items()}
+            try:
+                yield session.run(fetches, {definition.inputs[input_name].name: batch})
+            except tf.errors.OpError as error:
+                yield error
+
+
+def _compare(answer: dict[str, np.ndarray], expected: np.ndarray, class_names: tuple[str, ...], *, where: str) -> None:
+    difference = float(np.abs(answer["probabilities"] - expected).max())
+    if not difference <= _TOLERANCE:
+        raise ExportError(f"{where} differs from the trained model by {difference:.2g}, more than {_TOLERANCE}")
+    class_ids = answer["probabilities"].argmax(axis=1)
+    labels = [class_names[class_id].encode() for class_id in class_ids]
+    if answer["class_id"].tolist() != class_ids.tolist() or answer["label"].tolist() != labels:
+        raise ExportError(f"{where} gives labels that do not belong to its probabilities")

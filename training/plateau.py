@@ -1,0 +1,47 @@
+"""Lower the learning rate when the validation loss stalls."""
+
+from __future__ import annotations
+
+import math
+
+
+class PlateauSchedule:
+    """`keras.callbacks.ReduceLROnPlateau`, as the article's notebook uses it, for every loop.
+
+    Keras's own callback forgets what it has seen whenever training starts again, and a resumed run would then go
+    on differently from one that was never stopped; this one can be saved (`state`) and restored.
+
+    Args:
+        factor: what the learning rate is multiplied by.
+        patience: epochs without a better validation loss before that happens.
+    """
+
+    MIN_DELTA = 1e-4  # less than this is no better; Keras's default
+
+    def __init__(self, *, factor: float, patience: int) -> None:
+        self._factor = factor
+        self._patience = patience
+        self._best = math.inf
+        self._epochs_without = 0
+
+    def next_learning_rate(self, learning_rate: float, *, val_loss: float) -> float:
+        """Return the learning rate for the epoch after the one that ended with `val_loss`."""
+        if val_loss < self._best - self.MIN_DELTA:
+            self._best = val_loss
+            self._epochs_without = 0
+            return learning_rate
+        self._epochs_without += 1
+        if self._epochs_without < self._patience:
+            return learning_rate
+        self._epochs_without = 0
+        return learning_rate * self._factor
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What `restore` needs, as JSON can hold it."""
+        return {"best": self._best, "epochs_without": self._epochs_without}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from a `state` saved before."""
+        self._best = state["best"]
+        self._epochs_without = int(state["epochs_without"])

@@ -1,0 +1,254 @@
+"""Train a model and judge it: `train_and_evaluate`, the one thing this package does.
+
+Knows of no command line, and not of export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from training.checkpoints import Checkpoints, read_best_state
+from training.config import TrainingConfig
+from training.datasets import Dataset, load_dataset
+from training.errors import RunError, StorageFullError
+from training.evaluation import Evaluation, evaluate
+from training.input_pipeline import evaluation_batches, split_validation, steps_per_epoch, training_batches
+from training.loops import LOOPS, EpochResult
+from training.models import build_model
+from training.plateau import PlateauSchedule
+from training.progress import ProgressDisplay
+from training.report import write_report
+from training.run import DatasetSummary, RunFolder
+
+_EVALUATION_BATCH_SIZE = 250
+
+logger = logging.getLogger(__name__)
+
+
+def train_and_evaluate(run: RunFolder) -> Evaluation:
+    """Train as the run's config says, from where the run stands, then judge the best checkpoint on the test set.
+
+    A run that is complete is only judged again.
+
+    Returns:
+        The test set's figures for the checkpoint with the lowest validation loss.
+
+    Raises:
+        TrainingError: the data, the run folder or the storage is at fault, or the loss diverged. Whatever the
+            error, the checkpoints written before it stay.
+    """
+    config = run.read_config()
+    with run.lock(), _explain_full_storage(run):
+        dataset = load_dataset(config.dataset, data=config.data, image_size=config.image_size, seed=config.seed)
+        run.record_dataset(DatasetSummary.of(dataset))
+        _train(run, config, dataset)
+        return _judge(run, config, dataset)
+
+
+def evaluate_run(run: RunFolder) -> Evaluation:
+    """Judge the best checkpoint of a past run on the test set again, and write its report.
+
+    Raises:
+        TrainingError: the run has no checkpoint yet, or its data is not what it was.
+    """
+    config = run.read_config()
+    with run.lock(), _explain_full_storage(run):
+        dataset = load_dataset(config.dataset, data=config.data, image_size=config.image_size, seed=config.seed)
+        run.record_dataset(DatasetSummary.of(dataset))
+        return _judge(run, config, dataset)
+
+
+def load_best_model(run: RunFolder) -> tuple[keras.Model, dict[str, Any]]:
+    """Build the run's model with its best checkpoint's weights.
+
+    Returns:
+        The model, and the state saved with the checkpoint: `epoch` and the figures of that epoch.
+
+    Raises:
+        RunError: the run has no checkpoint yet.
+    """
+    config = run.read_config()
+    summary = run.read_dataset()
+    model = build_model(
+        config.variant,
+        summary.input_shape,
+        classes=len(summary.class_names),
+        conv_activation=config.conv_activation,
+    )
+    checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=_make_optimizer(config))
+    best = checkpoints.restore_best()
+    if best is None:
+        raise RunError(
+            f"{run.path} has no checkpoint: no epoch was completed. Go on with it: "
+            f"python -m training train --resume {run.path}"
+        )
+    return model, best
+
+
+def predict_probabilities(model: keras.Model, images: np.ndarray) -> np.ndarray:
+    """Return the model's probabilities, float32 (n, classes), for uint8 images (n, height, width, 3)."""
+    predict = tf.function(lambda batch: model(batch, training=False), reduce_retracing=True)
+    batches = range(0, len(images), _EVALUATION_BATCH_SIZE)
+    return np.concatenate(
+        [predict(tf.constant(images[start : start + _EVALUATION_BATCH_SIZE])).numpy() for start in batches]
+    )
+
+
+def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.utils.set_random_seed(config.seed)
+    train, validation = split_validation(dataset.train, seed=config.seed)
+    model = build_model(
+        config.variant,
+        train.images.shape[1:],
+        classes=len(dataset.class_names),
+        conv_activation=config.conv_activation,
+    )
+    optimizer = _make_optimizer(config)
+    follower = _Follower(run, config, Checkpoints(run.checkpoints, model=model, optimizer=optimizer), optimizer)
+    first_epoch = follower.restore()
+    if first_epoch >= config.epochs:
+        return
+    logger.info(
+        "training %s with %s on %s training images, %s for validation, from epoch %d",
+        config.variant,
+        config.loop,
+        f"{len(train.labels):,}",
+        f"{len(validation.labels):,}",
+        first_epoch + 1,
+    )
+    steps = steps_per_epoch(train, config.batch_size)
+    with ProgressDisplay(
+        epochs=config.epochs,
+        first_epoch=first_epoch,
+        steps_per_epoch=steps,
+        images_per_epoch=len(train.labels),
+    ) as follower.display:
+        LOOPS[config.loop](
+            model,
+            optimizer,
+            train=training_batches(train, batch_size=config.batch_size, seed=config.seed, first_epoch=first_epoch),
+            validation=evaluation_batches(validation, batch_size=_EVALUATION_BATCH_SIZE),
+            steps_per_epoch=steps,
+            images_per_epoch=len(train.labels),
+            first_epoch=first_epoch,
+            epochs=config.epochs,
+            monitor=follower,
+        )
+
+
+def _judge(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> Evaluation:
+    model, best = load_best_model(run)
+    probabilities = predict_probabilities(model, dataset.test.images)
+    result = evaluate(probabilities, dataset.test.labels, dataset.class_names)
+    run.write_evaluation({"best": best, "test": result.to_json()})
+    write_report(run, config=config, dataset=dataset, evaluation=result, probabilities=probabilities, best=best)
+    return result
+
+
+def _make_optimizer(config: TrainingConfig) -> keras.optimizers.Optimizer:
+    return keras.optimizers.Adam(config.learning_rate)
+
+
+class _Follower:
+    """The `Monitor` of a run: progress, learning rate, checkpoints, history."""
+
+    display: ProgressDisplay
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: TrainingConfig,
+        checkpoints: Checkpoints,
+        optimizer: keras.optimizers.Optimizer,
+    ) -> None:
+        self._run = run
+        self._checkpoints = checkpoints
+        self._optimizer = optimizer
+        self._plateau = PlateauSchedule(factor=config.plateau_factor, patience=config.plateau_patience)
+        self._history: list[EpochResult] = []
+        self._best_val_loss = math.inf
+        self._writers = {
+            name: tf.summary.create_file_writer(str(run.tensorboard / name))
+            for name in (("train", "validation") if config.tensorboard else ())
+        }
+
+    def restore(self) -> int:
+        """Go back to the latest checkpoint, if there is one; return how many epochs are done."""
+        state = self._checkpoints.restore_latest()
+        # The best checkpoint itself says how good it is: a run killed between saving the best and the latest has
+        # a best that the latest has not heard of.
+        best = read_best_state(self._run.checkpoints)
+        if best is not None:
+            self._best_val_loss = best["val_loss"]
+        if state is None:
+            return 0
+        self._history = [EpochResult(**values) for values in state["history"]]
+        self._plateau.restore(state["plateau"])
+        return len(self._history)
+
+    def on_epoch_start(self, epoch: int) -> None:
+        self.display.start_epoch(epoch)
+
+    def on_batch_end(self, step: int, *, loss: float, accuracy: float) -> None:
+        self.display.update(step, loss=loss, accuracy=accuracy)
+
+    def on_epoch_end(self, result: EpochResult) -> None:
+        self._history.append(result)
+        self._optimizer.learning_rate.assign(
+            self._plateau.next_learning_rate(result.learning_rate, val_loss=result.val_loss)
+        )
+        is_best = result.val_loss < self._best_val_loss
+        if is_best:
+            self._best_val_loss = result.val_loss
+            self._checkpoints.save_best(dataclasses.asdict(result))
+        self._checkpoints.save_latest(
+            {
+                "history": [dataclasses.asdict(result) for result in self._history],
+                "plateau": self._plateau.state,
+            }
+        )
+        self._run.write_history(self._history)
+        self._write_summaries(result)
+        self.display.end_epoch(result, is_best=is_best)
+
+    def _write_summaries(self, result: EpochResult) -> None:
+        figures = {
+            "train": {
+                "loss": result.loss,
+                "accuracy": result.accuracy,
+                "learning_rate": result.learning_rate,
+                "images_per_s": result.images_per_s,
+            },
+            "validation": {"loss": result.val_loss, "accuracy": result.val_accuracy},
+        }
+        for name, writer in self._writers.items():
+            with writer.as_default(step=result.epoch):
+                for figure, value in figures[name].items():
+                    tf.summary.scalar(figure, value)
+            writer.flush()
+
+
+@contextmanager
+def _explain_full_storage(run: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left on device" not in str(error):
+            raise
+        raise StorageFullError(
+            f"no space is left for {run.path}. The checkpoints written before are whole: free some space, then "
+            f"go on with: python -m training train --resume {run.path}"
+        ) from error
