@@ -18,6 +18,7 @@ from training.config import CONV_ACTIVATIONS, DATASETS, LOOPS, VARIANTS, Trainin
 from training.errors import TrainingError
 
 if TYPE_CHECKING:
+    from training.datasets import Dataset
     from training.evaluation import Evaluation
     from training.run import RunFolder
 
@@ -129,6 +130,7 @@ def main() -> None:
 @click.pass_context
 def train(
     ctx: click.Context,
+    /,
     *,
     run_path: Path | None,
     resume: Path | None,
@@ -138,6 +140,8 @@ def train(
     **config_values: Any,
 ) -> None:
     """Train a model, judge its best checkpoint on the test set, write a report, export it."""
+    from training.run import RunFolder
+
     if resume is not None:
         given = [
             f"--{parameter.replace('_', '-')}"
@@ -146,23 +150,21 @@ def train(
         ]
         if given:
             raise click.UsageError(f"--resume goes on with what the run was begun with: leave out {', '.join(given)}")
-        from training.run import RunFolder
-
         run = RunFolder.open(resume)
+        dataset = _load_dataset(run.read_config())
     else:
         try:
             config = TrainingConfig(**config_values)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-        from training.run import RunFolder
-
+        dataset = _load_dataset(config)
         stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-        default = Path("runs") / f"{stamp}-{config.dataset}-{config.variant}-{config.loop}"
+        default = Path("runs") / f"{stamp}-{dataset.name}-{config.variant}-{config.loop}"
         run = RunFolder.create(run_path or default, config)
     try:
         from training.train import train_and_evaluate
 
-        _show_evaluation(run, train_and_evaluate(run))
+        _show_evaluation(run, train_and_evaluate(run, dataset))
         if export:
             _export(run, models_dir=models_dir, name=name)
     except (TrainingError, KeyboardInterrupt):
@@ -175,10 +177,12 @@ def train(
 def evaluate(run_path: Path) -> None:
     """Judge the best checkpoint of a past RUN on its test set again, and write its report."""
     from training.run import RunFolder
-    from training.train import evaluate_run
 
     run = RunFolder.open(run_path)
-    _show_evaluation(run, evaluate_run(run))
+    dataset = _load_dataset(run.read_config())
+    from training.train import evaluate_run
+
+    _show_evaluation(run, evaluate_run(run, dataset))
 
 
 @main.command()
@@ -189,6 +193,27 @@ def export(run_path: Path, *, models_dir: Path, name: str | None) -> None:
     from training.run import RunFolder
 
     _export(RunFolder.open(run_path), models_dir=models_dir, name=name)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--dataset", type=click.Choice(DATASETS), default=_DEFAULTS.dataset, show_default=True)
+@click.option("--data", type=click.Path(path_type=Path), help="Where the data lies: an archive or a folder.")
+@click.option("--image-size", type=_ImageSize(), help="Resize all images.  [default: their own size]")
+@click.option("--per-class", type=click.IntRange(1), default=1, show_default=True, help="Pictures of each class.")
+def samples(folder: Path, *, per_class: int, **config_values: Any) -> None:
+    """Write some test images of a dataset into FOLDER, as PNG files named by their class."""
+    from training.datasets.samples import write_samples
+
+    paths = write_samples(_load_dataset(TrainingConfig(**config_values)), folder, per_class=per_class)
+    click.echo(f"wrote {len(paths)} pictures into {folder}")
+
+
+def _load_dataset(config: TrainingConfig) -> Dataset:
+    # Before TensorFlow is imported and before a run folder is made: missing data is told at once and costs nothing.
+    from training.datasets import load_dataset
+
+    return load_dataset(config.dataset, data=config.data, image_size=config.image_size, seed=config.seed)
 
 
 def _show_evaluation(run: RunFolder, result: Evaluation) -> None:

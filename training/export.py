@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 from pathlib import Path
@@ -35,8 +35,6 @@ from training.train import load_best_model
 _PROOF_BATCH_SIZES = (1, 3, 64)
 _WARMUP_BATCH_SIZES = (1, 8, 64)
 _TOLERANCE = 1e-5
-
-Signature = Callable[[tf.Tensor], dict[str, tf.Tensor]]
 
 
 def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None) -> Path:
@@ -262,16 +260,15 @@ def _prove(
     ):
         for (batch_size, signature, _, _, expected), answer in zip(cases, answers, strict=True):
             where = f"the exported signature {signature}, loaded by {way}, at batch size {batch_size}"
-            if isinstance(answer, tf.errors.OpError):
+            if isinstance(answer, Exception):
                 raise ExportError(f"{where} fails: {str(answer).splitlines()[0]}") from answer
             _compare(answer, expected, class_names, where=where)
 
 
 _Case = tuple[int, str, str, np.ndarray, np.ndarray]  # batch size, signature, input name, batch, expected
-_Answer = dict[str, np.ndarray] | tf.errors.OpError
 
 
-def _ask_loaded(folder: Path, cases: list[_Case]) -> Iterator[_Answer]:
+def _ask_loaded(folder: Path, cases: list[_Case]) -> Iterator[dict[str, np.ndarray] | Exception]:
     signatures = tf.saved_model.load(str(folder)).signatures
     for _, signature, input_name, batch, _ in cases:
         try:
@@ -281,7 +278,7 @@ def _ask_loaded(folder: Path, cases: list[_Case]) -> Iterator[_Answer]:
             yield error
 
 
-def _ask_session(folder: Path, cases: list[_Case]) -> Iterator[_Answer]:
+def _ask_session(folder: Path, cases: list[_Case]) -> Iterator[dict[str, np.ndarray] | Exception]:
     graph = tf.Graph()
     with tf.compat.v1.Session(graph=graph) as session:
         with graph.as_default():

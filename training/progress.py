@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from training.loops.result import EpochResult
+from training.epochs import EpochResult
 
 
 class ProgressDisplay:

@@ -26,8 +26,8 @@ from typing import Any
 
 from training.config import TrainingConfig
 from training.datasets import Dataset
+from training.epochs import EpochResult
 from training.errors import RunError
-from training.loops.result import EpochResult
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ import tensorflow as tf
 
 from training.checkpoints import Checkpoints, read_best_state
 from training.config import TrainingConfig
-from training.datasets import Dataset, load_dataset
+from training.datasets import Dataset
+from training.epochs import EpochResult
 from training.errors import RunError, StorageFullError
 from training.evaluation import Evaluation, evaluate
 from training.input_pipeline import evaluation_batches, split_validation, steps_per_epoch, training_batches
-from training.loops import LOOPS, EpochResult
+from training.loops import LOOPS
 from training.models import build_model
 from training.plateau import PlateauSchedule
 from training.progress import ProgressDisplay
@@ -35,7 +36,7 @@ _EVALUATION_BATCH_SIZE = 250
 logger = logging.getLogger(__name__)
 
 
-def train_and_evaluate(run: RunFolder) -> Evaluation:
+def train_and_evaluate(run: RunFolder, dataset: Dataset) -> Evaluation:
     """Train as the run's config says, from where the run stands, then judge the best checkpoint on the test set.
 
     A run that is complete is only judged again.
@@ -49,13 +50,12 @@ def train_and_evaluate(run: RunFolder) -> Evaluation:
     """
     config = run.read_config()
     with run.lock(), _explain_full_storage(run):
-        dataset = load_dataset(config.dataset, data=config.data, image_size=config.image_size, seed=config.seed)
         run.record_dataset(DatasetSummary.of(dataset))
         _train(run, config, dataset)
         return _judge(run, config, dataset)
 
 
-def evaluate_run(run: RunFolder) -> Evaluation:
+def evaluate_run(run: RunFolder, dataset: Dataset) -> Evaluation:
     """Judge the best checkpoint of a past run on the test set again, and write its report.
 
     Raises:
@@ -63,7 +63,6 @@ def evaluate_run(run: RunFolder) -> Evaluation:
     """
     config = run.read_config()
     with run.lock(), _explain_full_storage(run):
-        dataset = load_dataset(config.dataset, data=config.data, image_size=config.image_size, seed=config.seed)
         run.record_dataset(DatasetSummary.of(dataset))
         return _judge(run, config, dataset)
 

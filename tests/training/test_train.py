@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+
 from training.datasets.shapes import draw_shapes
 
 EPOCHS = 4

@@ -4,8 +4,5 @@ from __future__ import annotations
 
 from training.loops.custom import train_custom
 from training.loops.fit import train_fit
-from training.loops.result import EpochResult, Monitor
 
 LOOPS = {"fit": train_fit, "custom": train_custom}
-
-__all__ = ["LOOPS", "EpochResult", "Monitor", "train_custom", "train_fit"]
