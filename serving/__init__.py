@@ -1,0 +1,1 @@
+"""Serves exported SavedModels over HTTP. Knows nothing of how they were trained."""

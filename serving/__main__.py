@@ -1,0 +1,207 @@
+"""The command line, and the server process: `python -m serving --models-dir models`."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from flask import Flask
+from granian.constants import HTTPModes, Interfaces
+from granian.log import LogLevels
+from granian.server import MPServer
+
+from serving.app import create_app
+from serving.errors import StartupError
+from serving.repository import ModelRepository, find_models
+from serving.settings import LOG_LEVELS, Settings
+
+logger = logging.getLogger("serving")
+
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+
+@click.command(context_settings={"auto_envvar_prefix": "SERVING", "show_default": True})
+@click.option(
+    "--models-dir",
+    type=click.Path(path_type=Path),
+    default=Path("models"),
+    help="Folder of the models: <name>/<version>/saved_model.pb.",
+)
+@click.option("--host", default=Settings.host, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--rest-port", type=int, default=Settings.rest_port, help="Port of the HTTP API and the page.")
+@click.option(
+    "--threads",
+    type=int,
+    default=Settings.threads,
+    show_default="8 per core, at most 64",
+    help="Requests answered at the same time; more wait.",
+)
+@click.option("--max-request-bytes", type=int, default=Settings.max_request_bytes, help="Largest request body.")
+@click.option(
+    "--max-image-pixels",
+    type=int,
+    default=Settings.max_image_pixels,
+    help="Largest picture (width x height), checked before it is decoded.",
+)
+@click.option("--max-images", type=int, default=Settings.max_images, help="Most pictures in one request.")
+@click.option(
+    "--drain-timeout-s",
+    type=int,
+    default=Settings.drain_timeout_s,
+    help="On SIGTERM or Ctrl-C, seconds to finish the requests accepted before it gives up on them.",
+)
+@click.option("--log-level", type=click.Choice(LOG_LEVELS), default=Settings.log_level)
+@click.option("--access-log", is_flag=True, help="Log a line per request, to standard output.")
+def main(**options: Any) -> None:
+    """Serve the newest version of every model in a folder over HTTP.
+
+    Every option can also be set in the environment: --rest-port as SERVING_REST_PORT, and so on.
+    """
+    try:
+        settings = Settings(**options)
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        find_models(settings.models_dir)
+        address = free_address(settings.host, settings.rest_port)
+    except StartupError as error:
+        raise click.ClickException(str(error)) from error
+    serve(settings, address)
+
+
+def free_address(host: str, port: int) -> str:
+    """Return the IP address of `host`, once it is sure that its port can be listened on.
+
+    granian's own socket would share the port with another server's (SO_REUSEPORT) instead of failing.
+
+    Raises:
+        StartupError: the port is in use, or the address is not one of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and --rest-port"
+        ) from error
+    return str(address[0])
+
+
+def serve(settings: Settings, address: str) -> None:
+    """Run the server until it is told to stop; exits non-zero if it stopped for another reason."""
+    # TensorFlow's own lines; what it refuses arrives as exceptions, with the reason in them.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    server = MPServer(
+        "serving.app",
+        address=address,
+        port=settings.rest_port,
+        interface=Interfaces.WSGI,
+        http=HTTPModes.http1,
+        websockets=False,
+        workers=1,
+        blocking_threads=settings.threads,
+        workers_kill_timeout=settings.drain_timeout_s,
+        log_access=settings.access_log,
+        log_level=LogLevels.info if settings.log_level == "debug" else LogLevels.warning,
+    )
+    if settings.log_level != "debug":
+        # The rest says again what is said here, or advises fewer threads.
+        logging.getLogger("_granian").addFilter(lambda record: "Killing" in record.getMessage())
+    explained = multiprocessing.Event()  # whether the process that answers has said why it ends
+    # Held back from here on: here for _wait_for_signal, in the worker until it can act on them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    heeded = {number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+    _start_thread(_wait_for_signal, heeded, server)
+    start = partial(start_worker, settings, explained=explained)
+    try:
+        server.serve(target_loader=start, wrap_loader=False)
+    except SystemExit:
+        if not explained.is_set():
+            click.echo("Error: the process that answers requests died; its last log lines say more", err=True)
+        raise
+
+
+def start_worker(settings: Settings, *, explained: Event) -> Flask:
+    """Make the app in the process that answers; its models are loaded in the background."""
+    # What is sent to the whole group (Ctrl-C, timeout) is for the parent, which then stops this process.
+    os.setpgid(0, 0)
+    told_to_stop: list[int] = []
+
+    def remember(number: int, _: Any) -> None:
+        told_to_stop.append(number)
+
+    signal.signal(signal.SIGTERM, remember)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    _start_thread(_stop_if_told_early, told_to_stop, remember)
+    _start_thread(_stop_with_parent)
+    try:
+        app = create_app(settings)
+    except StartupError as error:
+        _give_up(str(error), explained)
+    _start_thread(load_models, app, f"http://{settings.host}:{settings.rest_port}", explained)
+    return app
+
+
+def load_models(app: Flask, url: str, explained: Event) -> None:
+    """Load the app's models, and end the process where not one can be served."""
+    repository: ModelRepository = app.extensions["repository"]
+    logger.info("listening on %s, loading %s", url, ", ".join(repository.all_names()))
+    try:
+        repository.load()
+    except StartupError as error:
+        _give_up(str(error), explained)
+    except Exception:
+        logger.exception("the models could not be loaded")
+        _give_up("the models could not be loaded, for a reason that was not foreseen", explained)
+    if repository.ready:
+        logger.info("ready on %s", url)
+    else:
+        logger.error("not ready: %s", repository.not_ready_because)
+
+
+def _give_up(reason: str, explained: Event) -> NoReturn:
+    explained.set()
+    click.echo(f"Error: {reason}", err=True)
+    os._exit(1)  # the only way out from a thread; the parent then ends with 1 too
+
+
+def _start_thread(target: Callable[..., None], *args: Any) -> None:
+    threading.Thread(target=target, args=args, name=target.__name__, daemon=True).start()
+
+
+def _wait_for_signal(heeded: set[signal.Signals], server: MPServer) -> None:
+    # In a thread and not in a signal handler, which could come between the lock and unlock of the very
+    # event that it sets. SIGHUP, for granian a reload, ends the service: its terminal was closed.
+    signal.sigwait(heeded)
+    server.signal_handler_interrupt()  # type: ignore[no-untyped-call]
+
+
+def _stop_if_told_early(told_to_stop: list[int], remember: Any) -> None:
+    """Repeat a stop signal that came before granian had given this process its own handler for it."""
+    while signal.getsignal(signal.SIGTERM) is remember:
+        time.sleep(0.01)
+    while told_to_stop:  # more than once, as the handler is there before all that it acts on is
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+
+def _stop_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # returns when it is gone, killed perhaps
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

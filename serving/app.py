@@ -1,0 +1,132 @@
+"""`create_app()`: the blueprints, the JSON of every reply and error, and the count of every request."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from typing import Any
+
+import orjson
+from flask import Flask, Request, Response, current_app, g, request
+from flask.json.provider import JSONProvider
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+
+from serving.errors import ServingError
+from serving.metrics import Metrics
+from serving.repository import ModelRepository
+from serving.rest import health, pages, tfserving, upload
+from serving.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_TFS_PREDICT = re.compile(r"/v1/models/([^/:]+)[^:]*:predict")
+
+
+def create_app(settings: Settings) -> Flask:
+    """Make the service for the models in `settings.models_dir`, none of which is loaded yet.
+
+    `app.extensions` holds the "repository", whose `load()` makes it ready, the "metrics" and the "settings".
+
+    Raises:
+        StartupError: there is no models folder, or no model in it.
+    """
+    app = Flask(__name__, static_folder=None)
+    app.request_class = BoundedRequest
+    app.json = OrjsonProvider(app)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_request_bytes
+    metrics = Metrics()
+    repository = ModelRepository(settings.models_dir, wrap_predictor=metrics.time_predictor)
+    metrics.watch(repository)
+    app.extensions.update(settings=settings, metrics=metrics, repository=repository)
+    for module in (health, upload, tfserving, pages):
+        app.register_blueprint(module.blueprint)
+    app.before_request(_begin_request)
+    app.after_request(_count_request)
+    app.teardown_request(_end_request)
+    app.register_error_handler(ServingError, _answer_serving_error)
+    app.register_error_handler(HTTPException, _answer_http_error)
+    app.register_error_handler(Exception, _answer_fault)
+    return app
+
+
+class BoundedRequest(Request):
+    """A request whose body is refused, not quietly cut, where it passes the limit without announcing it."""
+
+    def get_data(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the body; a `RequestEntityTooLarge` where it is longer than the limit."""
+        data = super().get_data(*args, **kwargs)
+        if self.content_length is None:
+            self.stream.read(1)  # raises at the limit, at which the reading of all has stopped
+        return data
+
+
+class OrjsonProvider(JSONProvider):
+    """JSON by orjson; numpy's arrays and scalars included, so float32 keeps its own digits."""
+
+    def dumps(self, obj: Any, **_: Any) -> str:
+        """Return `obj` as JSON text."""
+        return orjson.dumps(obj, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+
+    def loads(self, s: str | bytes, **_: Any) -> Any:
+        """Return what the JSON text `s` says."""
+        return orjson.loads(s)
+
+    def response(self, *args: Any, **kwargs: Any) -> Response:
+        """Return `args` or `kwargs` as a JSON reply."""
+        body = orjson.dumps(self._prepare_response_obj(args, kwargs), option=orjson.OPT_SERIALIZE_NUMPY)
+        return Response(body, mimetype="application/json")
+
+
+def _begin_request() -> None:
+    g.started_s = time.perf_counter()
+    current_app.extensions["metrics"].in_flight.inc()
+
+
+def _end_request(_: BaseException | None) -> None:
+    current_app.extensions["metrics"].in_flight.dec()
+
+
+def _count_request(response: Response) -> Response:
+    metrics: Metrics = current_app.extensions["metrics"]
+    seconds = time.perf_counter() - g.started_s
+    status = response.status_code
+    tfs_call = _TFS_PREDICT.fullmatch(request.path)
+    model = tfs_call[1] if tfs_call else g.get("model", "")
+    if model not in current_app.extensions["repository"].all_names():
+        model = ""  # made-up names must not become labels that stay for ever
+    elif tfs_call:
+        metrics.observe_tfs_predict(model=model, status=status, seconds=seconds)
+    route = request.url_rule.rule if request.url_rule else "unmatched"
+    metrics.observe_request(route=route, model=model, status=status, seconds=seconds)
+    return response
+
+
+def _answer_serving_error(error: ServingError) -> Response:
+    return _json_reply(error.body(), error.status)
+
+
+def _answer_http_error(error: HTTPException) -> Response | HTTPException:
+    if error.code is None or error.code < 400:
+        return error  # a redirect
+    if isinstance(error, NotFound):
+        message = f"there is nothing at {request.path}"
+    elif isinstance(error, MethodNotAllowed):
+        methods = " or ".join(sorted(set(error.valid_methods or ()) - {"HEAD", "OPTIONS"}))
+        message = f"{request.path} takes {methods}, not {request.method}"
+    elif isinstance(error, RequestEntityTooLarge):
+        message = f"the request is too large: at most {current_app.config['MAX_CONTENT_LENGTH']:,} bytes"
+    else:
+        message = error.description or error.name
+    reply = _json_reply({"error": message}, error.code)
+    reply.headers.extend(header for header in error.get_headers() if header[0] != "Content-Type")
+    return reply
+
+
+def _answer_fault(error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.path, exc_info=error)
+    return _json_reply({"error": "the service failed to answer; the reason is in its log"}, 500)
+
+
+def _json_reply(body: dict[str, Any], status: int) -> Response:
+    return Response(current_app.json.dumps(body), status=status, mimetype="application/json")

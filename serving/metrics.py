@@ -1,0 +1,180 @@
+"""What Prometheus reads: this service's own metrics, and TensorFlow Serving's two under their names."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from serving.predictor import Predictor, Signature
+from serving.repository import ModelRepository, ModelVersion
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+TFS_MICROSECONDS = tuple(10 * 1.8**step for step in range(33))
+
+# The status labels of TensorFlow Serving, from the HTTP statuses it maps them to (http_server.cc).
+TFS_STATUS = {
+    200: "OK",
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    409: "ABORTED",
+    413: "RESOURCE_EXHAUSTED",
+    429: "RESOURCE_EXHAUSTED",
+    499: "CANCELLED",
+    501: "UNIMPLEMENTED",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+# A gauge beside each counter that says when it began: twice the page, for nothing.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Metrics:
+    """The metrics of one app, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._requests = Counter(
+            "serving_requests", "Requests answered.", ["route", "model", "status"], registry=self._registry
+        )
+        self.in_flight = Gauge("serving_requests_in_flight", "Requests being answered.", registry=self._registry)
+        self._request_seconds = Histogram(
+            "serving_request_seconds",
+            "Time from a request's headers to its reply.",
+            ["route"],
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._decode_seconds = Histogram(
+            "serving_decode_seconds",
+            "Time to decode one uploaded picture.",
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._predict_seconds = Histogram(
+            "serving_predict_seconds",
+            "Time in the model for one signature call.",
+            ["model", "signature"],
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._rows = Counter(
+            "serving_predicted_rows",
+            "Rows predicted: pictures, for a model of pictures.",
+            ["model"],
+            registry=self._registry,
+        )
+        self._tfs_latency = Histogram(
+            ":tensorflow:serving:request_latency",
+            "Time from a request's headers to its reply, in microseconds.",
+            ["model_name", "API", "entrypoint"],
+            buckets=TFS_MICROSECONDS,
+            registry=self._registry,
+        )
+        self._tfs_requests: Tally[tuple[str, str]] = Tally()
+        self._lock = threading.Lock()
+
+    def watch(self, repository: ModelRepository) -> None:
+        """Show the states of a repository's versions too."""
+        self._registry.register(_RepositoryCollector(repository))
+
+    def time_predictor(self, version: ModelVersion, predictor: Predictor) -> Predictor:
+        """Wrap a version's predictor so that its calls are counted and timed."""
+        return _TimedPredictor(predictor, version.name, self._predict_seconds, self._rows)
+
+    def observe_decode(self, seconds: float) -> None:
+        """Record the decoding of one picture."""
+        self._decode_seconds.observe(seconds)
+
+    def observe_request(self, *, route: str, model: str, status: int, seconds: float) -> None:
+        """Record an answered request; `model` is empty where none of ours was asked for."""
+        self._requests.labels(route, model, str(status)).inc()
+        self._request_seconds.labels(route).observe(seconds)
+
+    def observe_tfs_predict(self, *, model: str, status: int, seconds: float) -> None:
+        """Record an answered predict call of TensorFlow Serving's REST API."""
+        self._tfs_latency.labels(model, "predict", "REST").observe(seconds * 1e6)
+        with self._lock:
+            self._tfs_requests[model, TFS_STATUS.get(status, "INTERNAL")] += 1
+
+    def render(self) -> bytes:
+        """Return the page in Prometheus' text format."""
+        name = ":tensorflow:serving:request_count"
+        with self._lock:
+            counts = sorted(self._tfs_requests.items())
+        # Written by hand: the library puts "_total" behind a counter's name, TensorFlow Serving does not.
+        lines = [f"# HELP {name} Predict requests answered.", f"# TYPE {name} counter"]
+        lines += [f'{name}{{model_name="{_escape(m)}",status="{s}"}} {count}' for (m, s), count in counts]
+        return generate_latest(self._registry) + ("\n".join(lines) + "\n").encode()
+
+
+class _TimedPredictor:
+    def __init__(self, inner: Predictor, model: str, seconds: Histogram, rows: Counter) -> None:
+        self._inner = inner
+        self._rows = rows.labels(model)
+        self._seconds = seconds
+        self._model = model
+
+    @property
+    def signatures(self) -> Mapping[str, Signature]:
+        return self._inner.signatures
+
+    def predict(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        started = time.perf_counter()
+        outputs = self._inner.predict(signature, inputs)
+        self._seconds.labels(self._model, signature).observe(time.perf_counter() - started)
+        self._rows.inc(next((array.shape[0] for array in inputs.values() if array.ndim), 1))
+        return outputs
+
+
+class _RepositoryCollector(Collector):
+    """Reads the repository when Prometheus asks, so that nothing has to be kept in step."""
+
+    def __init__(self, repository: ModelRepository) -> None:
+        self._repository = repository
+
+    def collect(self) -> Iterable[Metric]:
+        states = GaugeMetricFamily(
+            "serving_model_version_state",
+            "1 for the state that a version of a model is in.",
+            labels=["model", "version", "state"],
+        )
+        warmups = GaugeMetricFamily(
+            "serving_warmup_records",
+            "Warm-up records replayed when the version was loaded.",
+            labels=["model", "version"],
+        )
+        ready = GaugeMetricFamily("serving_ready", "1 when every model is loaded and warmed up.")
+        ready.add_metric([], float(self._repository.ready))
+        for version in self._versions():
+            states.add_metric([version.name, str(version.version), version.state], 1)
+            warmups.add_metric([version.name, str(version.version)], version.warmup_records)
+        return [ready, states, warmups]
+
+    def _versions(self) -> Iterator[ModelVersion]:
+        for name in self._repository.all_names():
+            yield from self._repository.versions(name)
+
+
+def _escape(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

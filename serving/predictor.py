@@ -1,0 +1,272 @@
+"""The one internal call behind every dialect: a signature, arrays in, arrays out.
+
+TensorFlow is imported when the first SavedModel is loaded and never before, so that only the process
+that answers requests holds it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from serving.errors import InvalidRequest, ModelFailed, ModelLoadError, ServingError
+
+DEFAULT_SIGNATURE = "serving_default"
+
+NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "DT_FLOAT": np.dtype(np.float32),
+    "DT_DOUBLE": np.dtype(np.float64),
+    "DT_INT8": np.dtype(np.int8),
+    "DT_INT16": np.dtype(np.int16),
+    "DT_INT32": np.dtype(np.int32),
+    "DT_INT64": np.dtype(np.int64),
+    "DT_UINT8": np.dtype(np.uint8),
+    "DT_UINT16": np.dtype(np.uint16),
+    "DT_UINT32": np.dtype(np.uint32),
+    "DT_UINT64": np.dtype(np.uint64),
+    "DT_BOOL": np.dtype(np.bool_),
+    "DT_HALF": np.dtype(np.float16),
+    "DT_COMPLEX64": np.dtype(np.complex64),
+    "DT_COMPLEX128": np.dtype(np.complex128),
+    "DT_STRING": np.dtype(np.object_),  # elements are bytes
+}
+
+# http_server.cc of TensorFlow Serving; a code that is not here is answered with 500.
+HTTP_STATUS_OF_CODE = {
+    1: 499,  # CANCELLED
+    3: 400,  # INVALID_ARGUMENT
+    4: 504,  # DEADLINE_EXCEEDED
+    5: 404,  # NOT_FOUND
+    6: 409,  # ALREADY_EXISTS
+    7: 403,  # PERMISSION_DENIED
+    8: 429,  # RESOURCE_EXHAUSTED
+    9: 400,  # FAILED_PRECONDITION
+    10: 409,  # ABORTED
+    11: 400,  # OUT_OF_RANGE
+    12: 501,  # UNIMPLEMENTED
+    14: 503,  # UNAVAILABLE
+    16: 401,  # UNAUTHENTICATED
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a signature, as its SignatureDef describes it."""
+
+    name: str
+    dtype: str  # as in TensorFlow's types.proto: "DT_UINT8"
+    shape: tuple[int | None, ...] | None  # None: of any rank; None in it: of any size
+    tensor_name: str  # in the graph: "serving_default_images:0"
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any] | None:
+        """The dtype of the arrays that carry it; None for a type that has no arrays (DT_RESOURCE)."""
+        return NUMPY_DTYPES.get(self.dtype)
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether its first axis is the batch: present, and of any size."""
+        return bool(self.shape) and self.shape is not None and self.shape[0] is None
+
+    def __str__(self) -> str:
+        """As people write it: `uint8 (n, 32, 32, 3)`."""
+        dtype = self.dtype.removeprefix("DT_").lower()
+        return f"{dtype} of any shape" if self.shape is None else f"{dtype} {_shape_text(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One callable of a model: named tensors in, named tensors out."""
+
+    name: str
+    method_name: str  # "tensorflow/serving/predict"
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+
+class Predictor(Protocol):
+    """What can answer for a model, in this process or elsewhere. Called from several threads at once."""
+
+    @property
+    def signatures(self) -> Mapping[str, Signature]:
+        """Every SignatureDef of the model by its name, those that cannot be called included."""
+
+    def predict(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run a signature.
+
+        Args:
+            signature: its name, "serving_default" for example.
+            inputs: one array per input of the signature, of exactly its dtype (`TensorSpec.numpy_dtype`;
+                strings are object arrays of bytes), rows along axis 0.
+
+        Returns:
+            One array per output of the signature.
+
+        Raises:
+            InvalidRequest: the signature does not exist or the inputs do not fit it.
+            ModelFailed: the model refused the inputs, or failed.
+        """
+
+
+class SavedModelPredictor:
+    """A SavedModel in this process.
+
+    Args:
+        path: the version's folder, which holds `saved_model.pb`.
+
+    Raises:
+        ModelLoadError: the folder holds no SavedModel that can be loaded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.signatures: Mapping[str, Signature] = read_signatures(path)
+        import tensorflow as tf
+
+        try:
+            # Kept whole: the signature functions do not keep the variables they read alive.
+            self._model = tf.saved_model.load(str(path), tags=["serve"])
+        except tf.errors.OpError as error:
+            raise ModelLoadError(f"cannot load {path}: {_reason(error)}", code=_code_name(error)) from error
+        except Exception as error:  # a damaged graph fails in every part of the loader
+            raise ModelLoadError(f"cannot load {path}: {_reason(error)}") from error
+        self._functions: Mapping[str, Any] = dict(self._model.signatures)
+
+    def predict(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """As `Predictor.predict`."""
+        import tensorflow as tf
+
+        function = self._functions.get(signature)
+        if function is None:
+            raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
+        check_inputs(self.signatures[signature], inputs)
+        try:
+            outputs = function(**{name: tf.constant(array) for name, array in inputs.items()})
+            # asarray: a scalar tensor's numpy() is a scalar, bytes for a string.
+            return {
+                name: np.asarray(tensor.numpy(), dtype=tensor.dtype.as_numpy_dtype) for name, tensor in outputs.items()
+            }
+        except tf.errors.OpError as error:
+            raise _answer_for(error) from error
+        except (TypeError, ValueError) as error:  # an object array that does not hold strings
+            raise InvalidRequest(_reason(error)) from error
+
+
+def read_signatures(path: Path) -> dict[str, Signature]:
+    """Read the SignatureDefs of the SavedModel in `path` that is tagged "serve".
+
+    Raises:
+        ModelLoadError: `saved_model.pb` is missing, damaged, or holds no graph for serving.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from tensorflow.core.framework import types_pb2
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    file = path / "saved_model.pb"
+    try:
+        saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelLoadError(f"no saved_model.pb in {path}", code="NOT_FOUND") from error
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {file}: {error.strerror}", code="UNKNOWN") from error
+    except DecodeError as error:
+        raise ModelLoadError(f"Can't parse {file} as binary proto", code="DATA_LOSS") from error
+    graphs = [graph for graph in saved_model.meta_graphs if "serve" in graph.meta_info_def.tags]
+    if not graphs:
+        raise ModelLoadError(f'{file} holds no graph tagged "serve"', code="NOT_FOUND")
+
+    def describe(name: str, tensor: Any) -> TensorSpec:
+        shape = tensor.tensor_shape
+        return TensorSpec(
+            name=name,
+            dtype=types_pb2.DataType.Name(tensor.dtype),
+            shape=None if shape.unknown_rank else tuple(None if axis.size < 0 else axis.size for axis in shape.dim),
+            tensor_name=tensor.name,
+        )
+
+    return {
+        name: Signature(
+            name=name,
+            method_name=definition.method_name,
+            inputs={key: describe(key, tensor) for key, tensor in sorted(definition.inputs.items())},
+            outputs={key: describe(key, tensor) for key, tensor in sorted(definition.outputs.items())},
+        )
+        for name, definition in sorted(graphs[0].signature_def.items())
+    }
+
+
+def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
+    """Refuse arrays that do not fit a signature, before a kernel can see them.
+
+    TensorFlow itself trusts the caller here: a convolution given the wrong rank aborts the whole process.
+
+    Raises:
+        InvalidRequest: an input is missing, unexpected, of another dtype or shape, empty, or has another
+            number of rows than the rest.
+    """
+    expected = signature.inputs
+    if missing := sorted(expected.keys() - inputs.keys()):
+        raise InvalidRequest(f'signature "{signature.name}" needs the input {", ".join(missing)}')
+    if unexpected := sorted(inputs.keys() - expected.keys()):
+        raise InvalidRequest(
+            f'signature "{signature.name}" has no input {", ".join(unexpected)}; '
+            f"it takes {', '.join(f'{name}: {spec}' for name, spec in expected.items())}"
+        )
+    rows: dict[str, int] = {}
+    for name, spec in expected.items():
+        array = inputs[name]
+        if array.dtype != spec.numpy_dtype or not _fits(array.shape, spec.shape):
+            raise InvalidRequest(f"input {name}: expected {spec}, got {_dtype_text(array)} {_shape_text(array.shape)}")
+        if spec.is_batched:
+            rows[name] = array.shape[0]
+    for name, count in rows.items():
+        if count == 0:
+            raise InvalidRequest(f"input {name} has no rows: an empty batch cannot be predicted")
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{name} has {count}" for name, count in rows.items())
+        raise InvalidRequest(f"all inputs need the same number of rows, but {counts}")
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> bool:
+    if expected is None:
+        return True
+    return len(shape) == len(expected) and all(
+        want is None or want == have for want, have in zip(expected, shape, strict=True)
+    )
+
+
+def _shape_text(shape: tuple[int | None, ...]) -> str:
+    sizes = ["n" if size is None and axis == 0 else "?" if size is None else str(size)
+             for axis, size in enumerate(shape)]  # fmt: skip
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _dtype_text(array: np.ndarray) -> str:
+    return "string" if array.dtype == np.object_ else array.dtype.name
+
+
+def _answer_for(error: Any) -> ServingError:
+    message = _reason(error)
+    status = HTTP_STATUS_OF_CODE.get(error.error_code, 500)
+    return InvalidRequest(message) if status == 400 else ModelFailed(message, status=status)
+
+
+def _code_name(error: Any) -> str:
+    """CamelCase of the exception's class to the status API's code: NotFoundError -> NOT_FOUND."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).upper()
+
+
+# What TensorFlow prints before the reason: the wrapping, one block per node, the count of root errors.
+_PREAMBLE = re.compile(r'Graph execution error:|Detected at node |<stack traces unavailable>| +File "|\d+ root error|$')
+
+
+def _reason(error: Exception) -> str:
+    """Return the one line of an error of TensorFlow's that tells a caller what is wrong."""
+    lines = str(getattr(error, "message", None) or error).splitlines()
+    line = next((line for line in lines if not _PREAMBLE.match(line)), "no reason given")
+    line = re.sub(r"^\s*\(0\) [A-Z_]+:|\{\{[^}]*\}\}| \[Op:[^]]*\]", "", line)
+    return line.strip() or "no reason given"

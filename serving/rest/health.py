@@ -1,0 +1,45 @@
+"""`/healthz`, `/readyz` and the metrics: what an orchestrator and Prometheus ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response, current_app
+
+from serving.metrics import CONTENT_TYPE, Metrics
+from serving.repository import ModelRepository
+
+blueprint = Blueprint("health", __name__)
+
+
+@blueprint.get("/healthz")
+def healthz() -> dict[str, str]:
+    """Answer that the process is alive, whatever its models are doing."""
+    return {"status": "alive"}
+
+
+@blueprint.get("/readyz")
+def readyz() -> tuple[dict[str, Any], int]:
+    """Answer whether every model is loaded and warmed up; 503 with the reason while one is not."""
+    repository: ModelRepository = current_app.extensions["repository"]
+    reason = repository.not_ready_because
+    models = [
+        {
+            "name": version.name,
+            "version": version.version,
+            "state": version.state,
+            "warmup_records": version.warmup_records,
+            "error": version.error_message or None,
+        }
+        for name in repository.all_names()
+        for version in repository.versions(name)
+    ]
+    return {"ready": reason is None, "reason": reason, "models": models}, 200 if reason is None else 503
+
+
+@blueprint.get("/metrics")
+@blueprint.get("/monitoring/prometheus/metrics")
+def metrics() -> Response:
+    """Answer the metrics in Prometheus' text format."""
+    app_metrics: Metrics = current_app.extensions["metrics"]
+    return Response(app_metrics.render(), content_type=CONTENT_TYPE)

@@ -1,0 +1,186 @@
+"""`POST /predict`, the route for people: pictures in, labels and probabilities out."""
+
+from __future__ import annotations
+
+import io
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from flask import Blueprint, current_app, g, request
+from werkzeug.formparser import MultiPartParser
+
+from serving.errors import InvalidRequest, TooLarge, UnreadableImages, UnsupportedMedia
+from serving.images import read_image
+from serving.metrics import Metrics
+from serving.predictor import DEFAULT_SIGNATURE, Predictor
+from serving.repository import ModelRepository, ModelVersion
+from serving.settings import Settings
+
+blueprint = Blueprint("upload", __name__)
+
+MAX_FORM_FIELDS = 100  # beside the pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as it was sent; `file` is its name, None in a raw body."""
+
+    file: str | None
+    data: bytes
+
+
+@blueprint.post("/predict")
+def predict() -> dict[str, Any]:
+    """Classify the pictures of a multipart form, or the one picture that is the body.
+
+    Query: `model`, which may be left out where there is one; `version`, by default the newest.
+    """
+    if request.mimetype != "multipart/form-data" and not request.mimetype.startswith("image/"):
+        raise UnsupportedMedia(
+            "send pictures as multipart/form-data (curl -F image=@cat.png), or one picture as the body "
+            f"with a Content-Type of image/*; got {request.mimetype or 'no Content-Type'}"
+        )
+    version = _find_model()
+    assert version.predictor is not None
+    g.model = version.name
+    size = picture_size(version.predictor, model=version.name)
+    pictures = _read_form() if request.mimetype == "multipart/form-data" else [_read_body()]
+    started_s = time.perf_counter()
+    images = _decode(pictures, size=size)
+    decoded_s = time.perf_counter()
+    outputs = version.predictor.predict(DEFAULT_SIGNATURE, {"images": images})
+    predicted_s = time.perf_counter()
+    return {
+        "model": {"name": version.name, "version": version.version},
+        "predictions": _describe(pictures, outputs, card=version.card),
+        "timing_ms": {
+            "decode": round((decoded_s - started_s) * 1e3, 3),
+            "predict": round((predicted_s - decoded_s) * 1e3, 3),
+        },
+    }
+
+
+def picture_size(predictor: Predictor, *, model: str) -> tuple[int, int]:
+    """Return the (height, width) of the pictures that a model takes.
+
+    Raises:
+        InvalidRequest: its default signature is not that of a picture classifier: `images` uint8
+            (n, height, width, 3) to `probabilities` (n, classes), `class_id` (n,) and `label` (n,).
+    """
+    signature = predictor.signatures.get(DEFAULT_SIGNATURE)
+    if signature and signature.inputs.keys() == {"images"}:
+        spec = signature.inputs["images"]
+        ranks = {
+            name: None if output.shape is None else len(output.shape) for name, output in signature.outputs.items()
+        }
+        match spec.dtype, spec.shape:
+            case "DT_UINT8", (None, int(height), int(width), 3):
+                if (
+                    ranks.get("probabilities", 0) in (2, None)
+                    and ranks.get("class_id", 0) in (1, None)
+                    and ranks.get("label", 0) in (1, None)
+                ):
+                    return height, width
+    raise InvalidRequest(
+        f"model {model} does not take pictures: that needs a signature {DEFAULT_SIGNATURE} from images "
+        "(uint8, (n, height, width, 3)) to probabilities, class_id and label. "
+        f"Send it tensors at /v1/models/{model}:predict"
+    )
+
+
+def _find_model() -> ModelVersion:
+    repository: ModelRepository = current_app.extensions["repository"]
+    names = repository.all_names()
+    name = request.args.get("model")
+    if name is None:
+        if len(names) > 1:
+            raise InvalidRequest(f"several models are served; choose one with ?model=: {', '.join(names)}")
+        name = names[0]
+    version = request.args.get("version")
+    if version is not None and not (version.isascii() and version.isdigit() and len(version) < 20):
+        raise InvalidRequest(f"version must be a whole number, not {version!r}")
+    return repository.resolve(name, version=None if version is None else int(version))
+
+
+def _read_body() -> Picture:
+    return Picture(file=None, data=request.get_data(cache=False))
+
+
+def _read_form() -> list[Picture]:
+    """Read the files of a multipart body, in the order sent, into memory."""
+    settings: Settings = current_app.extensions["settings"]
+    count = 0
+
+    def open_file(*_: Any, **__: Any) -> io.BytesIO:
+        nonlocal count
+        count += 1
+        if count > settings.max_images:
+            raise TooLarge(f"too many pictures in one request: at most {settings.max_images} are taken")
+        return io.BytesIO()
+
+    parser = MultiPartParser(
+        stream_factory=open_file,
+        # A list of pairs instead of a MultiDict, which would group the files by their field's name.
+        cls=cast(Any, list),
+        max_form_parts=settings.max_images + MAX_FORM_FIELDS,
+    )
+    boundary = request.mimetype_params.get("boundary", "")
+    if not boundary:
+        raise InvalidRequest("the multipart body's Content-Type names no boundary")
+    try:
+        _, files = parser.parse(request.stream, boundary.encode("ascii"), request.content_length)
+    except ValueError as error:
+        raise InvalidRequest(f"the multipart body is malformed: {error}") from error
+    pictures = [Picture(file=file.filename, data=file.stream.getvalue()) for _, file in cast(list[Any], files)]
+    if not pictures:
+        raise InvalidRequest("no file in the form; send pictures as files: curl -F image=@cat.png")
+    return pictures
+
+
+def _decode(pictures: list[Picture], *, size: tuple[int, int]) -> np.ndarray:
+    """Decode every picture to uint8 (n, height, width, 3), or say of each that cannot be read why."""
+    settings: Settings = current_app.extensions["settings"]
+    metrics: Metrics = current_app.extensions["metrics"]
+    images = np.empty((len(pictures), *size, 3), np.uint8)
+    problems = []
+    for index, picture in enumerate(pictures):
+        started_s = time.perf_counter()
+        try:
+            images[index] = read_image(picture.data, size=size, max_image_pixels=settings.max_image_pixels)
+        except TooLarge as error:
+            raise TooLarge(f"{picture.file or f'image {index}'}: {error}") from error
+        except InvalidRequest as error:
+            problems.append({"index": index, "file": picture.file, "error": str(error)})
+        metrics.observe_decode(time.perf_counter() - started_s)
+    if problems:
+        raise UnreadableImages(problems, image_count=len(pictures))
+    return images
+
+
+def _describe(
+    pictures: list[Picture], outputs: dict[str, np.ndarray], *, card: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    probabilities = outputs["probabilities"]
+    names = class_names(card, count=probabilities.shape[1])
+    return [
+        {
+            "file": picture.file,
+            "label": label.decode("utf-8", errors="replace"),
+            "class_id": int(class_id),
+            "confidence": row.max(),
+            "probabilities": dict(zip(names, row, strict=True)),
+        }
+        for picture, label, class_id, row in zip(
+            pictures, outputs["label"], outputs["class_id"], probabilities, strict=True
+        )
+    ]
+
+
+def class_names(card: dict[str, Any] | None, *, count: int) -> list[str]:
+    """Return the names that a model's card gives its `count` classes, else their numbers."""
+    names = (card or {}).get("class_names")
+    if isinstance(names, list) and len(names) == count == len({str(name) for name in names}):
+        return [str(name) for name in names]
+    return [str(class_id) for class_id in range(count)]

@@ -1,0 +1,57 @@
+"""Replays a model's warm-up records, so that its first real request is as fast as the next.
+
+The file and its limit are TensorFlow Serving's (`servables/tensorflow/saved_model_warmup_util.cc`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from serving.errors import ModelLoadError, ServingError
+from serving.predictor import DEFAULT_SIGNATURE, Predictor
+
+WARMUP_FILE = Path("assets.extra", "tf_serving_warmup_requests")
+MAX_RECORDS = 1_000
+
+
+def replay_warmup_records(path: Path, predictor: Predictor) -> int:
+    """Send every record of a version's warm-up file to its predictor.
+
+    Args:
+        path: the version's folder; without a warm-up file in it nothing is replayed.
+        predictor: the version, loaded.
+
+    Returns:
+        The number of records replayed.
+
+    Raises:
+        ModelLoadError: a record is damaged, not a predict request, or fails, or there are too many.
+    """
+    file = path / WARMUP_FILE
+    if not file.is_file():
+        return 0
+    import tensorflow as tf
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    count = 0
+    try:
+        for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+            if count == MAX_RECORDS:
+                raise ModelLoadError(f"{file} holds more than {MAX_RECORDS} warm-up records", code="INVALID_ARGUMENT")
+            log = prediction_log_pb2.PredictionLog.FromString(record)
+            if log.WhichOneof("log_type") != "predict_log":
+                raise ModelLoadError(f"warm-up record {count} of {file} is no predict request", code="UNIMPLEMENTED")
+            request = log.predict_log.request
+            inputs: dict[str, np.ndarray] = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
+            predictor.predict(request.model_spec.signature_name or DEFAULT_SIGNATURE, inputs)
+            count += 1
+    except tf.errors.DataLossError as error:
+        raise ModelLoadError(f"{file} is damaged after {count} records", code="DATA_LOSS") from error
+    except DecodeError as error:
+        raise ModelLoadError(f"warm-up record {count} of {file} is damaged", code="DATA_LOSS") from error
+    except (ServingError, TypeError, ValueError) as error:
+        raise ModelLoadError(f"warm-up record {count} of {file} fails: {error}", code="INVALID_ARGUMENT") from error
+    return count

@@ -1,0 +1,191 @@
+"""A small real HTTP server that keeps the contract of the service's routes, and breaks it when told to."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+from PIL import Image
+from werkzeug.formparser import parse_form_data
+
+COLOURS = ("red", "green", "blue")
+MAX_IMAGES = 256
+MAX_PIXELS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Received:
+    """One request as it arrived; `connection` tells whether two came over the same one."""
+
+    path: str
+    query: dict[str, list[str]]
+    files: list[tuple[str, bytes]]
+    connection: tuple[str, int]
+
+
+@dataclass
+class Service:
+    """Tells which colour a picture has most of.
+
+    `script` holds what the next requests meet instead of an answer; `received` all that arrived.
+    """
+
+    port: int = 0
+    script: deque[Callable[[Handler], None]] = field(default_factory=deque)
+    received: list[Received] | deque[Received] = field(default_factory=list)
+    arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    release: threading.Event = field(default_factory=threading.Event)
+    max_images: int = MAX_IMAGES
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def batches(self) -> list[list[str]]:
+        """The names of the files in each request."""
+        return [[name for name, _ in request.files] for request in self.received]
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    service: Service
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length)
+        _, _, files = parse_form_data(
+            {
+                "wsgi.input": io.BytesIO(body),
+                "CONTENT_LENGTH": str(length),
+                "CONTENT_TYPE": self.headers["Content-Type"],
+                "REQUEST_METHOD": "POST",
+            }
+        )
+        pictures = [(file.filename or "", file.read()) for file in files.getlist("image")]
+        if self._note(pictures):
+            self.predict(pictures)
+
+    def do_GET(self) -> None:
+        if self._note([]):
+            models = [{"name": "colours", "version": 7, "state": "AVAILABLE", "warmup_records": 0, "error": None}]
+            self.answer(200, {"ready": True, "reason": None, "models": models})
+
+    def _note(self, pictures: list[tuple[str, bytes]]) -> bool:
+        """Record the request; say whether it is to be answered as usual."""
+        service = self.server.service
+        parts = urlsplit(self.path)
+        service.received.append(Received(parts.path, parse_qs(parts.query), pictures, self.client_address))
+        service.arrived.release()
+        if not service.script:
+            return True
+        service.script.popleft()(self)
+        return False
+
+    def predict(self, pictures: list[tuple[str, bytes]]) -> None:
+        query = self.server.service.received[-1].query
+        model = query.get("model", ["colours"])[0]
+        if model != "colours":
+            return self.answer(404, {"error": f"no model {model}; served: colours"})
+        if len(pictures) > self.server.service.max_images:
+            return self.answer(413, {"error": "too many pictures in one request"})
+        predictions, errors = [], []
+        for index, (file, data) in enumerate(pictures):
+            try:
+                image = Image.open(io.BytesIO(data))
+                if image.width * image.height > MAX_PIXELS:
+                    return self.answer(413, {"error": f"{file}: the picture has too many pixels"})
+                predictions.append({"file": file, **classify(image)})
+            except OSError:
+                errors.append({"index": index, "file": file, "error": "not a picture"})
+        if errors:
+            return self.answer(400, {"error": f"{len(errors)} images could not be read", "errors": errors})
+        version = int(query.get("version", ["7"])[0])
+        return self.answer(
+            200,
+            {
+                "model": {"name": model, "version": version},
+                "predictions": predictions,
+                "timing_ms": {"decode": 0.1, "predict": 0.1},
+            },
+        )
+
+    def answer(self, status: int, body: Any, *, content_type: str = "application/json", **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def classify(image: Image.Image) -> dict[str, Any]:
+    means = np.asarray(image.convert("RGB"), float).mean(axis=(0, 1)) + 1
+    probabilities = means / means.sum()
+    class_id = int(probabilities.argmax())
+    return {
+        "label": COLOURS[class_id],
+        "class_id": class_id,
+        "confidence": probabilities[class_id],
+        "probabilities": dict(zip(COLOURS, probabilities.tolist(), strict=True)),
+    }
+
+
+def busy(retry_after: str | None = None) -> Callable[[Handler], None]:
+    headers = {"Retry_After": retry_after} if retry_after is not None else {}
+    return lambda handler: handler.answer(503, {"error": "colours is being loaded"}, **headers)
+
+
+def hang_up(handler: Handler) -> None:
+    """Close the connection without a reply."""
+    handler.close_connection = True
+
+
+def hang_up_midway(handler: Handler) -> None:
+    """Close the connection after a part of the reply."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"model": ')
+    handler.close_connection = True
+
+
+def stall(handler: Handler) -> None:
+    """Say nothing until the test lets go."""
+    handler.server.service.release.wait(60)
+    handler.close_connection = True
+
+
+def drip(handler: Handler) -> None:
+    """Send the reply a byte at a time, without an end."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    handler.close_connection = True
+    try:
+        while not handler.server.service.release.wait(0.02):
+            handler.wfile.write(b" ")
+    except OSError:
+        pass
+
+
+def reply(status: int, body: Any, content_type: str = "application/json") -> Callable[[Handler], None]:
+    return lambda handler: handler.answer(status, body, content_type=content_type)

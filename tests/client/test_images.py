@@ -1,0 +1,164 @@
+"""Reading pictures: what is sent for each form, and what is refused before it is sent."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from client import images
+from client.errors import ImageRejected
+from client.images import find_pictures, read_picture
+from tests.client.conftest import pixels_of, png_of, write_png
+
+NOISE = np.random.default_rng(0).integers(0, 256, (9, 14, 3), np.uint8)
+
+
+def sent(source: images.ImageSource) -> Image.Image:
+    return Image.open(io.BytesIO(read_picture(source, index=0).data))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_pillow_images_lose_nothing(mode: str) -> None:
+    image = Image.fromarray(NOISE).convert(mode)
+    received = sent(image)
+    assert (received.format, received.mode) == ("PNG", mode)
+    np.testing.assert_array_equal(np.asarray(received.convert("RGBA")), np.asarray(image.convert("RGBA")))
+
+
+def test_sixteen_bit_grey_loses_nothing() -> None:
+    samples = np.random.default_rng(0).integers(0, 65536, (9, 14), np.uint16)
+    np.testing.assert_array_equal(np.asarray(sent(Image.fromarray(samples))), samples)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_pillow_image_is_sent_upright_as_its_file_would_be_seen(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    Image.fromarray(NOISE).save(path, exif=exif)
+    with Image.open(path) as image:
+        received = sent(image)
+    turned = {
+        1: NOISE,
+        2: NOISE[:, ::-1],
+        3: NOISE[::-1, ::-1],
+        4: NOISE[::-1],
+        5: NOISE.transpose(1, 0, 2),
+        6: np.rot90(NOISE, -1),
+        7: NOISE[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(NOISE),
+    }[orientation]
+    np.testing.assert_array_equal(np.asarray(received), turned)
+    assert received.getexif().get(0x0112) is None
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_metadata_does_not_keep_the_pixels_from_being_sent() -> None:
+    image = Image.fromarray(NOISE)
+    image.info.update(exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff", transparency="nonsense")
+    np.testing.assert_array_equal(np.asarray(sent(image)), NOISE)
+
+
+def test_the_callers_image_is_left_as_it_was() -> None:
+    image = Image.fromarray(NOISE)
+    image.info["dpi"] = (72, 72)
+    sent(image)
+    assert image.info == {"dpi": (72, 72)}
+
+
+def test_an_array_may_be_a_view() -> None:
+    np.testing.assert_array_equal(np.asarray(sent(NOISE[::-2, ::3])), NOISE[::-2, ::3])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (NOISE.astype(np.float32) / 255, r"expected RGB pixels as uint8 .* not scaled; got float32 \(9, 14, 3\)"),
+        (NOISE[..., 0], r"got uint8 \(9, 14\)"),
+        (NOISE[..., :2], r"got uint8 \(9, 14, 2\)"),
+        (NOISE[:0], r"got uint8 \(0, 14, 3\)"),
+        (np.zeros(3, object), r"got object \(3,\)"),
+        (Image.new("CMYK", (3, 3)), "got CMYK: convert it"),
+        (Image.new("F", (3, 3)), "got F: convert it"),
+        (Image.new("RGB", (0, 3)), "no pixels: 0 x 3"),
+        (b"", "empty"),
+        ("no\0name", "is no file name"),
+        ("a" * 5000, "cannot be read: File name too long"),
+        (os.devnull, "empty"),
+    ],
+)
+def test_what_cannot_be_sent_says_why(source: images.ImageSource, reason: str) -> None:
+    with pytest.raises(ImageRejected, match=reason) as caught:
+        read_picture(source, index=5)
+    assert caught.value.index == 5
+
+
+def test_a_pillow_image_whose_file_is_cut_off_is_rejected() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(NOISE).resize((300, 300)).save(stream, "JPEG")
+    with pytest.raises(ImageRejected, match="truncated"):
+        read_picture(Image.open(io.BytesIO(stream.getvalue()[:-900])), index=0)
+
+
+def test_a_folder_is_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(ImageRejected, match="is a folder; find_pictures"):
+        read_picture(tmp_path, index=0)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_rejected(tmp_path: Path) -> None:
+    path = write_png(tmp_path / "secret.png", "red")
+    path.chmod(0)
+    with pytest.raises(ImageRejected, match="cannot be read: Permission denied"):
+        read_picture(path, index=0)
+
+
+def test_no_more_than_the_limit_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    with path.open("wb") as stream:
+        stream.truncate(images.MAX_IMAGE_BYTES + 1)
+    for source in (path, "/dev/zero"):
+        with pytest.raises(ImageRejected, match="larger than 67,108,864 bytes"):
+            read_picture(source, index=0)
+    os.truncate(path, images.MAX_IMAGE_BYTES)
+    assert len(read_picture(path, index=0).data) == images.MAX_IMAGE_BYTES
+
+
+def test_a_pipe_is_a_file_too(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    original = write_png(tmp_path / "original.png", "red")
+    with subprocess.Popen(["cp", original, pipe]):
+        assert read_picture(pipe, index=0).data == png_of("red")
+
+
+def test_find_pictures_is_sorted_and_knows_suffixes(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.jpeg", "c.webp", "d.bmp", "e.gif", "f.png", "g.tif", "h.txt", "png", "z/1.png", "y/2.png"):
+        write_png(tmp_path / name, "red")
+    names = [path.relative_to(tmp_path).as_posix() for path in find_pictures(tmp_path)]
+    assert names == ["a.jpeg", "b.JPG", "c.webp", "d.bmp", "e.gif", "f.png", "y/2.png", "z/1.png"]
+
+
+def test_find_pictures_does_not_go_in_circles(tmp_path: Path) -> None:
+    write_png(tmp_path / "sub" / "1.png", "red")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    assert list(find_pictures(tmp_path)) == [tmp_path / "sub" / "1.png"]
+
+
+def test_find_pictures_tells_of_folders_that_cannot_be_listed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        list(find_pictures(tmp_path / "missing"))
+    errors: list[OSError] = []
+    assert list(find_pictures(tmp_path / "missing", on_error=errors.append)) == []
+    assert [error.filename for error in errors] == [str(tmp_path / "missing")]
+
+
+def test_pixels_of_one_colour_are_the_same_by_every_way() -> None:
+    for source in (pixels_of("red"), Image.fromarray(pixels_of("red")), png_of("red")):
+        np.testing.assert_array_equal(np.asarray(sent(source)), pixels_of("red"))

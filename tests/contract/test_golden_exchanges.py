@@ -1,0 +1,154 @@
+"""Every recorded exchange with a real TensorFlow Serving, replayed against this service."""
+
+import base64
+import gzip
+import http.client
+import json
+import math
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.serving.conftest import Server
+
+GOLDEN = Path(__file__).parent / "golden"
+EXCHANGES = [json.loads(line) for line in gzip.open(GOLDEN / "exchanges.jsonl.gz", "rt", encoding="utf-8")]
+
+# What is answered otherwise on purpose: the status here, and why. docs/tensorflow-serving.md says the same to users.
+WRONG_SHAPE = "there: a wrong answer, or a kernel's refusal; here: the shape is checked against the signature"
+OUT_OF_RANGE = "there: wrapped into another pixel value; here: refused"
+OTHER_ROUTES = "this service has a page, health and metrics where the other has nothing"
+HTTP_LAYER = "the HTTP server in front answers, not the API"
+DIFFERENT = {
+    "wrong size 31x32": (400, WRONG_SHAPE),
+    "rank 5": (400, WRONG_SHAPE),
+    "element 300": (400, OUT_OF_RANGE),
+    "element 256": (400, OUT_OF_RANGE),
+    "element -1": (400, OUT_OF_RANGE),
+    "all out of range 300": (400, OUT_OF_RANGE),
+    "two json docs": (400, "there: what follows the document is ignored; here: refused"),
+    "scalar sig row": (400, "there: rows are let through to a signature that has none; here: the shape is checked"),
+    "GET /": (200, OTHER_ROUTES),
+    "GET /healthz": (200, OTHER_ROUTES),
+    "GET /monitoring/prometheus/metrics": (200, OTHER_ROUTES),
+    "prometheus POST": (405, "there: any method gets the metrics; here: GET"),
+    "TRACE": (405, HTTP_LAYER),
+    "FOO method": (405, HTTP_LAYER),
+    "fragment on predict": (200, "a fragment is never part of a request; the HTTP server here drops it"),
+    "label metadata": (400, "version labels cannot be configured here yet"),
+    "batching 65 > max": (200, "there: a limit that was configured for the recording"),
+    "batching good after empty": (200, "there: a good request pays for an empty one before it"),
+}
+# Answered with the same status, in other words: the text comes from TensorFlow's kernels, from the names of nodes in
+# its graph, or from the digits of a number that no double holds.
+OTHER_WORDS = {
+    "wrong channels 4",
+    "CHW",
+    "batching wrong channels",
+    "batching wrong size",
+    "png wrong size 40x40",
+    "element 2^64",
+}
+
+
+def ids(exchange):
+    return f"{exchange['server']}-{exchange['name']}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden")
+    for model in ("cifar10", "multi"):
+        shutil.copytree(GOLDEN / model, folder / "models" / model)
+    server = Server(folder / "models", folder / "log")
+    server.wait_for("/readyz")
+    yield server
+    assert server.stop() == 0
+
+
+def request_body(request):
+    body = request.get("body")
+    if isinstance(body, dict) and "omitted_bytes" in body:
+        body = json.dumps({"instances": [[[[0] * 3] * 32] * 32] * 1000}, separators=(",", ":"))
+        assert len(body) == request["body"]["omitted_bytes"]
+    if isinstance(body, dict):
+        return base64.b64decode(body["base64"])
+    return b"" if body is None else body.encode()
+
+
+def send(server, request):
+    """Send a recorded request; return (status, body)."""
+    if "raw" in request:
+        raw = request["raw"]
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            connection.sendall(base64.b64decode(raw["base64"]) if isinstance(raw, dict) else raw.encode())
+            response = http.client.HTTPResponse(connection, method="POST")
+            response.begin()
+            return response.status, response.read()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.putrequest(request["method"], request["path"], skip_accept_encoding=True)
+    body = request_body(request)
+    for name, value in (request["headers"] or {}).items():
+        connection.putheader(name, value)
+    if body or request["method"] in ("POST", "PUT", "PATCH"):
+        connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders(body)
+    response = connection.getresponse()
+    try:
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def assert_same_json(ours, theirs):
+    if isinstance(theirs, dict):
+        assert isinstance(ours, dict)
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert_same_json(ours[key], value)
+    elif isinstance(theirs, list):
+        assert isinstance(ours, list)
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_json(one, other)
+    elif isinstance(theirs, float):
+        assert isinstance(ours, float)  # 1.0 stays 1.0
+        assert (math.isnan(ours) and math.isnan(theirs)) or ours == pytest.approx(theirs, rel=1e-5)
+    else:
+        assert ours == theirs
+        assert type(ours) is type(theirs)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=ids)
+def test_it_answers_as_tensorflow_serving_does(server, exchange):
+    name, recorded = exchange["name"], exchange.get("response") or {}
+    status, body = send(server, exchange["request"])
+    if name in DIFFERENT or "outcome" in exchange:
+        expected, _ = DIFFERENT.get(name, (400, "there: the process dies or hangs"))
+        assert status == expected
+        if status == 400:
+            assert json.loads(body)["error"]
+        return
+    assert status == recorded["status"]
+    theirs = recorded.get("body")
+    if isinstance(theirs, dict):
+        theirs = base64.b64decode(theirs["base64"])
+    if not theirs or exchange["request"].get("method") == "HEAD":
+        return
+    if not recorded["headers"]["Content-Type"].startswith("application/json"):
+        return  # a page of the HTTP layer, or metrics: only their status is the contract
+    theirs = json.loads(theirs if isinstance(theirs, str) else theirs.decode("utf-8", "surrogateescape"))
+    ours = json.loads(body.decode("utf-8", "surrogateescape"))
+    if "error" in theirs:
+        assert ours.keys() == {"error"}
+        if name not in OTHER_WORDS:
+            assert ours["error"].splitlines()[0] == theirs["error"].splitlines()[0]
+    else:
+        assert_same_json(ours, theirs)
+
+
+def test_the_service_is_alive_after_all_of_it(server):
+    assert server.process.poll() is None
+    assert send(server, {"method": "GET", "path": "/readyz", "headers": {}})[0] == 200

@@ -1,0 +1,101 @@
+"""Small real SavedModels with the signatures of an exported classifier, made without Keras."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tensorflow as tf
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
+COLOURS = ("red", "green", "blue")
+
+
+class ColourClassifier(tf.Module):
+    """Tells which colour a picture has most of. With a `gate` it waits, in the graph, for that file."""
+
+    def __init__(self, size: tuple[int, int], gate: Path | None) -> None:
+        super().__init__()
+        self.sharpness = tf.Variable(0.05)
+        self._size = size
+        self._gate = gate
+
+    @tf.function
+    def classify(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        images = tf.ensure_shape(images, (None, *self._size, 3))
+        if self._gate is not None:
+            pattern = tf.constant(str(self._gate))
+            with tf.control_dependencies(
+                tf.while_loop(lambda _: tf.size(tf.io.matching_files(pattern)) == 0, lambda i: [i + 1], [0])
+            ):
+                images = tf.identity(images)
+        colours = tf.reduce_mean(tf.cast(images, tf.float32), axis=(1, 2))
+        probabilities = tf.nn.softmax(colours * self.sharpness)
+        class_id = tf.argmax(probabilities, axis=1)
+        return {
+            "probabilities": probabilities,
+            "class_id": class_id,
+            "label": tf.gather(tf.constant(COLOURS), class_id),
+        }
+
+    @tf.function
+    def classify_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        def decode(data: tf.Tensor) -> tf.Tensor:
+            image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
+            return tf.cast(tf.round(tf.image.resize(image, self._size, antialias=True)), tf.uint8)
+
+        image_bytes = tf.ensure_shape(image_bytes, (None,))
+        return self.classify(tf.map_fn(decode, image_bytes, fn_output_signature=tf.uint8))
+
+
+def save_colour_classifier(
+    path: Path, *, size: tuple[int, int] = (32, 32), gate: Path | None = None, card: bool = True
+) -> Path:
+    """Write a classifier of three colours to `path`, with a card and without warm-up records."""
+    model = ColourClassifier(size, gate)
+    signatures = {
+        "serving_default": model.classify.get_concrete_function(
+            tf.TensorSpec((None, *size, 3), tf.uint8, name="images")
+        ),
+        "image_bytes": model.classify_bytes.get_concrete_function(
+            tf.TensorSpec((None,), tf.string, name="image_bytes")
+        ),
+    }
+    tf.saved_model.save(model, str(path), signatures=signatures)
+    extra = path / "assets.extra"
+    extra.mkdir()
+    if card:
+        (extra / "model.json").write_text(json.dumps({"class_names": COLOURS}))
+    return path
+
+
+def save_adder(path: Path) -> Path:
+    """Write a model that is no picture classifier: two inputs, one of them without a batch."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 2), tf.float32, "a"), tf.TensorSpec((None, 2), tf.float32, "b")])
+    def add(a: tf.Tensor, b: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"sum": a + b}
+
+    @tf.function(input_signature=[tf.TensorSpec((), tf.string, "text")])
+    def shout(text: tf.Tensor) -> dict[str, tf.Tensor]:
+        tf.debugging.assert_greater(tf.strings.length(text), 0, message="nothing to shout")
+        return {"shouted": tf.strings.upper(text)}
+
+    model = tf.Module()
+    tf.saved_model.save(model, str(path), signatures={"serving_default": add, "shout": shout})
+    return path
+
+
+def write_warmup_records(path: Path, batches: Sequence[tf.Tensor], *, signature: str = "serving_default") -> None:
+    """Write a warm-up record with the input `images` for each of `batches`."""
+    file = path / "assets.extra" / "tf_serving_warmup_requests"
+    file.parent.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(file)) as writer:
+        for batch in batches:
+            request = predict_pb2.PredictRequest()
+            request.model_spec.name = "colours"
+            request.model_spec.signature_name = signature
+            request.inputs["images"].CopyFrom(tf.make_tensor_proto(batch))
+            log = prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
+            writer.write(log.SerializeToString())

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from serving.errors import InvalidRequest, TooLarge
+from serving.images import read_image
+from tests.serving.conftest import encode, picture
+
+HEIGHT, WIDTH = 40, 48
+
+
+def photo(seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
+    """A picture with smooth parts and edges, in all colours."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC)
+
+
+def alpha() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8))
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.putalpha(alpha())
+    return image
+
+
+def png_16_bit(channels: int) -> bytes:
+    samples = np.random.default_rng(2).integers(0, 2**16, (HEIGHT, WIDTH, channels), dtype=np.uint16)
+    return bytes(tf.io.encode_png(samples).numpy())
+
+
+def without_adobe_marker(jpeg: bytes) -> bytes:
+    start = jpeg.index(b"\xff\xee")
+    (length,) = struct.unpack(">H", jpeg[start + 2 : start + 4])
+    return jpeg[:start] + jpeg[start + 2 + length :]
+
+
+GREY = photo().convert("L")
+CMYK = encode(photo().convert("CMYK"), "JPEG", quality=95)
+
+TENSORFLOW_READS_TOO = {
+    "jpeg 4:4:4": encode(photo(), "JPEG", subsampling=0),
+    "jpeg 4:2:2": encode(photo(), "JPEG", subsampling=1),
+    "jpeg 4:2:0": encode(photo(), "JPEG", subsampling=2),
+    "jpeg 4:2:0 progressive": encode(photo(), "JPEG", subsampling=2, progressive=True),
+    "jpeg low quality": encode(photo(), "JPEG", quality=10),
+    "jpeg grey": encode(GREY, "JPEG"),
+    "jpeg grey progressive": encode(GREY, "JPEG", progressive=True),
+    "jpeg cmyk": CMYK,
+    "jpeg cmyk without Adobe's marker": without_adobe_marker(CMYK),
+    "png rgb": encode(photo()),
+    "png rgb with a transparent colour": encode(photo(), transparency=photo().getpixel((3, 3))),
+    "png rgba": encode(with_alpha(photo())),
+    "png grey": encode(GREY),
+    "png grey with a transparent level": encode(GREY, transparency=100),
+    "png grey and alpha": encode(with_alpha(GREY)),
+    "png 1-bit": encode(photo().convert("1")),
+    "png palette": encode(photo().quantize(200)),
+    "png palette 4-bit": encode(photo().quantize(16), bits=4),
+    "png palette 2-bit": encode(photo().quantize(4), bits=2),
+    "png palette 1-bit": encode(photo().quantize(2), bits=1),
+    "png palette with one transparent entry": encode(photo().quantize(200), transparency=5),
+    "png palette with alpha": encode(photo().quantize(200), transparency=bytes(range(200))),
+    "png 16-bit grey": png_16_bit(1),
+    "png 16-bit grey and alpha": png_16_bit(2),
+    "png 16-bit rgb": png_16_bit(3),
+    "png 16-bit rgba": png_16_bit(4),
+}
+
+
+def read(data: bytes, *, size: tuple[int, int] = (HEIGHT, WIDTH), max_image_pixels: int = 10**6) -> np.ndarray:
+    return read_image(data, size=size, max_image_pixels=max_image_pixels)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("data", TENSORFLOW_READS_TOO.values(), ids=TENSORFLOW_READS_TOO.keys())
+def test_pixels_are_bit_for_bit_those_of_the_graph(data: bytes) -> None:
+    image = read(data)
+    assert (image.dtype, image.shape) == (np.uint8, (HEIGHT, WIDTH, 3))
+    expected = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE").numpy()
+    np.testing.assert_array_equal(image, expected)
+
+
+@pytest.mark.parametrize("size", [(20, 20), (48, 40), (640, 480), (33, 31), (1, 1), (500, 3)])
+def test_the_resize_is_that_of_the_graph_within_one_grey_level(size: tuple[int, int]) -> None:
+    source = photo(size=size)
+    resized = tf.image.resize(np.asarray(source), (32, 32), antialias=True)
+    expected = tf.cast(tf.round(resized), tf.int32).numpy()
+    image = read(encode(source), size=(32, 32))
+    assert image.shape == (32, 32, 3)
+    assert np.abs(image.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("BMP", {}), ("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {"interlace": 1})]
+)
+def test_lossless_formats_give_the_pixels_that_went_in(kind: str, options: dict[str, object]) -> None:
+    source = photo().quantize(200).convert("RGB")
+    np.testing.assert_array_equal(read(encode(source, kind, **options)), np.asarray(source))
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "lime", "blue")]
+    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True})):
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert (read(data) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_is_turned_upright(kind: str, orientation: int) -> None:
+    upright = Image.new("RGB", (32, 32), "black")
+    upright.paste("white", (0, 0, 16, 8))  # no symmetry is left
+    turns = {
+        1: [],
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }
+    stored = upright
+    for turn in turns[orientation]:
+        stored = stored.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = read(encode(stored, kind, exif=exif, quality=100), size=(32, 32))
+    assert np.abs(image.astype(int) - np.asarray(upright)).max() <= 30
+
+
+def test_damaged_metadata_does_not_lose_the_picture() -> None:
+    whole = encode(photo(), "JPEG")
+    exif = b"Exif\0\0MM\0*\xff\xff\xff\xff garbage"
+    damaged = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:]
+    np.testing.assert_array_equal(read(damaged), read(whole))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_a_file_that_was_cut_off_is_refused(kind: str) -> None:
+    whole = encode(photo(), kind)
+    for kept in (len(whole) // 4, len(whole) // 2, len(whole) * 3 // 4):
+        with pytest.raises(InvalidRequest):
+            read(whole[:kept])
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PPM", "ICO", "TGA", "DIB"])
+def test_other_formats_are_refused_though_pillow_reads_them(kind: str) -> None:
+    with pytest.raises(InvalidRequest, match="expected JPEG, PNG, WebP, BMP or GIF"):
+        read(encode(photo(), kind))
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_what_is_no_picture_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        read(data)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header announces a size that its few bytes cannot hold."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("width", "height"), [(1001, 1000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
+def test_too_many_pixels_are_refused_by_the_header_alone(width: int, height: int) -> None:
+    with pytest.raises(TooLarge, match="1,000,000"):
+        read(bomb(width, height))
+
+
+def test_the_limit_itself_is_allowed() -> None:
+    data = picture("red", (WIDTH, HEIGHT))
+    assert read(data, max_image_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
+    with pytest.raises(TooLarge, match="48 x 40"):
+        read(data, max_image_pixels=WIDTH * HEIGHT - 1)
+
+
+def test_no_bytes_make_it_fail_otherwise() -> None:
+    rng = np.random.default_rng(3)
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF"):
+        whole = np.frombuffer(encode(photo(), kind), np.uint8)
+        for _ in range(150):
+            data = whole.copy()
+            places = rng.integers(0, len(data), size=rng.integers(1, 20))
+            data[places] = rng.integers(0, 256, size=len(places))
+            data = data[: rng.integers(1, len(data) + 1)]
+            try:
+                assert read(data.tobytes()).shape == (HEIGHT, WIDTH, 3)
+            except (InvalidRequest, TooLarge):
+                continue

@@ -1,0 +1,211 @@
+"""The command line and the life of the server process, with real processes on loopback ports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from serving.__main__ import main
+from tests.serving.conftest import Server, picture
+from tests.serving.saved_models import save_colour_classifier, write_warmup_records
+
+StartServer = Callable[..., Server]
+IMAGE = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """The file that the gated model waits for."""
+    return tmp_path / "gate"
+
+
+@pytest.fixture
+def gated_models_dir(tmp_path: Path, gate: Path) -> Path:
+    """A model that answers when the gate is there, also its warm-up record."""
+    path = save_colour_classifier(tmp_path / "gated" / "colours" / "4", gate=gate)
+    write_warmup_records(path, [np.zeros((1, 32, 32, 3), np.uint8)])
+    return tmp_path / "gated"
+
+
+def refusal(*arguments: str, code: int = 1, **environment: str) -> str:
+    """Run the command in this process; returns what it says as it refuses to start."""
+    result = CliRunner().invoke(main, arguments, env=environment)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def test_help_names_every_setting() -> None:
+    text = CliRunner().invoke(main, ["--help"]).output
+    for option in (
+        "--models-dir",
+        "--host",
+        "--rest-port",
+        "--threads",
+        "--max-request-bytes",
+        "--max-image-pixels",
+        "--max-images",
+        "--drain-timeout-s",
+        "--log-level",
+        "--access-log",
+    ):
+        assert option in text
+    assert "8501" in text
+
+
+def test_mistakes_are_told_in_one_line(tmp_path: Path, models_dir: Path) -> None:
+    assert "there is no models folder" in refusal("--models-dir", str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert "no model in" in refusal("--models-dir", str(tmp_path / "empty"))
+    assert "--rest-port must be from 1 to 65535" in refusal("--rest-port", "0")
+    assert "cannot listen on 192.0.2.1:8501" in refusal("--models-dir", str(models_dir), "--host", "192.0.2.1")
+    assert "not a valid integer" in refusal("--threads", "many", code=2)
+
+
+def test_every_setting_can_come_from_the_environment() -> None:
+    assert "/somewhere/else" in refusal(SERVING_MODELS_DIR="/somewhere/else")
+    assert "--max-images must be" in refusal(SERVING_MAX_IMAGES="0")
+    assert "--threads must be" in refusal(SERVING_THREADS="-3")
+    assert "loud" in refusal(SERVING_LOG_LEVEL="loud", code=2)
+
+
+def test_a_port_in_use_is_told(models_dir: Path) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as granian's own socket would
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        output = refusal("--models-dir", str(models_dir), "--rest-port", str(taken.getsockname()[1]))
+    assert "Address already in use" in output
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(models_dir: Path, start_server: StartServer) -> None:
+    for version in ("2", "10"):
+        (models_dir / "colours" / version / "saved_model.pb").write_bytes(b"\xff garbage")
+    server = start_server(models_dir)
+    assert server.process.wait(timeout=60) == 1
+    assert "Error: no model could be loaded: colours: Can't parse" in server.log
+    assert server.log.count("Error:") == 1
+    assert "Traceback" not in server.log
+
+
+def test_it_answers_only_when_warmed_up_and_ends_when_the_last_answer_is_out(
+    gated_models_dir: Path, gate: Path, start_server: StartServer
+) -> None:
+    server = start_server(gated_models_dir)
+    # Loading, then held in the warm-up: alive, and honest about not being ready.
+    assert server.wait_for("/healthz").json() == {"status": "alive"}
+    assert server.wait_for("/readyz", 503).json()["reason"] == "loading colours"
+    refused = httpx.post(server.url + "/predict", **IMAGE)
+    assert refused.status_code == 503
+    assert "still being loaded" in refused.json()["error"]
+    gate.touch()
+    ready = server.wait_for("/readyz").json()
+    assert [(m["version"], m["state"], m["warmup_records"]) for m in ready["models"]] == [(4, "AVAILABLE", 1)]
+    assert "1 warm-up records replayed" in server.log
+
+    body = httpx.post(server.url + "/predict", **IMAGE).json()
+    assert (body["model"]["version"], body["predictions"][0]["label"]) == (4, "blue")
+
+    # One request held in the model, one in its upload; then the signal.
+    gate.unlink()
+    with ThreadPoolExecutor(1) as pool, socket.create_connection(("127.0.0.1", server.port)) as upload:
+        held = pool.submit(httpx.post, server.url + "/predict", **IMAGE, timeout=60)
+        image = IMAGE["content"]
+        assert isinstance(image, bytes)
+        upload.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nExpect: 100-continue\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(image)
+        )
+        assert upload.recv(100).startswith(b"HTTP/1.1 100")  # the app has begun to read
+        upload.sendall(image[:20])
+        server.wait_until(lambda: server.in_flight() == 2)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_until(lambda: not server.accepts())
+        assert server.process.poll() is None
+        upload.sendall(image[20:])
+        gate.touch()
+        assert held.result().json()["predictions"][0]["label"] == "blue"
+        answer = upload.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b'"label":"blue"' in answer
+    assert server.process.wait(timeout=60) == 0
+    assert "Error" not in server.log
+
+
+def test_it_says_when_it_gives_up_on_a_request(models_dir: Path, start_server: StartServer) -> None:
+    server = start_server(models_dir, "--drain-timeout-s", "1")
+    server.wait_for("/readyz")
+    with socket.create_connection(("127.0.0.1", server.port)) as upload:
+        upload.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nExpect: 100-continue\r\n"
+            b"Content-Length: 100\r\n\r\n"
+        )
+        assert upload.recv(100).startswith(b"HTTP/1.1 100")
+        assert server.stop() == 0
+    assert "Killing worker" in server.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_while_loading_ends_it_well(
+    models_dir: Path, start_server: StartServer, number: signal.Signals
+) -> None:
+    server = start_server(models_dir)
+    server.wait_until(server.started_worker)
+    os.killpg(server.process.pid, number)  # as a terminal does with Ctrl-C
+    assert server.process.wait(timeout=60) == 0
+
+
+def test_a_killed_worker_ends_the_service(models_dir: Path, start_server: StartServer) -> None:
+    server = start_server(models_dir)
+    server.wait_for("/healthz")
+    os.kill(server.worker_pid, signal.SIGKILL)
+    assert server.process.wait(timeout=60) == 1
+    assert "Error: the process that answers requests died" in server.log
+    assert not server.accepts()
+
+
+def test_a_killed_parent_leaves_no_worker_behind(models_dir: Path, start_server: StartServer) -> None:
+    server = start_server(models_dir)
+    server.wait_for("/healthz")
+    server.process.kill()
+    server.process.wait()
+    while server.accepts():
+        time.sleep(0.02)
+
+
+def test_one_bad_model_leaves_the_rest_serving_and_broken_bytes_do_no_harm(
+    models_dir: Path, adder: Path, start_server: StartServer
+) -> None:
+    shutil.copytree(adder, models_dir / "adder" / "1")
+    (models_dir / "adder" / "1" / "saved_model.pb").write_bytes(b"")
+    server = start_server(models_dir, "--access-log", "--max-request-bytes", "100000")
+    server.wait_until(lambda: "not ready:" in server.log)
+    assert "adder: " in server.wait_for("/readyz", 503).json()["reason"]
+    url = server.url + "/predict?model=colours"
+    assert httpx.post(url, **IMAGE).json()["predictions"][0]["label"] == "blue"
+
+    def chunks() -> list[bytes]:
+        return [b"x" * 10_000] * 100
+
+    assert httpx.post(url, content=iter(chunks()), headers=IMAGE["headers"]).status_code == 413
+    for garbage in (b"\0" * 1000, b"GET / HTTP/9.9\r\n\r\n", b"POST /predict HTTP/1.1\r\nContent-Length: -1\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(garbage)
+            assert not connection.recv(12).startswith(b"HTTP/1.1 5")
+    with ThreadPoolExecutor(8) as pool:
+        answers = pool.map(lambda _: httpx.post(url, **IMAGE).status_code, range(40))
+        assert set(answers) == {200}
+    assert server.stop(signal.SIGINT) == 0
+    assert '"POST /predict HTTP/1.1" 200' in server.log
+    assert "Traceback" not in server.log

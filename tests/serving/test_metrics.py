@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from serving.app import create_app
+from serving.settings import Settings
+from tests.serving.conftest import picture
+
+
+@pytest.fixture
+def fresh(models_dir: Path) -> Flask:
+    """An app of its own, as its counters start at nothing."""
+    app = create_app(Settings(models_dir=models_dir))
+    app.extensions["repository"].load()
+    return app
+
+
+def read(client: FlaskClient, path: str = "/metrics") -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Read the page as Prometheus would."""
+    response = client.get(path)
+    assert response.status_code == 200
+    assert response.content_type.startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def value(samples: dict[tuple[str, tuple[tuple[str, str], ...]], float], name: str, **labels: str) -> float:
+    return samples.get((name, tuple(sorted(labels.items()))), 0)
+
+
+def test_requests_pictures_and_durations_are_counted(fresh: Flask) -> None:
+    client = fresh.test_client()
+    files = [(picture("red"), "a.png"), (picture("blue"), "b.png"), (picture("lime"), "c.png")]
+    data = {f"f{i}": (BytesIO(data), name) for i, (data, name) in enumerate(files)}
+    assert client.post("/predict", data=data).status_code == 200
+    assert client.post("/predict", data=b"no picture", content_type="image/png").status_code == 400
+    assert client.post("/predict?model=invented", data=b"", content_type="image/png").status_code == 404
+    assert client.get("/no/such/path").status_code == 404
+    samples = read(client)
+    count = "serving_requests_total"
+    assert value(samples, count, route="/predict", model="colours", status="200") == 1
+    assert value(samples, count, route="/predict", model="colours", status="400") == 1
+    assert value(samples, count, route="/predict", model="", status="404") == 1
+    assert value(samples, count, route="unmatched", model="", status="404") == 1
+    assert value(samples, "serving_request_seconds_count", route="/predict") == 3
+    assert value(samples, "serving_decode_seconds_count") == 4
+    assert value(samples, "serving_predicted_rows_total", model="colours") == 3
+    predict = {"model": "colours", "signature": "serving_default"}
+    assert value(samples, "serving_predict_seconds_count", **predict) == 1
+    assert value(samples, "serving_predict_seconds_sum", **predict) > 0
+    assert not any("invented" in str(labels) or "/no/such" in str(labels) for _, labels in samples)
+
+
+def test_the_state_of_the_models_is_shown(fresh: Flask) -> None:
+    samples = read(fresh.test_client())
+    assert value(samples, "serving_ready") == 1
+    assert value(samples, "serving_warmup_records", model="colours", version="10") == 2
+    state = {"model": "colours", "version": "10", "state": "AVAILABLE"}
+    assert value(samples, "serving_model_version_state", **state) == 1
+    assert value(samples, "process_resident_memory_bytes") > 0
+
+
+def test_each_app_has_its_own(fresh: Flask, client: FlaskClient) -> None:
+    before = read(client)
+    fresh.test_client().post("/predict", data=b"", content_type="image/png")
+    labels = {"route": "/predict", "model": "colours", "status": "400"}
+    assert value(read(fresh.test_client()), "serving_requests_total", **labels) == 1
+    assert value(read(client), "serving_requests_total", **labels) == value(before, "serving_requests_total", **labels)
+
+
+def test_tensorflow_serving_s_path_and_names_are_there_too(fresh: Flask) -> None:
+    client = fresh.test_client()
+    metrics = fresh.extensions["metrics"]
+    metrics.observe_tfs_predict(model='we"ird', status=200, seconds=0.001)
+    metrics.observe_tfs_predict(model='we"ird', status=400, seconds=0.001)
+    text = client.get("/monitoring/prometheus/metrics").text
+    assert ':tensorflow:serving:request_count{model_name="we\\"ird",status="INVALID_ARGUMENT"} 1' in text
+    assert ':tensorflow:serving:request_count{model_name="we\\"ird",status="OK"} 1' in text
+    samples = read(client, "/monitoring/prometheus/metrics")
+    latency = {"model_name": 'we"ird', "API": "predict", "entrypoint": "REST"}
+    assert value(samples, ":tensorflow:serving:request_latency_count", **latency) == 2
+    assert value(samples, ":tensorflow:serving:request_latency_sum", **latency) == pytest.approx(2000)

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving.errors import ModelNotFound, NotReady, StartupError
+from serving.predictor import Predictor, SavedModelPredictor
+from serving.repository import ModelRepository, ModelVersion, find_models
+
+
+def load(models_dir: Path) -> ModelRepository:
+    repository = ModelRepository(models_dir)
+    repository.load()
+    return repository
+
+
+def break_version(models_dir: Path, name: str, version: int) -> None:
+    (models_dir / name / str(version) / "saved_model.pb").write_bytes(b"\xff garbage")
+
+
+def test_integer_folders_are_versions_and_nothing_else_is(models_dir: Path) -> None:
+    for name in ("007", ".11.partial", ".12", "13.tmp", "-1", "1e3", "²", str(2**63)):
+        (models_dir / "colours" / name).mkdir()
+    (models_dir / "colours" / "99").write_text("a file")
+    (models_dir / "notes").mkdir()
+    (models_dir / ".hidden" / "1").mkdir(parents=True)
+    models = find_models(models_dir)
+    assert {name: [version.version for version in found] for name, found in models.items()} == {"colours": [10, 7, 2]}
+
+
+def test_the_newest_version_is_served(models_dir: Path) -> None:
+    repository = load(models_dir)
+    assert repository.ready
+    assert repository.names() == ["colours"]
+    served = repository.resolve("colours")
+    assert (served.version, served.state, served.error_code, served.warmup_records) == (10, "AVAILABLE", "OK", 2)
+    assert repository.resolve("colours", version=10) is served
+    assert served.card == {"class_names": ["red", "green", "blue"]}
+    assert served.predictor is not None
+    outputs = served.predictor.predict("serving_default", {"images": np.zeros((1, 32, 32, 3), np.uint8)})
+    assert outputs["class_id"].shape == (1,)
+    assert [version.version for version in repository.versions("colours")] == [10]
+
+
+def test_what_is_not_there_is_named_as_tensorflow_serving_names_it(models_dir: Path) -> None:
+    repository = load(models_dir)
+    with pytest.raises(ModelNotFound, match=r"^Servable not found for request: Latest\(m\)$"):
+        repository.resolve("m")
+    with pytest.raises(ModelNotFound, match=r"^Servable not found for request: Specific\(colours, 2\)$"):
+        repository.resolve("colours", version=2)
+    with pytest.raises(ModelNotFound, match=r"^Could not find any versions of model m$"):
+        repository.versions("m")
+
+
+def test_a_broken_newest_version_leaves_the_one_before_it_serving(
+    models_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    break_version(models_dir, "colours", 10)
+    repository = load(models_dir)
+    assert repository.resolve("colours").version == 2
+    assert repository.ready
+    broken, served = repository.versions("colours")
+    assert (broken.version, broken.state, broken.error_code) == (10, "END", "DATA_LOSS")
+    assert "saved_model.pb as binary proto" in broken.error_message
+    assert (served.version, served.state) == (2, "AVAILABLE")
+    assert "colours version 10 is not served" in caplog.text
+
+
+def test_one_broken_model_of_several_leaves_the_others_serving(models_dir: Path, adder: Path) -> None:
+    shutil.copytree(adder, models_dir / "adder" / "1")
+    for version in (2, 10):
+        break_version(models_dir, "colours", version)
+    repository = load(models_dir)
+    assert repository.names() == ["adder"]
+    assert repository.all_names() == ["adder", "colours"]
+    assert not repository.ready
+    assert "colours: Can't parse" in str(repository.not_ready_because)
+    with pytest.raises(ModelNotFound):
+        repository.resolve("colours")
+    assert repository.resolve("adder").version == 1
+
+
+def test_without_a_single_good_model_loading_fails(models_dir: Path) -> None:
+    for version in (2, 10):
+        break_version(models_dir, "colours", version)
+    with pytest.raises(StartupError, match="no model could be loaded: colours: Can't parse"):
+        load(models_dir)
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("nowhere", "there is no models folder"), ("empty", "no model in"), ("models/colours", "the folder above")],
+)
+def test_folders_without_models_are_refused_at_once(models_dir: Path, folder: str, message: str) -> None:
+    (models_dir.parent / "empty" / "name" / "no-version").mkdir(parents=True)
+    with pytest.raises(StartupError, match=message):
+        ModelRepository(models_dir.parent / folder)
+
+
+def test_nothing_is_answered_until_the_warm_up_is_done(models_dir: Path) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    class Hesitant(SavedModelPredictor):
+        def predict(self, signature: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            entered.set()
+            assert leave.wait(60)
+            return super().predict(signature, inputs)
+
+    repository = ModelRepository(models_dir, load_predictor=Hesitant)
+    assert not repository.ready
+    loading = threading.Thread(target=repository.load)
+    loading.start()
+    assert entered.wait(60)
+    assert (repository.ready, repository.not_ready_because) == (False, "loading colours")
+    assert repository.versions("colours")[0].state == "LOADING"
+    assert repository.names() == []
+    with pytest.raises(NotReady, match="still being loaded"):
+        repository.resolve("colours")
+    with pytest.raises(ModelNotFound):
+        repository.resolve("another")
+    leave.set()
+    loading.join()
+    assert repository.ready
+    assert repository.resolve("colours").version == 10
+
+
+def test_requests_go_through_the_wrapper_and_warm_up_does_not(models_dir: Path) -> None:
+    wrapped: list[tuple[str, int, int]] = []
+
+    def wrap(version: ModelVersion, predictor: Predictor) -> Predictor:
+        wrapped.append((version.name, version.version, version.warmup_records))
+        return predictor
+
+    ModelRepository(models_dir, wrap_predictor=wrap).load()
+    assert wrapped == [("colours", 10, 2)]
+
+
+def test_the_number_of_warm_up_records_is_logged(models_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    load(models_dir)
+    assert "2 warm-up records replayed" in caplog.text
+    (models_dir / "colours" / "10" / "assets.extra" / "tf_serving_warmup_requests").unlink()
+    load(models_dir)
+    assert "no warm-up records to replay" in caplog.text
+
+
+@pytest.mark.parametrize("card", [None, b"{", b"\xff", b"[1]", b""])
+def test_a_model_is_served_whatever_its_card(models_dir: Path, card: bytes | None) -> None:
+    file = models_dir / "colours" / "10" / "assets.extra" / "model.json"
+    file.unlink()
+    if card is not None:
+        file.write_bytes(card)
+    assert load(models_dir).resolve("colours").card is None
+    file.write_text(json.dumps({"class_names": ["x"]}))
+    assert load(models_dir).resolve("colours").card == {"class_names": ["x"]}

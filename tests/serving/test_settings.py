@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.errors import StartupError
+from serving.settings import Settings
+
+
+def test_the_defaults_are_valid_and_fixed() -> None:
+    settings = Settings(models_dir=Path("models"))
+    assert settings.rest_port == 8501
+    with pytest.raises(FrozenInstanceError):
+        settings.rest_port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rest_port", 0),
+        ("rest_port", 65_536),
+        ("threads", 0),
+        ("max_request_bytes", 0),
+        ("max_image_pixels", -1),
+        ("max_image_pixels", 10**12),
+        ("max_images", 0),
+        ("drain_timeout_s", 0),
+        ("log_level", "loud"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_their_flag(name: str, value: Any) -> None:
+    with pytest.raises(StartupError) as refused:
+        Settings(models_dir=Path("models"), **{name: value})
+    assert "--" + name.replace("_", "-") in str(refused.value)
+    assert str(value) in str(refused.value)
