@@ -136,14 +136,9 @@ def start_worker(settings: Settings, *, explained: Event) -> Flask:
     """Make the app in the process that answers; its models are loaded in the background."""
     # What is sent to the whole group (Ctrl-C, timeout) is for the parent, which then stops this process.
     os.setpgid(0, 0)
-    told_to_stop: list[int] = []
-
-    def remember(number: int, _: Any) -> None:
-        told_to_stop.append(number)
-
-    signal.signal(signal.SIGTERM, remember)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets the one that came while it was held back
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until granian has its handler, nothing needs finishing
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    _start_thread(_stop_if_told_early, told_to_stop, remember)
     _start_thread(_stop_with_parent)
     try:
         app = create_app(settings)
@@ -185,15 +180,11 @@ def _wait_for_signal(heeded: set[signal.Signals], server: MPServer) -> None:
     # event that it sets. SIGHUP, for granian a reload, ends the service: its terminal was closed.
     signal.sigwait(heeded)
     server.signal_handler_interrupt()  # type: ignore[no-untyped-call]
-
-
-def _stop_if_told_early(told_to_stop: list[int], remember: Any) -> None:
-    """Repeat a stop signal that came before granian had given this process its own handler for it."""
-    while signal.getsignal(signal.SIGTERM) is remember:
-        time.sleep(0.01)
-    while told_to_stop:  # more than once, as the handler is there before all that it acts on is
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.1)
+    while True:
+        # Again and again: the worker's first moments have gaps in which granian's one signal is lost.
+        time.sleep(0.5)
+        for worker in list(server.wrks):
+            worker.terminate()  # type: ignore[no-untyped-call]
 
 
 def _stop_with_parent() -> None:

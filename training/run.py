@@ -150,6 +150,14 @@ class RunFolder:
         writer.writerows(dataclasses.asdict(result) for result in history)
         self.write_text("history.csv", text.getvalue())
 
+    def read_history(self) -> list[EpochResult]:
+        """Return the epochs that `write_history` wrote."""
+        with (self.path / "history.csv").open(newline="") as file:
+            return [
+                EpochResult(epoch=int(row.pop("epoch")), **{name: float(value) for name, value in row.items()})
+                for row in csv.DictReader(file)
+            ]
+
     def write_evaluation(self, values: dict[str, Any]) -> None:
         """Write evaluation.json."""
         self.write_json("evaluation.json", values)
@@ -170,9 +178,13 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write `text` to the file `name` in the folder, whole or not at all."""
-        with tempfile.NamedTemporaryFile("w", dir=self.path, prefix=f".{name}-", delete=False) as file:
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write `content` to the file `name` in the folder, whole or not at all."""
+        with tempfile.NamedTemporaryFile(dir=self.path, prefix=f".{name}-", delete=False) as file:
             try:
-                file.write(text)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             except BaseException:

@@ -89,7 +89,8 @@ def type_name(value: Any) -> str:
         return "Null"
     if isinstance(value, bool):
         return str(value)
-    return {dict: "Object", list: "Array", str: "String"}.get(type(value), "Number")
+    names: dict[type, str] = {dict: "Object", list: "Array", str: "String"}
+    return names.get(type(value), "Number")
 
 
 def _spell(value: Any, *, indent: int) -> str:

@@ -14,7 +14,7 @@ import pytest
 from tests.serving.conftest import Server
 
 GOLDEN = Path(__file__).parent / "golden"
-EXCHANGES = [json.loads(line) for line in gzip.open(GOLDEN / "exchanges.jsonl.gz", "rt", encoding="utf-8")]
+EXCHANGES = [json.loads(line) for line in gzip.decompress((GOLDEN / "exchanges.jsonl.gz").read_bytes()).splitlines()]
 
 # What is answered otherwise on purpose: the status here, and why. docs/tensorflow-serving.md says the same to users.
 WRONG_SHAPE = "there: a wrong answer, or a kernel's refusal; here: the shape is checked against the signature"

@@ -159,10 +159,18 @@ class _BatchUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes an array's bytes in the original's protocol
+            return _encode_latin1
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of CIFAR-10 does")
         # The modules' present name; the original batches have the old one.
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, which no numpy array does")
+    return text.encode("latin1")
 
 
 def _parse_batch(content: bytes, *, where: str) -> Split:
