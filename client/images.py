@@ -1,84 +1,151 @@
-"""Pictures as a program has them, made into files that can be sent."""
+"""Pictures in every form that the client takes, to the bytes that are sent.
+
+A file's bytes are sent as they are, so that the service sees the original; pixels are sent as PNG,
+without loss. Nothing is resized here.
+"""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from client.errors import ImageRejected
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+# One picture: the path of a file, an encoded picture, uint8 pixels (height, width, 3), or a Pillow image.
+ImageSource = str | os.PathLike[str] | bytes | np.ndarray[Any, Any] | Image.Image
 
+PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
+
+# As much as the service takes in one request, unless it is told otherwise.
+MAX_IMAGE_BYTES = 64 * 1024 * 1024
+
+# Modes that PNG holds as they are. The conversion of others (CMYK, float) is the caller's to choose.
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-
-Picture = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
 
 
 @dataclass(frozen=True)
-class EncodedImage:
-    """A picture as a file's content, ready to be sent."""
+class Picture:
+    """An encoded picture ready to be sent; `index` is its place among those given."""
 
+    index: int
     file: str | None
     data: bytes
 
 
-def encode_image(picture: Picture) -> EncodedImage:
-    """Make one picture ready to be sent.
-
-    Args:
-        picture: a path, whose file is sent as it is; the content of an image file; pixels, uint8 (height, width, 3) or
-            (height, width); or a Pillow image. The last two are sent as PNG, which loses nothing.
+def read_picture(source: ImageSource, *, index: int) -> Picture:
+    """Turn one picture, in whatever form, into its encoded bytes.
 
     Raises:
-        ImageRejected: the file cannot be read or is empty, or the array is not of that shape and dtype.
+        ImageRejected: the file cannot be read, is empty or too large, or the pixels are not of the form expected.
+        TypeError: it is nothing that stands for a picture.
     """
-    if isinstance(picture, bytes):
-        return EncodedImage(None, _not_empty(None, picture))
-    if isinstance(picture, (str, os.PathLike)):
-        file = os.fspath(picture)
-        try:
-            return EncodedImage(file, _not_empty(file, Path(picture).read_bytes()))
-        except OSError as error:
-            raise ImageRejected(file, error.strerror or str(error)) from error
-    if isinstance(picture, np.ndarray):
-        grey = picture.ndim == 2
-        if picture.dtype != np.uint8 or not (grey or (picture.ndim == 3 and picture.shape[2] == 3)):
-            raise ImageRejected(
-                None,
-                "expected raw pixels 0-255, uint8 (height, width, 3) or (height, width); "
-                f"got {picture.dtype} {picture.shape}",
+    file = None
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            file = os.fspath(source)
+            data = _read_file(file)
+        elif isinstance(source, bytes):
+            data = source
+        elif isinstance(source, np.ndarray):
+            data = _encode_png(_from_pixels(source))
+        elif isinstance(source, Image.Image):
+            data = _encode_png(_upright(source))
+        else:
+            raise TypeError(
+                "a picture is a path, the bytes of an encoded picture, a uint8 array (height, width, 3) "
+                f"or a Pillow image; got {type(source).__name__}"
             )
-        picture = Image.fromarray(picture)
-    if picture.format in ("JPEG", "WEBP"):
-        # PNG has no orientation that anyone honours, so the picture is turned upright before it becomes one.
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode not in _PNG_MODES:
-        picture = picture.convert("RGB")
-    content = io.BytesIO()
-    picture.save(content, "PNG", compress_level=1)
-    return EncodedImage(None, content.getvalue())
+        _check_size(data)
+    except _NotReadable as error:
+        raise ImageRejected(index, file, str(error)) from error
+    return Picture(index=index, file=file, data=data)
 
 
-def find_images(paths: Iterable[str]) -> Iterator[str]:
-    """Yield files as they are and folders as the images below them, by extension, in the order of their names."""
-    for path in paths:
-        if not Path(path).is_dir():
-            yield path
-            continue
-        for folder, subfolders, files in os.walk(path):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in sorted(files):
-                if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                    yield str(Path(folder) / name)
+def find_pictures(
+    folder: str | os.PathLike[str], *, on_error: Callable[[OSError], None] | None = None
+) -> Iterator[Path]:
+    """Yield the picture files under a folder, by their suffix: each level's files by name, then its folders by name.
+
+    Args:
+        folder: walked to any depth; links to folders are not followed.
+        on_error: called with the error of each folder that cannot be listed; by default it is raised.
+    """
+
+    def fail(error: OSError) -> None:
+        if on_error is None:
+            raise error
+        on_error(error)
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        folders.sort()
+        for name in sorted(files):
+            if Path(name).suffix.lower() in PICTURE_SUFFIXES:
+                yield Path(parent, name)
 
 
-def _not_empty(file: str | None, data: bytes) -> bytes:
+class _NotReadable(Exception):  # noqa: N818
+    """The reason, before it is known whose it is."""
+
+
+def _read_file(file: str) -> bytes:
+    try:
+        with Path(file).open("rb") as stream:
+            return stream.read(MAX_IMAGE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise _NotReadable("there is no such file") from error
+    except IsADirectoryError as error:
+        raise _NotReadable("is a folder; find_pictures(folder) lists the pictures in it") from error
+    except OSError as error:
+        raise _NotReadable(f"cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the name
+        raise _NotReadable(f"is no file name: {error}") from error
+
+
+def _check_size(data: bytes) -> None:
     if not data:
-        raise ImageRejected(file, "the file is empty")
-    return data
+        raise _NotReadable("the picture is empty: it has no bytes")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise _NotReadable(f"the picture is larger than {MAX_IMAGE_BYTES:,} bytes, the most that is sent")
+
+
+def _from_pixels(pixels: np.ndarray[Any, Any]) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise _NotReadable(
+            f"expected RGB pixels as uint8 (height, width, 3), not scaled; got {pixels.dtype} {pixels.shape}"
+        )
+    return Image.fromarray(pixels)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn the pixels as the metadata says: PNG loses it, and the same picture as a file would be turned."""
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _NotReadable(f"the Pillow image cannot be read: {error}") from error
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata does not make the pixels worse
+        return image
+    return image
+
+
+def _encode_png(image: Image.Image) -> bytes:
+    if image.mode not in _PNG_MODES:
+        raise _NotReadable(
+            f"expected a Pillow image of mode {', '.join(_PNG_MODES)}; got {image.mode}: convert it, to RGB perhaps"
+        )
+    if 0 in image.size:
+        raise _NotReadable(f"the Pillow image has no pixels: {image.width} x {image.height}")
+    image = image.copy()
+    image.info = {}  # a stray "transparency" entry can keep Pillow from writing the file
+    stream = io.BytesIO()
+    image.save(stream, "PNG", compress_level=1)
+    return stream.getvalue()

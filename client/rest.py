@@ -1,265 +1,220 @@
-"""The REST client: pictures to the service's `POST /predict`, in batches."""
+"""The way to the service over HTTP: `POST /predict` as multipart, `GET /readyz`."""
 
 from __future__ import annotations
 
 import ipaddress
-import random
+import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
 
+from client.backoff import choose_wait_s
 from client.errors import (
+    ClientError,
     ConnectionFailed,
-    ImageRejected,
     ModelNotFound,
-    RequestRefused,
+    RequestRejected,
     RequestTimedOut,
-    ServiceNotReady,
+    ServerBusy,
+    ServerFailed,
     UnexpectedReply,
 )
-from client.images import EncodedImage, Picture, encode_image
-from client.predictions import Prediction
+from client.images import Picture
+from client.predictions import Failure, Prediction, ServiceStatus
+from client.replies import Reply, read_predictions, read_rejections, read_status
 
-DEFAULT_URL = "http://127.0.0.1:8501"
-# Big photos make a batch early, so that no request grows beyond what a service takes.
-_MAX_BATCH_BYTES = 8 << 20
-_FIRST_BACKOFF_S = 0.25
-_MAX_BACKOFF_S = 8.0
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_S = 60.0
+DEFAULT_RETRIES = 3
+CONNECT_TIMEOUT_S = 5.0
+MAX_REPLY_BYTES = 64 * 1024 * 1024
 
 
-class Client:
-    """A connection to a service, kept open between requests. Also a context manager.
-
-    Args:
-        url: the service's address.
-        model: the model to ask; may be left out where the service has one.
-        version: the version of it; the newest if left out.
-        batch_size: pictures a request, at most.
-        timeout_s: how long to wait for a reply.
-        connect_timeout_s: how long to wait for a connection.
-        retries: how often a request is sent again after a connection that failed or a 503; nothing else is
-            tried again. Waits twice as long before each, or as long as the service asks for.
-        transport: what carries the requests, for tests.
-        sleep: what waits between retries, for tests.
-    """
+class RestTransport:
+    """Requests to one service, tried again where that can help. Arguments as for `Client`; `sleep` waits seconds."""
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        url: str,
         *,
         model: str | None = None,
         version: int | None = None,
-        batch_size: int = 32,
-        timeout_s: float = 30.0,
-        connect_timeout_s: float = 5.0,
-        retries: int = 4,
-        transport: httpx.BaseTransport | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if batch_size < 1 or retries < 0 or timeout_s <= 0 or connect_timeout_s <= 0:
-            raise ValueError("batch_size and the timeouts must be positive, and retries not negative")
-        self.url = url.rstrip("/")
+        if not (timeout_s > 0 and math.isfinite(timeout_s)):
+            raise ValueError(f"timeout_s must be more than 0 seconds, not {timeout_s}")
+        if retries < 0:
+            raise ValueError(f"retries must be at least 0, not {retries}")
+        address = _read_url(url)
+        self.url = str(address.copy_with(username=None, password=None)).rstrip("/")
         self._query = {
             name: str(value) for name, value in (("model", model), ("version", version)) if value is not None
         }
-        self._batch_size = batch_size
         self._timeout_s = timeout_s
         self._retries = retries
         self._sleep = sleep
         try:
-            self._http = httpx.Client(
-                base_url=self.url,
-                timeout=httpx.Timeout(timeout_s, connect=connect_timeout_s),
-                # A proxy from the environment cannot reach this machine's own addresses.
-                trust_env=not _is_loopback(httpx.URL(self.url).host),
-                transport=transport,
-            )
-        except (httpx.InvalidURL, TypeError) as error:
-            raise ValueError(f"{url!r} is no address: expected something like {DEFAULT_URL}") from error
+            # A transport of its own keeps the environment's proxies out, and nothing else of it.
+            transport = httpx.HTTPTransport() if _is_this_machine(address.host) else None
+            self._http = httpx.Client(base_url=address, transport=transport)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"the environment's proxy settings cannot be used for {self.url}: {error}") from error
 
-    def __enter__(self) -> Client:
-        return self
+    def predict_batch(self, pictures: Sequence[Picture]) -> list[Prediction | Failure]:
+        """Classify pictures, in their order; see `Transport`.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        A request with an unreadable picture is refused as a whole, but the refusal names the culprits: the
+        others are sent again without them. One that is too large is sent again in halves.
+        """
+        outcomes: dict[int, Prediction | Failure] = {}
+        groups = [list(pictures)]
+        while groups:
+            group = groups.pop()
+            reply = self._ask_for_predictions(group)
+            if reply.status == 200:
+                outcomes.update(read_predictions(reply, group))
+            elif rejections := read_rejections(reply, group):
+                outcomes |= {rejection.index: rejection for rejection in rejections}
+                if remaining := [picture for picture in group if picture.index not in outcomes]:
+                    groups.append(remaining)
+            elif reply.status == 413 and len(group) > 1:
+                middle = len(group) // 2
+                groups += [group[middle:], group[:middle]]
+            elif reply.status == 413:
+                (picture,) = group
+                outcomes[picture.index] = Failure(picture.index, picture.file, _why_too_large(reply, picture))
+            else:
+                raise self._error(reply)
+        return [outcomes[picture.index] for picture in pictures]
+
+    def status(self) -> ServiceStatus:
+        """Ask once, without retries, whether the service is ready and what it serves; see `Transport`."""
+        reply = self._send("GET", "/readyz", deadline_s=time.monotonic() + self._timeout_s)
+        if reply.status in (200, 503):
+            return read_status(reply)
+        raise self._error(reply)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connections."""
         self._http.close()
 
-    def predict(self, pictures: Picture | Iterable[Picture]) -> list[Prediction]:
-        """Classify pictures and return a prediction for each, in their order.
-
-        Args:
-            pictures: one, or several: paths, contents of image files, uint8 pixels (height, width, 3), Pillow images.
-
-        Raises:
-            ImageRejected: a picture cannot be used; it is named.
-            ClientError: the service could not be asked; see the subclasses.
-        """
-        single = isinstance(pictures, (str, bytes)) or not isinstance(pictures, Iterable) or hasattr(pictures, "shape")
-        predictions = []
-        for outcome in self.predict_iter([pictures] if single else pictures):  # type: ignore[list-item]
-            if isinstance(outcome, ImageRejected):
-                raise outcome
-            predictions.append(outcome)
-        return predictions
-
-    def predict_iter(self, pictures: Iterable[Picture]) -> Iterator[Prediction | ImageRejected]:
-        """Classify any number of pictures, a batch in memory at a time; yield an outcome for each, in their order.
-
-        A picture that cannot be used costs only itself: its outcome is an `ImageRejected`.
-
-        Raises:
-            ClientError: the service could not be asked; see the subclasses.
-        """
-        outcomes: list[EncodedImage | ImageRejected] = []
-        images = size = 0
-        for picture in pictures:
+    def _ask_for_predictions(self, pictures: Sequence[Picture]) -> Reply:
+        """Post pictures, again if the connection fails or the service is busy, until retries or time are used up."""
+        files = [("image", (_form_name(picture), picture.data, "application/octet-stream")) for picture in pictures]
+        deadline_s = time.monotonic() + self._timeout_s
+        attempt = 0
+        while True:
+            attempt += 1
+            problem: ClientError
+            retry_after = None
             try:
-                image = encode_image(picture)
-            except ImageRejected as error:
-                outcomes.append(error)
-                continue
-            if images and (images == self._batch_size or size + len(image.data) > _MAX_BATCH_BYTES):
-                yield from self._ask(outcomes)
-                outcomes, images, size = [], 0, 0
-            outcomes.append(image)
-            images += 1
-            size += len(image.data)
-        yield from self._ask(outcomes)
-
-    def status(self) -> dict[str, Any]:
-        """Return what the service says of itself at `/readyz`.
-
-        Raises:
-            ServiceNotReady: it answers, and is not ready.
-            ClientError: it could not be asked.
-        """
-        status: dict[str, Any] = self._json(self._send("GET", "/readyz"))
-        return status
-
-    def _ask(self, batch: Sequence[EncodedImage | ImageRejected]) -> Iterator[Prediction | ImageRejected]:
-        images = [item for item in batch if isinstance(item, EncodedImage)]
-        answers = iter(self._predict_batch(images) if images else [])
-        for item in batch:
-            yield next(answers) if isinstance(item, EncodedImage) else item
-
-    def _predict_batch(self, images: Sequence[EncodedImage]) -> list[Prediction | ImageRejected]:
-        """Send one request, and more of them only where the service rejects some of the images."""
-        # The position is the name that is sent: it is always plain ASCII, and answers are matched by their order anyway.
-        files = [("image", (f"{index}", image.data)) for index, image in enumerate(images)]
-        response = self._send("POST", "/predict", params=self._query, files=files)
-        if response.status_code == 200:
-            return self._read_predictions(response, images)
-        reply = self._json(response)
-        message = str(reply.get("error", reply))
-        if rejected := {int(item["index"]): str(item["error"]) for item in reply.get("errors", [])}:
-            rest = iter(self._rest_of(images, rejected))
-            return [
-                ImageRejected(image.file, rejected[index]) if index in rejected else next(rest)
-                for index, image in enumerate(images)
-            ]
-        if response.status_code == 413:
-            if len(images) == 1:
-                return [ImageRejected(images[0].file, message)]
-            # Too much at once is not too much one by one.
-            return [answer for image in images for answer in self._predict_batch([image])]
-        if response.status_code == 404:
-            raise ModelNotFound(message)
-        raise RequestRefused(f"{self.url} answers {response.status_code}: {message}", status=response.status_code)
-
-    def _rest_of(self, images: Sequence[EncodedImage], rejected: dict[int, str]) -> list[Prediction | ImageRejected]:
-        if not rejected.keys() <= set(range(len(images))):
-            raise UnexpectedReply(f"{self.url} rejects pictures it was not sent: {sorted(rejected)}")
-        rest = [image for index, image in enumerate(images) if index not in rejected]
-        return self._predict_batch(rest) if rest else []
-
-    def _read_predictions(
-        self, response: httpx.Response, images: Sequence[EncodedImage]
-    ) -> list[Prediction | ImageRejected]:
-        reply = self._json(response)
-        try:
-            model, version = str(reply["model"]["name"]), int(reply["model"]["version"])
-            predictions: list[Prediction | ImageRejected] = [
-                Prediction(
-                    file=image.file,
-                    label=str(item["label"]),
-                    class_id=int(item["class_id"]),
-                    confidence=float(item["confidence"]),
-                    probabilities={str(label): float(value) for label, value in item["probabilities"].items()},
-                    model=model,
-                    version=version,
-                )
-                for image, item in zip(images, reply["predictions"], strict=True)
-            ]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UnexpectedReply(
-                f"{self.url} answers with predictions of another form than expected ({error!r}): "
-                "is this service of the same version as the client?"
-            ) from error
-        return predictions
-
-    def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """Send a request, again where that can help; return any reply but a 503."""
-        for attempt in range(self._retries + 1):
-            last = attempt == self._retries
-            wait_s = min(_FIRST_BACKOFF_S * 2**attempt, _MAX_BACKOFF_S) * random.uniform(0.5, 1)
-            try:
-                response = self._http.request(method, path, **request)
-            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.WriteError,
-                    httpx.RemoteProtocolError) as error:  # fmt: skip
-                # Asking again is safe even if the request was answered and the answer lost: a prediction changes nothing.
-                if last:
-                    raise ConnectionFailed(
-                        f"no answer from {self.url} ({error or type(error).__name__}): is the service running there? "
-                        "`make serve` starts it"
-                    ) from error
-            except httpx.TimeoutException as error:
-                raise RequestTimedOut(f"{self.url} did not answer within {self._timeout_s:g} s") from error
-            except httpx.HTTPError as error:
-                raise ConnectionFailed(f"{self.url} cannot be asked: {error}") from error
+                reply = self._send("POST", "/predict", params=self._query, files=files, deadline_s=deadline_s)
+            except ConnectionFailed as error:
+                problem = error
             else:
-                if response.status_code != 503:
-                    return response
-                if last:
-                    raise ServiceNotReady(f"{self.url} is not ready: {self._reason(response)}")
-                wait_s = _retry_after_s(response) or wait_s
+                if reply.status != 503:
+                    return reply
+                problem = self._error(reply)
+                retry_after = reply.retry_after
+            wait_s = choose_wait_s(attempt, retry_after=retry_after)
+            if attempt > self._retries or time.monotonic() + wait_s >= deadline_s:
+                raise problem if attempt == 1 else type(problem)(f"{problem} (tried {attempt} times)")
+            logger.info("%s; trying again in %.1f s", problem, wait_s)
             self._sleep(wait_s)
-        raise AssertionError("unreachable")
 
-    def _json(self, response: httpx.Response) -> dict[str, Any]:
+    def _send(self, method: str, path: str, *, deadline_s: float, **content: Any) -> Reply:
+        """Send one request and read the whole reply, whatever its status."""
+        remaining_s = max(deadline_s - time.monotonic(), 0.001)
+        timeout = httpx.Timeout(remaining_s, connect=min(CONNECT_TIMEOUT_S, remaining_s))
         try:
-            reply = response.json()
-        except ValueError:
-            reply = None
-        if not isinstance(reply, dict):
-            raise UnexpectedReply(
-                f"{self.url} answers {response.status_code} with something that is not this service's JSON "
-                f"({response.headers.get('content-type', 'no content type')}): is the address right?"
+            with self._http.stream(method, path, timeout=timeout, **content) as response:
+                body = bytearray()
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    if len(body) > MAX_REPLY_BYTES:
+                        raise UnexpectedReply(f"the reply of {self.url} has more than {MAX_REPLY_BYTES:,} bytes")
+                    if time.monotonic() > deadline_s:
+                        raise self._timed_out()
+            # Undoes the reference cycle of httpx's responses, which would keep the pictures sent until the
+            # garbage collector's next round: hundreds of megabytes, when batches of photos follow each other.
+            response.stream = httpx.ByteStream(b"")
+            return Reply(
+                url=self.url,
+                status=response.status_code,
+                reason_phrase=response.reason_phrase,
+                content_type=response.headers.get("content-type", ""),
+                retry_after=response.headers.get("retry-after"),
+                body=bytes(body),
             )
-        return reply
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise ConnectionFailed(
+                f"cannot connect to {self.url} ({str(error) or 'no answer'}); is the service running? "
+                "Start it with `make serve`, or name another address with url (--url)"
+            ) from error
+        except httpx.TimeoutException as error:
+            raise self._timed_out() from error
+        except httpx.TransportError as error:
+            raise ConnectionFailed(
+                f"the connection to {self.url} broke ({str(error) or type(error).__name__}); "
+                "the log of the service may say why"
+            ) from error
+        except httpx.DecodingError as error:
+            raise UnexpectedReply(f"the reply of {self.url} cannot be decoded: {error}") from error
 
-    def _reason(self, response: httpx.Response) -> str:
-        try:
-            reply = self._json(response)
-        except UnexpectedReply:
-            return "it answers 503"
-        return str(reply.get("error") or reply.get("reason") or reply)
+    def _timed_out(self) -> RequestTimedOut:
+        return RequestTimedOut(
+            f"no whole answer from {self.url} within {self._timeout_s:g} s; allow more time with timeout_s "
+            "(--timeout), or send fewer pictures at once with batch_size (--batch-size)"
+        )
+
+    def _error(self, reply: Reply) -> ClientError:
+        """Return the error that a reply without predictions stands for."""
+        if reply.status == 503:
+            return ServerBusy(
+                f"the service at {self.url} is not ready: {reply.error or reply.summary}; "
+                "`python -m client status` tells when it is"
+            )
+        if reply.error is None:
+            return reply.unexpected("predictions or an error as JSON")
+        if reply.status == 404:
+            return ModelNotFound(f"{reply.error} ({self.url}); `python -m client status` lists what is served")
+        if reply.status >= 500:
+            return ServerFailed(f"the service at {self.url} failed ({reply.status}): {reply.error}")
+        return RequestRejected(f"the service at {self.url} refuses the request ({reply.status}): {reply.error}")
 
 
-def _is_loopback(host: str) -> bool:
+def _read_url(url: str) -> httpx.URL:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise ValueError(f"expected an address such as http://127.0.0.1:8501, got {url!r}: {error}") from error
+    if address.scheme not in ("http", "https") or not address.host or address.query or address.fragment:
+        raise ValueError(f"expected an address such as http://127.0.0.1:8501, got {url!r}")
+    return address
+
+
+def _is_this_machine(host: str) -> bool:
+    """Say whether a host is this machine: a proxy, which is another one, could not reach it."""
+    try:
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
-def _retry_after_s(response: httpx.Response) -> float | None:
-    value = response.headers.get("retry-after", "")
-    return min(float(value), _MAX_BACKOFF_S) if value.isascii() and value.isdecimal() else None
+def _form_name(picture: Picture) -> str:
+    """Return the name that a picture gets in the form: for the service's messages, and to be a file at all."""
+    name = (picture.file or "").replace("\\", "/").rpartition("/")[2] or f"picture-{picture.index}"
+    return name.encode(errors="replace").decode()  # a name on disk need not be valid text
+
+
+def _why_too_large(reply: Reply, picture: Picture) -> str:
+    if reply.error is None:
+        return f"too large for what stands at {reply.url}: {reply.summary}"
+    return reply.error.removeprefix(f"{_form_name(picture)}: ")

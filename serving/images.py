@@ -91,8 +91,13 @@ def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    # Only the EXIF of JPEG and WebP counts: the exported graph reads no orientation from a PNG, nor from XMP.
+    if image.format not in ("JPEG", "MPO", "WEBP"):  # MPO: a JPEG with further pictures behind the first
+        return 1
+    exif = Image.Exif()
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        exif.load(image.info.get("exif", b""))
+        return int(exif.get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata does not make the pixels worse
         return 1
 

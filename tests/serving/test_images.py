@@ -115,7 +115,7 @@ def test_an_animation_gives_its_first_frame() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "WEBP"])
 def test_a_picture_is_turned_upright(kind: str, orientation: int) -> None:
     upright = Image.new("RGB", (32, 32), "black")
     upright.paste("white", (0, 0, 16, 8))  # no symmetry is left
@@ -138,6 +138,13 @@ def test_a_picture_is_turned_upright(kind: str, orientation: int) -> None:
     assert np.abs(image.astype(int) - np.asarray(upright)).max() <= 30
 
 
+def test_the_orientation_of_a_png_is_left_alone_as_the_graph_does() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    np.testing.assert_array_equal(read(encode(photo(), exif=exif)), np.asarray(photo()))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_metadata_does_not_lose_the_picture() -> None:
     whole = encode(photo(), "JPEG")
     exif = b"Exif\0\0MM\0*\xff\xff\xff\xff garbage"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -79,11 +80,11 @@ def load_image_folder(folder: Path, *, image_size: tuple[int, int] | None, seed:
     return Dataset(name, str(root), class_names, Split(images, labels), Split(test_images, test_labels))
 
 
-def read_image(path: Path, *, image_size: tuple[int, int] | None) -> np.ndarray:
+def read_image(path: Path | BinaryIO, *, image_size: tuple[int, int] | None) -> np.ndarray:
     """Read one image as the exported model would: upright, three channels, resized by antialiased bilinear.
 
     Args:
-        path: a JPEG, PNG, WebP, BMP or GIF file (of an animation, the first picture).
+        path: a JPEG, PNG, WebP, BMP or GIF file, or one opened for reading; of an animation, the first picture counts.
         image_size: (height, width); `None` leaves it as it is.
 
     Returns:

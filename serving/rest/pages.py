@@ -1,0 +1,104 @@
+"""`/`: the page on which people drop pictures, and what it is told about the models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response, current_app, render_template
+
+from serving.errors import InvalidRequest, ModelNotFound, NotReady
+from serving.predictor import DEFAULT_SIGNATURE
+from serving.repository import ModelRepository, ModelVersion
+from serving.rest.upload import class_names, picture_size
+
+blueprint = Blueprint("pages", __name__, template_folder="templates", static_folder="static", static_url_path="/static")
+
+# Nothing runs or is drawn but what this service sends as a file of its own, and no text ever becomes markup.
+_CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' blob:",  # blob: the pictures that were dropped
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+
+
+@blueprint.after_request
+def _restrict(response: Response) -> Response:
+    response.headers["Content-Security-Policy"] = _CONTENT_SECURITY_POLICY
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    response.headers.setdefault("Cache-Control", "no-cache")
+    return response
+
+
+@blueprint.get("/")
+def page() -> str:
+    """Answer the page, with the description of the models in it."""
+    return render_template("page.html", models=describe_models())
+
+
+@blueprint.get("/models.json")
+def models() -> list[dict[str, Any]]:
+    """Answer what the page shows of the models, for a page whose service has loaded other ones since."""
+    return describe_models()
+
+
+def describe_models() -> list[dict[str, Any]]:
+    """Describe every model found on disk, in alphabetical order.
+
+    Returns:
+        For each model its `name`, whether it is `loading`, and its `problem`: None, or why it cannot take pictures.
+        Where there is no problem, also its `version`, `height` and `width` in pixels, `class_names`, and what its
+        card says of it, None where it does not: `dataset` (a name) and `test_accuracy` (0 to 1).
+    """
+    repository: ModelRepository = current_app.extensions["repository"]
+    return [_describe(repository, name) for name in repository.all_names()]
+
+
+def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
+    try:
+        version = repository.resolve(name)
+        assert version.predictor is not None
+        height, width = picture_size(version.predictor, model=name)
+    except NotReady as error:
+        return {"name": name, "loading": True, "problem": str(error)}
+    except ModelNotFound:
+        return {"name": name, "loading": False, "problem": repository.versions(name)[0].error_message}
+    except InvalidRequest as error:
+        return {"name": name, "loading": False, "problem": str(error)}
+    return {
+        "name": name,
+        "loading": False,
+        "problem": None,
+        "version": version.version,
+        "height": height,
+        "width": width,
+        "class_names": _class_names(version),
+        "dataset": _look_up(version.card, "dataset", "name", kind=str),
+        "test_accuracy": _look_up(version.card, "test", "accuracy", kind=float),
+    }
+
+
+def _class_names(version: ModelVersion) -> list[str]:
+    """Return the names of the classes; none where neither the signature nor the card tells how many there are."""
+    assert version.predictor is not None
+    shape = version.predictor.signatures[DEFAULT_SIGNATURE].outputs["probabilities"].shape
+    count = None if shape is None else shape[1]
+    if count is None:
+        count = len(_look_up(version.card, "class_names", kind=list) or [])
+    return class_names(version.card, count=count)
+
+
+def _look_up(card: Any, *keys: str, kind: type) -> Any:
+    """Return what a card says under nested keys; None where it says nothing, or nothing of this kind."""
+    for key in keys:
+        card = card.get(key) if isinstance(card, dict) else None
+    return card if isinstance(card, kind) else None

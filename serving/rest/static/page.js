@@ -1,0 +1,238 @@
+import { Card, percent } from "./card.js";
+import { Queue } from "./queue.js";
+import { Unavailable, classify, describeModels, notReadyBecause, predictUrl } from "./service.js";
+
+const CLASS_NAMES_AT_FIRST = 40;
+const FIRST_PAUSE_MS = 500;
+const LONGEST_PAUSE_MS = 5_000;
+const HEADLINES = { 400: "Not read", 404: "No such model", 413: "Too large", 415: "Not read" };
+
+const at = (id) => document.getElementById(id);
+
+let models = JSON.parse(at("models").textContent);
+let model = models.find(({ problem }) => problem === null) ?? models[0];
+let cards = [];
+const queue = new Queue(untilAvailable);
+
+// The model
+
+function showModel() {
+  const { name, loading, problem } = model;
+  const canTake = problem === null || loading; // pictures may be dropped while it loads: they wait
+  document.title = problem === null ? `${name}, version ${model.version}` : name;
+  at("model-name").textContent = name;
+  at("model-version").textContent = problem === null ? `version ${model.version}` : "";
+  at("model-facts").textContent = problem === null ? facts(model) : "";
+  at("model-problem").textContent = canTake ? "" : problem;
+  at("model-problem").hidden = canTake;
+  at("drop-zone").hidden = !canTake;
+  at("curl").textContent = `curl -F image=@picture.jpg "${predictUrl(name)}"`;
+  showClassNames(false);
+  const choice = at("model-choice");
+  choice.replaceChildren(...models.map((each) => new Option(each.name, each.name, false, each.name === name)));
+  at("model-picker").hidden = models.length < 2;
+}
+
+function facts({ width, height, class_names, dataset, test_accuracy }) {
+  return [
+    class_names.length > 0 ? `Tells ${class_names.length} classes apart` : "Tells classes apart",
+    `from ${width} × ${height} pixels.`,
+    dataset === null ? "" : `Trained on ${dataset}`,
+    test_accuracy === null ? "" : `${dataset === null ? "Right" : "and right"} on ${percent(test_accuracy)} of its test pictures`,
+  ].filter(Boolean).join(" ").replace(/[^.]$/, "$&.");
+}
+
+function showClassNames(all) {
+  const names = model.class_names ?? [];
+  const shown = all ? names : names.slice(0, CLASS_NAMES_AT_FIRST);
+  at("class-names").replaceChildren(
+    ...shown.map((name) => {
+      const item = document.createElement("li");
+      item.textContent = name;
+      return item;
+    }),
+  );
+  at("all-class-names").hidden = shown.length === names.length;
+  at("all-class-names").textContent = `All ${names.length} classes`;
+}
+
+async function refreshModels() {
+  models = await describeModels();
+  model = models.find(({ name }) => name === model.name) ?? models[0];
+  showModel();
+}
+
+// Whether the service answers
+
+function showStatus(state, text) {
+  at("status").dataset.state = state;
+  at("status").textContent = text;
+}
+
+async function untilAvailable({ model: name }) {
+  for (let pause_ms = FIRST_PAUSE_MS; ; pause_ms = Math.min(2 * pause_ms, LONGEST_PAUSE_MS)) {
+    await new Promise((resume) => setTimeout(resume, pause_ms));
+    try {
+      const reason = await notReadyBecause(name);
+      if (reason === null) {
+        await refreshModels();
+        showStatus("ready", "Ready");
+        return;
+      }
+      showStatus("waiting", `Not ready: ${reason}`);
+    } catch {
+      showStatus("offline", "No connection; trying again");
+    }
+  }
+}
+
+// The pictures
+
+class Task {
+  constructor(file) {
+    this.model = model.name;
+    this.file = file;
+    this.card = new Card(file, () => this.enqueue({ left: 1, answered: 0, refused: 0 }));
+  }
+
+  /** `batch` counts what becomes of the pictures that were dropped together. */
+  enqueue(batch) {
+    this.batch = batch;
+    this.card.wait("Waiting");
+    queue.add(this);
+  }
+
+  async send() {
+    this.card.wait("Sending");
+    const reply = await classify(this.file, this.model);
+    const described = () =>
+      models.find(({ name, version }) => name === reply.model.name && version === reply.model.version);
+    if (!described()) {
+      await refreshModels(); // another version answers than when the page was loaded
+    }
+    showStatus("ready", "Ready");
+    this.card.answer(reply, described() ?? {});
+    const [{ label, confidence }] = reply.predictions;
+    this.batch.answered += 1;
+    this.finish(`${this.file.name}: ${label}, ${percent(confidence)}`);
+  }
+
+  wait(error) {
+    this.card.wait("Waiting", error.message);
+    showStatus("waiting", error.message);
+  }
+
+  fail(error) {
+    this.card.fail(HEADLINES[error.status] ?? "No answer", error.message, { retry: (error.status ?? 500) >= 500 });
+    this.batch.refused += 1;
+    this.finish(`${this.file.name}: ${error.message}`);
+  }
+
+  /** Read out what came of it: one picture by name, of several how many. */
+  finish(outcome) {
+    this.batch.left -= 1;
+    const { left, answered, refused } = this.batch;
+    if (left === 0 && this.card.element.isConnected) {
+      const refusals = refused > 0 ? `, ${refused} refused` : "";
+      announce(answered + refused === 1 ? outcome : `${count(answered)} classified${refusals}`);
+    }
+  }
+}
+
+function addFiles(files) {
+  if (files.length === 0 || at("drop-zone").hidden) {
+    return;
+  }
+  const tasks = [...files].map((file) => new Task(file));
+  cards = [...tasks.map(({ card }) => card), ...cards];
+  at("cards").prepend(...tasks.map(({ card }) => card.element));
+  showCount();
+  const batch = { left: tasks.length, answered: 0, refused: 0 };
+  tasks.forEach((task) => task.enqueue(batch));
+}
+
+function clear() {
+  queue.clear();
+  cards.forEach((card) => card.remove());
+  cards = [];
+  showCount();
+  at("file-choice").focus();
+}
+
+function showCount() {
+  at("results").hidden = cards.length === 0;
+  at("results-title").textContent = count(cards.length);
+}
+
+function count(pictures) {
+  return pictures === 1 ? "1 picture" : `${pictures} pictures`;
+}
+
+function announce(text) {
+  at("announcement").textContent = text;
+}
+
+// What people do
+
+function carriesFiles(event) {
+  return event.dataTransfer?.types.includes("Files");
+}
+
+let dragDepth = 0; // enter and leave are told of every element within the page
+
+function drag(event, change) {
+  if (carriesFiles(event)) {
+    event.preventDefault();
+    dragDepth = Math.max(0, dragDepth + change);
+    document.body.classList.toggle("dragging", dragDepth > 0);
+  }
+}
+
+document.addEventListener("dragenter", (event) => drag(event, 1));
+document.addEventListener("dragleave", (event) => drag(event, -1));
+document.addEventListener("dragover", (event) => drag(event, 0));
+document.addEventListener("drop", (event) => {
+  drag(event, -dragDepth);
+  if (carriesFiles(event)) {
+    addFiles(event.dataTransfer.files);
+  }
+});
+document.addEventListener("paste", (event) => addFiles(event.clipboardData?.files ?? []));
+at("file-choice").addEventListener("change", (event) => {
+  addFiles(event.target.files);
+  event.target.value = ""; // so that choosing the same file again is a change
+});
+at("model-choice").addEventListener("change", (event) => {
+  model = models.find(({ name }) => name === event.target.value);
+  showModel();
+  watchModel();
+});
+at("all-class-names").addEventListener("click", () => showClassNames(true));
+at("clear").addEventListener("click", clear);
+at("copy").addEventListener("click", async () => {
+  // Browsers give the clipboard to https and localhost only; elsewhere the line is selected for copying by hand.
+  getSelection().selectAllChildren(at("curl"));
+  try {
+    await navigator.clipboard.writeText(at("curl").textContent);
+    announce("Copied");
+    at("copy").textContent = "Copied";
+    setTimeout(() => (at("copy").textContent = "Copy"), 2000);
+  } catch {
+    announce("Selected; copy it with your keyboard");
+    at("copy").textContent = "Selected";
+  }
+});
+
+function watchModel() {
+  if (model.problem === null) {
+    showStatus("ready", "Ready");
+  } else if (!model.loading) {
+    showStatus("offline", "No pictures taken");
+  } else {
+    showStatus("waiting", `Loading ${model.name}; pictures wait until then`);
+    queue.pause({ model: model.name }, new Unavailable(model.problem));
+  }
+}
+
+showModel();
+watchModel();

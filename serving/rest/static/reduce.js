@@ -1,0 +1,91 @@
+// A picture at the model's size, by the same arithmetic as in the service, so that what is shown is what is seen:
+// antialiased bilinear interpolation as in Pillow (libImaging/Resample.c), columns first, rounded after each pass.
+
+const STRIP_PIXELS = 1 << 20; // read at once, which bounds both the memory and the time without a pause
+
+/** Decode a file as the service does: upright, colour profile ignored, alpha not blended in. */
+export function decode(file) {
+  return createImageBitmap(file, {
+    colorSpaceConversion: "none",
+    imageOrientation: "from-image",
+    premultiplyAlpha: "none",
+  });
+}
+
+/** Reduce (or enlarge) a bitmap to `width` x `height`; returns { image: ImageData, transparent: boolean }. */
+export async function reduce(bitmap, width, height) {
+  const columns = interpolation(bitmap.width, width);
+  const rows = spread(interpolation(bitmap.height, height), bitmap.height);
+  const sums = new Float64Array(width * height * 3);
+  const line = new Uint8ClampedArray(width * 3);
+  let transparent = false;
+  const step = Math.max(1, Math.floor(STRIP_PIXELS / bitmap.width));
+  const canvas = document.createElement("canvas");
+  canvas.width = bitmap.width;
+  canvas.height = Math.min(step, bitmap.height);
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  for (let top = 0; top < bitmap.height; top += step) {
+    const count = Math.min(step, bitmap.height - top);
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(bitmap, 0, -top);
+    const { data } = context.getImageData(0, 0, bitmap.width, count);
+    for (let alpha = 3; alpha < data.length && !transparent; alpha += 4) {
+      transparent = data[alpha] < 255;
+    }
+    for (let y = 0; y < count; y += 1) {
+      interpolateLine(data, y * bitmap.width * 4, columns, line);
+      for (const { to, weight } of rows[top + y]) {
+        for (let i = 0, sum = to * line.length; i < line.length; i += 1, sum += 1) {
+          sums[sum] += weight * line[i];
+        }
+      }
+    }
+    await new Promise((resume) => setTimeout(resume)); // the page stays alive between strips
+  }
+  const image = new ImageData(width, height);
+  for (let pixel = 0; pixel < width * height; pixel += 1) {
+    image.data.set([sums[pixel * 3], sums[pixel * 3 + 1], sums[pixel * 3 + 2], 255], pixel * 4);
+  }
+  return { image, transparent };
+}
+
+/** For each of `to` places: the first of `from` places that counts there, and the weights from there on. */
+function interpolation(from, to) {
+  const scale = from / to;
+  const support = Math.max(scale, 1);
+  return Array.from({ length: to }, (_, place) => {
+    const center = (place + 0.5) * scale;
+    const first = Math.max(0, Math.floor(center - support + 0.5));
+    const end = Math.min(from, Math.floor(center + support + 0.5));
+    const weights = Array.from({ length: end - first }, (_, i) =>
+      Math.max(0, 1 - Math.abs((first + i - center + 0.5) / support)),
+    );
+    const total = weights.reduce((sum, weight) => sum + weight, 0);
+    return { first, weights: weights.map((weight) => weight / total) };
+  });
+}
+
+/** The same by source: for each of `from` places the places it counts for. */
+function spread(places, from) {
+  const sources = Array.from({ length: from }, () => []);
+  places.forEach(({ first, weights }, to) => {
+    weights.forEach((weight, i) => sources[first + i].push({ to, weight }));
+  });
+  return sources;
+}
+
+function interpolateLine(data, start, columns, line) {
+  columns.forEach(({ first, weights }, x) => {
+    let red = 0;
+    let green = 0;
+    let blue = 0;
+    for (let i = 0, at = start + first * 4; i < weights.length; i += 1, at += 4) {
+      red += weights[i] * data[at];
+      green += weights[i] * data[at + 1];
+      blue += weights[i] * data[at + 2];
+    }
+    line[x * 3] = red;
+    line[x * 3 + 1] = green;
+    line[x * 3 + 2] = blue;
+  });
+}

@@ -1,0 +1,47 @@
+"""Who may know whom: `serving` neither Keras nor training, `client` no TensorFlow, `training` neither of the two."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+FORBIDDEN = {
+    "serving": {"keras", "training", "client"},
+    "client": {"tensorflow", "keras", "tensorflow_serving", "training", "serving"},
+    "training": {"serving", "client"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_no_module_imports_what_its_package_must_not_know(package):
+    paths = list((PROJECT / package).rglob("*.py"))
+    assert paths
+    found = {str(path): names & FORBIDDEN[package] for path in paths if (names := imported(path)) & FORBIDDEN[package]}
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("package", "modules", "forbidden"),
+    [
+        ("client", "client, client.__main__", {"tensorflow", "keras"}),
+        ("training", "training.config, training.datasets, training.__main__", {"tensorflow", "keras"}),
+        ("serving", "serving.app, serving.__main__", {"tensorflow", "keras", "training"}),
+    ],
+)
+def test_importing_it_brings_nothing_of_that_along(package, modules, forbidden):
+    program = f"import sys, {modules}; print(*(set({sorted(forbidden)!r}) & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [], package

@@ -1,0 +1,210 @@
+"""One picture, one answer: the same probabilities by every way in."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from client import Client
+from training.datasets.image_folder import read_image
+from training.datasets.shapes import draw_shapes
+
+# Beside float32's rounding: batches of different sizes add in different orders.
+SAME = 1e-5
+# A resized picture may differ by one grey level a pixel between TensorFlow and Pillow, and so its answer by a little.
+NEARLY = 0.03
+
+
+def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """A large picture with much in it: real images where there are some, drawn ones elsewhere."""
+    folder = os.environ.get("CIFAR10_DATA")
+    if folder:
+        paths = sorted(Path(folder, "images", "test").glob("*/000*.jpg"))[:60]
+        tiles = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    else:
+        tiles = list(draw_shapes(60, seed=5).images)
+    mosaic = np.concatenate([np.concatenate(tiles[row * 10 : row * 10 + 10], axis=1) for row in range(6)])
+    return Image.fromarray(mosaic).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def turned(number: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return exif
+
+
+def transparent(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def sixteen_bit(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image.convert("L")).astype(np.uint16)
+    return Image.fromarray(grey * 257 - 31 * (grey > 0).astype(np.uint16))
+
+
+PHOTO, SMALL = photo(400, 300), photo(32, 32)
+# By name: the file, and whether it is already of the model's size.
+FILES = {
+    "jpeg 4:2:0": (encoded(PHOTO, "JPEG", subsampling=2), False),
+    "jpeg 4:4:4": (encoded(PHOTO, "JPEG", subsampling=0, quality=95), False),
+    "jpeg progressive": (encoded(PHOTO, "JPEG", progressive=True), False),
+    "jpeg grey": (encoded(PHOTO.convert("L"), "JPEG"), False),
+    "jpeg cmyk": (encoded(PHOTO.convert("CMYK"), "JPEG"), False),
+    "jpeg cmyk 32x32": (encoded(SMALL.convert("CMYK"), "JPEG"), True),
+    "jpeg tiny": (encoded(photo(20, 20), "JPEG"), False),
+    "jpeg 32x32": (encoded(SMALL, "JPEG", subsampling=2), True),
+    "png": (encoded(PHOTO, "PNG"), False),
+    "png 32x32": (encoded(SMALL, "PNG"), True),
+    "png alpha": (encoded(transparent(PHOTO), "PNG"), False),
+    "png alpha 32x32": (encoded(transparent(SMALL), "PNG"), True),
+    "png palette": (encoded(PHOTO.quantize(64), "PNG"), False),
+    "png palette transparent 32x32": (encoded(SMALL.quantize(64), "PNG", transparency=3), True),
+    "png 16-bit": (encoded(sixteen_bit(PHOTO), "PNG"), False),
+    "png 16-bit 32x32": (encoded(sixteen_bit(SMALL), "PNG"), True),
+    "png grey 32x32": (encoded(SMALL.convert("L"), "PNG"), True),
+    "png grey alpha 32x32": (encoded(transparent(SMALL).convert("LA"), "PNG"), True),
+    "png with an orientation 32x32": (encoded(SMALL, "PNG", exif=turned(6)), True),
+} | {
+    f"jpeg turned {number}": (encoded(PHOTO, "JPEG", exif=turned(number)), False) for number in range(1, 9)
+} | {
+    f"jpeg turned {number} 32x32": (encoded(SMALL, "JPEG", exif=turned(number)), True) for number in (3, 5, 6, 8)
+}  # fmt: skip
+# Formats that only Pillow decodes: they go by the upload and as pixels, and are refused as image_bytes.
+OTHER_FORMATS = {
+    "webp": encoded(PHOTO, "WEBP", quality=80),
+    "webp turned": encoded(PHOTO, "WEBP", exif=turned(6).tobytes()),
+    "bmp": encoded(PHOTO, "BMP"),
+    "gif": encoded(PHOTO, "GIF"),
+    "gif animated": encoded(PHOTO, "GIF", save_all=True, append_images=[PHOTO.rotate(90)]),
+}
+
+
+class Ways:
+    """Every way to ask one served model about one file; each returns the probabilities, float (classes,)."""
+
+    def __init__(self, served):
+        self.url, self.model = served.server.url, served.model
+        self.client = Client(self.url)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.signatures = (loaded := tf.saved_model.load(str(served.version))).signatures
+        self.loaded = loaded  # keeps the variables alive
+
+    def upload(self, data):
+        reply = self.http.post("/predict", files={"image": ("a picture", data)})
+        assert reply.status_code == 200, reply.text
+        return np.array(list(reply.json()["predictions"][0]["probabilities"].values()))
+
+    def raw_body(self, data):
+        reply = self.http.post("/predict", content=data, headers={"Content-Type": "image/any"})
+        assert reply.status_code == 200, reply.text
+        return np.array(list(reply.json()["predictions"][0]["probabilities"].values()))
+
+    def python_client(self, data):
+        (prediction,) = self.client.predict([data])
+        return np.array(list(prediction.probabilities.values()))
+
+    def rest(self, body):
+        reply = self.http.post(f"/v1/models/{self.model}:predict", content=json.dumps(body))
+        assert reply.status_code == 200, reply.text
+        return np.array(reply.json()["predictions"][0]["probabilities"])
+
+    def rest_base64(self, data):
+        instance = {"b64": base64.b64encode(data).decode()}
+        return self.rest({"signature_name": "image_bytes", "instances": [instance]})
+
+    def rest_pixels(self, data):
+        return self.rest({"instances": [self.pixels(data).tolist()]})
+
+    def saved_model_bytes(self, data):
+        return self.signatures["image_bytes"](image_bytes=tf.constant([data]))["probabilities"].numpy()[0]
+
+    def saved_model_pixels(self, data):
+        pixels = tf.constant(self.pixels(data)[None])
+        return self.signatures["serving_default"](images=pixels)["probabilities"].numpy()[0]
+
+    @staticmethod
+    def pixels(data):
+        """Decode and resize as someone does who sends pixels: as the training data was read."""
+        return read_image(io.BytesIO(data), image_size=(32, 32))
+
+
+BY_PILLOW = ("upload", "raw_body", "python_client", "rest_pixels", "saved_model_pixels")
+IN_THE_GRAPH = ("rest_base64", "saved_model_bytes")
+
+
+@pytest.fixture(scope="module")
+def ways(shapes):
+    return Ways(shapes)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_way_gives_the_same_answer(ways, name):
+    data, is_model_size = FILES[name]
+    by_pillow = [getattr(ways, way)(data) for way in BY_PILLOW]
+    in_the_graph = [getattr(ways, way)(data) for way in IN_THE_GRAPH]
+    for answers in (by_pillow, in_the_graph):
+        for answer in answers[1:]:
+            np.testing.assert_allclose(answer, answers[0], atol=SAME)
+    np.testing.assert_allclose(in_the_graph[0], by_pillow[0], atol=SAME if is_model_size else NEARLY)
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_other_formats_agree_where_they_are_taken_and_are_refused_elsewhere(ways, name):
+    data = OTHER_FORMATS[name]
+    answers = [getattr(ways, way)(data) for way in BY_PILLOW]
+    for answer in answers[1:]:
+        np.testing.assert_allclose(answer, answers[0], atol=SAME)
+    body = {"signature_name": "image_bytes", "instances": [{"b64": base64.b64encode(data).decode()}]}
+    refused = ways.http.post(f"/v1/models/{ways.model}:predict", json=body)
+    assert refused.status_code == 400
+    assert "image_bytes must hold JPEG or PNG files" in refused.json()["error"]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must hold JPEG or PNG"):
+        ways.saved_model_bytes(data)
+
+
+def test_the_answers_tell_pictures_apart(ways):
+    # Otherwise all of the above would hold for a model that says nothing.
+    answers = [ways.upload(encoded(Image.fromarray(image), "PNG")) for image in draw_shapes(20, seed=9).images]
+    assert len({answer.argmax() for answer in answers}) > 4
+
+
+def test_real_images_give_the_same_answer_by_every_way(cifar10):
+    ways = Ways(cifar10)
+    for path in sorted(Path(os.environ["CIFAR10_DATA"], "images", "test").glob("*/0001.jpg")):
+        data = path.read_bytes()
+        expected = ways.saved_model_pixels(data)
+        for way in (*BY_PILLOW, *IN_THE_GRAPH):
+            np.testing.assert_allclose(getattr(ways, way)(data), expected, atol=SAME, err_msg=f"{path} {way}")
+
+
+def test_the_client_finds_the_accuracy_that_evaluate_reports(cifar10):
+    images = Path(os.environ["CIFAR10_DATA"], "images", "test")
+    url = cifar10.server.url
+    command = [sys.executable, "-m", "client", "predict", str(images), "--url", url, "--json", "--labels-from-folders"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    labels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(labels) == 10_000
+    right = sum(Path(line["file"]).parent.name == line["label"] for line in labels)
+    accuracy = json.loads((cifar10.run / "evaluation.json").read_text())["test"]["accuracy"]
+    assert right == round(accuracy * 10_000)
+    assert f"({right:,} of 10,000)" in done.stderr
