@@ -1,0 +1,1 @@
+"""Programs that measure: each prints the figures that the README quotes."""
