@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 from training.datasets.dataset import Dataset, Split
 
@@ -18,7 +18,7 @@ SIZE = 32
 TRAIN_COUNT = 8000
 TEST_COUNT = 1000
 _SCALE = 4  # drawn this many times larger, then reduced, so that edges are smooth
-_MIN_CONTRAST = 70  # grey levels between shape and background
+_MIN_CONTRAST = 110  # grey levels between shape and background, in the channel that differs most
 
 Point = tuple[float, float]
 
@@ -109,14 +109,14 @@ def _draw(name: str, rng: np.random.Generator) -> np.ndarray:
     mask = np.asarray(_mask(name, rng), np.float32)[..., None] / 255
     colour = _contrasting_colour(background, rng)
     picture = background * (1 - mask) + colour * mask
-    picture += rng.normal(0, rng.uniform(0, 14), picture.shape)
+    picture += rng.normal(0, rng.uniform(0, 8), picture.shape)
     return picture.clip(0, 255).round().astype(np.uint8)
 
 
 def _mask(name: str, rng: np.random.Generator) -> Image.Image:
     """Draw where the shape is: 255 inside, 0 outside."""
-    radius = rng.uniform(7, 13) * _SCALE
-    x, y = (SIZE * _SCALE / 2 + rng.uniform(-1, 1) * (SIZE * _SCALE / 2 - 0.95 * radius) for _ in range(2))
+    radius = rng.uniform(9, 14) * _SCALE
+    x, y = (SIZE * _SCALE / 2 + rng.uniform(-0.7, 0.7) * (SIZE * _SCALE / 2 - 0.95 * radius) for _ in range(2))
     angle = rng.uniform(0, 2 * math.pi)
     squeeze = rng.uniform(0.85, 1)  # a little foreshortening; more would make circles into something else
     cos, sin = math.cos(angle), math.sin(angle)
@@ -138,14 +138,15 @@ def _mask(name: str, rng: np.random.Generator) -> Image.Image:
 
 def _background(rng: np.random.Generator) -> np.ndarray:
     """Make a plain, sloping, striped or blotchy background, float32 (32, 32, 3)."""
-    first = rng.uniform(0, 255, 3)
-    second = (first + rng.normal(0, 40, 3)).clip(0, 255)
+    # Dark, as the shapes are bright: a small network then learns them in a few epochs.
+    first = rng.uniform(0, 120, 3)
+    second = (first + rng.normal(0, 20, 3)).clip(0, 255)
     kind = rng.integers(4)
     if kind == 0:
         blend = np.zeros((SIZE, SIZE))
     elif kind == 3:
         cells = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8))
-        blend = np.asarray(cells.resize((SIZE, SIZE), Image.Resampling.BICUBIC).filter(ImageFilter.SMOOTH)) / 255
+        blend = np.asarray(cells.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / 255
     else:
         angle = rng.uniform(0, 2 * math.pi)
         rows, columns = np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5
@@ -157,7 +158,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 def _contrasting_colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Choose a colour that stands out against what the shape lies on."""
     around = background.reshape(-1, 3)
-    colours = rng.uniform(0, 255, (24, 3))
+    colours = rng.uniform(100, 255, (24, 3))
     # The largest channel difference against every pixel of the background, at its worst.
     contrast = np.abs(colours[:, None] - around[None, ::16]).max(axis=2).min(axis=1)
     fits = np.flatnonzero(contrast >= _MIN_CONTRAST)
