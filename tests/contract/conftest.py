@@ -42,7 +42,8 @@ def train_and_serve(folder: Path, *options: str) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from train_and_serve(tmp_path_factory.mktemp("shapes"), "--dataset", "shapes", "--epochs", "3", "--batch-size", "32")
+    options = ("--dataset", "shapes", "--epochs", "3", "--batch-size", "32")
+    yield from train_and_serve(tmp_path_factory.mktemp("shapes"), *options)
 
 
 @pytest.fixture(scope="session")

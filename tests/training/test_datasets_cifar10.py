@@ -192,6 +192,19 @@ def test_a_bad_download_leaves_nothing(tmp_path, web_server, path, sha256, messa
     assert not list((tmp_path / "keras" / "datasets").iterdir())
 
 
+def test_a_name_that_cannot_be_looked_up_is_not_waited_for(monkeypatch):
+    asked = threading.Event()
+
+    def hang(*_, **__):  # as a resolver does that has no network
+        asked.set()
+        time.sleep(30)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    with pytest.raises(DatasetError, match=r"no answer within 0\.5 s"):
+        load_cifar10(None, seed=0, url="http://example.invalid/x", timeout_s=0.5)
+    assert asked.is_set()
+
+
 def test_nowhere_to_be_found_says_what_was_tried_and_what_works():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -5,9 +5,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from training.datasets.shapes import draw_shapes
 
 from training.config import VARIANTS
+from training.datasets.shapes import draw_shapes
 from training.errors import DivergedError
 from training.input_pipeline import evaluation_batches, steps_per_epoch, training_batches
 from training.loops import LOOPS

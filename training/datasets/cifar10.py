@@ -5,13 +5,17 @@ The original is described at https://www.cs.toronto.edu/~kriz/cifar.html.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import pickle
+import queue
 import tarfile
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +204,8 @@ def _download(url: str, path: Path, *, sha256: str, timeout_s: float) -> Path:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         try:
             with (
-                httpx.stream("GET", url, timeout=timeout_s, follow_redirects=True) as response,
+                httpx.Client(timeout=timeout_s, follow_redirects=True) as client,
+                _first_answer(client, url, timeout_s=timeout_s) as response,
                 Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
             ):
                 response.raise_for_status()
@@ -219,3 +224,27 @@ def _download(url: str, path: Path, *, sha256: str, timeout_s: float) -> Path:
             Path(file.name).unlink(missing_ok=True)
             raise
     return path
+
+
+@contextmanager
+def _first_answer(client: httpx.Client, url: str, *, timeout_s: float) -> Iterator[httpx.Response]:
+    """Ask for `url`, and give up after `timeout_s` whatever it is that hangs."""
+    # Looking up a name can hang for a minute where there is no network, and no timeout reaches into it: the asking is
+    # done by a thread that can be left behind.
+    answers: queue.SimpleQueue[httpx.Response | httpx.HTTPError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(client.send(client.build_request("GET", url), stream=True))
+        except httpx.HTTPError as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        raise httpx.ConnectTimeout(f"no answer within {timeout_s:g} s") from None
+    if isinstance(answer, httpx.HTTPError):
+        raise answer
+    with contextlib.closing(answer):
+        yield answer
