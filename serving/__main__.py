@@ -119,11 +119,11 @@ def serve(settings: Settings, address: str) -> None:
         # The rest says again what is said here, or advises fewer threads.
         logging.getLogger("_granian").addFilter(lambda record: "Killing" in record.getMessage())
     explained = multiprocessing.Event()  # whether the process that answers has said why it ends
-    # Held back from here on: here for _wait_for_signal, in the worker until it can act on them.
+    # Held back from here on, in both processes: a thread of each waits for its own.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     heeded = {number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
-    _start_thread(_wait_for_signal, heeded, server)
-    start = partial(start_worker, settings, explained=explained)
+    _start_thread(_stop_server_when_told, server, heeded)
+    start = partial(start_worker, settings, address, explained=explained)
     try:
         server.serve(target_loader=start, wrap_loader=False)
     except SystemExit:
@@ -132,14 +132,12 @@ def serve(settings: Settings, address: str) -> None:
         raise
 
 
-def start_worker(settings: Settings, *, explained: Event) -> Flask:
+def start_worker(settings: Settings, address: str, *, explained: Event) -> Flask:
     """Make the app in the process that answers; its models are loaded in the background."""
     # What is sent to the whole group (Ctrl-C, timeout) is for the parent, which then stops this process.
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets the one that came while it was held back
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until granian has its handler, nothing needs finishing
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    _start_thread(_stop_with_parent)
+    _start_thread(_stop_worker_when_told, (address, settings.rest_port))
+    _start_thread(_stop_worker_with_parent)
     try:
         app = create_app(settings)
     except StartupError as error:
@@ -175,23 +173,35 @@ def _start_thread(target: Callable[..., None], *args: Any) -> None:
     threading.Thread(target=target, args=args, name=target.__name__, daemon=True).start()
 
 
-def _wait_for_signal(heeded: set[signal.Signals], server: MPServer) -> None:
+def _stop_server_when_told(server: MPServer, heeded: set[signal.Signals]) -> None:
     # In a thread and not in a signal handler, which could come between the lock and unlock of the very
     # event that it sets. SIGHUP, for granian a reload, ends the service: its terminal was closed.
     signal.sigwait(heeded)
     server.signal_handler_interrupt()  # type: ignore[no-untyped-call]
-    while True:
-        # Again and again: the worker's first moments have gaps in which granian's one signal is lost.
-        time.sleep(0.5)
-        for worker in list(server.wrks):
-            worker.terminate()  # type: ignore[no-untyped-call]
 
 
-def _stop_with_parent() -> None:
+def _stop_worker_when_told(address: tuple[str, int]) -> None:
+    # granian's own handler loses a signal that comes before it listens, and stands still on a second one.
+    signal.sigwait({signal.SIGTERM})
+    while not _listens(address):
+        time.sleep(0.02)
+    handle: Any = signal.getsignal(signal.SIGTERM)
+    handle(signal.SIGTERM, None)
+
+
+def _stop_worker_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()  # returns when it is gone, killed perhaps
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address).close()
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

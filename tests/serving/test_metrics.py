@@ -3,6 +3,7 @@ from __future__ import annotations
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
@@ -77,15 +78,26 @@ def test_each_app_has_its_own(fresh: Flask, client: FlaskClient) -> None:
     assert value(read(client), "serving_requests_total", **labels) == value(before, "serving_requests_total", **labels)
 
 
-def test_tensorflow_serving_s_path_and_names_are_there_too(fresh: Flask) -> None:
+def test_predict_calls_are_counted_under_tensorflow_serving_s_names_too(fresh: Flask) -> None:
     client = fresh.test_client()
-    metrics = fresh.extensions["metrics"]
-    metrics.observe_tfs_predict(model='we"ird', status=200, seconds=0.001)
-    metrics.observe_tfs_predict(model='we"ird', status=400, seconds=0.001)
+    image = np.zeros((1, 32, 32, 3), int).tolist()
+    assert client.post("/v1/models/colours:predict", json={"instances": image}).status_code == 200
+    assert client.post("/v1/models/colours/versions/10:predict", json={"inputs": image}).status_code == 200
+    assert client.post("/v1/models/colours:predict", json={}).status_code == 400
+    assert client.post("/v1/models/invented:predict", json={}).status_code == 404
+    assert client.get("/v1/models/colours").status_code == 200
     text = client.get("/monitoring/prometheus/metrics").text
-    assert ':tensorflow:serving:request_count{model_name="we\\"ird",status="INVALID_ARGUMENT"} 1' in text
-    assert ':tensorflow:serving:request_count{model_name="we\\"ird",status="OK"} 1' in text
+    assert ':tensorflow:serving:request_count{model_name="colours",status="OK"} 2\n' in text
+    assert ':tensorflow:serving:request_count{model_name="colours",status="INVALID_ARGUMENT"} 1\n' in text
+    assert "invented" not in text
     samples = read(client, "/monitoring/prometheus/metrics")
-    latency = {"model_name": 'we"ird', "API": "predict", "entrypoint": "REST"}
-    assert value(samples, ":tensorflow:serving:request_latency_count", **latency) == 2
-    assert value(samples, ":tensorflow:serving:request_latency_sum", **latency) == pytest.approx(2000)
+    latency = {"model_name": "colours", "API": "predict", "entrypoint": "REST"}
+    assert value(samples, ":tensorflow:serving:request_latency_count", **latency) == 3
+    seconds = value(samples, "serving_request_seconds_sum", route="/v1/<path:_>")
+    assert 0 < value(samples, ":tensorflow:serving:request_latency_sum", **latency) < seconds * 1e6
+
+
+def test_a_name_cannot_break_the_page(fresh: Flask) -> None:
+    fresh.extensions["metrics"].observe_tfs_predict(model='a"b\\c', status=200, seconds=0.001)
+    text = fresh.test_client().get("/metrics").text
+    assert ':tensorflow:serving:request_count{model_name="a\\"b\\\\c",status="OK"} 1\n' in text
