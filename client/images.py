@@ -27,6 +27,7 @@ PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
 
 # Modes that PNG holds as they are. The conversion of others (CMYK, float) is the caller's to choose.
+_TURNED_FORMATS = ("JPEG", "MPO", "WEBP")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
@@ -130,7 +131,8 @@ def _upright(image: Image.Image) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         raise _NotReadable(f"the Pillow image cannot be read: {error}") from error
     try:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        # As the service does with a file: no orientation counts but that of a JPEG (MPO: several in one) or WebP.
+        if image.format in _TURNED_FORMATS and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             return ImageOps.exif_transpose(image)
     except Exception:  # damaged metadata does not make the pixels worse
         return image

@@ -40,8 +40,8 @@ def test_sixteen_bit_grey_loses_nothing() -> None:
 def test_a_pillow_image_is_sent_upright_as_its_file_would_be_seen(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "photo.png"
-    Image.fromarray(NOISE).save(path, exif=exif)
+    path = tmp_path / "photo.webp"
+    Image.fromarray(NOISE).save(path, exif=exif, lossless=True)
     with Image.open(path) as image:
         received = sent(image)
     turned = {
@@ -56,6 +56,14 @@ def test_a_pillow_image_is_sent_upright_as_its_file_would_be_seen(tmp_path: Path
     }[orientation]
     np.testing.assert_array_equal(np.asarray(received), turned)
     assert received.getexif().get(0x0112) is None
+
+
+def test_the_orientation_of_a_png_counts_for_nobody(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(NOISE).save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as image:
+        np.testing.assert_array_equal(np.asarray(sent(image)), NOISE)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -96,8 +96,8 @@ def read_image(path: Path | BinaryIO, *, image_size: tuple[int, int] | None) -> 
     try:
         with Image.open(path, formats=FORMATS) as file:
             image = _to_rgb(file)
-            # Only the orientation of JPEG and WebP files counts; the exported graph reads no other.
-            orientation = _orientation(file) if file.format in ("JPEG", "WEBP") else 1
+            # Only the EXIF of JPEG (MPO: several in a file) and WebP counts; the exported graph reads no other.
+            orientation = _orientation(file) if file.format in ("JPEG", "MPO", "WEBP") else 1
     except UnidentifiedImageError as error:
         raise DatasetError(f"{path} is not a {', '.join(FORMATS)} file, or its beginning is damaged") from error
     except Image.DecompressionBombError as error:
@@ -115,6 +115,12 @@ def read_image(path: Path | BinaryIO, *, image_size: tuple[int, int] | None) -> 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scaling
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "CMYK":
+        # By the formula of TensorFlow's JPEG decoder (core/lib/jpeg/jpeg_mem.cc), which is not Pillow's.
+        ink = np.asarray(image).astype(np.uint16)
+        ink = 255 - ink if "adobe" in image.info else ink
+        return Image.fromarray((ink[..., :3] * ink[..., 3:] // 255).astype(np.uint8))
+    image.info.pop("transparency", None)  # or Pillow makes an alpha channel of it first, at some cost
     return image.convert("RGB")
 
 
