@@ -249,7 +249,7 @@ def run_command_line() -> int:
     """Run the command line; return the exit code."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for quiet in ("absl", "tensorflow"):
+    for quiet in ("absl", "httpx", "tensorflow"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -14,7 +14,11 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """One class. Precision and F1 are NaN for a class that is never predicted, recall for one without images."""
+    """One class.
+
+    What is not defined is NaN: precision and F1 of a class that is never predicted, recall and F1 of one that
+    has no images.
+    """
 
     name: str
     precision: float
@@ -28,7 +32,8 @@ class Calibration:
     """Whether a confidence of 80 % is right 80 % of the time (Guo et al. 2017, arXiv 1706.04599, section 2).
 
     Attributes:
-        counts: int64 (bins,), images whose confidence falls into each of the equally wide bins over 0 to 1.
+        counts: int64 (bins,), images whose confidence falls into each of the equally wide bins over 0 to 1; a
+            confidence on the edge of two belongs to the lower.
         confidences: float64 (bins,), their mean confidence; NaN in an empty bin.
         accuracies: float64 (bins,), their accuracy; NaN in an empty bin.
         expected_calibration_error: the mean distance between the two, weighted by the counts.
@@ -46,7 +51,8 @@ class Evaluation:
 
     Attributes:
         accuracy: share of images whose most probable class is the right one.
-        loss: mean negative natural logarithm of the right class's probability.
+        loss: mean negative natural logarithm of the right class's probability, which is taken as at least the
+            smallest normal float32 (1.2e-38): a probability rounded to 0 would make the mean infinite.
         count: number of images.
         per_class: figures of each class, in the order of the labels.
         confusion: int64 (classes, classes): images of the class of the row, predicted as the class of the column.
@@ -93,22 +99,26 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, class_names: Sequenc
 
     Args:
         probabilities: float32 (n, classes), each row summing to 1.
-        labels: int64 (n,), the right classes.
+        labels: int64 (n,), the right classes, from 0.
         class_names: a name for each column.
 
     Raises:
-        ValueError: the shapes do not belong together, or there are no images.
+        ValueError: the shapes do not belong together, there are no images, a probability is NaN, or a label has
+            no column.
     """
     if len(labels) == 0 or probabilities.shape != (len(labels), len(class_names)):
         raise ValueError(
             f"expected probabilities ({len(labels)}, {len(class_names)}) of at least one image; "
             f"got {probabilities.shape}"
         )
+    if np.isnan(probabilities).any():
+        raise ValueError(f"expected probabilities; got NaN for {np.isnan(probabilities).any(axis=1).sum()} images")
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise ValueError(f"expected labels from 0 to {len(class_names) - 1}; got {labels.min()} to {labels.max()}")
     predicted = probabilities.argmax(axis=1)
     right = predicted == labels
     confusion = np.zeros((len(class_names), len(class_names)), np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    # The smallest float32 keeps a probability that was rounded to 0 from making the mean infinite.
     own = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), np.finfo(np.float32).tiny)
     return Evaluation(
         accuracy=float(right.mean()),
@@ -133,7 +143,7 @@ def _class_figures(confusion: np.ndarray, class_id: int, name: str) -> ClassFigu
 
 
 def _calibrate(confidences: np.ndarray, right: np.ndarray) -> Calibration:
-    bins = np.minimum((confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    bins = np.clip(np.ceil(confidences * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
     counts = np.bincount(bins, minlength=CALIBRATION_BINS)
     with np.errstate(invalid="ignore"):
         mean_confidences = np.bincount(bins, confidences, CALIBRATION_BINS) / counts

@@ -1,17 +1,23 @@
-"""The plots of a report, in one style. Each function returns a figure; nothing here touches the disk."""
+"""The style of a report's plots, and all of them but the sample sheet.
+
+Each `plot_` function returns a figure, `render_png` makes a file's content of it; nothing here touches the disk.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import pairwise
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from training.epochs import EpochResult
 from training.evaluation import CALIBRATION_BINS, Calibration
@@ -20,7 +26,8 @@ from training.evaluation import CALIBRATION_BINS, Calibration
 BLUE, VERMILLION, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#22262B"
 _STYLE: Any = {
     "figure.dpi": 160,
-    "figure.constrained_layout.use": True,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.1,
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": GREY,
@@ -32,199 +39,212 @@ _STYLE: Any = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "text.color": INK,
+    "text.parse_math": False,  # a class may well be named with dollar signs
     "xtick.color": GREY,
     "xtick.labelcolor": INK,
     "ytick.color": GREY,
     "ytick.labelcolor": INK,
 }
-_LABELS_UP_TO = 40  # classes whose names are written beside a confusion matrix
-_COUNTS_UP_TO = 20  # classes whose counts are written into it
-_SAMPLES_A_ROW, _SAMPLE_ROWS = 8, 2
+_HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a note readable where a line runs under it
+_PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+_COUNTS_UP_TO = 20  # classes whose counts are written into a confusion matrix
+_NAMES_UP_TO = 100  # classes whose names are written beside it
 
 _Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
-def _in_our_style(plot: Callable[_Arguments, Figure]) -> Callable[_Arguments, Figure]:
-    @wraps(plot)
-    def styled(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Figure:
-        with mpl.rc_context(_STYLE):
-            figure = plot(*args, **kwargs)
-            figure.canvas.draw()  # the style has to hold while text is measured and drawn
-            return figure
+def in_our_style(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate what makes or renders a figure."""
+
+    @wraps(function)
+    def styled(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        # On top of matplotlib's own defaults, so that a plot looks the same whatever a person's matplotlibrc says.
+        with style.context(["default", _STYLE]):
+            return function(*args, **kwargs)
 
     return styled
 
 
-@_in_our_style
-def plot_curves(history: Sequence[EpochResult], *, figure_name: str, best_epoch: int) -> Figure:
+@in_our_style
+def render_png(figure: Figure) -> bytes:
+    """Return `figure` as the content of a PNG file."""
+    content = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+@in_our_style
+def plot_curves(history: Sequence[EpochResult], *, quantity: str, best_epoch: int) -> Figure:
     """Plot the loss or the accuracy over the epochs, of training and of validation.
 
     Args:
-        history: the epochs.
-        figure_name: "loss" or "accuracy".
-        best_epoch: the epoch whose weights were kept.
+        history: the epochs, at least one.
+        quantity: "loss" or "accuracy".
+        best_epoch: the epoch whose weights were kept; one of `history`.
     """
-    figure = Figure(figsize=(5.6, 3.4))
+    figure = Figure(figsize=(5.6, 3.5), layout="constrained")
     axes = figure.add_subplot()
     epochs = [result.epoch for result in history]
     curves = {
-        "training": ([getattr(result, figure_name) for result in history], BLUE),
-        "validation": ([getattr(result, f"val_{figure_name}") for result in history], VERMILLION),
+        "training": ([getattr(result, quantity) for result in history], BLUE),
+        "validation": ([getattr(result, f"val_{quantity}") for result in history], VERMILLION),
     }
-    for values, colour in (curve for curve in curves.values()):
-        axes.plot(epochs, values, color=colour, linewidth=1.8, marker="o", markersize=3.5, clip_on=False)
-    _label_ends(axes, epochs[-1], {name: (values[-1], colour) for name, (values, colour) in curves.items()})
-    _mark_epochs(axes, history, best_epoch, curves["validation"][0])
-    axes.set_title(figure_name.capitalize())
+    for values, colour in curves.values():
+        marker = "o" if len(epochs) <= 40 else ""
+        axes.plot(epochs, values, color=colour, linewidth=1.8, marker=marker, markersize=3.5, clip_on=False)
+    axes.set_xlim(epochs[0] - 0.4, epochs[-1] + 0.4)
+    axes.margins(y=0.16)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, 0), min(top, 1) if quantity == "accuracy" else top)
+    _name_curves(axes, epochs[-1], {name: (values[-1], colour) for name, (values, colour) in curves.items()})
+    shown = ".1%" if quantity == "accuracy" else ".3f"
+    _mark_kept(axes, epochs, best_epoch, {name: values for name, (values, _) in curves.items()}, shown)
+    marked = _mark_learning_rates(axes, history)
+    axes.set_title(quantity.capitalize(), pad=20 if marked else 8)
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlim(min(epochs) - (0.5 if len(epochs) == 1 else 0.02 * len(epochs)), None)
-    if figure_name == "accuracy":
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    if quantity == "accuracy":
+        axes.yaxis.set_major_formatter(_PERCENT)
     axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
-    axes.margins(y=0.12)
     return figure
 
 
-def _label_ends(axes: Axes, epoch: int, ends: dict[str, tuple[float, str]]) -> None:
+def _name_curves(axes: Axes, epoch: int, ends: Mapping[str, tuple[float, str]]) -> None:
     """Write each curve's name beside its last point, pushed apart where two would touch."""
-    low, high = axes.get_ylim()
-    apart = 0.07 * (high - low)
-    (upper, (top, top_colour)), (lower, (bottom, bottom_colour)) = sorted(ends.items(), key=lambda end: -end[1][0])
-    push = max(0.0, apart - (top - bottom)) / 2
-    for name, height, colour in ((upper, top + push, top_colour), (lower, bottom - push, bottom_colour)):
+    bottom, top = axes.get_ylim()
+    (upper, (high, high_colour)), (lower, (low, low_colour)) = sorted(ends.items(), key=lambda end: -end[1][0])
+    push = max(0.0, 0.08 * (top - bottom) - (high - low)) / 2
+    for name, height, colour in ((upper, high + push, high_colour), (lower, low - push, low_colour)):
         axes.annotate(
-            name, (epoch, height), xytext=(8, 0), textcoords="offset points", va="center", color=colour, weight="bold"
+            name, (epoch, height), xytext=(9, 0), textcoords="offset points", va="center", color=colour, weight="bold"
         )
 
 
-def _mark_epochs(axes: Axes, history: Sequence[EpochResult], best_epoch: int, validation: Sequence[float]) -> None:
-    position = [result.epoch for result in history].index(best_epoch)
-    axes.plot(
-        best_epoch, validation[position], marker="o", markersize=10, markerfacecolor="none", color=INK, clip_on=False
-    )
-    notes = [(float(best_epoch), f"kept: epoch {best_epoch}")]
-    for before, after in pairwise(history):
-        if after.learning_rate < before.learning_rate:
-            axes.axvline(after.epoch - 0.5, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
-            notes.append((after.epoch - 0.5, f"learning rate {after.learning_rate:.1g}"))
-    # Notes stand above the plot, each on a line of its own once they would run into one another.
-    span = max(1.0, history[-1].epoch - history[0].epoch)
-    line, last_x = 0, -np.inf
-    for x, note in sorted(notes):
-        line = line + 1 if x - last_x < 0.38 * span else 0
-        last_x = x
-        axes.annotate(
-            note,
-            (x, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3 + 9 * line),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
-            color=INK,
-        )
-    axes.axvline(best_epoch, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+def _mark_kept(
+    axes: Axes, epochs: Sequence[int], best_epoch: int, curves: Mapping[str, Sequence[float]], shown: str
+) -> None:
+    """Circle the validation's point of the kept epoch, and write its value where the curves leave most room."""
+    value = curves["validation"][epochs.index(best_epoch)]
+    axes.plot(best_epoch, value, "o", markersize=9, markerfacecolor="none", color=INK, clip_on=False)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    place = (best_epoch - left) / (right - left)
+    align, start = ("left", 0.0) if place < 0.2 else ("right", -0.3) if place > 0.8 else ("center", -0.15)
+    under = best_epoch + (start + np.linspace(0, 0.3, 20)) * (right - left)
+    others = [np.interp(under, epochs, values) for values in curves.values()]
+
+    def room(height: float) -> float:
+        return min(float(np.abs(other - height).min()) for other in others) if bottom < height < top else 0.0
+
+    height = max((value + side * 0.085 * (top - bottom) for side in (-1, 1)), key=room)
+    note = f"kept: epoch {best_epoch}, {value:{shown}}"
+    backing = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    axes.text(best_epoch, height, note, ha=align, va="center", fontsize=7.5, bbox=backing)
 
 
-@_in_our_style
+def _mark_learning_rates(axes: Axes, history: Sequence[EpochResult]) -> bool:
+    """Draw a line where the learning rate was lowered; return whether it was."""
+    drops = [(after.epoch - 0.5, after.learning_rate) for before, after in pairwise(history)
+             if after.learning_rate < before.learning_rate]  # fmt: skip
+    next_label = np.inf
+    for epoch, rate in reversed(drops):
+        axes.axvline(epoch, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        # Where drops are crowded, the last one's rate is written: the one that training went on with.
+        if next_label - epoch > 0.16 * (history[-1].epoch - history[0].epoch):
+            mantissa, exponent = f"{rate:.1e}".split("e")
+            power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+            axes.annotate(
+                f"lr {mantissa.removesuffix('.0')}\N{MULTIPLICATION SIGN}{power}",
+                (epoch, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+            )
+            next_label = epoch
+    return bool(drops)
+
+
+@in_our_style
 def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Plot a confusion matrix, each row shaded by its own share, with counts where there is room."""
+    """Plot a confusion matrix, each row shaded by its own share, with counts where there is room.
+
+    Args:
+        confusion: int64 (classes, classes), (true, predicted).
+        class_names: a name for each class.
+    """
     classes = len(class_names)
-    side = float(np.clip(0.5 * classes + 1.6, 3.4, 9))
-    figure = Figure(figsize=(side + 0.5, side))
+    cell = float(np.clip(7 / classes, 0.09, 0.46)) if classes > 4 else 0.8  # inches
+    figure = Figure(figsize=(cell * classes + 2.6, cell * classes + 1.8), layout="compressed")
     axes = figure.add_subplot()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if classes <= _COUNTS_UP_TO:
         for (row, column), count in np.ndenumerate(confusion):
             if count:
-                colour = "white" if shares[row, column] > 0.5 else INK
+                colour = "white" if shares[row, column] > 0.6 else INK
                 axes.text(column, row, f"{count}", ha="center", va="center", fontsize=7.5, color=colour)
-    if classes <= _LABELS_UP_TO:
-        names = [name if len(name) <= 18 else f"{name[:17]}…" for name in class_names]
-        axes.set_xticks(range(classes), names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(classes), names)
+    if classes <= _NAMES_UP_TO:
+        names = [shorten(name, 18) for name in class_names]
+        fontsize = min(9, 58 * cell)
+        axes.set_xticks(range(classes), names, fontsize=fontsize)
+        axes.set_yticks(range(classes), names, fontsize=fontsize)
+        if max(map(len, names)) * fontsize * 0.65 / 72 > cell:
+            upright = classes > _COUNTS_UP_TO
+            for label in axes.get_xticklabels():
+                label.set(rotation=90 if upright else 45, rotation_mode="anchor")
+                label.set(ha="right", va="center" if upright else "top")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     axes.set_title("Confusion on the test set")
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, format=PercentFormatter(1, decimals=0), pad=0.02)
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, format=_PERCENT, pad=0.02, aspect=22)
     bar.outline.set_visible(False)
     bar.set_label("share of the true class")
     return figure
 
 
-@_in_our_style
+@in_our_style
 def plot_calibration(calibration: Calibration) -> Figure:
-    """Plot accuracy against confidence, and how often each confidence occurs."""
-    figure = Figure(figsize=(4.2, 4.8))
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
+    """Plot accuracy against confidence, and how often each confidence occurs (Guo et al. 2017, figure 1)."""
+    figure = Figure(figsize=(4.4, 5.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
+    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[:-1]
     filled = calibration.counts > 0
-    upper.bar(edges[:-1][filled], calibration.accuracies[filled], width=1 / CALIBRATION_BINS, align="edge",
-              color=BLUE, edgecolor="white", linewidth=0.8)  # fmt: skip
-    upper.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    upper.annotate("perfect", (0.2, 0.2), xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=7.5)
-    upper.set_ylabel("accuracy")
-    upper.set_ylim(0, 1)
-    upper.set_title(f"Calibration: expected error {calibration.expected_calibration_error:.3f}")
-    lower.bar(edges[:-1], calibration.counts / calibration.counts.sum(), width=1 / CALIBRATION_BINS, align="edge",
-              color=GREY, edgecolor="white", linewidth=0.8)  # fmt: skip
-    lower.set_ylabel("share of images")
-    lower.set_xlabel("confidence")
-    lower.set_xlim(0, 1)
-    for axes in (upper, lower):
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    lower.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    accuracies, confidences = calibration.accuracies[filled], calibration.confidences[filled]
+    bars: Any = {"width": 1 / CALIBRATION_BINS, "align": "edge", "edgecolor": "white", "linewidth": 0.8}
+    upper.bar(edges[filled], accuracies, color=BLUE, **bars)
+    upper.hlines(confidences, edges[filled], edges[filled] + 1 / CALIBRATION_BINS, color=VERMILLION, linewidth=2)
+    upper.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    for line, (text, colour) in enumerate((("accuracy", BLUE), ("mean confidence", VERMILLION))):
+        upper.text(0.03, 0.96 - 0.07 * line, text, color=colour, weight="bold", va="center", path_effects=_HALO)
+    upper.set(ylabel="accuracy", ylim=(0, 1))
+    share = calibration.counts / calibration.counts.sum()
+    upper.set_title("Calibration on the test set", pad=20)
+    upper.annotate(
+        f"accuracy {np.nansum(share * calibration.accuracies):.1%}, "
+        f"mean confidence {np.nansum(share * calibration.confidences):.1%}, "
+        f"expected error {calibration.expected_calibration_error:.3f}",
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 7),
+        textcoords="offset points",
+        fontsize=7.5,
+    )
+    lower.bar(edges, share, color=GREY, **bars)
+    lower.set(ylabel="images", xlabel="confidence", xlim=(0, 1))
+    for axis in (upper.yaxis, lower.yaxis, lower.xaxis):
+        axis.set_major_formatter(_PERCENT)
+    lower.yaxis.set_major_locator(MaxNLocator(3))
     return figure
 
 
-@_in_our_style
-def plot_samples(
-    images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]
-) -> Figure:
-    """Show some right predictions, and the mistakes the model is most sure of.
-
-    Args:
-        images: uint8 (n, height, width, 3).
-        labels: int64 (n,).
-        probabilities: float32 (n, classes).
-        class_names: a name for each class.
-    """
-    predicted, confidences = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    count = _SAMPLES_A_ROW * _SAMPLE_ROWS
-    right = np.flatnonzero(predicted == labels)
-    right = np.sort(np.random.default_rng(0).permutation(right)[:count])
-    wrong = np.flatnonzero(predicted != labels)
-    wrong = wrong[np.argsort(-confidences[wrong], kind="stable")][:count]
-
-    figure = Figure(figsize=(8.6, 6.9))
-    upper, lower = np.asarray(figure.subfigures(2, 1))
-    for block, rows, title in (
-        (upper, right, "Right, drawn at random"),
-        (lower, wrong, "Wrong, the most confident first"),
-    ):
-        block.suptitle(title if len(rows) else f"{title}: none", x=0.01, ha="left", fontsize=10, weight="bold")
-        grid = block.subplots(_SAMPLE_ROWS, _SAMPLES_A_ROW).ravel()
-        for axes, row in zip(grid, rows, strict=False):
-            # Small pictures stay the squares they are; large ones are better smoothed.
-            axes.imshow(images[row], interpolation="nearest" if max(images.shape[1:3]) <= 96 else "antialiased")
-            _caption(axes, class_names, int(labels[row]), int(predicted[row]), float(confidences[row]))
-        for axes in grid:
-            axes.axis("off")
-    return figure
-
-
-def _caption(axes: Axes, class_names: Sequence[str], label: int, predicted: int, confidence: float) -> None:
-    def short(name: str) -> str:
-        return name if len(name) <= 12 else f"{name[:11]}…"
-
-    # Rounded down: a mistake of 99.6 % confidence is not one of 100 %.
-    answer = f"{short(class_names[predicted])} {int(100 * confidence)}%"
-    colour = GREEN if label == predicted else VERMILLION
-    below: Any = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontsize": 7.5}
-    axes.text(0.5, -0.06, answer, color=colour, weight="bold", **below)
-    if label != predicted:
-        axes.text(0.5, -0.22, f"is {short(class_names[label])}", **below)
+def shorten(name: str, length: int) -> str:
+    """Cut from the middle: names that are alike often differ at the end."""
+    tail = length // 3
+    return name if len(name) <= length else f"{name[: length - 1 - tail]}…{name[-tail:]}"

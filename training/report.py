@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from training.config import TrainingConfig
 from training.datasets import Dataset
 from training.epochs import EpochResult
-from training.evaluation import Evaluation
-from training.plots import plot_calibration, plot_confusion, plot_curves, plot_samples
+from training.evaluation import CALIBRATION_BINS, Evaluation
+from training.plots import plot_calibration, plot_confusion, plot_curves, render_png
 from training.run import RunFolder
+from training.sample_sheet import plot_samples
+
+_ALWAYS_SHOWN = ("dataset", "variant", "loop", "epochs", "seed")  # in the command, even where they are the default
 
 
 def write_report(
@@ -42,25 +45,21 @@ def write_report(
     Returns:
         The path of `report.md`.
     """
-    history = run.read_history()
-    epoch = int(best["epoch"])
+    # A run killed between saving its best checkpoint and its history has a best epoch that the history lacks.
+    kept = EpochResult(**best)
+    by_epoch = {result.epoch: result for result in (*run.read_history(), kept)}
+    history = [by_epoch[epoch] for epoch in sorted(by_epoch)]
     plots = {
-        "loss": plot_curves(history, figure_name="loss", best_epoch=epoch),
-        "accuracy": plot_curves(history, figure_name="accuracy", best_epoch=epoch),
+        "loss": plot_curves(history, quantity="loss", best_epoch=kept.epoch),
+        "accuracy": plot_curves(history, quantity="accuracy", best_epoch=kept.epoch),
         "confusion": plot_confusion(evaluation.confusion, dataset.class_names),
         "calibration": plot_calibration(evaluation.calibration),
         "samples": plot_samples(dataset.test.images, dataset.test.labels, probabilities, dataset.class_names),
     }
     for name, figure in plots.items():
-        run.write_bytes(f"{name}.png", _png(figure))
-    run.write_text("report.md", _markdown(config, dataset, evaluation, history, best))
+        run.write_bytes(f"{name}.png", render_png(figure))
+    run.write_text("report.md", _markdown(config, dataset, evaluation, history, kept))
     return run.path / "report.md"
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", bbox_inches="tight", pad_inches=0.1)
-    return content.getvalue()
 
 
 def _markdown(
@@ -68,35 +67,44 @@ def _markdown(
     dataset: Dataset,
     evaluation: Evaluation,
     history: Sequence[EpochResult],
-    best: Mapping[str, Any],
+    kept: EpochResult,
 ) -> str:
     height, width, _ = dataset.train.images.shape[1:]
     summary = (
         f"The `{config.variant}` network, trained by the `{config.loop}` loop on {len(dataset.train.labels):,} images "
-        f"of {height}x{width} pixels in {len(dataset.class_names)} classes ({dataset.source}), a tenth of them held "
-        f"out for validation. Judged on the test set, with the weights of epoch {best['epoch']}, whose validation "
-        "loss was the lowest."
+        f"of {height}x{width} pixels in {len(dataset.class_names)} classes ({_escape(dataset.source)}), a tenth of "
+        f"them held out for validation. Judged on the test set, with the weights of epoch {kept.epoch}, whose "
+        "validation loss was the lowest."
+    )
+    curves = "The circle marks the epoch that was kept; a dashed line, that the learning rate (lr) was lowered."
+    confidence = (
+        f"Expected calibration error {evaluation.calibration.expected_calibration_error:.4f}: how far confidence and "
+        f"accuracy lie apart in {CALIBRATION_BINS} bins, averaged over the images."
     )
     return "\n".join(
         [
-            f"# {dataset.name}: {evaluation.accuracy:.2%} of {evaluation.count:,} test images",
+            f"# {_escape(dataset.name)}: {evaluation.accuracy:.2%} of {evaluation.count:,} test images",
             "",
             summary,
             "",
             *_table(
                 ("", "loss", "accuracy"),
                 (
-                    ("training, during the epoch", f"{best['loss']:.4f}", f"{best['accuracy']:.2%}"),
-                    ("validation", f"{best['val_loss']:.4f}", f"{best['val_accuracy']:.2%}"),
+                    ("training, during the epoch", f"{kept.loss:.4f}", f"{kept.accuracy:.2%}"),
+                    ("validation", f"{kept.val_loss:.4f}", f"{kept.val_accuracy:.2%}"),
                     ("**test**", f"**{evaluation.loss:.4f}**", f"**{evaluation.accuracy:.2%}**"),
                 ),
             ),
             "",
-            "```",
+            "To train it again:",
+            "",
+            "```sh",
             _command(config),
             "```",
             "",
             "![Loss by epoch](loss.png) ![Accuracy by epoch](accuracy.png)",
+            "",
+            curves,
             "",
             "## By class",
             "",
@@ -112,7 +120,7 @@ def _markdown(
             "",
             "## Confidence",
             "",
-            f"Expected calibration error {evaluation.calibration.expected_calibration_error:.4f}, in 15 bins.",
+            confidence,
             "",
             "![Accuracy by confidence](calibration.png)",
             "",
@@ -120,13 +128,17 @@ def _markdown(
             "",
             "![Right predictions and confident mistakes](samples.png)",
             "",
+            "## Configuration",
+            "",
+            *_table(("setting", "value"), _settings(config, dataset)),
+            "",
             "## Epochs",
             "",
             *_table(
                 ("epoch", "loss", "accuracy", "val loss", "val accuracy", "learning rate", "images/s", "seconds"),
                 (
                     (
-                        f"{result.epoch}{' (kept)' if result.epoch == best['epoch'] else ''}",
+                        f"{result.epoch}{' (kept)' if result.epoch == kept.epoch else ''}",
                         f"{result.loss:.4f}",
                         f"{result.accuracy:.2%}",
                         f"{result.val_loss:.4f}",
@@ -148,22 +160,35 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, alignment, *rows)]
 
 
+def _settings(config: TrainingConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        yield field.name.replace("_", " "), _escape(_text(value)) if value is not None else "\N{EN DASH}"
+    yield "training images", f"{len(dataset.train.labels):,}"
+    yield "test images", f"{len(dataset.test.labels):,}"
+    yield "content hash of the data", f"`{dataset.content_hash}`"
+
+
 def _command(config: TrainingConfig) -> str:
     """Return the command line that asks for this run again."""
     words = ["python -m training train"]
     defaults = TrainingConfig()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value == getattr(defaults, field.name) and field.name not in ("dataset", "variant", "loop", "seed"):
+        if value == getattr(defaults, field.name) and field.name not in _ALWAYS_SHOWN:
             continue
         option = f"--{field.name.replace('_', '-')}"
         if value is True:
             words.append(option)
-        elif isinstance(value, tuple):
-            words.append(f"{option} {value[0]}x{value[1]}")
         else:
-            words.append(f"{option} {value}")
+            words.append(f"{option} {shlex.quote(_text(value))}")
     return " ".join(words)
+
+
+def _text(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _percent(share: float) -> str:
@@ -171,4 +196,4 @@ def _percent(share: float) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+    return re.sub(r"([\\`*\[<|])", r"\\\1", text)

@@ -18,7 +18,6 @@ import fcntl
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +150,9 @@ class RunFolder:
         self.write_text("history.csv", text.getvalue())
 
     def read_history(self) -> list[EpochResult]:
-        """Return the epochs that `write_history` wrote."""
+        """Return the epochs that `write_history` wrote; none if the run ended before it could."""
+        if not (self.path / "history.csv").exists():
+            return []
         with (self.path / "history.csv").open(newline="") as file:
             return [
                 EpochResult(epoch=int(row.pop("epoch")), **{name: float(value) for name, value in row.items()})
@@ -182,15 +183,17 @@ class RunFolder:
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write `content` to the file `name` in the folder, whole or not at all."""
-        with tempfile.NamedTemporaryFile(dir=self.path, prefix=f".{name}-", delete=False) as file:
-            try:
+        # One name for all tries: what a killed process left is written over by the next.
+        partial = self.path / f".{name}.partial"
+        try:
+            with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            except BaseException:
-                Path(file.name).unlink()
-                raise
-        Path(file.name).replace(self.path / name)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        partial.replace(self.path / name)
 
     def _read_json(self, name: str, *, missing: str) -> dict[str, Any]:
         try:

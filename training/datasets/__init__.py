@@ -27,7 +27,10 @@ def load_dataset(name: str, *, data: Path | None, image_size: tuple[int, int] | 
 
     Raises:
         DatasetError: the data is missing, damaged or unusable.
+        ValueError: there is no dataset of this name.
     """
+    if name not in ("cifar10", "shapes", "folder"):
+        raise ValueError(f'the datasets are "cifar10", "shapes" and "folder"; got {name!r}')
     if name == "folder":
         if data is None:
             raise DatasetError(

@@ -2,45 +2,71 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
 from training.datasets.dataset import Dataset, Split
+from training.datasets.image_file import read_image
 from training.errors import DatasetError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
 TEST_FRACTION = 0.1  # of a folder without a test split
+LAYOUTS = "train/<class>/* and test/<class>/*, or <class>/*"
+# What file managers leave behind, hidden files apart.
+_LITTER = ("thumbs.db", "desktop.ini")
 _SHOWN_AT_MOST = 5
-_ORIENTATION_TAG = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+
+logger = logging.getLogger(__name__)
 
 
-def is_image_folder(folder: Path) -> bool:
-    """Tell whether `folder` holds images by class, in either layout."""
-    return (folder / "train").is_dir() or any(_files(subfolder) for subfolder in _subfolders(folder))
+def find_image_folders(folder: Path) -> list[Path]:
+    """Return `folder` if it holds images by class, in either layout; else those folders right in it that do.
+
+    A layout is known by the folders `train/<class>/`, or by a folder with image files in it, which are known by their
+    suffixes.
+
+    Raises:
+        DatasetError: the folder is missing or cannot be listed.
+    """
+    if _is_image_folder(folder):
+        return [folder]
+    return [path for path in _subfolders(folder) if _is_image_folder(path)]
+
+
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """Return the class names of a folder found by `find_image_folders`, sorted.
+
+    Raises:
+        DatasetError: there are fewer than two.
+    """
+    by_class = folder / "train" if _has_splits(folder) else folder
+    names = tuple(path.name for path in _subfolders(by_class))
+    if len(names) < 2:
+        raise DatasetError(
+            f"{by_class} has {'one class folder' if names else 'no class folders'}; at least 2 are needed"
+        )
+    if {"train", "test"} <= set(names):
+        raise DatasetError(
+            f"{by_class} has images right in train/ and test/: put them into a folder for each class, {LAYOUTS}"
+        )
+    return names
 
 
 def load_image_folder(folder: Path, *, image_size: tuple[int, int] | None, seed: int) -> Dataset:
     """Load every image of a folder.
 
-    Files and folders whose names begin with a dot, and `Thumbs.db`, are no images and are passed over. Without a
-    test folder, a tenth of each class is set aside for testing.
+    Every file in a class's folder has to be an image. Only what file managers leave behind is passed over: files and
+    folders whose names begin with a dot (`.DS_Store`), `Thumbs.db` and `desktop.ini`. Files that lie beside the
+    folders of the classes belong to no class and are not looked at. Without a test folder, a tenth of each class is
+    set aside for testing.
 
     Args:
         folder: `train/<class>/*` and `test/<class>/*`, or `<class>/*`, or a folder that holds just one such folder.
@@ -48,144 +74,104 @@ def load_image_folder(folder: Path, *, image_size: tuple[int, int] | None, seed:
         seed: which images are set aside where there is no test folder.
 
     Raises:
-        DatasetError: no such folder, a damaged file, an empty class, a class missing in `test/`, fewer images than
-            classes, or images of several sizes and no `image_size`. The message names the file or class.
+        DatasetError: no such folder, a damaged file, an empty class, a class missing in `test/`, too few images in a
+            class, or images of several sizes and no `image_size`. The message names the file or class.
     """
-    root = _find_root(folder)
-    name = root.resolve().name
-    if not (root / "train").is_dir():
-        class_names = _class_names(root)
-        images, labels, _ = _read_classes(root, class_names, image_size=image_size)
-        train, test = _set_test_aside(images, labels, class_names, folder=root, seed=seed)
-        return Dataset(name, f"{root} (a tenth set aside for testing, seed {seed})", class_names, train, test)
+    found = find_image_folders(folder)
+    if not found:
+        raise DatasetError(f"{folder} is no image folder, and holds none: expected {LAYOUTS}")
+    if len(found) > 1:
+        raise DatasetError(f"{folder} holds {len(found)} image folders, {_listed(found)}: name one of them")
+    return _load_splits(found[0], image_size) if _has_splits(found[0]) else _load_and_split(found[0], image_size, seed)
 
-    if not (root / "test").is_dir():
+
+def _load_splits(folder: Path, image_size: tuple[int, int] | None) -> Dataset:
+    class_names = read_class_names(folder)
+    if not (folder / "test").is_dir():
         raise DatasetError(
-            f"{root} has train/ but no test/: make one with the same classes, or name {root / 'train'} "
+            f"{folder} has train/ but no test/: make one with the same classes, or name {folder / 'train'} "
             "itself, and a tenth of it is set aside for testing"
         )
-    class_names = _class_names(root / "train")
-    test_classes = {path.name for path in _subfolders(root / "test")}
-    if missing := sorted(set(class_names) - test_classes):
-        raise DatasetError(f"{root / 'test'} lacks the {_classes(missing)} that {root / 'train'} has")
-    if unknown := sorted(test_classes - set(class_names)):
-        raise DatasetError(f"{root / 'test'} has the {_classes(unknown)} that {root / 'train'} does not have")
-    images, labels, size = _read_classes(root / "train", class_names, image_size=image_size)
-    test_images, test_labels, test_size = _read_classes(root / "test", class_names, image_size=image_size)
-    if size != test_size:
-        raise DatasetError(
-            f"the images in train/ are {_size(size)} and those in test/ {_size(test_size)}: choose one size with "
-            f"--image-size, such as --image-size {_size(size)}"
-        )
-    return Dataset(name, str(root), class_names, Split(images, labels), Split(test_images, test_labels))
+    if others := [path.name for path in _subfolders(folder) if path.name not in ("train", "test")]:
+        logger.warning("only train/ and test/ are read of %s, not %s", folder, _listed(others))
+    test_classes = [path.name for path in _subfolders(folder / "test")]
+    if missing := [name for name in class_names if name not in test_classes]:
+        raise DatasetError(f"{folder / 'test'} lacks the {_classes(missing)} that {folder / 'train'} has")
+    if unknown := [name for name in test_classes if name not in class_names]:
+        raise DatasetError(f"{folder / 'test'} has the {_classes(unknown)} that {folder / 'train'} does not have")
+    paths, labels = _list_classes(folder / "train", class_names, at_least=2, needed_for="to train and validate")
+    test_paths, test_labels = _list_classes(folder / "test", class_names, at_least=1, needed_for="to test")
+    images = _read_images([*paths, *test_paths], image_size=image_size, folder=folder)
+    train, test = Split(images[: len(paths)], labels), Split(images[len(paths) :], test_labels)
+    return Dataset(folder.resolve().name, str(folder), class_names, train, test)
 
 
-def read_image(path: Path | BinaryIO, *, image_size: tuple[int, int] | None) -> np.ndarray:
-    """Read one image as the exported model would: upright, three channels, resized by antialiased bilinear.
-
-    Args:
-        path: a JPEG, PNG, WebP, BMP or GIF file, or one opened for reading; of an animation, the first picture counts.
-        image_size: (height, width); `None` leaves it as it is.
-
-    Returns:
-        uint8 (height, width, 3). Alpha is dropped, grey repeated, 16-bit samples keep their high byte.
-
-    Raises:
-        DatasetError: the file is damaged, no image, or too large to be trusted.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            image = _to_rgb(file)
-            # Only the EXIF of JPEG (MPO: several in a file) and WebP counts; the exported graph reads no other.
-            orientation = _orientation(file) if file.format in ("JPEG", "MPO", "WEBP") else 1
-    except UnidentifiedImageError as error:
-        raise DatasetError(f"{path} is not a {', '.join(FORMATS)} file, or its beginning is damaged") from error
-    except Image.DecompressionBombError as error:
-        raise DatasetError(f"{path} is refused: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, RuntimeError) as error:
-        # What Pillow raises for damage depends on the format and on where the damage is.
-        raise DatasetError(f"{path} is damaged: {error}") from error
-    if orientation in _TURNS:
-        image = image.transpose(_TURNS[orientation])
-    if image_size is not None and image.size != image_size[::-1]:
-        image = image.resize(image_size[::-1], Image.Resampling.BILINEAR)
-    return np.asarray(image)
+def _load_and_split(folder: Path, image_size: tuple[int, int] | None, seed: int) -> Dataset:
+    class_names = read_class_names(folder)
+    paths, labels = _list_classes(folder, class_names, at_least=3, needed_for="to train, validate and test")
+    images = _read_images(paths, image_size=image_size, folder=folder)
+    rng = np.random.default_rng(seed)
+    is_test = np.zeros(len(labels), bool)
+    for class_id in range(len(class_names)):
+        members = np.flatnonzero(labels == class_id)
+        is_test[rng.choice(members, max(1, round(TEST_FRACTION * len(members))), replace=False)] = True
+    source = f"{folder} (a tenth set aside for testing, seed {seed})"
+    train, test = Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test])
+    return Dataset(folder.resolve().name, source, class_names, train, test)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scaling
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "CMYK":
-        # By the formula of TensorFlow's JPEG decoder (core/lib/jpeg/jpeg_mem.cc), which is not Pillow's.
-        ink = np.asarray(image).astype(np.uint16)
-        ink = 255 - ink if "adobe" in image.info else ink
-        return Image.fromarray((ink[..., :3] * ink[..., 3:] // 255).astype(np.uint8))
-    image.info.pop("transparency", None)  # or Pillow makes an alpha channel of it first, at some cost
-    return image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    exif = Image.Exif()
-    try:
-        exif.load(image.info.get("exif", b""))
-        orientation = exif.get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged EXIF data is no reason to lose a picture; Pillow raises many things for it
-        return 1
-    return orientation if isinstance(orientation, int) else 1
-
-
-def _find_root(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise DatasetError(f"{folder} is no folder: name one with train/<class>/* and test/<class>/*, or <class>/*")
-    if is_image_folder(folder):
-        return folder
-    candidates = [path for path in _subfolders(folder) if is_image_folder(path)]
-    if len(candidates) != 1:
-        found = f"{len(candidates)} such folders in it" if candidates else "nothing like it there"
-        raise DatasetError(
-            f"{folder} is no image folder: expected train/<class>/* and test/<class>/*, or <class>/*, and found {found}"
-        )
-    return candidates[0]
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    names = tuple(sorted(path.name for path in _subfolders(folder)))
-    if len(names) < 2:
-        raise DatasetError(f"{folder} has {len(names)} class folders; at least 2 are needed")
-    return names
-
-
-def _read_classes(
-    folder: Path, class_names: Sequence[str], *, image_size: tuple[int, int] | None
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Read all images under `folder`; return images, labels, and their one (height, width)."""
-    by_class = [_files(folder / name) for name in class_names]
-    if empty := [name for name, files in zip(class_names, by_class, strict=True) if not files]:
+def _list_classes(
+    folder: Path, class_names: Sequence[str], *, at_least: int, needed_for: str
+) -> tuple[list[Path], np.ndarray]:
+    """Return the files of all classes, by class and then by name, and their labels."""
+    files = {name: _list(folder / name) for name in class_names}
+    if empty := [name for name in class_names if not files[name]]:
         raise DatasetError(f"{folder} has no images in the {_classes(empty)}")
-    paths = [path for files in by_class for path in files]
-    images: list[np.ndarray] = []
-    damaged: list[DatasetError] = []
-    for result in _read_all(paths, image_size=image_size, description=f"reading {folder.name}"):
-        (damaged if isinstance(result, DatasetError) else images).append(result)  # type: ignore[arg-type]
+    for name in class_names:
+        if other := [path for path in files[name] if not path.is_file()]:
+            kind = "a folder" if other[0].is_dir() else "no regular file"
+            raise DatasetError(f"{other[0]} is {kind}; the folder of a class holds images and nothing else")
+        if len(files[name]) < at_least:
+            raise DatasetError(
+                f"{folder} has too few images in the class {name!r}: {len(files[name])}, and at least {at_least} are "
+                f"needed, {needed_for}"
+            )
+    labels = np.repeat(np.arange(len(class_names), dtype=np.int64), [len(files[name]) for name in class_names])
+    return [path for name in class_names for path in files[name]], labels
+
+
+def _read_images(paths: Sequence[Path], *, image_size: tuple[int, int] | None, folder: Path) -> np.ndarray:
+    """Read all files, which must come out as one (height, width); return uint8 (n, height, width, 3)."""
+    images: np.ndarray | None = None
+    first = paths[0]
+    damaged: list[str] = []
+    # Closed here on an error: else its threads would go on until all files are read.
+    with closing(_decode(paths, image_size, folder)) as decoded:
+        for row, (path, image) in enumerate(zip(paths, decoded, strict=True)):
+            if isinstance(image, DatasetError):
+                damaged.append(str(image))
+                continue
+            if images is None:
+                images, first = _allocate(len(paths), image), path
+            if image.shape != images.shape[1:]:
+                # At once: reading all of what may be many large photos would only tell the same.
+                ours, theirs = (f"{height}x{width}" for height, width, _ in (images.shape[1:], image.shape))
+                raise DatasetError(
+                    f"the images in {folder} differ in size (height x width): {first} is {ours}, {path} is {theirs}. "
+                    f"Choose one size with --image-size HEIGHTxWIDTH, such as --image-size {ours}"
+                )
+            images[row] = image
     if damaged:
-        shown = "\n".join(f"  {error}" for error in damaged[:_SHOWN_AT_MOST])
         more = f"\n  and {len(damaged) - _SHOWN_AT_MOST} more" if len(damaged) > _SHOWN_AT_MOST else ""
-        raise DatasetError(
-            f"{len(damaged)} of {len(paths):,} files cannot be used; mend or remove them:\n{shown}{more}"
-        )
-    sizes = sorted({image.shape[:2] for image in images})
-    if len(sizes) > 1:
-        raise DatasetError(
-            f"the images in {folder} have {len(sizes)} sizes, from {_size(sizes[0])} to {_size(sizes[-1])}: "
-            "choose one with --image-size, such as --image-size 32x32"
-        )
-    labels = np.repeat(np.arange(len(class_names), dtype=np.int64), [len(files) for files in by_class])
-    return np.stack(images), labels, sizes[0]
+        shown = "".join(f"\n  {message}" for message in damaged[:_SHOWN_AT_MOST])
+        raise DatasetError(f"{len(damaged)} of {len(paths):,} files cannot be used; mend or remove them:{shown}{more}")
+    assert images is not None
+    return images
 
 
-def _read_all(
-    paths: Sequence[Path], *, image_size: tuple[int, int] | None, description: str
-) -> Iterable[np.ndarray | DatasetError]:
+def _decode(
+    paths: Sequence[Path], image_size: tuple[int, int] | None, folder: Path
+) -> Generator[np.ndarray | DatasetError]:
     def read(path: Path) -> np.ndarray | DatasetError:
         try:
             return read_image(path, image_size=image_size)
@@ -193,52 +179,59 @@ def _read_all(
             return error
 
     console = Console(stderr=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         yield from track(
             pool.map(read, paths),
-            description,
+            f"reading {folder}",
             total=len(paths),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _set_test_aside(
-    images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], *, folder: Path, seed: int
-) -> tuple[Split, Split]:
-    counts = np.bincount(labels)
-    # One image to train on, one to validate with, one to test.
-    if (few := int(counts.argmin())) >= 0 and counts[few] < 3:
+def _allocate(count: int, image: np.ndarray) -> np.ndarray:
+    try:
+        return np.empty((count, *image.shape), np.uint8)
+    except MemoryError as error:
+        height, width, _ = image.shape
         raise DatasetError(
-            f"class {class_names[few]!r} in {folder} has {counts[few]} images; at least 3 are needed, to train, "
-            "validate and test"
-        )
-    rng = np.random.default_rng(seed)
-    is_test = np.zeros(len(labels), bool)
-    for class_id, count in enumerate(counts):
-        members = np.flatnonzero(labels == class_id)
-        is_test[rng.choice(members, max(1, round(TEST_FRACTION * count)), replace=False)] = True
-    return Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test])
+            f"{count:,} images of {height}x{width} need {count * image.size / 2**30:,.1f} GiB of memory, more than "
+            "there is: make them smaller with --image-size HEIGHTxWIDTH"
+        ) from error
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path.name != "Thumbs.db"
+def _is_image_folder(folder: Path) -> bool:
+    return _has_splits(folder) or any(
+        path.suffix.lower() in SUFFIXES for subfolder in _subfolders(folder) for path in _list(subfolder)
     )
 
 
+def _has_splits(folder: Path) -> bool:
+    # A class may be called "train": then there are images in it and no folders.
+    return (folder / "train").is_dir() and bool(_subfolders(folder / "train"))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in _list(folder) if path.is_dir()]
+
+
+def _list(folder: Path) -> list[Path]:
+    """Return what a folder holds, by name, without what file managers leave behind."""
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be read as a folder: {error.strerror}") from error
+    return [path for path in paths if not path.name.startswith(".") and path.name.lower() not in _LITTER]
+
+
 def _classes(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN_AT_MOST])
-    more = f" and {len(names) - _SHOWN_AT_MOST} more" if len(names) > _SHOWN_AT_MOST else ""
-    return f"{'class' if len(names) == 1 else 'classes'} {shown}{more}"
+    return f"{'class' if len(names) == 1 else 'classes'} {_listed([repr(name) for name in names])}"
 
 
-def _size(size: tuple[int, ...]) -> str:
-    return f"{size[0]}x{size[1]}"
+def _listed(items: Sequence[object]) -> str:
+    more = f" and {len(items) - _SHOWN_AT_MOST} more" if len(items) > _SHOWN_AT_MOST else ""
+    return ", ".join(str(item) for item in items[:_SHOWN_AT_MOST]) + more

@@ -1,7 +1,7 @@
 """Drawn shapes: a dataset that needs nothing but this file.
 
-Ten classes of 32x32 pictures, one shape in each, varied in colour, size, place, rotation, outline, background and
-noise. A picture is a pure function of the seed and its position.
+Ten classes of 32x32 pictures, one shape in each, varied in colour, size, place, rotation, proportions, background and
+noise. The same seed draws the same pictures, to the bit where numpy and Pillow are of the same version.
 """
 
 from __future__ import annotations
@@ -86,13 +86,18 @@ def load_shapes(*, seed: int) -> Dataset:
         f"drawn, seed {seed}",
         CLASS_NAMES,
         draw_shapes(TRAIN_COUNT, seed=seed),
-        # A stream of its own: no test image is a training image of another seed.
+        # A stream of its own, which no seed's training images come from.
         draw_shapes(TEST_COUNT, seed=seed, stream=1),
     )
 
 
 def draw_shapes(count: int, *, seed: int, stream: int = 0) -> Split:
-    """Draw `count` shapes, the classes in turn.
+    """Draw `count` shapes in a random order, as many of each class as `count` allows.
+
+    Args:
+        count: at least 1.
+        seed: of all that is random.
+        stream: another number draws other pictures by the same seed.
 
     Returns:
         uint8 images (count, 32, 32, 3), and labels by position in `CLASS_NAMES`.

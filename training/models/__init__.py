@@ -1,0 +1,33 @@
+"""The variants: one network, written in more than one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import keras
+
+from training.errors import DatasetError
+from training.models.sequential import build_sequential
+from training.models.subclass import build_subclass
+
+_BUILDERS: dict[str, Callable[..., keras.Model]] = {
+    "sequential": build_sequential,
+    "subclass": build_subclass,
+}
+# Three rounds of a 3x3 convolution without padding and a halving leave one pixel of 22.
+MIN_IMAGE_SIZE = 22
+
+
+def build_model(variant: str, input_shape: tuple[int, int, int], *, classes: int, conv_activation: str) -> keras.Model:
+    """Build a variant with fresh weights: uint8 (batch, height, width, 3) in, probabilities out.
+
+    Raises:
+        DatasetError: the images are too small for the network.
+    """
+    if min(input_shape[:2]) < MIN_IMAGE_SIZE:
+        height, width, _ = input_shape
+        raise DatasetError(
+            f"the images are {height}x{width}, and the network needs at least "
+            f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: choose a size with --image-size, such as --image-size 32x32"
+        )
+    return _BUILDERS[variant](input_shape, classes=classes, conv_activation=conv_activation)

@@ -1,0 +1,122 @@
+"""The same network as classes of our own: the article's section 2, "Sub-classing"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import layers
+
+# Sublayers are plain attributes throughout, never in a list or dict: tf.train.Checkpoint would leave those
+# out without a word (keras-team/keras#18398).
+
+
+@keras.saving.register_keras_serializable(package="training")
+class ConvBlock(layers.Layer):
+    """A 3x3 convolution without padding, then 2x2 max-pooling.
+
+    Input shape:
+        float32 (batch, height, width, channels).
+
+    Output shape:
+        float32 (batch, (height - 2) // 2, (width - 2) // 2, filters).
+    """
+
+    def __init__(self, filters: int, *, activation: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.activation = activation
+        self.conv = layers.Conv2D(filters, 3, activation=activation)
+        self.pool = layers.MaxPooling2D(2)
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Make the variables."""
+        self.conv.build(input_shape)
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Return the pooled features."""
+        return self.pool(self.conv(inputs))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {**super().get_config(), "filters": self.filters, "activation": self.activation}
+
+
+@keras.saving.register_keras_serializable(package="training")
+class ClassifierHead(layers.Layer):
+    """A hidden layer of 128 units, then a probability per class.
+
+    Input shape:
+        float32 (batch, height, width, channels).
+
+    Output shape:
+        float32 (batch, classes), each row summing to 1.
+    """
+
+    def __init__(self, classes: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.classes = classes
+        self.flatten = layers.Flatten()
+        self.hidden = layers.Dense(128, activation="relu")
+        self.probabilities = layers.Dense(classes, activation="softmax")
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Make the variables."""
+        features = self.flatten.compute_output_shape(input_shape)
+        self.hidden.build(features)
+        self.probabilities.build((features[0], 128))
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Return the probabilities."""
+        return self.probabilities(self.hidden(self.flatten(inputs)))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {**super().get_config(), "classes": self.classes}
+
+
+@keras.saving.register_keras_serializable(package="training")
+class ImageClassifier(keras.Model):
+    """Rescaling, three convolution blocks, a head.
+
+    Input shape:
+        uint8 (batch, height, width, 3), raw pixels 0-255.
+
+    Output shape:
+        float32 (batch, classes), probabilities.
+    """
+
+    def __init__(self, classes: int, *, conv_activation: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.classes = classes
+        self.conv_activation = conv_activation
+        self.rescaling = layers.Rescaling(1 / 255)
+        self.block1 = ConvBlock(64, activation=conv_activation)
+        self.block2 = ConvBlock(64, activation=conv_activation)
+        self.block3 = ConvBlock(64, activation=conv_activation)
+        self.head = ClassifierHead(classes)
+
+    def call(self, images: tf.Tensor) -> tf.Tensor:
+        """Return the probabilities."""
+        features = self.block1(self.rescaling(images))
+        features = self.block3(self.block2(features))
+        return self.head(features)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {**super().get_config(), "classes": self.classes, "conv_activation": self.conv_activation}
+
+
+def build_subclass(input_shape: tuple[int, int, int], *, classes: int, conv_activation: str) -> ImageClassifier:
+    """Build the network of three convolutions as an `ImageClassifier`, its variables made.
+
+    Args:
+        input_shape: (height, width, 3) of the images.
+        classes: number of classes.
+        conv_activation: activation after each convolution.
+    """
+    model = ImageClassifier(classes, conv_activation=conv_activation, name="subclass")
+    # One call makes every variable: a checkpoint restored into an unbuilt model would restore nothing.
+    model(tf.zeros((1, *input_shape), tf.uint8))
+    return model
