@@ -1,9 +1,8 @@
-"""JSON as TensorFlow Serving reads and quotes it: the same parser's errors, the same spelling of values."""
+"""JSON as TensorFlow Serving reads it: the same parser's leniency, the same parser's errors."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import Any
 
@@ -14,43 +13,67 @@ import rapidjson
 from serving.errors import InvalidRequest
 
 # TensorFlow's tensors have at most 254 dimensions; a document nested much deeper than that crashes recursive parsers.
-MAX_DEPTH = 600
-_QUOTED_DOCUMENT_LENGTH = 256
-
-
-class NestedTooDeep(InvalidRequest):
-    """The document is nested deeper than any tensor can be."""
+MAX_DEPTH = 300
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MAX_KEYS_COUNTED = 64
 
 
 def parse_document(body: bytes) -> Any:
-    """Parse a JSON document.
+    """Parse a JSON document, taking what RapidJSON takes with its flag for `NaN`, and nothing after the document.
 
-    `NaN`, `Infinity`, `Inf` and their negatives are numbers, as RapidJSON with its flag for them has it. Where a key
-    comes twice in an object that is not a tensor's, the first one counts.
+    `NaN`, `Infinity`, `Inf` and their negatives are numbers. Of the keys of the document, of `inputs` and of the
+    objects in `instances`, the first counts where one comes twice. Bytes in strings that are no UTF-8 are kept, as lone
+    surrogates ("surrogateescape").
 
     Raises:
-        InvalidRequest: it is no JSON; the message is that of RapidJSON, which TensorFlow Serving uses.
-        NestedTooDeep: it could not be a tensor.
+        InvalidRequest: it is no JSON, and the message is that of RapidJSON, which TensorFlow Serving uses; or it is
+            nested deeper than any tensor.
     """
     try:
-        if not _may_repeat_keys(body):
-            return orjson.loads(body)
+        document = orjson.loads(body)
     except orjson.JSONDecodeError:
-        pass  # no JSON, or NaN and the like: the slower parser knows them, and says what is wrong as it should be said
-    body = body.removeprefix(b"\xef\xbb\xbf")
-    if not body.strip():
+        # No JSON, or NaN and the like: the slower parser knows them, and says what is wrong as it should be said.
+        return _parse_with_rapidjson(body)
+    return _parse_with_rapidjson(body) if _may_repeat_keys(document, body) else document
+
+
+def _may_repeat_keys(document: Any, body: bytes) -> bool:
+    """Whether a key of the request or of its tensors stands in the body more often than the document shows it."""
+    if not isinstance(document, dict):
+        return False
+    counts = dict.fromkeys(document, 1)
+    inputs, instances = document.get("inputs"), document.get("instances")
+    if isinstance(inputs, dict):
+        for key in inputs:
+            counts[key] = counts.get(key, 0) + 1
+    if isinstance(instances, list) and instances and isinstance(instances[0], dict):
+        for key in instances[0]:
+            counts[key] = counts.get(key, 0) + len(instances)
+    if len(counts) > _MAX_KEYS_COUNTED:
+        return True  # quicker to parse once more than to look for so many
+    return any(body.count(b'"%b"' % key.encode()) > count for key, count in counts.items())
+
+
+def _parse_with_rapidjson(body: bytes) -> Any:
+    if not body:
         raise InvalidRequest("JSON Parse error: The document is empty")
-    if _depth(body) > MAX_DEPTH:
-        raise NestedTooDeep(f"nested deeper than {MAX_DEPTH} levels")
+    text = body.removeprefix(_BYTE_ORDER_MARK)
+    skipped = len(body) - len(text)
+    if _depth(text) > MAX_DEPTH:
+        raise InvalidRequest(f"JSON Parse error: the document is nested deeper than {MAX_DEPTH} levels")
+    mode: int = rapidjson.NM_NAN
+    if re.search(rb"[0-9]{309}", text):
+        mode |= rapidjson.NM_NATIVE  # sees what is too big for a float; the last digits of others may suffer
     try:
-        return _FirstKeyCounts(number_mode=rapidjson.NM_NAN)(body)
-    except UnicodeDecodeError as error:
-        # What is wrong with the JSON comes before what is wrong with its encoding.
-        parse_document(re.sub(rb"[\x80-\xff]", b"?", body))
-        raise InvalidRequest(f"JSON Parse error: Invalid encoding in string. at offset: {error.start}") from error
+        document = _FirstKeyCounts(number_mode=mode)(text)
+    except UnicodeDecodeError:
+        return _parse_as_bytes(text, skipped)
     except ValueError as error:
         where, _, what = str(error).partition(": ")
-        raise InvalidRequest(f"JSON Parse error: {what or where} at offset: {where.rsplit(' ', 1)[-1]}") from error
+        raise _parse_error(what, skipped + int(where.rsplit(" ", 1)[-1])) from error
+    if b"\0" in text:  # where RapidJSON stops reading
+        raise _parse_error("The document root must not be followed by other values.", skipped + text.index(b"\0"))
+    return document
 
 
 class _FirstKeyCounts(rapidjson.Decoder):
@@ -58,51 +81,33 @@ class _FirstKeyCounts(rapidjson.Decoder):
         return []
 
     def end_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return dict(reversed(pairs))
+        return _first_of_each(pairs)
 
 
-def _may_repeat_keys(body: bytes) -> bool:
-    return any(body.count(key) > 1 for key in (b'"instances"', b'"inputs"', b'"signature_name"'))
+def _first_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    first: dict[str, Any] = {}
+    for key, value in pairs:
+        first.setdefault(key, value)
+    return first
 
 
-def _depth(body: bytes) -> int:
+def _parse_as_bytes(text: bytes, skipped: int) -> Any:
+    """Parse what is no UTF-8: TensorFlow Serving does not look at the encoding, a string there is bytes."""
+    # What is wrong with the JSON is found first, in a document of the same length.
+    _parse_with_rapidjson(b" " * skipped + re.sub(rb"[\x80-\xff]", b"?", text))
+    try:
+        return json.loads(text.decode("utf-8", "surrogateescape"), object_pairs_hook=_first_of_each)
+    except ValueError as error:  # the spelling Inf, which this parser does not know
+        raise InvalidRequest("JSON Parse error: the document is not UTF-8") from error
+
+
+def _parse_error(what: str, offset: int) -> InvalidRequest:
+    return InvalidRequest(f"JSON Parse error: {what} at offset: {offset}")
+
+
+def _depth(text: bytes) -> int:
     """Return how deep brackets are nested; those inside strings are counted too, which is good enough for a limit."""
-    text = np.frombuffer(body, np.uint8)
-    opening = ((text == ord("[")) | (text == ord("{"))).astype(np.int8)
-    closing = ((text == ord("]")) | (text == ord("}"))).astype(np.int8)
+    symbols = np.frombuffer(text, np.uint8)
+    opening = ((symbols == ord("[")) | (symbols == ord("{"))).astype(np.int8)
+    closing = ((symbols == ord("]")) | (symbols == ord("}"))).astype(np.int8)
     return int(np.cumsum(opening - closing, dtype=np.int64).max(initial=0))
-
-
-def quote(value: Any) -> str:
-    """Spell a value as TensorFlow Serving's messages do."""
-    return _spell(value, indent=0)
-
-
-def quote_document(document: Any) -> str:
-    """Spell a whole request, cut to the length TensorFlow Serving cuts it to."""
-    return quote(document)[:_QUOTED_DOCUMENT_LENGTH]
-
-
-def type_name(value: Any) -> str:
-    """Return RapidJSON's name for the type of a value."""
-    if value is None:
-        return "Null"
-    if isinstance(value, bool):
-        return str(value)
-    names: dict[type, str] = {dict: "Object", list: "Array", str: "String"}
-    return names.get(type(value), "Number")
-
-
-def _spell(value: Any, *, indent: int) -> str:
-    # Objects are spread over lines, arrays are not; a number that is not finite is nothing at all.
-    if isinstance(value, dict):
-        if not value:
-            return "{}"
-        inner = " " * (indent + 4)
-        members = (f"{inner}{json.dumps(key)}: {_spell(item, indent=indent + 4)}" for key, item in value.items())
-        return "{\n" + ",\n".join(members) + "\n" + " " * indent + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_spell(item, indent=indent) for item in value) + "]"
-    if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else ""
-    return json.dumps(value, ensure_ascii=False)

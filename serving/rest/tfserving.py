@@ -8,85 +8,115 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 from flask import Blueprint, Response, current_app, g, request
-from werkzeug.exceptions import NotFound
+from flask.blueprints import BlueprintSetupState
+from werkzeug.exceptions import NotImplemented as MethodNotImplemented
+from werkzeug.routing import BaseConverter, Rule
 
 from serving.errors import InvalidRequest, ModelNotFound, TooLarge
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import MAX_VERSION, ModelRepository, ModelVersion
-from serving.rest.json_document import NestedTooDeep, parse_document, quote_document
-from serving.rest.json_tensor import decode_inputs, encode_outputs
+from serving.rest.examples import check_examples, refusal
+from serving.rest.json_document import parse_document
+from serving.rest.json_quoting import printable, quote_document
+from serving.rest.json_reply import encode_outputs
+from serving.rest.json_tensor import decode_inputs
 
 blueprint = Blueprint("tfserving", __name__)
 
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
-_MAX_INFLATED_BYTES = 100_000_000
+_MAX_INFLATED_BYTES = 100 * 1024 * 1024
+# The paths are matched in any case; the words after the colon and at the end are then compared as they are.
+_MODEL = "[^/:]+"
 _VERSION = r"(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
-_CALL = re.compile(rf"/v1/models/(?P<model>[^/:]+){_VERSION}:(?P<method>predict|classify|regress)")
-_STATUS = re.compile(rf"/v1/models(?:/(?P<model>[^/:]+))?{_VERSION}(?P<metadata>/metadata)?")
+_CALL = re.compile(rf"(?i:/v1/models/(?P<model>{_MODEL}){_VERSION}):(?P<method>predict|classify|regress)")
+_STATUS = re.compile(rf"(?i:/v1/models(?:/(?P<model>{_MODEL}))?{_VERSION}(?P<metadata>/metadata)?)")
 
 
-@blueprint.get("/v1")
-def nothing() -> Response:
-    """Answer 404, where Flask would redirect to /v1/."""
-    raise NotFound
+class _RestOfPath(BaseConverter):
+    """Everything that follows, empty parts and slashes included."""
+
+    regex = ".*"
+    part_isolating = False
 
 
-@blueprint.route("/v1/", defaults={"_": ""}, methods=_METHODS, provide_automatic_options=False)
-@blueprint.route("/v1/<path:_>", methods=_METHODS, provide_automatic_options=False)
-@blueprint.route("/V1/<path:_>", methods=_METHODS, provide_automatic_options=False)
+@blueprint.record_once
+def add_routes(state: BlueprintSetupState) -> None:
+    """Route every path under /v1/, and every method: werkzeug's rules can, Flask's have to name their methods."""
+    state.app.url_map.converters["rest"] = _RestOfPath
+    for prefix in ("/v1/", "/V1/"):
+        state.app.url_map.add(Rule(prefix + "<rest:_>", endpoint="tfserving.answer"))
+    state.app.view_functions["tfserving.answer"] = answer
+
+
 def answer(_: str) -> Response:
     """Answer any request under /v1/."""
+    if request.method not in _METHODS:
+        raise MethodNotImplemented(f"{request.method} is no method of this API")
     query = request.query_string.decode("latin-1")
     # The query is part of the path that is matched, as it is there.
     path = request.path + ("?" + query if query else "")
     if request.method == "OPTIONS":
-        return Response(status=200 if re.match("https?://", request.headers.get("Origin", "")) else 400)
+        return Response(status=200 if re.search("https?://", request.headers.get("Origin", "")) else 400)
     if request.method == "POST" and (call := _CALL.fullmatch(path)):
-        return _call(call)
+        return _predict(call) if call["method"] == "predict" else _classify_or_regress(call)
     if request.method == "GET" and (status := _STATUS.fullmatch(path)):
-        return _metadata(status) if status["metadata"] else _status(status)
+        return _metadata(status) if status["metadata"] == "/metadata" else _status(status)
     raise InvalidRequest(f"Malformed request: {request.method} {path}")
 
 
-def _call(call: re.Match[str]) -> Response:
-    if call["label"]:
-        raise InvalidRequest(f"Unrecognized servable version label: {call['label']}")
-    version = _repository().resolve(call["model"], version=_version(call))
-    g.model = version.name
-    assert version.predictor is not None
-    signatures = version.predictor.signatures
-    if call["method"] != "predict":
-        kind = {"classify": "classification", "regress": "regression"}[call["method"]]
-        default = signatures.get(DEFAULT_SIGNATURE)
-        inputs = "\n".join(f"  {name}: {spec}" for name, spec in default.inputs.items()) if default else ""
-        raise InvalidRequest(f"No {kind} inputs found in SignatureDef: inputs {{\n{inputs}\n}}")
-    try:
-        document = parse_document(_read_body())
-    except NestedTooDeep as error:
-        default = signatures.get(DEFAULT_SIGNATURE)
-        names = ", ".join(default.inputs) if default else "inputs"
-        raise InvalidRequest(f"tensor parsing error: {names}\nThe request is {error}") from error
-    signature = _signature(document, signatures)
-    outputs = version.predictor.predict(signature.name, decode_inputs(document, signature))
+def _predict(call: re.Match[str]) -> Response:
+    number = _version(call)
+    document = _read_document()
+    predictor = _resolve(call, number).predictor
+    assert predictor is not None
+    signature = _signature(document, predictor.signatures)
+    outputs = predictor.predict(signature.name, decode_inputs(document, signature))
     return Response(encode_outputs(outputs, signature, as_rows="instances" in document), mimetype="application/json")
 
 
-def _signature(document: Any, signatures: Any) -> Signature:
-    """Check the request as a whole, and return the signature it asks for."""
+def _classify_or_regress(call: re.Match[str]) -> Response:
+    number = _version(call)
+    document = _read_document()
+    check_examples(document)
+    predictor = _resolve(call, number).predictor
+    assert predictor is not None
+    raise refusal(document.get("signature_name", ""), predictor.signatures, method=call["method"])
+
+
+def _read_document() -> dict[str, Any]:
+    """Read the request's JSON, which comes first: a bad document for a model that is not there is a bad document."""
+    document = parse_document(_read_body())
     if not isinstance(document, dict):
         raise InvalidRequest(f"JSON Value: {quote_document(document)} Is not object")
-    name = document.get("signature_name", "")
-    if not isinstance(name, str):
+    if not isinstance(document.get("signature_name", ""), str):
         raise InvalidRequest(
             f"JSON Value: {quote_document(document)} not formatted correctly. "
             "'signature_name' key must be a string value."
         )
-    signature = signatures.get(name or DEFAULT_SIGNATURE)
+    return document
+
+
+def _resolve(match: re.Match[str], number: int | None) -> ModelVersion:
+    name = _model_name(match)
+    if match["label"]:
+        raise InvalidRequest(f"Unrecognized servable version label: {match['label']}")
+    version = _repository().resolve(name, version=number)
+    g.model = version.name
+    return version
+
+
+def _signature(document: Mapping[str, Any], signatures: Mapping[str, Signature]) -> Signature:
+    """Return the signature that a request asks for, once it is sure that the request has tensors for it."""
+    name = document.get("signature_name") or DEFAULT_SIGNATURE
+    signature = signatures.get(name)
     if signature is None:
-        raise InvalidRequest(f'Serving signature name: "{name or DEFAULT_SIGNATURE}" not found in signature def')
+        raise InvalidRequest(f'Serving signature name: "{printable(name)}" not found in signature def')
+    if not signature.inputs:
+        raise InvalidRequest(f"Failed to get input map for signature: {document.get('signature_name') or 'DEFAULT'}")
     if "instances" in document and "inputs" in document:
         raise InvalidRequest(
             f"JSON Value: {quote_document(document)} Not formatted correctly expecting only one of 'inputs' or "
@@ -94,15 +124,14 @@ def _signature(document: Any, signatures: Any) -> Signature:
         )
     if "instances" not in document and "inputs" not in document:
         raise InvalidRequest("Missing 'inputs' or 'instances' key")
-    found: Signature = signature
-    return found
+    return signature
 
 
 def _status(match: re.Match[str]) -> Response:
+    number = _version(match)
     name = _model_name(match)
     versions = _repository().versions(name)
-    if match["version"] is not None:
-        number = _version(match)
+    if number is not None:
         versions = [version for version in versions if version.version == number]
         if not versions:
             raise ModelNotFound(f"Could not find version {number} of model {name}")
@@ -121,9 +150,7 @@ def _status(match: re.Match[str]) -> Response:
 
 
 def _metadata(match: re.Match[str]) -> Response:
-    if match["label"]:
-        raise InvalidRequest(f"Unrecognized servable version label: {match['label']}")
-    version = _repository().resolve(_model_name(match), version=_version(match))
+    version = _resolve(match, _version(match))
     return _json(
         {
             "model_spec": {"name": version.name, "signature_name": "", "version": str(version.version)},
@@ -156,8 +183,8 @@ def _describe_tensor(spec: TensorSpec) -> dict[str, Any]:
 
 def _read_body() -> bytes:
     """Read the request's body, inflated if it says it is gzip; what is no gzip counts as empty, as it does there."""
-    body = request.get_data(cache=False)
-    if request.headers.get("Content-Encoding") != "gzip":
+    body: bytes = request.get_data(cache=False)
+    if "gzip" not in request.headers.get("Content-Encoding", ""):
         return body
     inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
@@ -166,7 +193,7 @@ def _read_body() -> bytes:
         return b""
     if inflater.unconsumed_tail:
         raise TooLarge(f"the gzip body is larger than {_MAX_INFLATED_BYTES:,} bytes when inflated")
-    return inflated if inflater.eof else b""
+    return inflated if inflater.eof and not inflater.unused_data else b""
 
 
 def _model_name(match: re.Match[str]) -> str:
@@ -178,10 +205,10 @@ def _model_name(match: re.Match[str]) -> str:
 def _version(match: re.Match[str]) -> int | None:
     if match["version"] is None:
         return None
-    number = int(match["version"][:30])
-    if number > MAX_VERSION:
-        raise InvalidRequest(f"the version must be at most {MAX_VERSION}")
-    return number
+    digits = match["version"].lstrip("0") or "0"
+    if len(digits) > len(str(MAX_VERSION)) or int(digits) > MAX_VERSION:
+        raise InvalidRequest(f"Failed to convert version: {match['version']} to numeric.")
+    return int(digits)
 
 
 def _repository() -> ModelRepository:

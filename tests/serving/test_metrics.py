@@ -93,7 +93,7 @@ def test_predict_calls_are_counted_under_tensorflow_serving_s_names_too(fresh: F
     samples = read(client, "/monitoring/prometheus/metrics")
     latency = {"model_name": "colours", "API": "predict", "entrypoint": "REST"}
     assert value(samples, ":tensorflow:serving:request_latency_count", **latency) == 3
-    seconds = value(samples, "serving_request_seconds_sum", route="/v1/<path:_>")
+    seconds = value(samples, "serving_request_seconds_sum", route="/v1/<rest:_>")
     assert 0 < value(samples, ":tensorflow:serving:request_latency_sum", **latency) < seconds * 1e6
 
 

@@ -41,6 +41,17 @@ def test_calibration_worked_by_hand():
     assert math.isnan(calibration.accuracies[0])
 
 
+def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower():
+    # 3/15 as the paper's bins have it: the third is (2/15, 3/15].
+    probabilities = np.array([[0.2, 0.2, 0.2, 0.2, 0.2]])
+    counts = evaluate(probabilities, np.array([0]), list("abcde")).calibration.counts
+    assert np.flatnonzero(counts).tolist() == [2]
+
+
+def test_certainty_falls_into_the_last_bin():
+    assert evaluate(one_hot_ish([[1, 0, 0]]), np.array([0]), NAMES).calibration.counts.tolist() == [0] * 14 + [1]
+
+
 def test_a_probability_of_zero_for_the_right_class_leaves_the_loss_finite():
     assert 80 < evaluate(one_hot_ish([[1, 0, 0]]), np.array([1]), NAMES).loss < 100
 
@@ -56,6 +67,17 @@ def test_wrong_shapes_are_refused(probabilities):
         evaluate(probabilities, np.zeros(len(probabilities), np.int64), NAMES)
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_without_a_column_is_refused(label):
+    with pytest.raises(ValueError, match="expected labels from 0 to 2"):
+        evaluate(one_hot_ish([[1, 0, 0]]), np.array([label]), NAMES)
+
+
+def test_nan_is_refused():
+    with pytest.raises(ValueError, match="NaN for 1 images"):
+        evaluate(one_hot_ish([[1, 0, 0], [math.nan, 0, 0]]), np.array([0, 0]), NAMES)
+
+
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 60), classes=st.integers(2, 12))
 def test_the_figures_belong_together(seed, count, classes):
     rng = np.random.default_rng(seed)
@@ -68,3 +90,24 @@ def test_the_figures_belong_together(seed, count, classes):
     assert 0 <= result.calibration.expected_calibration_error <= 1
     weighted = np.nansum(result.calibration.accuracies * result.calibration.counts) / count
     assert weighted == pytest.approx(result.accuracy)
+    for class_id, figures in enumerate(result.per_class):
+        predicted = probabilities.argmax(axis=1) == class_id
+        hits = int((predicted & (labels == class_id)).sum())
+        assert result.confusion[class_id, class_id] == hits
+        assert figures.support == (labels == class_id).sum()
+        if predicted.any() and figures.support:
+            assert (figures.precision, figures.recall) == (hits / predicted.sum(), hits / figures.support)
+        if hits:
+            harmonic_mean = 2 / (1 / figures.precision + 1 / figures.recall)
+            assert figures.f1 == pytest.approx(harmonic_mean)
+
+
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 60))
+def test_the_order_of_the_images_is_of_no_matter(seed, count):
+    rng = np.random.default_rng(seed)
+    probabilities, labels = rng.dirichlet(np.ones(3), count).astype(np.float32), rng.integers(0, 3, count)
+    order = rng.permutation(count)
+    one, other = evaluate(probabilities, labels, NAMES), evaluate(probabilities[order], labels[order], NAMES)
+    assert one.confusion.tolist() == other.confusion.tolist()
+    assert one.loss == pytest.approx(other.loss)
+    assert one.calibration.expected_calibration_error == pytest.approx(other.calibration.expected_calibration_error)

@@ -1,7 +1,14 @@
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from training.__main__ import train as train_command
 from training.config import TrainingConfig
 from training.datasets import Dataset, Split
 from training.epochs import EpochResult
@@ -28,7 +35,7 @@ def make_history(epochs):
     ]
 
 
-def report(folder, *, classes=3, epochs=5, share_right=0.6, side=32, count=60):
+def report(folder, *, classes=3, epochs=5, share_right=0.6, side=32, count=60, config=None, history=None):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, count)
     probabilities = rng.dirichlet(np.ones(classes), count).astype(np.float32)
@@ -36,19 +43,20 @@ def report(folder, *, classes=3, epochs=5, share_right=0.6, side=32, count=60):
     probabilities[np.arange(count), predicted] += 1
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     images = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-    names = tuple(f"a class with a long | name, number {n}" for n in range(classes))
+    # Dollar signs are mathematics to matplotlib, bars are columns to Markdown.
+    names = tuple(f"a|b $x_{{$ {n}" for n in range(classes))
     split = Split(images, labels)
-    config = TrainingConfig(dataset="folder", image_size=(side, side), epochs=epochs, deterministic=True)
+    config = config or TrainingConfig(dataset="folder", image_size=(side, side), epochs=epochs, deterministic=True)
     run = RunFolder.create(folder, config)
-    history = make_history(epochs)
-    run.write_history(history)
+    epochs_run = make_history(epochs)
+    run.write_history(epochs_run if history is None else history)
     path = write_report(
         run,
         config=config,
         dataset=Dataset("pets", "some folder", names, split, split),
         evaluation=evaluate(probabilities, labels, names),
         probabilities=probabilities,
-        best=vars(history[-1]),
+        best=vars(epochs_run[-1]),
     )
     return path.read_text()
 
@@ -61,6 +69,7 @@ def report(folder, *, classes=3, epochs=5, share_right=0.6, side=32, count=60):
         {"share_right": 1.0},
         {"share_right": 0.0},
         {"classes": 2},
+        {"classes": 10, "epochs": 10, "count": 300},
         {"classes": 100, "count": 300},
         {"side": 200, "count": 20},
     ],
@@ -85,8 +94,70 @@ def test_a_report_says_what_was_measured_and_how_to_do_it_again(tmp_path):
         "--seed 0 --deterministic" in text
     )
     assert "| 5 (kept) | 0.4000 | 86.00% | 0.4200 | 85.60% | 0.0002 | 2,346 | 12.5 |" in text
-    assert r"a class with a long \| name, number 2" in text
+    assert "| image size | 32x32 |" in text
+    assert "| deterministic | yes |" in text
+    assert r"| a\|b $x_{$ 2 |" in text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainingConfig(),
+        TrainingConfig(
+            dataset="folder",
+            data=Path("my 'pets' & $HOME"),
+            image_size=(48, 64),
+            variant="subclass",
+            loop="custom",
+            conv_activation="linear",
+            epochs=3,
+            batch_size=7,
+            learning_rate=2.5e-4,
+            plateau_factor=0.35,
+            plateau_patience=4,
+            seed=99,
+            deterministic=True,
+            tensorboard=True,
+        ),
+    ],
+    ids=["defaults", "everything else"],
+)
+def test_the_command_in_a_report_asks_for_the_same_run(tmp_path, config):
+    text = report(tmp_path / "run", config=config)
+    (line,) = [line for line in text.splitlines() if line.startswith("python -m training train ")]
+    values = train_command.make_context("train", shlex.split(line)[4:]).params
+    for other in ("run_path", "resume", "export", "models_dir", "name"):
+        del values[other]
+    assert TrainingConfig(**values) == config
 
 
 def test_what_is_undefined_is_a_dash(tmp_path):
-    assert "\N{EN DASH}" in report(tmp_path / "run", classes=100, count=20)
+    text = report(tmp_path / "run", classes=30, count=10)  # so of most classes there is no image
+    assert "| \N{EN DASH} | \N{EN DASH} | \N{EN DASH} | 0 |" in text
+    assert "nan" not in text
+
+
+def test_a_best_epoch_that_the_history_has_not_heard_of_is_reported(tmp_path):
+    # Killed after the best checkpoint was saved, before the history was written.
+    text = report(tmp_path / "run", epochs=3, history=make_history(2))
+    assert "| 2 | " in text
+    assert "| 3 (kept) | 0.6667 | " in text
+
+
+def test_a_run_without_history_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "write_history", lambda *_: None)
+    assert "| 1 (kept) | 2.0000 | " in report(tmp_path / "run", epochs=1)
+
+
+def test_a_report_is_written_over_the_one_before(tmp_path):
+    report(tmp_path / "run")
+    before = (tmp_path / "run" / "report.md").read_text()
+    (tmp_path / "run" / "config.json").unlink()
+    after = report(tmp_path / "run", share_right=1.0)
+    assert before != after == (tmp_path / "run" / "report.md").read_text()
+
+
+def test_plots_need_no_display_and_no_pyplot():
+    code = "import json, sys, training.report; print(json.dumps(sorted(sys.modules)))"
+    modules = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    assert not {"matplotlib.pyplot", "tensorflow"} & set(modules)

@@ -93,7 +93,7 @@ def test_a_run_tells_what_it_does_and_leaves_what_it_promises(undisturbed):
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.json", "dataset.json", "history.csv", "evaluation.json", "report.md", "checkpoints"}
     assert len(list(run.glob("*.png"))) >= 4
-    assert not list(run.glob(".*-*"))  # no temporary file is left
+    assert [path.name for path in run.glob(".*")] == [".lock"]  # no temporary file is left
 
 
 def test_killed_once_and_resumed_it_is_the_same_to_the_bit(undisturbed, pictures, tmp_path):

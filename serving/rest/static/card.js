@@ -50,7 +50,7 @@ export class Card {
     this.#find(".bars").hidden = false;
     this.#find(".more").hidden = shares.length <= BARS_AT_FIRST;
     this.#showBars(false);
-    reducing = reducing.then(() => this.#showReduced(width, height)).catch(() => this.#find(".seen").remove());
+    reducing = reducing.then(() => this.#showReduced(width, height)).catch(() => this.#showNotReduced());
   }
 
   /** Show that there will be no answer, in the words of who says so. */
@@ -107,6 +107,12 @@ export class Card {
       // The browser does not give out the colour of a pixel that is wholly transparent.
       this.#find(".seen .size").textContent += ", save that it also sees the colours under what is transparent";
     }
+    this.#find(".seen").hidden = false;
+  }
+
+  #showNotReduced() {
+    this.#find(".seen .frame").hidden = true;
+    this.#find(".seen .size").textContent = "cannot be shown by this browser";
     this.#find(".seen").hidden = false;
   }
 }

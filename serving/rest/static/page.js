@@ -3,8 +3,10 @@ import { Queue } from "./queue.js";
 import { Unavailable, classify, describeModels, notReadyBecause, predictUrl } from "./service.js";
 
 const CLASS_NAMES_AT_FIRST = 40;
+const LONG_NAME = 16;
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 5_000;
+const COPIED_MS = 2_000;
 const HEADLINES = { 400: "Not read", 404: "No such model", 413: "Too large", 415: "Not read" };
 
 const at = (id) => document.getElementById(id);
@@ -21,11 +23,13 @@ function showModel() {
   const canTake = problem === null || loading; // pictures may be dropped while it loads: they wait
   document.title = problem === null ? `${name}, version ${model.version}` : name;
   at("model-name").textContent = name;
+  at("model-name").parentElement.classList.toggle("long", name.length > LONG_NAME);
   at("model-version").textContent = problem === null ? `version ${model.version}` : "";
   at("model-facts").textContent = problem === null ? facts(model) : "";
   at("model-problem").textContent = canTake ? "" : problem;
   at("model-problem").hidden = canTake;
   at("drop-zone").hidden = !canTake;
+  at("terminal").hidden = !canTake;
   at("curl").textContent = `curl -F image=@picture.jpg "${predictUrl(name)}"`;
   showClassNames(false);
   const choice = at("model-choice");
@@ -212,22 +216,19 @@ at("clear").addEventListener("click", clear);
 at("copy").addEventListener("click", async () => {
   // Browsers give the clipboard to https and localhost only; elsewhere the line is selected for copying by hand.
   getSelection().selectAllChildren(at("curl"));
-  try {
-    await navigator.clipboard.writeText(at("curl").textContent);
-    announce("Copied");
-    at("copy").textContent = "Copied";
-    setTimeout(() => (at("copy").textContent = "Copy"), 2000);
-  } catch {
-    announce("Selected; copy it with your keyboard");
-    at("copy").textContent = "Selected";
-  }
+  const copied = await navigator.clipboard?.writeText(at("curl").textContent).then(() => true, () => false);
+  at("copy").textContent = copied ? "Copied" : "Selected";
+  announce(copied ? "Copied" : "Selected; copy it with the keyboard");
+  setTimeout(() => {
+    at("copy").textContent = "Copy";
+  }, COPIED_MS);
 });
 
 function watchModel() {
   if (model.problem === null) {
     showStatus("ready", "Ready");
   } else if (!model.loading) {
-    showStatus("offline", "No pictures taken");
+    showStatus("offline", "Takes no pictures");
   } else {
     showStatus("waiting", `Loading ${model.name}; pictures wait until then`);
     queue.pause({ model: model.name }, new Unavailable(model.problem));

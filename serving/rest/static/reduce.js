@@ -1,15 +1,34 @@
 // A picture at the model's size, by the same arithmetic as in the service, so that what is shown is what is seen:
 // antialiased bilinear interpolation as in Pillow (libImaging/Resample.c), columns first, rounded after each pass.
 
+const HEAD_BYTES = 1 << 18;
 const STRIP_PIXELS = 1 << 20; // read at once, which bounds both the memory and the time without a pause
 
-/** Decode a file as the service does: upright, colour profile ignored, alpha not blended in. */
-export function decode(file) {
-  return createImageBitmap(file, {
+/** Decode a file as the service does: a JPEG turned upright, colour profile ignored, alpha not blended in. */
+export async function decode(file) {
+  return createImageBitmap(await withoutOrientation(file), {
     colorSpaceConversion: "none",
     imageOrientation: "from-image",
     premultiplyAlpha: "none",
   });
+}
+
+/**
+ * The file less what would turn it in a browser only: the eXIf chunk that a PNG may have before its pixels.
+ * The service turns a WebP too, which not every browser does: with EXIF data it is an error.
+ */
+async function withoutOrientation(file) {
+  const head = await file.slice(0, HEAD_BYTES).arrayBuffer();
+  const text = new TextDecoder("latin1").decode(head);
+  if (text.startsWith("RIFF") && text.slice(8, 16) === "WEBPVP8X" && (text.charCodeAt(20) & 0x08) !== 0) {
+    throw new Error("whether this browser turns the picture as the service does is not known");
+  }
+  const found = text.slice(0, text.indexOf("IDAT")).indexOf("eXIf");
+  if (!text.startsWith("PNG", 1) || found < 0) {
+    return file;
+  }
+  const length = new DataView(head).getUint32(found - 4);
+  return new Blob([file.slice(0, found - 4), file.slice(found + 4 + length + 4)]); // length, type, data, checksum
 }
 
 /** Reduce (or enlarge) a bitmap to `width` x `height`; returns { image: ImageData, transparent: boolean }. */

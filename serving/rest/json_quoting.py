@@ -1,0 +1,97 @@
+"""Values as TensorFlow Serving's messages quote them: RapidJSON's pretty printer, arrays on a single line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+import rapidjson
+
+from serving.errors import InvalidRequest
+
+_QUOTED_DOCUMENT_BYTES = 256
+
+
+class _NotWritable(Exception):  # noqa: N818
+    """A number is not finite, at which RapidJSON's writer stops."""
+
+
+def quote(value: Any) -> str:
+    """Spell a value as TensorFlow Serving's messages do."""
+    return _join(value, max_bytes=None)
+
+
+def quote_document(document: Any) -> str:
+    """Spell a whole request, cut to the length TensorFlow Serving cuts it to."""
+    return _join(document, max_bytes=_QUOTED_DOCUMENT_BYTES)
+
+
+def type_name(value: Any) -> str:
+    """Return RapidJSON's name for the type of a value."""
+    if value is None:
+        return "Null"
+    if isinstance(value, bool):
+        return str(value)
+    names: dict[type, str] = {dict: "Object", list: "Array", str: "String"}
+    return names.get(type(value), "Number")
+
+
+def printable(text: str) -> str:
+    """Replace what stands for bytes that are no UTF-8, so that the text can be sent in a reply."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _join(value: Any, *, max_bytes: int | None) -> str:
+    pieces: list[str] = []
+    length = 0
+    try:
+        for piece in _pieces(value, "\n"):
+            pieces.append(piece)
+            length += len(piece)
+            if max_bytes is not None and length >= max_bytes:
+                break
+    except _NotWritable:
+        pass
+    except RecursionError as error:
+        raise InvalidRequest("JSON Value: objects nested this deep fit no tensor") from error
+    return "".join(pieces).encode("utf-8", "replace")[:max_bytes].decode("utf-8", "ignore")
+
+
+def _pieces(value: Any, line: str) -> Iterator[str]:
+    """Yield the text of a value piece by piece; `line` is a line break and the indentation reached."""
+    if isinstance(value, dict):
+        inner = line + "    "
+        for index, (key, item) in enumerate(value.items()):
+            yield ("{" if index == 0 else ",") + inner + _string(key) + ": "
+            yield from _pieces(item, inner)
+        yield line + "}" if value else "{}"
+    elif isinstance(value, list):
+        yield "["
+        for index, item in enumerate(value):
+            if index:
+                yield ", "
+            yield from _pieces(item, line)
+        yield "]"
+    elif isinstance(value, float) or (isinstance(value, int) and not -(2**63) <= value < 2**64):
+        yield _float(float(value))
+    elif isinstance(value, str):
+        yield _string(value)
+    else:
+        yield rapidjson.dumps(value)
+
+
+def _string(text: str) -> str:
+    return rapidjson.dumps(printable(text), ensure_ascii=False)
+
+
+def _float(number: float) -> str:
+    """Spell a float as `internal/dtoa.h` of RapidJSON lays out its digits."""
+    if not math.isfinite(number):
+        raise _NotWritable
+    digits = Decimal(repr(number)).normalize()
+    if -6 <= digits.adjusted() < 21:
+        text = f"{digits:f}"
+        return text if "." in text else text + ".0"
+    return f"{digits:e}".replace("e+", "e")

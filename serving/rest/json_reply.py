@@ -1,0 +1,88 @@
+"""Arrays to JSON: the replies of TensorFlow Serving's `util/json_tensor.cc`."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+
+from serving.errors import InvalidRequest
+from serving.predictor import Signature, TensorSpec
+from serving.rest.json_element import dtype_name
+
+_WRITABLE_KINDS = "iubfO"
+
+
+def encode_outputs(outputs: Mapping[str, np.ndarray], signature: Signature, *, as_rows: bool) -> bytes:
+    """Make the reply to a predict request: `predictions` for the row form, `outputs` for the columnar form.
+
+    Floats are written with the fewest digits that their own dtype needs, whole ones with ".0". Strings are written as
+    they are, be they UTF-8 or not; those of outputs whose name ends in `_bytes` as `{"b64": ...}`.
+
+    Args:
+        outputs: an array for each output of the signature.
+        signature: what they came from.
+        as_rows: an element per row, the batch along axis 0, rather than an element per output.
+
+    Raises:
+        InvalidRequest: an output has a dtype that JSON replies cannot hold, or no rows to reply with.
+    """
+    if as_rows:
+        _check_rows(outputs)
+    columns = {name: _encode(array, signature.outputs[name]) for name, array in outputs.items()}
+    is_single = len(columns) == 1
+    if not as_rows:
+        return _dump({"outputs": next(iter(columns.values())) if is_single else columns}, outputs)
+    if is_single:
+        return _dump({"predictions": next(iter(columns.values()))}, outputs)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return _dump({"predictions": rows}, outputs)
+
+
+def _check_rows(outputs: Mapping[str, np.ndarray]) -> None:
+    advice = "ask with 'inputs' instead of 'instances' for the outputs as they are"
+    row_count = None
+    for name, array in outputs.items():
+        if not array.ndim:
+            raise InvalidRequest(f"Tensor name: {name} has no shape information \n{advice}")
+        if not len(array):
+            raise InvalidRequest(f"Tensor name: {name} has invalid batch size: 0\n{advice}")
+        if row_count is not None and len(array) != row_count:
+            raise InvalidRequest(
+                f"Tensor name: {name} has inconsistent batch size: {len(array)} expecting: {row_count}\n{advice}"
+            )
+        row_count = len(array)
+
+
+def _encode(array: np.ndarray, spec: TensorSpec) -> Any:
+    if array.dtype.kind not in _WRITABLE_KINDS or array.dtype == np.float16:
+        raise InvalidRequest(f"Failed to write JSON value for tensor type: {dtype_name(spec.dtype)}")
+    if array.dtype.kind != "O":
+        return np.ascontiguousarray(array) if array.ndim else array[()]
+    if spec.name.endswith("_bytes"):
+        return _map_strings(array.tolist(), lambda data: {"b64": base64.b64encode(data).decode()})
+    return _map_strings(array.tolist(), lambda data: data.decode("utf-8", "surrogateescape"))
+
+
+def _map_strings(value: Any, function: Callable[[bytes], Any]) -> Any:
+    return [_map_strings(item, function) for item in value] if isinstance(value, list) else function(value)
+
+
+def _dump(reply: dict[str, Any], outputs: Mapping[str, np.ndarray]) -> bytes:
+    if all(array.dtype.kind != "f" or np.isfinite(array).all() for array in outputs.values()):
+        try:
+            return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+        except orjson.JSONEncodeError:
+            pass  # a string that is no UTF-8
+    text = json.dumps(reply, ensure_ascii=False, separators=(",", ":"), default=_to_python)
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _to_python(value: np.ndarray | np.generic) -> Any:
+    if value.dtype == np.float32:
+        value = np.asarray(value).astype(np.str_).astype(np.float64)  # by way of its own fewest digits
+    return value.tolist()
