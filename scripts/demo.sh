@@ -8,7 +8,7 @@ url=http://127.0.0.1:$port
 pictures=runs/demo-pictures
 
 printf '\n== Train on drawn shapes, judge, export\n'
-$python -m training train --dataset shapes --epochs 6 --batch-size 32
+$python -m training train --dataset shapes --epochs 8 --batch-size 32
 
 printf '\n== Serve it\n'
 $python -m serving --models-dir models --rest-port "$port" &
