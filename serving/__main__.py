@@ -23,7 +23,10 @@ from granian.server import MPServer
 
 from serving.app import create_app
 from serving.errors import StartupError
-from serving.repository import ModelRepository, find_models
+from serving.liveness import Liveness
+from serving.model_config import ModelsFolder
+from serving.models import name_remote_models
+from serving.repository import ModelRepository
 from serving.settings import LOG_LEVELS, Settings
 
 logger = logging.getLogger("serving")
@@ -38,14 +41,49 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     default=Path("models"),
     help="Folder of the models: <name>/<version>/saved_model.pb.",
 )
+@click.option(
+    "--model-config-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Serve what this TensorFlow Serving model config says, instead of all that is in --models-dir.",
+)
+@click.option(
+    "--remote",
+    metavar="HOST:PORT",
+    help="Let the TensorFlow Serving at this gRPC address do the inference.",
+)
+@click.option(
+    "--remote-model",
+    "remote_models",
+    multiple=True,
+    help="A model to ask it for; may be repeated.  [default: the names in --models-dir]",
+)
+@click.option(
+    "--poll-interval-s",
+    type=float,
+    default=Settings.poll_interval_s,
+    help="Seconds between two looks for new, changed and vanished versions.",
+)
 @click.option("--host", default=Settings.host, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--rest-port", type=int, default=Settings.rest_port, help="Port of the HTTP API and the page.")
+@click.option("--grpc-port", type=int, default=Settings.grpc_port, help="Port of the gRPC API; 0 for none.")
 @click.option(
     "--threads",
     type=int,
     default=Settings.threads,
     show_default="8 per core, at most 64",
     help="Requests answered at the same time; more wait.",
+)
+@click.option(
+    "--max-batch-size",
+    type=int,
+    default=Settings.max_batch_size,
+    help="Most rows (images) in one call of a model; requests that come together share calls up to it. 1: none does.",
+)
+@click.option(
+    "--max-queue-size",
+    type=int,
+    default=Settings.max_queue_size,
+    help="Most rows that wait for a model; more are refused with 503.",
 )
 @click.option("--max-request-bytes", type=int, default=Settings.max_request_bytes, help="Largest request body.")
 @click.option(
@@ -64,21 +102,28 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default=Settings.log_level)
 @click.option("--access-log", is_flag=True, help="Log a line per request, to standard output.")
 def main(**options: Any) -> None:
-    """Serve the newest version of every model in a folder over HTTP.
+    """Serve the newest version of every model in a folder over HTTP and gRPC.
+
+    The folder is followed: new versions replace old ones without a lost request.
 
     Every option can also be set in the environment: --rest-port as SERVING_REST_PORT, and so on.
     """
     try:
         settings = Settings(**options)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        find_models(settings.models_dir)
-        address = free_address(settings.host, settings.rest_port)
+        if settings.remote:
+            name_remote_models(settings)
+        elif not settings.model_config_file:
+            ModelsFolder(settings.models_dir)  # there has to be a model
+        address = free_address(settings.host, settings.rest_port, flag="--rest-port")
+        if settings.grpc_port:
+            free_address(settings.host, settings.grpc_port, flag="--grpc-port")
     except StartupError as error:
         raise click.ClickException(str(error)) from error
     serve(settings, address)
 
 
-def free_address(host: str, port: int) -> str:
+def free_address(host: str, port: int, *, flag: str) -> str:
     """Return the IP address of `host`, once it is sure that its port can be listened on.
 
     granian's own socket would share the port with another server's (SO_REUSEPORT) instead of failing.
@@ -93,7 +138,7 @@ def free_address(host: str, port: int) -> str:
             probe.bind(address)
     except OSError as error:
         raise StartupError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and --rest-port"
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and {flag}"
         ) from error
     return str(address[0])
 
@@ -136,21 +181,35 @@ def start_worker(settings: Settings, address: str, *, explained: Event) -> Flask
     """Make the app in the process that answers; its models are loaded in the background."""
     # What is sent to the whole group (Ctrl-C, timeout) is for the parent, which then stops this process.
     os.setpgid(0, 0)
-    _start_thread(_stop_worker_when_told, (address, settings.rest_port))
+    stopping = threading.Event()
+    _start_thread(_stop_worker_when_told, (address, settings.rest_port), stopping)
     _start_thread(_stop_worker_with_parent)
     try:
         app = create_app(settings)
     except StartupError as error:
         _give_up(str(error), explained)
-    _start_thread(load_models, app, f"http://{settings.host}:{settings.rest_port}", explained)
+    liveness: Liveness = app.extensions["liveness"]
+    liveness.require(_start_thread(answer, app, settings, address, stopping, explained))
     return app
 
 
-def load_models(app: Flask, url: str, explained: Event) -> None:
-    """Load the app's models, and end the process where not one can be served."""
+def answer(app: Flask, settings: Settings, address: str, stopping: threading.Event, explained: Event) -> None:
+    """Load the app's models, end the process where not one can be served, and follow what becomes of them.
+
+    Meanwhile the app answers over HTTP already: that it is alive, and not ready. Over gRPC it does so as soon as
+    TensorFlow, which the messages come with, is imported.
+    """
     repository: ModelRepository = app.extensions["repository"]
-    logger.info("listening on %s, loading %s", url, ", ".join(repository.all_names()))
+    logger.info(
+        "listening on http://%s:%d%s, loading %s",
+        settings.host,
+        settings.rest_port,
+        f" and for gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else "",
+        ", ".join(repository.all_names()),
+    )
     try:
+        if settings.grpc_port:
+            start_grpc(app, settings, address, stopping)
         repository.load()
     except StartupError as error:
         _give_up(str(error), explained)
@@ -158,9 +217,35 @@ def load_models(app: Flask, url: str, explained: Event) -> None:
         logger.exception("the models could not be loaded")
         _give_up("the models could not be loaded, for a reason that was not foreseen", explained)
     if repository.ready:
-        logger.info("ready on %s", url)
+        logger.info("ready on http://%s:%d", settings.host, settings.rest_port)
     else:
         logger.error("not ready: %s", repository.not_ready_because)
+    repository.watch(settings.poll_interval_s)
+
+
+def start_grpc(app: Flask, settings: Settings, address: str, stopping: threading.Event) -> None:
+    """Start the gRPC server on the app's models; it ends, its calls finished, when `stopping` is set.
+
+    Raises:
+        StartupError: the port cannot be listened on.
+    """
+    from serving.grpc.server import start_grpc_server
+
+    server = start_grpc_server(
+        app.extensions["repository"],
+        app.extensions["metrics"],
+        app.extensions["liveness"],
+        address=f"[{address}]:{settings.grpc_port}" if ":" in address else f"{address}:{settings.grpc_port}",
+        threads=settings.threads,
+        max_message_bytes=settings.max_request_bytes,
+    )
+
+    def stop() -> None:
+        stopping.wait()
+        server.stop(grace=settings.drain_timeout_s).wait()
+
+    # No daemon, so that the process waits for it.
+    threading.Thread(target=stop, name="stop-grpc").start()
 
 
 def _give_up(reason: str, explained: Event) -> NoReturn:
@@ -169,8 +254,10 @@ def _give_up(reason: str, explained: Event) -> NoReturn:
     os._exit(1)  # the only way out from a thread; the parent then ends with 1 too
 
 
-def _start_thread(target: Callable[..., None], *args: Any) -> None:
-    threading.Thread(target=target, args=args, name=target.__name__, daemon=True).start()
+def _start_thread(target: Callable[..., None], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=target, args=args, name=target.__name__, daemon=True)
+    thread.start()
+    return thread
 
 
 def _stop_server_when_told(server: MPServer, heeded: set[signal.Signals]) -> None:
@@ -180,9 +267,10 @@ def _stop_server_when_told(server: MPServer, heeded: set[signal.Signals]) -> Non
     server.signal_handler_interrupt()  # type: ignore[no-untyped-call]
 
 
-def _stop_worker_when_told(address: tuple[str, int]) -> None:
+def _stop_worker_when_told(address: tuple[str, int], stopping: threading.Event) -> None:
     # granian's own handler loses a signal that comes before it listens, and stands still on a second one.
     signal.sigwait({signal.SIGTERM})
+    stopping.set()
     while not _listens(address):
         time.sleep(0.02)
     handle: Any = signal.getsignal(signal.SIGTERM)

@@ -13,8 +13,9 @@ from flask.json.provider import JSONProvider
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from serving.errors import ServingError
-from serving.metrics import Metrics
-from serving.repository import ModelRepository
+from serving.liveness import Liveness
+from serving.metrics import TFS_STATUS, Metrics
+from serving.models import make_repository
 from serving.rest import health, pages, tfserving, upload
 from serving.settings import Settings
 
@@ -24,21 +25,23 @@ _TFS_PREDICT = re.compile(r"/v1/models/([^/:]+)[^:]*:predict")
 
 
 def create_app(settings: Settings) -> Flask:
-    """Make the service for the models in `settings.models_dir`, none of which is loaded yet.
+    """Make the service for the models that the settings name, none of which is loaded yet.
 
-    `app.extensions` holds the "repository", whose `load()` makes it ready, the "metrics" and the "settings".
+    `app.extensions` holds the "repository", whose `load()` makes it ready, the "liveness", the "metrics" and the
+    "settings".
 
     Raises:
-        StartupError: there is no models folder, or no model in it.
+        StartupError: there is no model to serve.
     """
     app = Flask(__name__, static_folder=None)
     app.request_class = BoundedRequest
     app.json = OrjsonProvider(app)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_request_bytes
     metrics = Metrics()
-    repository = ModelRepository(settings.models_dir, wrap_predictor=metrics.time_predictor)
+    liveness = Liveness()
+    repository = make_repository(settings, metrics, liveness)
     metrics.watch(repository)
-    app.extensions.update(settings=settings, metrics=metrics, repository=repository)
+    app.extensions.update(settings=settings, metrics=metrics, liveness=liveness, repository=repository)
     for module in (health, upload, tfserving, pages):
         app.register_blueprint(module.blueprint)
     app.before_request(_begin_request)
@@ -96,7 +99,7 @@ def _count_request(response: Response) -> Response:
     if model not in current_app.extensions["repository"].all_names():
         model = ""  # made-up names must not become labels that stay for ever
     elif tfs_call:
-        metrics.observe_tfs_predict(model=model, status=status, seconds=seconds)
+        metrics.observe_tfs_predict(model=model, code=TFS_STATUS.get(status, "INTERNAL"), seconds=seconds, api="REST")
     route = request.url_rule.rule if request.url_rule else "unmatched"
     metrics.observe_request(route=route, model=model, status=status, seconds=seconds)
     return response

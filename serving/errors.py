@@ -7,23 +7,39 @@ from __future__ import annotations
 
 from typing import Any
 
+# What the codes of gRPC and TensorFlow are as HTTP statuses: `model_servers/http_server.cc` of TensorFlow Serving.
+HTTP_STATUS_OF_CODE = {
+    "INVALID_ARGUMENT": 400,
+    "FAILED_PRECONDITION": 400,
+    "OUT_OF_RANGE": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "ABORTED": 409,
+    "ALREADY_EXISTS": 409,
+    "RESOURCE_EXHAUSTED": 429,
+    "CANCELLED": 499,
+    "UNIMPLEMENTED": 501,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+
 
 class ServingError(Exception):
-    """Anything the service answers with `{"error": message}` instead of a result.
+    """Anything the service answers instead of a result: `{"error": message}` over HTTP, a status over gRPC.
 
-    ServingError                  500
-    +-- InvalidRequest            400   the request cannot be understood or does not fit the model
-    |   +-- UnreadableImages      400   some of the pictures sent cannot be decoded
-    +-- ModelNotFound             404   no such model, or no such version of it
-    +-- TooLarge                  413   more bytes, pixels or pictures than the service accepts
-    +-- UnsupportedMedia          415   a body of a kind the route does not take
-    +-- NotReady                  503   the model is still being loaded
-    +-- ModelFailed             (any)   TensorFlow's own refusal, mapped as TensorFlow Serving maps it
-
-    The statuses are those of TensorFlow Serving's REST API (`model_servers/http_server.cc`).
+    ServingError                  500  INTERNAL
+    +-- InvalidRequest            400  INVALID_ARGUMENT    it cannot be understood or does not fit the model
+    |   +-- UnreadableImages      400  INVALID_ARGUMENT    some of the pictures sent cannot be decoded
+    +-- ModelNotFound             404  NOT_FOUND           no such model, or no such version of it
+    +-- TooLarge                  413  RESOURCE_EXHAUSTED  more bytes, pixels or pictures than the service takes
+    +-- UnsupportedMedia          415  INVALID_ARGUMENT    a body of a kind the route does not take
+    +-- NotReady                  503  UNAVAILABLE         the model is still being loaded
+    +-- ModelFailed             (any)  (any)               what TensorFlow itself, or a remote server, refused
     """
 
     status = 500
+    code = "INTERNAL"
 
     def body(self) -> dict[str, Any]:
         """Return what the client is sent, as JSON."""
@@ -34,6 +50,7 @@ class InvalidRequest(ServingError):
     """The request cannot be understood, or does not fit the model's signature."""
 
     status = 400
+    code = "INVALID_ARGUMENT"
 
 
 class UnreadableImages(InvalidRequest):
@@ -65,32 +82,37 @@ class ModelNotFound(ServingError):
     """No model of that name, or no such version of it, is being served."""
 
     status = 404
+    code = "NOT_FOUND"
 
 
 class TooLarge(ServingError):
     """The request holds more bytes, pixels or pictures than the service accepts."""
 
     status = 413
+    code = "RESOURCE_EXHAUSTED"
 
 
 class UnsupportedMedia(ServingError):
     """The body is of a kind that the route does not take."""
 
     status = 415
+    code = "INVALID_ARGUMENT"
 
 
 class NotReady(ServingError):
     """The model is still being loaded and warmed up; asking again later will work."""
 
     status = 503
+    code = "UNAVAILABLE"
 
 
 class ModelFailed(ServingError):
-    """TensorFlow refused or failed to run the signature, with the status of its error code."""
+    """The signature was refused or failed; `code` is TensorFlow's, or the remote server's, name for it."""
 
-    def __init__(self, message: str, *, status: int) -> None:
+    def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
-        self.status = status
+        self.code = code
+        self.status = HTTP_STATUS_OF_CODE.get(code, 500)
 
 
 class ModelLoadError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from prometheus_client import (
@@ -22,7 +22,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from serving.predictor import Predictor, Signature
-from serving.repository import ModelRepository, ModelVersion
+from serving.repository import ModelRepository
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -84,6 +84,13 @@ class Metrics:
             ["model"],
             registry=self._registry,
         )
+        self._call_rows = Histogram(
+            "serving_call_rows",
+            "Rows in one call of the model: how many requests' rows were gathered.",
+            ["model"],
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+            registry=self._registry,
+        )
         self._tfs_latency = Histogram(
             ":tensorflow:serving:request_latency",
             "Time from a request's headers to its reply, in microseconds.",
@@ -98,9 +105,9 @@ class Metrics:
         """Show the states of a repository's versions too."""
         self._registry.register(_RepositoryCollector(repository))
 
-    def time_predictor(self, version: ModelVersion, predictor: Predictor) -> Predictor:
-        """Wrap a version's predictor so that its calls are counted and timed."""
-        return _TimedPredictor(predictor, version.name, self._predict_seconds, self._rows)
+    def time_predictor(self, model: str, predictor: Predictor) -> Predictor:
+        """Wrap a predictor of a model so that its calls are counted and timed."""
+        return _TimedPredictor(predictor, model, self._predict_seconds, self._rows, self._call_rows)
 
     def observe_decode(self, seconds: float) -> None:
         """Record the decoding of one picture."""
@@ -111,11 +118,11 @@ class Metrics:
         self._requests.labels(route, model, str(status)).inc()
         self._request_seconds.labels(route).observe(seconds)
 
-    def observe_tfs_predict(self, *, model: str, status: int, seconds: float) -> None:
-        """Record an answered predict call of TensorFlow Serving's REST API."""
-        self._tfs_latency.labels(model, "predict", "REST").observe(seconds * 1e6)
+    def observe_tfs_predict(self, *, model: str, code: str, seconds: float, api: str) -> None:
+        """Record an answered predict call of TensorFlow Serving's API: `api` is "REST" or "GRPC"."""
+        self._tfs_latency.labels(model, "predict", api).observe(seconds * 1e6)
         with self._lock:
-            self._tfs_requests[model, TFS_STATUS.get(status, "INTERNAL")] += 1
+            self._tfs_requests[model, code] += 1
 
     def render(self) -> bytes:
         """Return the page in Prometheus' text format."""
@@ -129,9 +136,10 @@ class Metrics:
 
 
 class _TimedPredictor:
-    def __init__(self, inner: Predictor, model: str, seconds: Histogram, rows: Counter) -> None:
+    def __init__(self, inner: Predictor, model: str, seconds: Histogram, rows: Counter, call_rows: Histogram) -> None:
         self._inner = inner
         self._rows = rows.labels(model)
+        self._call_rows = call_rows.labels(model)
         self._seconds = seconds
         self._model = model
 
@@ -139,12 +147,19 @@ class _TimedPredictor:
     def signatures(self) -> Mapping[str, Signature]:
         return self._inner.signatures
 
-    def predict(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def predict(
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
         started = time.perf_counter()
-        outputs = self._inner.predict(signature, inputs)
+        outputs = self._inner.predict(signature, inputs, deadline_s=deadline_s)
         self._seconds.labels(self._model, signature).observe(time.perf_counter() - started)
-        self._rows.inc(next((array.shape[0] for array in inputs.values() if array.ndim), 1))
+        rows = next((array.shape[0] for array in inputs.values() if array.ndim), 1)
+        self._rows.inc(rows)
+        self._call_rows.observe(rows)
         return outputs
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class _RepositoryCollector(Collector):
@@ -164,16 +179,20 @@ class _RepositoryCollector(Collector):
             "Warm-up records replayed when the version was loaded.",
             labels=["model", "version"],
         )
+        errors = GaugeMetricFamily(
+            "serving_model_version_error",
+            "1 for a version that could not be loaded, with TensorFlow's code for the reason.",
+            labels=["model", "version", "code"],
+        )
         ready = GaugeMetricFamily("serving_ready", "1 when every model is loaded and warmed up.")
         ready.add_metric([], float(self._repository.ready))
-        for version in self._versions():
-            states.add_metric([version.name, str(version.version), version.state], 1)
-            warmups.add_metric([version.name, str(version.version)], version.warmup_records)
-        return [ready, states, warmups]
-
-    def _versions(self) -> Iterator[ModelVersion]:
-        for name in self._repository.all_names():
-            yield from self._repository.versions(name)
+        for version in self._repository.all_versions():
+            labels = [version.name, str(version.version)]
+            states.add_metric([*labels, version.state], 1)
+            warmups.add_metric(labels, version.warmup_records)
+            if version.error_code != "OK":
+                errors.add_metric([*labels, version.error_code], 1)
+        return [ready, states, errors, warmups]
 
 
 def _escape(label: str) -> str:

@@ -7,6 +7,7 @@ that answers requests holds it.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,23 +35,6 @@ NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "DT_COMPLEX64": np.dtype(np.complex64),
     "DT_COMPLEX128": np.dtype(np.complex128),
     "DT_STRING": np.dtype(np.object_),  # elements are bytes
-}
-
-# http_server.cc of TensorFlow Serving; a code that is not here is answered with 500.
-HTTP_STATUS_OF_CODE = {
-    1: 499,  # CANCELLED
-    3: 400,  # INVALID_ARGUMENT
-    4: 504,  # DEADLINE_EXCEEDED
-    5: 404,  # NOT_FOUND
-    6: 409,  # ALREADY_EXISTS
-    7: 403,  # PERMISSION_DENIED
-    8: 429,  # RESOURCE_EXHAUSTED
-    9: 400,  # FAILED_PRECONDITION
-    10: 409,  # ABORTED
-    11: 400,  # OUT_OF_RANGE
-    12: 501,  # UNIMPLEMENTED
-    14: 503,  # UNAVAILABLE
-    16: 401,  # UNAUTHENTICATED
 }
 
 
@@ -96,13 +80,16 @@ class Predictor(Protocol):
     def signatures(self) -> Mapping[str, Signature]:
         """Every SignatureDef of the model by its name, those that cannot be called included."""
 
-    def predict(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def predict(
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
         """Run a signature.
 
         Args:
             signature: its name, "serving_default" for example.
             inputs: one array per input of the signature, of exactly its dtype (`TensorSpec.numpy_dtype`;
                 strings are object arrays of bytes), rows along axis 0.
+            deadline_s: when the answer is of no use any more, on the clock of `time.monotonic`.
 
         Returns:
             One array per output of the signature.
@@ -111,6 +98,9 @@ class Predictor(Protocol):
             InvalidRequest: the signature does not exist or the inputs do not fit it.
             ModelFailed: the model refused the inputs, or failed.
         """
+
+    def close(self) -> None:
+        """Let go of what it holds; it is not called again."""
 
 
 class SavedModelPredictor:
@@ -136,14 +126,18 @@ class SavedModelPredictor:
             raise ModelLoadError(f"cannot load {path}: {_reason(error)}") from error
         self._functions: Mapping[str, Any] = dict(self._model.signatures)
 
-    def predict(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """As `Predictor.predict`."""
+    def predict(
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
+        """As `Predictor.predict`; TensorFlow cannot be stopped, so only what has not begun heeds the deadline."""
         import tensorflow as tf
 
         function = self._functions.get(signature)
         if function is None:
             raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
         check_inputs(self.signatures[signature], inputs)
+        if deadline_s is not None and time.monotonic() >= deadline_s:
+            raise deadline_exceeded()
         try:
             outputs = function(**{name: tf.constant(array) for name, array in inputs.items()})
             # asarray: a scalar tensor's numpy() is a scalar, bytes for a string.
@@ -155,6 +149,11 @@ class SavedModelPredictor:
         except (TypeError, ValueError) as error:  # an object array that does not hold strings
             raise InvalidRequest(_reason(error)) from error
 
+    def close(self) -> None:
+        """As `Predictor.close`."""
+        del self._model
+        self._functions = {}
+
 
 def read_signatures(path: Path) -> dict[str, Signature]:
     """Read the SignatureDefs of the SavedModel in `path` that is tagged "serve".
@@ -163,7 +162,6 @@ def read_signatures(path: Path) -> dict[str, Signature]:
         ModelLoadError: `saved_model.pb` is missing, damaged, or holds no graph for serving.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    from tensorflow.core.framework import types_pb2
     from tensorflow.core.protobuf import saved_model_pb2
 
     file = path / "saved_model.pb"
@@ -179,10 +177,17 @@ def read_signatures(path: Path) -> dict[str, Signature]:
     if not graphs:
         raise ModelLoadError(f'{file} holds no graph tagged "serve"', code="NOT_FOUND")
 
-    def describe(name: str, tensor: Any) -> TensorSpec:
+    return read_signature_defs(graphs[0].signature_def)
+
+
+def read_signature_defs(definitions: Mapping[str, Any]) -> dict[str, Signature]:
+    """Read SignatureDef messages, as a model's metadata or a saved_model.pb holds them."""
+    from tensorflow.core.framework import types_pb2
+
+    def describe(key: str, tensor: Any) -> TensorSpec:
         shape = tensor.tensor_shape
         return TensorSpec(
-            name=name,
+            name=key,
             dtype=types_pb2.DataType.Name(tensor.dtype),
             shape=None if shape.unknown_rank else tuple(None if axis.size < 0 else axis.size for axis in shape.dim),
             tensor_name=tensor.name,
@@ -195,7 +200,7 @@ def read_signatures(path: Path) -> dict[str, Signature]:
             inputs={key: describe(key, tensor) for key, tensor in sorted(definition.inputs.items())},
             outputs={key: describe(key, tensor) for key, tensor in sorted(definition.outputs.items())},
         )
-        for name, definition in sorted(graphs[0].signature_def.items())
+        for name, definition in sorted(definitions.items())
     }
 
 
@@ -249,10 +254,14 @@ def _dtype_text(array: np.ndarray) -> str:
     return "string" if array.dtype == np.object_ else array.dtype.name
 
 
+def deadline_exceeded() -> ModelFailed:
+    """Return the error of a request whose deadline has passed."""
+    return ModelFailed("the deadline passed before the model could answer", code="DEADLINE_EXCEEDED")
+
+
 def _answer_for(error: Any) -> ServingError:
-    message = _reason(error)
-    status = HTTP_STATUS_OF_CODE.get(error.error_code, 500)
-    return InvalidRequest(message) if status == 400 else ModelFailed(message, status=status)
+    message, code = _reason(error), _code_name(error)
+    return InvalidRequest(message) if code == "INVALID_ARGUMENT" else ModelFailed(message, code=code)
 
 
 def _code_name(error: Any) -> str:

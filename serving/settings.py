@@ -24,9 +24,16 @@ class Settings:
     """
 
     models_dir: Path
+    model_config_file: Path | None = None
+    remote: str | None = None
+    remote_models: tuple[str, ...] = ()
+    poll_interval_s: float = 1.0
     host: str = "127.0.0.1"
     rest_port: int = 8501
+    grpc_port: int = 8500  # 0: none
     threads: int = DEFAULT_THREADS
+    max_batch_size: int = 64
+    max_queue_size: int = 4_096
     max_request_bytes: int = 64 * 1024 * 1024
     max_image_pixels: int = 50_000_000
     max_images: int = 256
@@ -35,17 +42,27 @@ class Settings:
     access_log: bool = False
 
     def __post_init__(self) -> None:
-        for name, largest in (
-            ("rest_port", 65_535),
-            ("threads", 1_024),
-            ("max_request_bytes", 2**40),
-            ("max_image_pixels", PILLOW_MAX_PIXELS),
-            ("max_images", 100_000),
-            ("drain_timeout_s", 3_600),
+        for name, smallest, largest in (
+            ("rest_port", 1, 65_535),
+            ("grpc_port", 0, 65_535),
+            ("poll_interval_s", 0.01, 86_400),
+            ("max_batch_size", 1, 65_536),
+            ("max_queue_size", 1, 10_000_000),
+            ("threads", 1, 1_024),
+            ("max_request_bytes", 1, 2**40),
+            ("max_image_pixels", 1, PILLOW_MAX_PIXELS),
+            ("max_images", 1, 100_000),
+            ("drain_timeout_s", 1, 3_600),
         ):
             value = getattr(self, name)
-            if not 1 <= value <= largest:
+            if not smallest <= value <= largest:
                 flag = name.replace("_", "-")
-                raise StartupError(f"--{flag} must be from 1 to {largest}, not {value}")
+                raise StartupError(f"--{flag} must be from {smallest} to {largest}, not {value}")
+        if self.remote and self.model_config_file:
+            raise StartupError("--remote and --model-config-file: the models are either there or here, not both")
+        if self.remote_models and not self.remote:
+            raise StartupError("--remote-model names a model at another server; name that too, with --remote")
+        if self.grpc_port and self.grpc_port == self.rest_port:
+            raise StartupError(f"--grpc-port and --rest-port are both {self.rest_port}; choose another for one")
         if self.log_level not in LOG_LEVELS:
             raise StartupError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level}")

@@ -198,6 +198,11 @@ def _write_saved_model(
         image_bytes = _refuse_empty(tf.ensure_shape(image_bytes, (None,)), "image_bytes")
         return classify(decode_images(image_bytes, height=height, width=width))
 
+    # TensorFlow Serving's API has no other way to tell a client what the columns of the probabilities are.
+    def look_up_labels(class_id: tf.Tensor) -> dict[str, tf.Tensor]:
+        class_id = _refuse_empty(tf.ensure_shape(class_id, (None,)), "class_id")
+        return {"label": tf.gather(tf.constant(class_names), class_id, name="label")}
+
     archive = keras.export.ExportArchive()
     archive.track(model)
     archive.add_endpoint(
@@ -206,6 +211,7 @@ def _write_saved_model(
         [tf.TensorSpec((None, height, width, channels), tf.uint8, "images")],
     )
     archive.add_endpoint("image_bytes", image_bytes_signature, [tf.TensorSpec((None,), tf.string, "image_bytes")])
+    archive.add_endpoint("labels", look_up_labels, [tf.TensorSpec((None,), tf.int64, "class_id")])
     archive.write_out(str(folder), verbose=False)
 
 
@@ -263,6 +269,7 @@ def _prove(
             if isinstance(answer, Exception):
                 raise ExportError(f"{where} fails: {str(answer).splitlines()[0]}") from answer
             _compare(answer, expected, class_names, where=where)
+    _prove_labels(folder, class_names)
 
 
 _Case = tuple[int, str, str, np.ndarray, np.ndarray]  # batch size, signature, input name, batch, expected
@@ -290,6 +297,18 @@ def _ask_session(folder: Path, cases: list[_Case]) -> Iterator[dict[str, np.ndar
                 yield session.run(fetches, {definition.inputs[input_name].name: batch})
             except tf.errors.OpError as error:
                 yield error
+
+
+def _prove_labels(folder: Path, class_names: tuple[str, ...]) -> None:
+    """Check that the signature `labels` names every class, loaded by tf.saved_model.load and in a Session."""
+    ids = np.arange(len(class_names))
+    case = (len(ids), "labels", "class_id", ids, ids)
+    for answers in (_ask_loaded(folder, [case]), _ask_session(folder, [case])):
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise ExportError(f"the exported signature labels fails: {answer}") from answer
+            if [label.decode() for label in answer["label"].tolist()] != list(class_names):
+                raise ExportError(f"the exported signature labels gives {answer['label']}, not {class_names}")
 
 
 def _compare(answer: dict[str, np.ndarray], expected: np.ndarray, class_names: tuple[str, ...], *, where: str) -> None:

@@ -69,7 +69,7 @@ def refusal(name: str, signatures: Mapping[str, Signature], *, method: str) -> S
         )
     if method == "regress" and _REGRESS_OUTPUT not in outputs:
         return InvalidRequest(f"No {kind} outputs found in {described}")
-    return ModelFailed(f"{method} is not implemented here; ask for the same signature with :predict", status=501)
+    return ModelFailed(f"{method} is not implemented here; ask for this signature with :predict", code="UNIMPLEMENTED")
 
 
 def _check_example(example: Any) -> None:

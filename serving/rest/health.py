@@ -6,6 +6,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app
 
+from serving.liveness import Liveness
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.repository import ModelRepository
 
@@ -13,9 +14,11 @@ blueprint = Blueprint("health", __name__)
 
 
 @blueprint.get("/healthz")
-def healthz() -> dict[str, str]:
-    """Answer that the process is alive, whatever its models are doing."""
-    return {"status": "alive"}
+def healthz() -> tuple[dict[str, Any], int]:
+    """Answer that the process is alive, whether or not it has models; 503 with the reason where a restart is needed."""
+    liveness: Liveness = current_app.extensions["liveness"]
+    problem = liveness.problem
+    return ({"status": "alive"}, 200) if problem is None else ({"status": "dead", "reason": problem}, 503)
 
 
 @blueprint.get("/readyz")
@@ -31,8 +34,7 @@ def readyz() -> tuple[dict[str, Any], int]:
             "warmup_records": version.warmup_records,
             "error": version.error_message or None,
         }
-        for name in repository.all_names()
-        for version in repository.versions(name)
+        for version in repository.all_versions()
     ]
     return {"ready": reason is None, "reason": reason, "models": models}, 200 if reason is None else 503
 

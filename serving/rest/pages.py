@@ -66,12 +66,11 @@ def describe_models() -> list[dict[str, Any]]:
 def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
     try:
         version = repository.resolve(name)
-        assert version.predictor is not None
         height, width = picture_size(version.predictor, model=name)
     except NotReady as error:
         return {"name": name, "loading": True, "problem": str(error)}
-    except ModelNotFound:
-        return {"name": name, "loading": False, "problem": repository.versions(name)[0].error_message}
+    except ModelNotFound as error:
+        return {"name": name, "loading": False, "problem": _why_missing(repository, name) or str(error)}
     except InvalidRequest as error:
         return {"name": name, "loading": False, "problem": str(error)}
     return {
@@ -87,9 +86,12 @@ def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
     }
 
 
+def _why_missing(repository: ModelRepository, name: str) -> str | None:
+    return next((version.error_message for version in repository.versions(name) if version.error_message), None)
+
+
 def _class_names(version: ModelVersion) -> list[str]:
     """Return the names of the classes; none where neither the signature nor the card tells how many there are."""
-    assert version.predictor is not None
     shape = version.predictor.signatures[DEFAULT_SIGNATURE].outputs["probabilities"].shape
     count = None if shape is None else shape[1]
     if count is None:

@@ -17,8 +17,9 @@ from werkzeug.exceptions import NotImplemented as MethodNotImplemented
 from werkzeug.routing import BaseConverter, Rule
 
 from serving.errors import InvalidRequest, ModelNotFound, TooLarge
+from serving.model_config import MAX_VERSION
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
-from serving.repository import MAX_VERSION, ModelRepository, ModelVersion
+from serving.repository import ModelRepository, ModelVersion
 from serving.rest.examples import check_examples, refusal
 from serving.rest.json_document import parse_document
 from serving.rest.json_quoting import printable, quote_document
@@ -72,7 +73,6 @@ def _predict(call: re.Match[str]) -> Response:
     number = _version(call)
     document = _read_document()
     predictor = _resolve(call, number).predictor
-    assert predictor is not None
     signature = _signature(document, predictor.signatures)
     outputs = predictor.predict(signature.name, decode_inputs(document, signature))
     return Response(encode_outputs(outputs, signature, as_rows="instances" in document), mimetype="application/json")
@@ -83,7 +83,6 @@ def _classify_or_regress(call: re.Match[str]) -> Response:
     document = _read_document()
     check_examples(document)
     predictor = _resolve(call, number).predictor
-    assert predictor is not None
     raise refusal(document.get("signature_name", ""), predictor.signatures, method=call["method"])
 
 
@@ -102,9 +101,7 @@ def _read_document() -> dict[str, Any]:
 
 def _resolve(match: re.Match[str], number: int | None) -> ModelVersion:
     name = _model_name(match)
-    if match["label"]:
-        raise InvalidRequest(f"Unrecognized servable version label: {match['label']}")
-    version = _repository().resolve(name, version=number)
+    version = _repository().resolve(name, version=number, label=match["label"])
     g.model = version.name
     return version
 
@@ -160,7 +157,6 @@ def _metadata(match: re.Match[str]) -> Response:
 
 
 def _describe_signatures(version: ModelVersion) -> dict[str, Any]:
-    assert version.predictor is not None
     return {
         name: {
             "inputs": {key: _describe_tensor(spec) for key, spec in signature.inputs.items()},

@@ -11,7 +11,7 @@ import numpy as np
 from flask import Blueprint, current_app, g, request
 from werkzeug.formparser import MultiPartParser
 
-from serving.errors import InvalidRequest, TooLarge, UnreadableImages, UnsupportedMedia
+from serving.errors import InvalidRequest, ModelNotFound, TooLarge, UnreadableImages, UnsupportedMedia
 from serving.images import read_image
 from serving.metrics import Metrics
 from serving.predictor import DEFAULT_SIGNATURE, Predictor
@@ -43,7 +43,6 @@ def predict() -> dict[str, Any]:
             f"with a Content-Type of image/*; got {request.mimetype or 'no Content-Type'}"
         )
     version = _find_model()
-    assert version.predictor is not None
     g.model = version.name
     size = picture_size(version.predictor, model=version.name)
     pictures = _read_form() if request.mimetype == "multipart/form-data" else [_read_body()]
@@ -95,6 +94,8 @@ def _find_model() -> ModelVersion:
     names = repository.all_names()
     name = request.args.get("model")
     if name is None:
+        if not names:
+            raise ModelNotFound("there is no model to answer with")
         if len(names) > 1:
             raise InvalidRequest(f"several models are served; choose one with ?model=: {', '.join(names)}")
         name = names[0]

@@ -76,19 +76,27 @@ def picture(colour: str, size: tuple[int, int] = (32, 32), kind: str = "PNG") ->
     return encode(Image.new("RGB", size, colour), kind)
 
 
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
 class Server:
     """`python -m serving` in a process of its own."""
 
     def __init__(self, models_dir: Path, log: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port, self.grpc_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         command = [sys.executable, "-m", "serving", "--models-dir", str(models_dir)]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [*command, "--rest-port", str(self.port), *options],
+                [*command, "--rest-port", str(self.port), "--grpc-port", str(self.grpc_port), *options],
                 cwd=PROJECT,
                 stdout=file,
                 stderr=subprocess.STDOUT,

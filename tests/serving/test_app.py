@@ -130,8 +130,8 @@ def test_a_fault_of_ours_keeps_its_trace_to_the_log(
 def test_an_error_of_the_model_keeps_its_status(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     version = app.extensions["repository"].resolve("colours")
 
-    def run_out(*_: object) -> None:
-        raise ModelFailed("out of memory", status=429)
+    def run_out(*_: object, **__: object) -> None:
+        raise ModelFailed("out of memory", code="RESOURCE_EXHAUSTED")
 
     monkeypatch.setattr(version.predictor, "predict", run_out)
     response = app.test_client().post("/predict", data=GOOD, content_type="image/png")

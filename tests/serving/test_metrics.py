@@ -98,6 +98,6 @@ def test_predict_calls_are_counted_under_tensorflow_serving_s_names_too(fresh: F
 
 
 def test_a_name_cannot_break_the_page(fresh: Flask) -> None:
-    fresh.extensions["metrics"].observe_tfs_predict(model='a"b\\c', status=200, seconds=0.001)
+    fresh.extensions["metrics"].observe_tfs_predict(model='a"b\\c', code="OK", seconds=0.001, api="REST")
     text = fresh.test_client().get("/metrics").text
     assert ':tensorflow:serving:request_count{model_name="a\\"b\\\\c",status="OK"} 1\n' in text

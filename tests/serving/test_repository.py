@@ -5,17 +5,19 @@ import logging
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from serving.errors import ModelNotFound, NotReady, StartupError
+from serving.local import LocalRepository
+from serving.model_config import ModelsFolder, find_versions
 from serving.predictor import Predictor, SavedModelPredictor
-from serving.repository import ModelRepository, ModelVersion, find_models
 
 
-def load(models_dir: Path) -> ModelRepository:
-    repository = ModelRepository(models_dir)
+def load(models_dir: Path) -> LocalRepository:
+    repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
     return repository
 
@@ -30,8 +32,8 @@ def test_integer_folders_are_versions_and_nothing_else_is(models_dir: Path) -> N
     (models_dir / "colours" / "99").write_text("a file")
     (models_dir / "notes").mkdir()
     (models_dir / ".hidden" / "1").mkdir(parents=True)
-    models = find_models(models_dir)
-    assert {name: [version.version for version in found] for name, found in models.items()} == {"colours": [10, 7, 2]}
+    assert sorted(find_versions(models_dir / "colours")) == [2, 7, 10]
+    assert [config.name for config in ModelsFolder(models_dir)()] == ["colours"]
 
 
 def test_the_newest_version_is_served(models_dir: Path) -> None:
@@ -39,13 +41,13 @@ def test_the_newest_version_is_served(models_dir: Path) -> None:
     assert repository.ready
     assert repository.names() == ["colours"]
     served = repository.resolve("colours")
-    assert (served.version, served.state, served.error_code, served.warmup_records) == (10, "AVAILABLE", "OK", 2)
+    assert served.version == 10
     assert repository.resolve("colours", version=10) is served
     assert served.card == {"class_names": ["red", "green", "blue"]}
-    assert served.predictor is not None
     outputs = served.predictor.predict("serving_default", {"images": np.zeros((1, 32, 32, 3), np.uint8)})
     assert outputs["class_id"].shape == (1,)
-    assert [version.version for version in repository.versions("colours")] == [10]
+    (status,) = repository.versions("colours")
+    assert (status.version, status.state, status.error_code, status.warmup_records) == (10, "AVAILABLE", "OK", 2)
 
 
 def test_what_is_not_there_is_named_as_tensorflow_serving_names_it(models_dir: Path) -> None:
@@ -100,19 +102,19 @@ def test_without_a_single_good_model_loading_fails(models_dir: Path) -> None:
 def test_folders_without_models_are_refused_at_once(models_dir: Path, folder: str, message: str) -> None:
     (models_dir.parent / "empty" / "name" / "no-version").mkdir(parents=True)
     with pytest.raises(StartupError, match=message):
-        ModelRepository(models_dir.parent / folder)
+        ModelsFolder(models_dir.parent / folder)
 
 
 def test_nothing_is_answered_until_the_warm_up_is_done(models_dir: Path) -> None:
     entered, leave = threading.Event(), threading.Event()
 
     class Hesitant(SavedModelPredictor):
-        def predict(self, signature: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def predict(self, *args: Any, **options: Any) -> dict[str, np.ndarray]:
             entered.set()
             assert leave.wait(60)
-            return super().predict(signature, inputs)
+            return super().predict(*args, **options)
 
-    repository = ModelRepository(models_dir, load_predictor=Hesitant)
+    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=Hesitant)
     assert not repository.ready
     loading = threading.Thread(target=repository.load)
     loading.start()
@@ -131,14 +133,22 @@ def test_nothing_is_answered_until_the_warm_up_is_done(models_dir: Path) -> None
 
 
 def test_requests_go_through_the_wrapper_and_warm_up_does_not(models_dir: Path) -> None:
-    wrapped: list[tuple[str, int, int]] = []
+    calls: list[str] = []
 
-    def wrap(version: ModelVersion, predictor: Predictor) -> Predictor:
-        wrapped.append((version.name, version.version, version.warmup_records))
+    class Counted(SavedModelPredictor):
+        def predict(self, *args: Any, **options: Any) -> dict[str, np.ndarray]:
+            calls.append("wrapped" if wrapped else "bare")
+            return super().predict(*args, **options)
+
+    wrapped: list[str] = []
+
+    def wrap(name: str, predictor: Predictor) -> Predictor:
+        wrapped.append(name)
         return predictor
 
-    ModelRepository(models_dir, wrap_predictor=wrap).load()
-    assert wrapped == [("colours", 10, 2)]
+    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=Counted, wrap_predictor=wrap)
+    repository.load()
+    assert (wrapped, calls) == (["colours"], ["bare", "bare"])
 
 
 def test_the_number_of_warm_up_records_is_logged(models_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

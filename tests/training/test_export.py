@@ -56,18 +56,28 @@ def test_an_export_answers_as_the_model_does(variant, tmp_path):
 
 def test_the_signatures_are_the_contract(exported):
     signatures = tf.saved_model.load(str(exported)).signatures
-    assert set(signatures) == {"serving_default", "image_bytes"}
+    assert set(signatures) == {"serving_default", "image_bytes", "labels"}
     pixels = signatures["serving_default"].structured_input_signature[1]["images"]
     assert (pixels.dtype, pixels.shape.as_list()) == (tf.uint8, [None, 24, 32, 3])
     files = signatures["image_bytes"].structured_input_signature[1]["image_bytes"]
     assert (files.dtype, files.shape.as_list()) == (tf.string, [None])
-    for signature in signatures.values():
+    for signature in (signatures["serving_default"], signatures["image_bytes"]):
         outputs = signature.structured_outputs
         assert {name: (spec.dtype, spec.shape.as_list()) for name, spec in outputs.items()} == {
             "probabilities": (tf.float32, [None, 3]),
             "class_id": (tf.int64, [None]),
             "label": (tf.string, [None]),
         }
+
+
+def test_the_labels_can_be_looked_up(exported):
+    labels = tf.saved_model.load(str(exported)).signatures["labels"]
+    answer = labels(class_id=tf.constant([2, 0, 1, 2], tf.int64))
+    assert [label.decode() for label in answer["label"].numpy()] == ["größe", "cat", "dog", "größe"]
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        labels(class_id=tf.constant([3], tf.int64))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        labels(class_id=tf.constant([], tf.int64))
 
 
 # Run as a program of its own: what is tested is that the process survives.

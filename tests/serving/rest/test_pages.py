@@ -5,13 +5,14 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from serving.app import create_app
-from serving.predictor import Signature, TensorSpec
+from serving.local import LocalRepository
+from serving.model_config import ModelsFolder
+from serving.predictor import SavedModelPredictor, Signature, TensorSpec
 from serving.settings import Settings
 from tests.serving.saved_models import save_colour_classifier
 
@@ -116,20 +117,24 @@ def test_where_the_signature_does_not_count_the_classes_the_card_does(
     }
     images = TensorSpec("images", "DT_UINT8", (None, 8, 9, 3), "i:0")
 
-    class UncountedPredictor:
+    class UncountedPredictor(SavedModelPredictor):
         signatures = {"serving_default": Signature("serving_default", "predict", {"images": images}, outputs)}  # noqa: RUF012
 
-        def predict(self, *_: object) -> dict[str, np.ndarray]:
-            raise AssertionError("describing a model runs nothing")
+        def __init__(self, path: Path) -> None:
+            pass
 
+    for version in (2, 10):
+        (models_dir / "colours" / str(version) / "assets.extra" / "tf_serving_warmup_requests").unlink()
     app = create_app(Settings(models_dir=models_dir))
-    repository = app.extensions["repository"]
+    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=UncountedPredictor)
+    app.extensions["repository"] = repository
     repository.load()
-    version = repository.resolve("colours")
-    version.predictor = UncountedPredictor()
     (model,) = app.test_client().get("/models.json").json or []
     assert (model["height"], model["width"], model["class_names"]) == (8, 9, ["red", "green", "blue"])
-    version.card = None
+    (models_dir / "colours" / "10" / "assets.extra" / "model.json").unlink()
+    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=UncountedPredictor)
+    app.extensions["repository"] = repository
+    repository.load()
     (model,) = app.test_client().get("/models.json").json or []
     assert model["class_names"] == []
 

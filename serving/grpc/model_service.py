@@ -1,0 +1,69 @@
+"""`tensorflow.serving.ModelService`: GetModelStatus and HandleReloadConfigRequest.
+
+After `apis/model_service.proto`, `model_servers/get_model_status_impl.cc` and `model_service_impl.cc`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import grpc
+from tensorflow.core.protobuf import error_codes_pb2
+from tensorflow_serving.apis import get_model_status_pb2, model_management_pb2, model_service_pb2_grpc
+
+from serving.errors import InvalidRequest, ModelNotFound
+from serving.grpc.answers import answering
+from serving.model_config import read_config
+from serving.repository import ModelRepository, VersionStatus
+
+logger = logging.getLogger(__name__)
+
+
+class ModelService(model_service_pb2_grpc.ModelServiceServicer):
+    """Tells what became of a repository's models, and changes which they are."""
+
+    def __init__(self, repository: ModelRepository) -> None:
+        self._repository = repository
+
+    def GetModelStatus(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - the protocol's name
+        """Tell the state of each version of a model, or of the one asked for."""
+        with answering(context) as outcome:
+            reply = get_model_status_pb2.GetModelStatusResponse()
+            for version in self._find_versions(request):
+                _describe(reply.model_version_status.add(), version)
+        outcome.abort_if_failed()
+        return reply
+
+    def HandleReloadConfigRequest(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Serve exactly the models of the request's configuration; answers when they are loaded."""
+        with answering(context) as outcome:
+            configs = read_config(request.config)
+            logger.info("new configuration: %s", ", ".join(config.name for config in configs) or "no models")
+            self._repository.reload(configs)
+        if outcome.code != "OK":
+            logger.error("the new configuration cannot be served as a whole")
+        outcome.abort_if_failed()
+        reply = model_management_pb2.ReloadConfigResponse()
+        reply.status.SetInParent()
+        return reply
+
+    def _find_versions(self, request: Any) -> list[VersionStatus]:
+        if not request.HasField("model_spec"):
+            raise InvalidRequest("Missing ModelSpec")
+        spec = request.model_spec
+        versions = self._repository.versions(spec.name)
+        if not spec.HasField("version"):
+            return versions
+        number = spec.version.value
+        versions = [version for version in versions if version.version == number]
+        if not versions:
+            raise ModelNotFound(f"Could not find version {number} of model {spec.name}")
+        return versions
+
+
+def _describe(status: Any, version: VersionStatus) -> None:
+    status.version = version.version
+    status.state = get_model_status_pb2.ModelVersionStatus.State.Value(version.state)
+    status.status.error_code = error_codes_pb2.Code.Value(version.error_code)
+    status.status.error_message = version.error_message

@@ -1,0 +1,169 @@
+"""`tensorflow.serving.PredictionService`: Predict and GetModelMetadata.
+
+After `apis/prediction_service.proto`, with the messages of `servables/tensorflow/predict_util.cc` and
+`get_model_metadata_impl.cc`. Classify, Regress and MultiInference answer UNIMPLEMENTED.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import grpc
+from tensorflow.core.framework import types_pb2
+from tensorflow_serving.apis import get_model_metadata_pb2, predict_pb2, prediction_service_pb2_grpc
+
+from serving.errors import InvalidRequest, ModelFailed
+from serving.grpc.answers import answering
+from serving.grpc.tensors import read_tensor, write_tensor
+from serving.metrics import Metrics
+from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
+from serving.repository import ModelRepository, ModelVersion
+
+
+class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
+    """Answers from a repository's models.
+
+    Args:
+        repository: the models.
+        metrics: is told of every Predict.
+        max_bytes: how large one input may be.
+    """
+
+    def __init__(self, repository: ModelRepository, metrics: Metrics, *, max_bytes: int) -> None:
+        self._repository = repository
+        self._metrics = metrics
+        self._max_bytes = max_bytes
+
+    def Predict(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - the protocol's name
+        """Run a signature of a model."""
+        started_s = time.perf_counter()
+        with answering(context) as outcome:
+            reply = self._predict(request, context)
+        model = request.model_spec.name
+        if model in self._repository.all_names():
+            seconds = time.perf_counter() - started_s
+            self._metrics.observe_tfs_predict(model=model, code=outcome.code, seconds=seconds, api="GRPC")
+        outcome.abort_if_failed()
+        return reply
+
+    def GetModelMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Describe the signatures of a model."""
+        with answering(context) as outcome:
+            reply = self._describe(request)
+        outcome.abort_if_failed()
+        return reply
+
+    def _predict(self, request: Any, context: grpc.ServicerContext) -> Any:
+        if not request.HasField("model_spec"):
+            raise InvalidRequest("Missing ModelSpec")
+        version = resolve(self._repository, request.model_spec)
+        name = request.model_spec.signature_name or DEFAULT_SIGNATURE
+        signature = version.predictor.signatures.get(name)
+        if signature is None:
+            raise ModelFailed(f'Serving signature key "{name}" not found.', code="FAILED_PRECONDITION")
+        _check_names(request.inputs.keys(), signature)
+        wanted = _read_filter(request.output_filter, signature)
+        inputs = {
+            alias: read_tensor(tensor, name=alias, max_bytes=self._max_bytes)
+            for alias, tensor in request.inputs.items()
+        }
+        remaining_s = context.time_remaining()
+        deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
+        outputs = version.predictor.predict(name, inputs, deadline_s=deadline_s)
+        reply = predict_pb2.PredictResponse()
+        reply.model_spec.name = version.name
+        reply.model_spec.version.value = version.version
+        reply.model_spec.signature_name = name
+        for alias in wanted:
+            write_tensor(reply.outputs[alias], outputs[alias], dtype_name=signature.outputs[alias].dtype)
+        return reply
+
+    def _describe(self, request: Any) -> Any:
+        if not request.HasField("model_spec"):
+            raise InvalidRequest("Missing ModelSpec")
+        if not request.metadata_field:
+            raise InvalidRequest("GetModelMetadataRequest must specify at least one metadata_field")
+        for field in request.metadata_field:
+            if field != "signature_def":
+                raise InvalidRequest(f"Metadata field {field} is not supported")
+        version = resolve(self._repository, request.model_spec)
+        reply = get_model_metadata_pb2.GetModelMetadataResponse()
+        reply.model_spec.name = version.name
+        reply.model_spec.version.value = version.version
+        reply.metadata["signature_def"].Pack(_describe_signatures(version.predictor.signatures.values()))
+        return reply
+
+
+def resolve(repository: ModelRepository, spec: Any) -> ModelVersion:
+    """Return the version that a ModelSpec names.
+
+    Raises:
+        InvalidRequest: it names no model, or a label that no version has.
+        ModelNotFound: there is no such model or version.
+    """
+    if not spec.name:
+        raise InvalidRequest("ModelSpec has no name specified.")
+    choice = spec.WhichOneof("version_choice")
+    return repository.resolve(
+        spec.name,
+        version=spec.version.value if choice == "version" else None,
+        label=spec.version_label if choice == "version_label" and spec.version_label else None,
+    )
+
+
+def _check_names(sent: Collection[str], signature: Signature) -> None:
+    required = signature.inputs.keys()
+    if len(sent) != len(required):
+        raise InvalidRequest(
+            f"input size does not match signature: {len(sent)}!={len(required)} len({_in_braces(sent)}) != "
+            f"len({_in_braces(required)}). Sent extra: {_in_braces(set(sent) - required)}. "
+            f"Missing but required: {_in_braces(required - set(sent))}."
+        )
+    for alias in sorted(sent):
+        if alias not in required:
+            raise InvalidRequest(
+                f"input tensor alias not found in signature: {alias}. "
+                f"Inputs expected to be in the set {_in_braces(required)}."
+            )
+
+
+def _read_filter(output_filter: Iterable[str], signature: Signature) -> list[str]:
+    """Return the names of the outputs to answer with: those asked for, or all."""
+    wanted: list[str] = []
+    for alias in output_filter:
+        if alias not in signature.outputs:
+            raise InvalidRequest(
+                f"output tensor alias not found in signature: {alias} "
+                f"Outputs expected to be in the set {_in_braces(signature.outputs)}."
+            )
+        if alias in wanted:
+            raise InvalidRequest(f"duplicate output tensor alias: {alias}")
+        wanted.append(alias)
+    return wanted or list(signature.outputs)
+
+
+def _in_braces(names: Iterable[str]) -> str:
+    return "{" + ",".join(sorted(names)) + "}"
+
+
+def _describe_signatures(signatures: Iterable[Signature]) -> Any:
+    described = get_model_metadata_pb2.SignatureDefMap()
+    for signature in signatures:
+        definition = described.signature_def[signature.name]
+        definition.method_name = signature.method_name
+        for tensors, specs in ((definition.inputs, signature.inputs), (definition.outputs, signature.outputs)):
+            for spec in specs.values():
+                _describe_tensor(tensors[spec.name], spec)
+    return described
+
+
+def _describe_tensor(tensor: Any, spec: TensorSpec) -> None:
+    tensor.name = spec.tensor_name
+    tensor.dtype = types_pb2.DataType.Value(spec.dtype)
+    if spec.shape is None:
+        tensor.tensor_shape.unknown_rank = True
+    for size in spec.shape or ():
+        tensor.tensor_shape.dim.add().size = -1 if size is None else size
+    tensor.tensor_shape.SetInParent()

@@ -1,0 +1,175 @@
+"""Which models are served, from where, and which of their versions: TensorFlow Serving's model config.
+
+After `config/model_server_config.proto` and `sources/storage_path/file_system_storage_path_source.proto`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serving.errors import InvalidRequest, StartupError
+
+logger = logging.getLogger(__name__)
+
+MAX_VERSION = 2**63 - 1  # an int64 in TensorFlow Serving's protocol
+
+
+@dataclass(frozen=True)
+class VersionPolicy:
+    """Which of the versions on disk are served: the `latest` so many, these `specific` ones, or all (both None)."""
+
+    latest: int | None = 1
+    specific: frozenset[int] | None = None
+
+    def candidates(self, found: Iterable[int]) -> list[int]:
+        """List the versions that may be served of those found, newest first."""
+        return sorted((n for n in found if self.specific is None or n in self.specific), reverse=True)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model: its name, the folder of its versions, the policy that chooses among them, and names for some."""
+
+    name: str
+    base_path: Path
+    policy: VersionPolicy = VersionPolicy()
+    labels: Mapping[str, int] = field(default_factory=dict)
+
+
+class ModelsFolder:
+    """Every model under a folder, `<name>/<version>/saved_model.pb`, as it is when asked; the newest version of each.
+
+    Raises:
+        StartupError: there is no such folder, or no model in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if not path.is_dir():
+            raise StartupError(
+                f"there is no models folder {path}; train and export a model first, "
+                "or name another folder with --models-dir"
+            )
+        if not self():
+            alone = any(version_number(child.name) is not None for child in _visible_folders(path))
+            raise StartupError(
+                f"{path} looks like one model, with its versions; name the folder above it"
+                if alone
+                else f"no model in {path}: expected <name>/<version>/saved_model.pb, the version a number"
+            )
+
+    def __call__(self) -> list[ModelConfig]:
+        """List the models there are now, in alphabetical order.
+
+        Raises:
+            OSError: the folder is there and cannot be read.
+        """
+        try:
+            folders = _visible_folders(self._path)
+        except FileNotFoundError:
+            return []
+        return [ModelConfig(name=folder.name, base_path=folder) for folder in folders if find_versions(folder)]
+
+
+def find_versions(base_path: Path) -> dict[int, Path]:
+    """List the versions of a model: every child folder whose name is a number; none where there is no such folder.
+
+    Raises:
+        OSError: the folder is there and cannot be read.
+    """
+    found: dict[int, Path] = {}
+    try:
+        folders = _visible_folders(base_path)
+    except FileNotFoundError:
+        return {}
+    for path in folders:
+        number = version_number(path.name)
+        if number is None:
+            continue
+        if number in found:
+            logger.warning("%s and %s are the same version; the first is served", found[number], path)
+            continue
+        found[number] = path
+    return found
+
+
+def version_number(name: str) -> int | None:
+    """Return the version that a folder's name stands for, None if it is none; `007` is 7."""
+    number = int(name) if re.fullmatch(r"[0-9]{1,30}", name) else None
+    return number if number is not None and number <= MAX_VERSION else None
+
+
+def read_config_file(path: Path) -> list[ModelConfig]:
+    """Read a `ModelServerConfig` in protocol buffer text format, as `tensorflow_model_server --model_config_file` does.
+
+    Raises:
+        StartupError: the file cannot be read or used.
+    """
+    from google.protobuf import text_format  # type: ignore[import-untyped]
+    from tensorflow_serving.config import model_server_config_pb2
+
+    try:
+        config = text_format.Parse(path.read_text(), model_server_config_pb2.ModelServerConfig())
+        return read_config(config)
+    except OSError as error:
+        raise StartupError(f"cannot read the model config {path}: {error.strerror}") from error
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise StartupError(f"{path} is no ModelServerConfig in text format: {error}") from error
+    except InvalidRequest as error:
+        raise StartupError(f"{path}: {error}") from error
+
+
+def read_config(config: Any) -> list[ModelConfig]:
+    """Read a `ModelServerConfig` message.
+
+    Raises:
+        InvalidRequest: it is not a list of models, or one of them cannot be served.
+    """
+    if config.WhichOneof("config") != "model_config_list":
+        raise InvalidRequest(
+            "ServerModelConfig type not supported by HandleReloadConfigRequest. Only ModelConfigList is currently "
+            "supported"
+        )
+    models = [_read_model(model) for model in config.model_config_list.config]
+    names = [model.name for model in models]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidRequest(f"model names must be different; {', '.join(repeated)} stands there twice")
+    return models
+
+
+def _read_model(model: Any) -> ModelConfig:
+    if not model.name or re.search("[/:]", model.name):
+        raise InvalidRequest(f"a model needs a name without / and :, not {model.name!r}")
+    if model.model_platform not in ("", "tensorflow"):
+        raise InvalidRequest(f"model {model.name}: the platform {model.model_platform!r} is not served; tensorflow is")
+    path = Path(model.base_path)
+    if not path.is_absolute():
+        # A server's working folder is nobody's business but its own.
+        raise InvalidRequest(f"model {model.name}: expected an absolute base_path, got {model.base_path!r}")
+    labels = dict(model.version_labels)
+    if "" in labels:
+        raise InvalidRequest(f"model {model.name}: a version label must not be empty")
+    return ModelConfig(name=model.name, base_path=path, policy=_read_policy(model), labels=labels)
+
+
+def _read_policy(model: Any) -> VersionPolicy:
+    policy = model.model_version_policy
+    match policy.WhichOneof("policy_choice"):
+        case "all":
+            return VersionPolicy(latest=None)
+        case "specific":
+            versions: Sequence[int] = policy.specific.versions
+            if not versions:
+                raise InvalidRequest(f"model {model.name}: the policy `specific` names no version")
+            return VersionPolicy(latest=None, specific=frozenset(versions))
+        case _:
+            return VersionPolicy(latest=policy.latest.num_versions or 1)
+
+
+def _visible_folders(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))

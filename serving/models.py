@@ -1,0 +1,60 @@
+"""The models that the settings ask for: in this process, behind a batcher each, or at another server."""
+
+from __future__ import annotations
+
+import os
+
+from serving.batcher import Batcher
+from serving.errors import StartupError
+from serving.liveness import Liveness
+from serving.local import LocalRepository
+from serving.metrics import Metrics
+from serving.model_config import ModelsFolder, read_config_file
+from serving.predictor import Predictor
+from serving.repository import ModelRepository
+from serving.settings import Settings
+
+# Calls of one model at the same time: TensorFlow itself uses every core for one.
+CONCURRENCY = max(1, (os.cpu_count() or 1) // 2)
+
+
+def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) -> ModelRepository:
+    """Make the repository of the models; none is loaded yet.
+
+    Raises:
+        StartupError: there is no model to serve.
+    """
+    if settings.remote:
+        from serving.remote import RemoteRepository
+
+        return RemoteRepository(settings.remote, name_remote_models(settings), wrap_predictor=metrics.time_predictor)
+
+    def batch(model: str, predictor: Predictor) -> Predictor:
+        return Batcher(
+            metrics.time_predictor(model, predictor),
+            max_batch_rows=settings.max_batch_size,
+            max_queued_rows=settings.max_queue_size,
+            concurrency=CONCURRENCY,
+            liveness=liveness,
+        )
+
+    if settings.model_config_file:
+        configs = read_config_file(settings.model_config_file)
+        return LocalRepository(lambda: configs, wrap_predictor=batch)
+    return LocalRepository(ModelsFolder(settings.models_dir), wrap_predictor=batch)
+
+
+def name_remote_models(settings: Settings) -> tuple[str, ...]:
+    """Return the models to ask the remote server for: those named, else those in the folder that both can see.
+
+    Raises:
+        StartupError: none is named, and there is no such folder.
+    """
+    if settings.remote_models:
+        return settings.remote_models
+    try:
+        return tuple(config.name for config in ModelsFolder(settings.models_dir)())
+    except StartupError as error:
+        raise StartupError(
+            f"which models to ask {settings.remote} for? It cannot list them: name each with --remote-model ({error})"
+        ) from error
