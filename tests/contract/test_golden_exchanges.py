@@ -34,7 +34,6 @@ DIFFERENT = {
     "GET /monitoring/prometheus/metrics": (200, OTHER_ROUTES),
     "prometheus POST": (405, "there: any method gets the metrics; here: GET"),
     "fragment on predict": (200, "a fragment is never part of a request; the HTTP server here drops it"),
-    "label metadata": (400, "version labels cannot be configured here yet"),
     "batching 65 > max": (200, "there: a limit that was configured for the recording"),
     "batching good after empty": (200, "there: a good request pays for an empty one before it"),
 }
@@ -55,15 +54,32 @@ def ids(exchange):
     return f"{exchange['server']}-{exchange['name']}"
 
 
+# As the recordings' server was configured.
+MODEL_CONFIG = """
+model_config_list {{
+  config {{ name: "cifar10" base_path: "{models}/cifar10" model_platform: "tensorflow"
+            version_labels {{ key: "stable" value: 1 }} }}
+  config {{ name: "multi" base_path: "{models}/multi" model_platform: "tensorflow" }}
+}}
+"""
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def servers(tmp_path_factory):
+    """By the configuration: one that follows its models folder, one with a model config file and a label."""
     folder = tmp_path_factory.mktemp("golden")
     for model in ("cifar10", "multi"):
         shutil.copytree(GOLDEN / model, folder / "models" / model)
-    server = Server(folder / "models", folder / "log")
-    server.wait_for("/readyz")
-    yield server
-    assert server.stop() == 0
+    (folder / "models.config").write_text(MODEL_CONFIG.format(models=folder / "models"))
+    servers = {
+        "default": Server(folder / "models", folder / "log"),
+        "config-file": Server(folder, folder / "log2", "--model-config-file", str(folder / "models.config")),
+    }
+    for server in servers.values():
+        server.wait_for("/readyz")
+    yield servers
+    for server in servers.values():
+        assert server.stop() == 0
 
 
 def request_body(request):
@@ -120,7 +136,8 @@ def assert_same_json(ours, theirs):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=ids)
-def test_it_answers_as_tensorflow_serving_does(server, exchange):
+def test_it_answers_as_tensorflow_serving_does(servers, exchange):
+    server = servers.get(exchange["server"], servers["default"])
     name, recorded = exchange["name"], exchange.get("response") or {}
     status, content_type, body = send(server, exchange["request"])
     if name in DIFFERENT or "outcome" in exchange:
@@ -154,6 +171,7 @@ def test_the_lists_of_differences_name_exchanges():
     assert names >= DIFFERENT.keys() | OTHER_WORDS
 
 
-def test_the_service_is_alive_after_all_of_it(server):
-    assert server.process.poll() is None
-    assert send(server, {"method": "GET", "path": "/readyz", "headers": {}})[0] == 200
+def test_the_services_are_alive_after_all_of_it(servers):
+    for server in servers.values():
+        assert server.process.poll() is None
+        assert send(server, {"method": "GET", "path": "/readyz", "headers": {}})[0] == 200

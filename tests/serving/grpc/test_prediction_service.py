@@ -1,0 +1,235 @@
+"""PredictionService through the official stubs, over a real channel to a server process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.framework import tensor_pb2
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    inference_pb2,
+    predict_pb2,
+    regression_pb2,
+)
+
+from tests.serving.conftest import Server, picture
+
+RED = np.zeros((1, 32, 32, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+
+
+def ask(model: str = "colours", signature: str = "", output_filter: tuple[str, ...] = (), **inputs: Any) -> Any:
+    request = predict_pb2.PredictRequest(output_filter=output_filter)
+    request.model_spec.name = model
+    request.model_spec.signature_name = signature
+    for name, value in inputs.items():
+        request.inputs[name].CopyFrom(value if isinstance(value, tensor_pb2.TensorProto) else pack(value))
+    return request
+
+
+def pack(value: Any) -> Any:
+    return tf.make_tensor_proto(value)
+
+
+def refusal(stubs: Any, request: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as refused:
+        stubs.prediction.Predict(request, timeout=60)
+    return refused.value.code(), refused.value.details()
+
+
+def test_pixels_in_tensor_content(stubs: Any) -> None:
+    request = ask(images=np.repeat(RED, 3, axis=0))
+    assert request.inputs["images"].tensor_content
+    reply = stubs.prediction.Predict(request, timeout=60)
+    assert (reply.model_spec.name, reply.model_spec.version.value) == ("colours", 7)
+    assert reply.model_spec.signature_name == "serving_default"
+    assert set(reply.outputs) == {"probabilities", "class_id", "label"}
+    assert tf.make_ndarray(reply.outputs["probabilities"]).shape == (3, 3)
+    # Replies are in the typed fields, as TensorFlow Serving's are.
+    assert list(reply.outputs["label"].string_val) == [b"red"] * 3
+    assert list(reply.outputs["class_id"].int64_val) == [0, 0, 0]
+    assert len(reply.outputs["probabilities"].float_val) == 9
+
+
+def test_pixels_in_typed_values(stubs: Any) -> None:
+    tensor = tensor_pb2.TensorProto(dtype=tf.uint8.as_datatype_enum)
+    for size in RED.shape:
+        tensor.tensor_shape.dim.add().size = size
+    tensor.int_val.extend(RED.ravel().tolist())
+    reply = stubs.prediction.Predict(ask(images=tensor), timeout=60)
+    assert list(reply.outputs["label"].string_val) == [b"red"]
+    del tensor.int_val[1:]  # one value stands for all
+    white = stubs.prediction.Predict(ask(images=tensor), timeout=60)
+    assert tf.make_ndarray(white.outputs["probabilities"])[0] == pytest.approx([1 / 3] * 3)
+
+
+def test_encoded_pictures(stubs: Any) -> None:
+    request = ask(signature="image_bytes", image_bytes=[picture("blue", kind="JPEG"), picture("green")])
+    reply = stubs.prediction.Predict(request, timeout=60)
+    assert list(reply.outputs["label"].string_val) == [b"blue", b"green"]
+
+
+def test_several_inputs_and_strings(stubs: Any) -> None:
+    numbers = ask("adder", a=np.float32([[1, 2]]), b=np.float32([[10, 20]]))
+    assert list(stubs.prediction.Predict(numbers, timeout=60).outputs["sum"].float_val) == [11, 22]
+    shouted = stubs.prediction.Predict(ask("adder", "shout", text="hello"), timeout=60).outputs["shouted"]
+    assert (list(shouted.string_val), len(shouted.tensor_shape.dim)) == ([b"HELLO"], 0)
+
+
+def test_the_outputs_asked_for(stubs: Any) -> None:
+    reply = stubs.prediction.Predict(ask(images=RED, output_filter=("label",)), timeout=60)
+    assert set(reply.outputs) == {"label"}
+
+
+def test_the_version_asked_for(stubs: Any) -> None:
+    request = ask(images=RED)
+    request.model_spec.version.value = 7
+    assert stubs.prediction.Predict(request, timeout=60).model_spec.version.value == 7
+    request.model_spec.version.value = 8
+    assert refusal(stubs, request) == (
+        grpc.StatusCode.NOT_FOUND,
+        "Servable not found for request: Specific(colours, 8)",
+    )
+    request.model_spec.version_label = "stable"
+    assert refusal(stubs, request) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "Unrecognized servable version label: stable",
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "details"),
+    [
+        (predict_pb2.PredictRequest(), "INVALID_ARGUMENT", "Missing ModelSpec"),
+        (ask("", images=RED), "INVALID_ARGUMENT", "ModelSpec has no name specified."),
+        (ask("m", images=RED), "NOT_FOUND", "Servable not found for request: Latest(m)"),
+        (ask(signature="x", images=RED), "FAILED_PRECONDITION", 'Serving signature key "x" not found.'),
+        (
+            ask(pixels=RED),
+            "INVALID_ARGUMENT",
+            "input tensor alias not found in signature: pixels. Inputs expected to be in the set {images}.",
+        ),
+        (
+            ask(images=RED, more=RED),
+            "INVALID_ARGUMENT",
+            (
+                "input size does not match signature: 2!=1 len({images,more}) != len({images}). Sent extra: {more}. "
+                "Missing but required: {}."
+            ),
+        ),
+        (
+            ask(images=RED, output_filter=("x",)),
+            "INVALID_ARGUMENT",
+            (
+                "output tensor alias not found in signature: x Outputs expected to be in the set "
+                "{class_id,label,probabilities}."
+            ),
+        ),
+        (
+            ask(images=RED, output_filter=("label", "label")),
+            "INVALID_ARGUMENT",
+            "duplicate output tensor alias: label",
+        ),
+        (ask(images=RED.astype(np.float32)), "INVALID_ARGUMENT", "expected uint8 (n, 32, 32, 3), got float32"),
+        (ask(images=RED[:, :31]), "INVALID_ARGUMENT", "got uint8 (1, 31, 32, 3)"),
+        (ask(images=RED[0]), "INVALID_ARGUMENT", "got uint8 (32, 32, 3)"),
+        (ask(images=RED[:0]), "INVALID_ARGUMENT", "has no rows"),
+        (ask("adder", "shout", text=""), "INVALID_ARGUMENT", "nothing to shout"),
+        (ask(signature="image_bytes", image_bytes=[b"no picture"]), "INVALID_ARGUMENT", ""),
+    ],
+)
+def test_a_bad_request_is_refused_with_tensorflow_servings_status(
+    stubs: Any, request_: Any, code: str, details: str
+) -> None:
+    status, text = refusal(stubs, request_)
+    assert (status.name, details in text) == (code, True), text
+    assert "Traceback" not in text
+
+
+def broken_tensor(dtype: int, shape: tuple[int, ...], **fields: Any) -> Any:
+    tensor = tensor_pb2.TensorProto(dtype=dtype, **fields)
+    for size in shape:
+        tensor.tensor_shape.dim.add().size = size
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "code", "details"),
+    [
+        (broken_tensor(4, (1, 32, 32, 3), tensor_content=b"123"), "INVALID_ARGUMENT", "has 3 bytes"),
+        (broken_tensor(4, (1, 32, 32, 3)), "INVALID_ARGUMENT", "0 values"),
+        (broken_tensor(4, (1, 1), int_val=[1, 2]), "INVALID_ARGUMENT", "2 values"),
+        (broken_tensor(4, (1, 32, 32, 3), int_val=[300]), "INVALID_ARGUMENT", "from 0 to 255"),
+        (broken_tensor(4, (-1, 32, 32, 3), int_val=[3]), "INVALID_ARGUMENT", "not fully given"),
+        (broken_tensor(4, (2**40, 32, 32, 3), int_val=[3]), "RESOURCE_EXHAUSTED", "elements"),
+        (broken_tensor(20, (1,)), "INVALID_ARGUMENT", "DT_RESOURCE cannot be sent"),
+        (broken_tensor(999, (1,)), "INVALID_ARGUMENT", "no dtype"),
+        (broken_tensor(7, (1,), string_val=[b"x"]), "INVALID_ARGUMENT", "expected uint8"),
+    ],
+)
+def test_a_message_is_not_believed(stubs: Any, tensor: Any, code: str, details: str) -> None:
+    status, text = refusal(stubs, ask(images=tensor))
+    assert (status.name, details in text) == (code, True), text
+
+
+def test_a_message_that_is_too_large_is_refused(stubs: Any) -> None:
+    status, _ = refusal(stubs, ask(images=np.zeros((400, 32, 32, 3), np.uint8)))
+    assert status == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_the_metadata_are_those_of_the_rest_api(stubs: Any, server: Server) -> None:
+    request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+    request.model_spec.name = "colours"
+    reply = stubs.prediction.GetModelMetadata(request, timeout=60)
+    assert reply.metadata["signature_def"].type_url.endswith("tensorflow.serving.SignatureDefMap")
+    described = get_model_metadata_pb2.SignatureDefMap()
+    assert reply.metadata["signature_def"].Unpack(described)
+    shape = described.signature_def["serving_default"].inputs["images"].tensor_shape
+    assert [axis.size for axis in shape.dim] == [-1, 32, 32, 3]
+    rest = httpx.get(server.url + "/v1/models/colours/metadata").json()["metadata"]["signature_def"]["signature_def"]
+    assert rest.keys() == set(described.signature_def)
+    for name, definition in described.signature_def.items():
+        assert definition.method_name == rest[name]["method_name"]
+        assert {key: tensor.name for key, tensor in definition.outputs.items()} == {
+            key: tensor["name"] for key, tensor in rest[name]["outputs"].items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("fields", "details"),
+    [([], "must specify at least one metadata_field"), (["x"], "Metadata field x is not supported")],
+)
+def test_other_metadata_are_refused(stubs: Any, fields: list[str], details: str) -> None:
+    request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=fields)
+    request.model_spec.name = "colours"
+    with pytest.raises(grpc.RpcError) as refused:
+        stubs.prediction.GetModelMetadata(request, timeout=60)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert details in refused.value.details()
+
+
+def test_what_is_for_estimators_is_unimplemented(stubs: Any) -> None:
+    for method, request in (
+        (stubs.prediction.Classify, classification_pb2.ClassificationRequest()),
+        (stubs.prediction.Regress, regression_pb2.RegressionRequest()),
+        (stubs.prediction.MultiInference, inference_pb2.MultiInferenceRequest()),
+    ):
+        with pytest.raises(grpc.RpcError) as refused:
+            method(request, timeout=60)
+        assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_grpc_and_rest_answer_alike_and_count_together(stubs: Any, server: Server) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    over_grpc = tf.make_ndarray(stubs.prediction.Predict(ask(images=images), timeout=60).outputs["probabilities"])
+    url = server.url + "/v1/models/colours:predict"
+    over_rest = httpx.post(url, json={"inputs": images.tolist()}).json()["outputs"]["probabilities"]
+    np.testing.assert_allclose(over_grpc, np.float32(over_rest), atol=1e-6)
+    page = httpx.get(server.url + "/metrics").text
+    assert ':tensorflow:serving:request_latency_count{API="predict",entrypoint="GRPC",model_name="colours"}' in page
+    assert ':tensorflow:serving:request_count{model_name="colours",status="FAILED_PRECONDITION"}' in page
