@@ -22,14 +22,17 @@ RESUME ?=
 MODELS ?= models
 HOST ?= 127.0.0.1
 PORT ?= 8501
+GRPC_PORT ?= 8500
+URL ?=
+GRPC ?=
 IMAGE ?=
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help install demo train serve predict test check format lock clean
+.PHONY: help install demo train serve predict test test-tfserving check format lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
-		printf '  make %-10s %s\n' "$$name" "$$does"; done
+		printf '  make %-14s %s\n' "$$name" "$$does"; done
 
 install: $(INSTALLED)  ## create .venv with the locked dependencies
 
@@ -47,8 +50,8 @@ train: $(INSTALLED)  ## train, judge and export: DATASET= DATA= VARIANT= LOOP= E
 	@$(BIN)/python -m training train --models-dir $(MODELS) $(if $(RESUME),--resume $(RESUME),--dataset $(DATASET) \
 		$(if $(DATA),--data $(DATA)) --variant $(VARIANT) --loop $(LOOP) --epochs $(EPOCHS) --seed $(SEED))
 
-serve: $(INSTALLED)  ## serve the newest version of every model: MODELS= HOST= PORT=
-	@$(BIN)/python -m serving --models-dir $(MODELS) --host $(HOST) --rest-port $(PORT)
+serve: $(INSTALLED)  ## serve the newest version of every model: MODELS= HOST= PORT= GRPC_PORT=
+	@$(BIN)/python -m serving --models-dir $(MODELS) --host $(HOST) --rest-port $(PORT) --grpc-port $(GRPC_PORT)
 
 predict: $(INSTALLED)  ## ask the running service: IMAGE=file-or-folder
 	@test -n "$(IMAGE)" || { echo "error: name a picture or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
@@ -56,6 +59,11 @@ predict: $(INSTALLED)  ## ask the running service: IMAGE=file-or-folder
 
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
 	@$(BIN)/python -m pytest
+
+test-tfserving: $(INSTALLED)  ## the recorded exchanges against any running TensorFlow Serving: URL=http://... GRPC=host:port
+	@test -n "$(URL)$(GRPC)" || { echo "error: name the server: make test-tfserving URL=http://127.0.0.1:8501 GRPC=127.0.0.1:8500" >&2; exit 2; }
+	@$(if $(URL),TFSERVING_URL=$(URL) $(BIN)/python -m pytest tests/contract/test_golden_exchanges.py)
+	@$(if $(GRPC),TFSERVING_GRPC=$(GRPC) $(BIN)/python -m pytest tests/contract/test_grpc_exchanges.py)
 
 check: $(INSTALLED)  ## lint, format and types
 	@$(BIN)/ruff check .

@@ -11,7 +11,7 @@ printf '\n== Train on drawn shapes, judge, export\n'
 $python -m training train --dataset shapes --epochs 8 --batch-size 32
 
 printf '\n== Serve it\n'
-$python -m serving --models-dir models --rest-port "$port" &
+$python -m serving --models-dir models --rest-port "$port" --grpc-port 0 &
 server=$!
 trap 'kill $server 2>/dev/null; wait $server 2>/dev/null || true' EXIT
 trap 'exit 130' INT TERM

@@ -103,10 +103,6 @@ class Batcher:
         assert request.outputs is not None
         return request.outputs
 
-    def close(self) -> None:
-        """As `Predictor.close`."""
-        self._inner.close()
-
     def _predict_parts(
         self, signature: str, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
     ) -> dict[str, np.ndarray]:

@@ -158,9 +158,6 @@ class _TimedPredictor:
         self._call_rows.observe(rows)
         return outputs
 
-    def close(self) -> None:
-        self._inner.close()
-
 
 class _RepositoryCollector(Collector):
     """Reads the repository when Prometheus asks, so that nothing has to be kept in step."""

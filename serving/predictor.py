@@ -99,9 +99,6 @@ class Predictor(Protocol):
             ModelFailed: the model refused the inputs, or failed.
         """
 
-    def close(self) -> None:
-        """Let go of what it holds; it is not called again."""
-
 
 class SavedModelPredictor:
     """A SavedModel in this process.
@@ -148,11 +145,6 @@ class SavedModelPredictor:
             raise _answer_for(error) from error
         except (TypeError, ValueError) as error:  # an object array that does not hold strings
             raise InvalidRequest(_reason(error)) from error
-
-    def close(self) -> None:
-        """As `Predictor.close`."""
-        del self._model
-        self._functions = {}
 
 
 def read_signatures(path: Path) -> dict[str, Signature]:

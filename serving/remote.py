@@ -175,9 +175,6 @@ class RemotePredictor:
             name: read_tensor(tensor, name=name, max_bytes=MAX_REPLY_BYTES) for name, tensor in reply.outputs.items()
         }
 
-    def close(self) -> None:
-        """As `Predictor.close`; the channel is the repository's."""
-
     def _send(self, request: Any, deadline_s: float) -> Any:
         """Send a request, again if it was not taken: predicting changes nothing, so that is safe."""
         for attempt in range(1, ATTEMPTS + 1):

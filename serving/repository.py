@@ -24,7 +24,7 @@ MAX_ENDED = 20  # versions of a model that are shown after their end
 
 @dataclass(frozen=True, eq=False)
 class ModelVersion:
-    """A version that answers. Whoever holds it may use it; it is unloaded when nobody does."""
+    """A version that answers. Whoever holds its predictor may use it; it is unloaded when nobody does."""
 
     name: str
     version: int
@@ -62,7 +62,7 @@ class ModelRepository(ABC):
         self._available: dict[str, dict[int, ModelVersion]] = {}
         self._labels: dict[str, dict[str, int]] = {}
         self._statuses: dict[str, dict[int, VersionStatus]] = {}
-        self._released: queue.SimpleQueue[tuple[str, int, Predictor]] = queue.SimpleQueue()
+        self._released: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
 
     @abstractmethod
     def _look(self) -> None:
@@ -183,8 +183,7 @@ class ModelRepository(ABC):
     def _serve(self, loaded: ModelVersion) -> None:
         """Hand out a version from now on."""
         # Called when the last request that uses it is done, in whatever thread that is: only a note is left then.
-        note = (loaded.name, loaded.version, loaded.predictor)
-        weakref.finalize(loaded, self._released.put, note).atexit = False
+        weakref.finalize(loaded.predictor, self._released.put, (loaded.name, loaded.version)).atexit = False
         versions = {**self._available.get(loaded.name, {}), loaded.version: loaded}
         self._available = {**self._available, loaded.name: versions}
 
@@ -199,9 +198,7 @@ class ModelRepository(ABC):
             others = {other: versions for other, versions in self._available.items() if other != name}
             self._available = {**others, name: kept} if kept else others
 
-    def _finish_unloading(self, name: str, version: int, predictor: Predictor) -> None:
-        predictor.close()
-        del predictor
+    def _finish_unloading(self, name: str, version: int) -> None:
         gc.collect()  # TensorFlow's Python objects hold each other in circles
         with self._changing:
             status = self._statuses[name][version]

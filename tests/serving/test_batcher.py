@@ -40,9 +40,6 @@ class Doubler:
         y = -x if signature == "negate" else 2 * x
         return {"y": y if self._by_row else y[:1]}
 
-    def close(self) -> None:
-        pass
-
 
 def batch(model: Doubler, **limits: int) -> Batcher:
     settings = {"max_batch_rows": 8, "max_queued_rows": 100, "concurrency": 1, **limits}

@@ -1,0 +1,124 @@
+"""What TensorFlow Serving answers over gRPC, for its own server and for this one: the official stubs, the same models.
+
+TFSERVING_GRPC names a running server (host:port) that serves golden/models.config; by default one is started.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_service_pb2_grpc,
+)
+
+from tests.serving.conftest import Server
+
+GOLDEN = Path(__file__).parent / "golden"
+PIXELS = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def channel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[grpc.Channel]:
+    address, server = os.environ.get("TFSERVING_GRPC"), None
+    if not address:
+        folder = tmp_path_factory.mktemp("golden-grpc")
+        config = (GOLDEN / "models.config").read_text().replace('"/models/', f'"{GOLDEN}/')
+        (folder / "models.config").write_text(config)
+        server = Server(folder, folder / "log", "--model-config-file", str(folder / "models.config"))
+        server.wait_for("/readyz")
+        address = f"127.0.0.1:{server.grpc_port}"
+    with grpc.insecure_channel(address) as channel:
+        yield channel
+    if server:
+        assert server.stop() == 0
+
+
+def predict(channel: grpc.Channel, request: Any) -> Any:
+    return prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=60)
+
+
+def ask(model: str, signature: str = "", **inputs: Any) -> Any:
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = model
+    request.model_spec.signature_name = signature
+    for name, value in inputs.items():
+        request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
+    return request
+
+
+def test_both_signatures_agree(channel: grpc.Channel) -> None:
+    encoded = [tf.io.encode_png(image).numpy() for image in PIXELS]
+    answers = [
+        tf.make_ndarray(predict(channel, request).outputs["probabilities"])
+        for request in (ask("cifar10", images=PIXELS), ask("cifar10", "bytes", image_bytes=encoded))
+    ]
+    assert answers[0].shape == (2, 10)
+    np.testing.assert_allclose(answers[0], answers[1], atol=1e-6)
+
+
+def test_versions_and_labels(channel: grpc.Channel) -> None:
+    for choice in ({"version": {"value": 1}}, {"version_label": "stable"}, {}):
+        request = ask("cifar10", images=PIXELS)
+        request.model_spec.MergeFrom(type(request.model_spec)(**choice))
+        reply = predict(channel, request)
+        assert (reply.model_spec.name, reply.model_spec.version.value) == ("cifar10", 1)
+        assert reply.model_spec.signature_name == "serving_default"
+
+
+def test_every_dtype_comes_back_as_it_went(channel: grpc.Channel) -> None:
+    request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+    request.model_spec.name = "multi"
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    described = get_model_metadata_pb2.SignatureDefMap()
+    assert stub.GetModelMetadata(request, timeout=60).metadata["signature_def"].Unpack(described)
+    answered = 0
+    for name, definition in described.signature_def.items():
+        if name == "__saved_model_init_op" or any(t.tensor_shape.unknown_rank for t in definition.inputs.values()):
+            continue
+        inputs = {}
+        for key, tensor in definition.inputs.items():
+            shape = [2 if axis.size < 0 else axis.size for axis in tensor.tensor_shape.dim]
+            dtype = tf.dtypes.as_dtype(tensor.dtype)
+            inputs[key] = tf.fill(shape, "x") if dtype == tf.string else tf.ones(shape, dtype)
+        reply = predict(channel, ask("multi", name, **inputs))
+        for key, tensor in definition.outputs.items():
+            assert reply.outputs[key].dtype == tensor.dtype
+            array = tf.make_ndarray(reply.outputs[key])
+            assert not reply.outputs[key].tensor_content
+            assert len(array.shape) == len(tensor.tensor_shape.dim)
+        answered += 1
+    assert answered >= 3
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "details"),
+    [
+        (ask("m", images=PIXELS), "NOT_FOUND", "Servable not found for request: Latest(m)"),
+        (ask("cifar10", "x", images=PIXELS), "FAILED_PRECONDITION", 'Serving signature key "x" not found.'),
+        (ask("cifar10", pixels=PIXELS), "INVALID_ARGUMENT", "input tensor alias not found in signature: pixels."),
+        (ask("cifar10"), "INVALID_ARGUMENT", "input size does not match signature: 0!=1"),
+    ],
+)
+def test_what_cannot_be_answered(channel: grpc.Channel, request_: Any, code: str, details: str) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        predict(channel, request_)
+    assert refused.value.code().name == code
+    assert details in refused.value.details()
+
+
+def test_the_status(channel: grpc.Channel) -> None:
+    request = get_model_status_pb2.GetModelStatusRequest()
+    request.model_spec.name = "cifar10"
+    reply = model_service_pb2_grpc.ModelServiceStub(channel).GetModelStatus(request, timeout=60)
+    assert [(status.version, status.state) for status in reply.model_version_status] == [(1, 30)]
