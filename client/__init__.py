@@ -6,10 +6,11 @@
         for prediction in client.predict(["cat.png", "dog.jpg"]):
             print(prediction.file, prediction.label, f"{prediction.confidence:.1%}")
 
-It needs no TensorFlow. `python -m client --help` is the same as a command.
+`GrpcClient("127.0.0.1:8500", model="cifar10")` is the same over gRPC, for this service and for TensorFlow Serving.
+Neither needs TensorFlow. `python -m client --help` is the same as a command.
 """
 
-from client.client import Client
+from client.client import Client, GrpcClient
 from client.errors import (
     ClientError,
     ConnectionFailed,
@@ -29,6 +30,7 @@ __all__ = [
     "ClientError",
     "ConnectionFailed",
     "Failure",
+    "GrpcClient",
     "ImageRejected",
     "ImageSource",
     "ModelNotFound",

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from client.client import DEFAULT_BATCH_SIZE, Client
+from client.client import DEFAULT_BATCH_SIZE, Client, GrpcClient, PictureClient
 from client.errors import ClientError
 from client.images import MAX_IMAGE_BYTES, find_pictures
 from client.output import Output
@@ -45,6 +45,15 @@ _url_option = click.option(
     help="The service's address.",
 )
 
+_grpc_option = click.option(
+    "--grpc",
+    "grpc_address",
+    metavar="HOST:PORT",
+    envvar="CLIENT_GRPC",
+    show_envvar=True,
+    help="Ask over gRPC instead, this service or any TensorFlow Serving; needs --model.",
+)
+
 
 @click.group(cls=_Commands, context_settings={"max_content_width": 110})
 def main() -> None:
@@ -54,7 +63,8 @@ def main() -> None:
 @main.command()
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(allow_dash=True))
 @_url_option
-@click.option("--model", help="The model to ask; needed where several are served.")
+@_grpc_option
+@click.option("--model", help="The model to ask; needed where several are served, and with --grpc.")
 @click.option("--model-version", "version", type=click.IntRange(0), help="Its version.  [default: the newest]")
 @click.option(
     "--top", type=click.IntRange(1), help="Labels to show for a picture, best first.  [default: 1; with --json all]"
@@ -90,6 +100,7 @@ def predict(
     pictures: tuple[str, ...],
     *,
     url: str,
+    grpc_address: str | None,
     model: str | None,
     version: int | None,
     top: int | None,
@@ -110,7 +121,8 @@ def predict(
     """
     if labels_from_folders and STDIN in pictures:
         raise click.UsageError("--labels-from-folders: a picture on standard input lies in no folder")
-    client = _connect(url, model=model, version=version, timeout_s=timeout_s, retries=retries, batch_size=batch_size)
+    patience = {"timeout_s": timeout_s, "retries": retries, "batch_size": batch_size}
+    client = _connect(url, grpc_address, model=model, version=version, **patience)
     file_width, count = _survey(pictures)
     output = Output(
         file_width=file_width, count=count, top=top, as_json=as_json, labels_from_folders=labels_from_folders
@@ -132,24 +144,32 @@ def predict(
 
 @main.command()
 @_url_option
+@_grpc_option
+@click.option("--model", help="The model to ask about; needed with --grpc, where it cannot be left out.")
 @click.pass_context
-def status(context: click.Context, *, url: str) -> None:
+def status(context: click.Context, *, url: str, grpc_address: str | None, model: str | None) -> None:
     """Show what the service serves, and whether it is ready.
 
     Exit codes: 0 ready; 2 wrong usage; 3 not ready, or no answer.
     """
-    with _connect(url) as client:
+    with _connect(url, grpc_address, model=model) as client:
         answer = client.status()
-    for model in answer.models:
-        line = f"{model.name}  version {model.version}  {model.state}" + (f"  {model.error}" if model.error else "")
+    for served in answer.models:
+        line = f"{served.name}  version {served.version}  {served.state}" + (
+            f"  {served.error}" if served.error else ""
+        )
         click.echo(plain(line))
     click.echo("ready" if answer.ready else plain(f"not ready: {answer.reason}"), err=not answer.ready)
     context.exit(0 if answer.ready else NO_SERVICE)
 
 
-def _connect(url: str, **options: Any) -> Client:
+def _connect(url: str, grpc_address: str | None, *, model: str | None, **options: Any) -> PictureClient:
     try:
-        return Client(url, **options)
+        if grpc_address is None:
+            return Client(url, model=model, **options)
+        if model is None:
+            raise ValueError("--grpc needs --model: over gRPC no server tells what it has")
+        return GrpcClient(grpc_address, model=model, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

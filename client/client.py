@@ -1,4 +1,4 @@
-"""`Client`: any number of pictures in any form, sent in batches, answered in order."""
+"""`Client` and `GrpcClient`: any number of pictures in any form, sent in batches, answered in order."""
 
 from __future__ import annotations
 
@@ -42,42 +42,22 @@ class Transport(Protocol):
         """Close the connections."""
 
 
-class Client:
-    """A client of the classification service at `url`, such as http://127.0.0.1:8501.
-
-    Connections are kept and reused, and closed by `close()` or at the end of a `with` block. It may be
-    used by several threads.
+class PictureClient:
+    """What every client does, whatever its way to the service. Its connections are closed by `close()` or `with`.
 
     Args:
-        url: the service's address, http or https. The environment's proxies are used, except for this machine.
-        model: which model to ask; needed where several are served.
-        version: which version of it; by default the newest.
-        timeout_s: seconds for the answer to one batch, all attempts and waits included. Of these, making
-            a connection may take 5.
-        retries: how many times a batch is tried again when the connection fails or the service answers
-            503. The waits between grow from 0.25 s and follow the service's Retry-After, up to 10 s.
+        transport: the way.
         batch_size: pictures in one request.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: `batch_size` is out of its range.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        model: str | None = None,
-        version: int | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        retries: int = DEFAULT_RETRIES,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-    ) -> None:
+    def __init__(self, transport: Transport, *, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self._batch_size = batch_size
-        self._transport: Transport = RestTransport(
-            url, model=model, version=version, timeout_s=timeout_s, retries=retries
-        )
+        self._transport = transport
 
     def predict(self, images: ImageSource | Iterable[ImageSource]) -> list[Prediction]:
         """Classify one picture or several; return a prediction for each, in their order.
@@ -149,6 +129,74 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Client(PictureClient):
+    """A client of the classification service at `url`, such as http://127.0.0.1:8501.
+
+    Connections are kept and reused, and closed by `close()` or at the end of a `with` block. It may be
+    used by several threads.
+
+    Args:
+        url: the service's address, http or https. The environment's proxies are used, except for this machine.
+        model: which model to ask; needed where several are served.
+        version: which version of it; by default the newest.
+        timeout_s: seconds for the answer to one batch, all attempts and waits included. Of these, making
+            a connection may take 5.
+        retries: how many times a batch is tried again when the connection fails or the service answers
+            503. The waits between grow from 0.25 s and follow the service's Retry-After, up to 10 s.
+        batch_size: pictures in one request.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        version: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> None:
+        transport = RestTransport(url, model=model, version=version, timeout_s=timeout_s, retries=retries)
+        super().__init__(transport, batch_size=batch_size)
+
+
+class GrpcClient(PictureClient):
+    """A client of the service's gRPC port, or of any TensorFlow Serving with an exported model: 127.0.0.1:8500.
+
+    It gives what `Client` gives. The connection is kept; it may be used by several threads.
+
+    Args:
+        address: host:port of the gRPC API.
+        model: which model to ask; over gRPC no server tells what it has.
+        version: which version of it; by default the newest.
+        timeout_s: seconds for the answer to one batch, all attempts and waits included; the server is told.
+        retries: how many times a batch is tried again when the server cannot be reached or is not ready.
+            The waits between grow from 0.25 s up to 10 s.
+        batch_size: pictures in one request.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        model: str,
+        version: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> None:
+        from client.grpc import GrpcTransport  # who asks over HTTP need not wait for gRPC's import
+
+        transport = GrpcTransport(address, model=model, version=version, timeout_s=timeout_s, retries=retries)
+        super().__init__(transport, batch_size=batch_size)
 
 
 def _each(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:

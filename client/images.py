@@ -26,6 +26,10 @@ PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
 # As much as the service takes in one request, unless it is told otherwise.
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
 
+MAX_PIXELS = 50_000_000  # as many as the service takes
+_JPEG_AND_PNG = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+_OTHER_FORMATS = ("WEBP", "BMP", "GIF")
+
 # Modes that PNG holds as they are. The conversion of others (CMYK, float) is the caller's to choose.
 _TURNED_FORMATS = ("JPEG", "MPO", "WEBP")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -67,6 +71,20 @@ def read_picture(source: ImageSource, *, index: int) -> Picture:
     except _NotReadable as error:
         raise ImageRejected(index, file, str(error)) from error
     return Picture(index=index, file=file, data=data)
+
+
+def as_jpeg_or_png(picture: Picture) -> Picture:
+    """Return a picture as a model's own decoder reads it: JPEG and PNG as they are, others as PNG without loss.
+
+    Raises:
+        ImageRejected: it is no picture of a format that the service takes, damaged, or too large.
+    """
+    if picture.data.startswith(_JPEG_AND_PNG):
+        return picture
+    try:
+        return Picture(picture.index, picture.file, _encode_png(_upright(_open_other(picture.data))))
+    except _NotReadable as error:
+        raise ImageRejected(picture.index, picture.file, str(error)) from error
 
 
 def find_pictures(
@@ -122,6 +140,16 @@ def _from_pixels(pixels: np.ndarray[Any, Any]) -> Image.Image:
             f"expected RGB pixels as uint8 (height, width, 3), not scaled; got {pixels.dtype} {pixels.shape}"
         )
     return Image.fromarray(pixels)
+
+
+def _open_other(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=_OTHER_FORMATS)
+    except Exception as error:  # a damaged header fails anywhere in Pillow's parsers
+        raise _NotReadable("not a picture that can be read: expected JPEG, PNG, WebP, BMP or GIF") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise _NotReadable(f"the picture has {image.width} x {image.height} pixels: at most {MAX_PIXELS:,} are taken")
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -47,10 +47,7 @@ class RestTransport:
         retries: int = DEFAULT_RETRIES,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if not (timeout_s > 0 and math.isfinite(timeout_s)):
-            raise ValueError(f"timeout_s must be more than 0 seconds, not {timeout_s}")
-        if retries < 0:
-            raise ValueError(f"retries must be at least 0, not {retries}")
+        check_patience(timeout_s, retries)
         address = _read_url(url)
         self.url = str(address.copy_with(username=None, password=None)).rstrip("/")
         self._query = {
@@ -61,7 +58,7 @@ class RestTransport:
         self._sleep = sleep
         try:
             # A transport of its own keeps the environment's proxies out, and nothing else of it.
-            transport = httpx.HTTPTransport() if _is_this_machine(address.host) else None
+            transport = httpx.HTTPTransport() if is_this_machine(address.host) else None
             self._http = httpx.Client(base_url=address, transport=transport)
         except (ImportError, ValueError) as error:
             raise ValueError(f"the environment's proxy settings cannot be used for {self.url}: {error}") from error
@@ -199,7 +196,19 @@ def _read_url(url: str) -> httpx.URL:
     return address
 
 
-def _is_this_machine(host: str) -> bool:
+def check_patience(timeout_s: float, retries: int) -> None:
+    """Check how long and how often a client is to try.
+
+    Raises:
+        ValueError: one of them makes no sense.
+    """
+    if not (timeout_s > 0 and math.isfinite(timeout_s)):
+        raise ValueError(f"timeout_s must be more than 0 seconds, not {timeout_s}")
+    if retries < 0:
+        raise ValueError(f"retries must be at least 0, not {retries}")
+
+
+def is_this_machine(host: str) -> bool:
     """Say whether a host is this machine: a proxy, which is another one, could not reach it."""
     try:
         address = ipaddress.ip_address(host)

@@ -16,7 +16,7 @@ from serving.errors import ServingError
 from serving.liveness import Liveness
 from serving.metrics import TFS_STATUS, Metrics
 from serving.models import make_repository
-from serving.rest import health, pages, tfserving, upload
+from serving.rest import health, pages, tfserving, upload, v2
 from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def create_app(settings: Settings) -> Flask:
     repository = make_repository(settings, metrics, liveness)
     metrics.watch(repository)
     app.extensions.update(settings=settings, metrics=metrics, liveness=liveness, repository=repository)
-    for module in (health, upload, tfserving, pages):
+    for module in (health, upload, tfserving, v2, pages):
         app.register_blueprint(module.blueprint)
     app.before_request(_begin_request)
     app.after_request(_count_request)

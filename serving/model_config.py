@@ -110,7 +110,7 @@ def read_config_file(path: Path) -> list[ModelConfig]:
     Raises:
         StartupError: the file cannot be read or used.
     """
-    from google.protobuf import text_format  # type: ignore[import-untyped]
+    from google.protobuf import text_format
     from tensorflow_serving.config import model_server_config_pb2
 
     try:

@@ -153,7 +153,7 @@ def read_signatures(path: Path) -> dict[str, Signature]:
     Raises:
         ModelLoadError: `saved_model.pb` is missing, damaged, or holds no graph for serving.
     """
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf import saved_model_pb2
 
     file = path / "saved_model.pb"

@@ -33,7 +33,7 @@ def replay_warmup_records(path: Path, predictor: Predictor) -> int:
     if not file.is_file():
         return 0
     import tensorflow as tf
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
     from tensorflow_serving.apis import prediction_log_pb2
 
     count = 0

@@ -7,7 +7,7 @@ So the two files are described here, as `apis/prediction_service.proto` and `api
 
 from __future__ import annotations
 
-from google.protobuf import descriptor_pb2, descriptor_pool  # type: ignore[import-untyped]
+from google.protobuf import descriptor_pb2, descriptor_pool
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,

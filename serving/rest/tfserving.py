@@ -7,7 +7,6 @@ are listed in docs/tensorflow-serving.md.
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,10 +15,11 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import NotImplemented as MethodNotImplemented
 from werkzeug.routing import BaseConverter, Rule
 
-from serving.errors import InvalidRequest, ModelNotFound, TooLarge
+from serving.errors import InvalidRequest, ModelNotFound
 from serving.model_config import MAX_VERSION
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
+from serving.rest.body import inflate
 from serving.rest.examples import check_examples, refusal
 from serving.rest.json_document import parse_document
 from serving.rest.json_quoting import printable, quote_document
@@ -29,7 +29,6 @@ from serving.rest.json_tensor import decode_inputs
 blueprint = Blueprint("tfserving", __name__)
 
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
-_MAX_INFLATED_BYTES = 100 * 1024 * 1024
 # The paths are matched in any case; the words after the colon and at the end are then compared as they are.
 _MODEL = "[^/:]+"
 _VERSION = r"(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
@@ -182,14 +181,10 @@ def _read_body() -> bytes:
     body: bytes = request.get_data(cache=False)
     if "gzip" not in request.headers.get("Content-Encoding", ""):
         return body
-    inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
-        inflated = inflater.decompress(body, _MAX_INFLATED_BYTES)
-    except zlib.error:
+        return inflate(body)
+    except ValueError:
         return b""
-    if inflater.unconsumed_tail:
-        raise TooLarge(f"the gzip body is larger than {_MAX_INFLATED_BYTES:,} bytes when inflated")
-    return inflated if inflater.eof and not inflater.unused_data else b""
 
 
 def _model_name(match: re.Match[str]) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.conftest import Server
+from tests.serving.conftest import Server, adder, colours
+
+__all__ = ["adder", "colours"]  # fixtures of the service's own tests, used here too
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def test_no_module_imports_what_its_package_must_not_know(package):
 @pytest.mark.parametrize(
     ("package", "modules", "forbidden"),
     [
-        ("client", "client, client.__main__", {"tensorflow", "keras"}),
+        ("client", "client, client.__main__, client.grpc", {"tensorflow", "keras"}),
         ("training", "training.config, training.datasets, training.__main__", {"tensorflow", "keras"}),
         ("serving", "serving.app, serving.__main__", {"tensorflow", "keras", "training"}),
     ],
@@ -45,3 +45,18 @@ def test_importing_it_brings_nothing_of_that_along(package, modules, forbidden):
     program = f"import sys, {modules}; print(*(set({sorted(forbidden)!r}) & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [], package
+
+
+OURS, THEIRS = "client.grpc", "tensorflow_serving.apis.predict_pb2"
+
+
+@pytest.mark.parametrize("modules", [f"{OURS}, {THEIRS}", f"{THEIRS}, {OURS}"])
+def test_the_clients_messages_load_beside_the_official_ones(modules):
+    """In either order; a message of the same name twice would end the process."""
+    subprocess.run([sys.executable, "-c", f"import {modules}"], cwd=PROJECT, check=True)
+
+
+def test_asking_over_http_does_not_wait_for_grpc():
+    program = "import sys, client.__main__; client.Client('http://127.0.0.1:1'); print('grpc' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -10,13 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import httpx
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
-from client import Client
+from client import Client, GrpcClient
 from training.datasets.image_folder import read_image
 from training.datasets.shapes import draw_shapes
 
@@ -104,6 +106,9 @@ class Ways:
     def __init__(self, served):
         self.url, self.model = served.server.url, served.model
         self.client = Client(self.url)
+        address = f"127.0.0.1:{served.server.grpc_port}"
+        self.grpc_client = GrpcClient(address, model=self.model)
+        self.stub = prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(address))
         self.http = httpx.Client(base_url=self.url, timeout=60)
         self.signatures = (loaded := tf.saved_model.load(str(served.version))).signatures
         self.loaded = loaded  # keeps the variables alive
@@ -121,6 +126,34 @@ class Ways:
     def python_client(self, data):
         (prediction,) = self.client.predict([data])
         return np.array(list(prediction.probabilities.values()))
+
+    def python_grpc_client(self, data):
+        (prediction,) = self.grpc_client.predict([data])
+        (over_rest,) = self.client.predict([data])
+        assert list(prediction.probabilities) == list(over_rest.probabilities)
+        return np.array(list(prediction.probabilities.values()))
+
+    def grpc(self, signature, **inputs):
+        request = predict_pb2.PredictRequest()
+        request.model_spec.name = self.model
+        request.model_spec.signature_name = signature
+        for name, value in inputs.items():
+            request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
+        return tf.make_ndarray(self.stub.Predict(request, timeout=60).outputs["probabilities"])[0]
+
+    def grpc_bytes(self, data):
+        return self.grpc("image_bytes", image_bytes=[data])
+
+    def grpc_pixels(self, data):
+        return self.grpc("serving_default", images=self.pixels(data)[None])
+
+    def v2_pixels(self, data):
+        pixels = self.pixels(data)[None]
+        tensor = {"name": "images", "shape": pixels.shape, "datatype": "UINT8", "data": pixels.tolist()}
+        reply = self.http.post(f"/v2/models/{self.model}/infer", json={"inputs": [tensor]})
+        assert reply.status_code == 200, reply.text
+        (answer,) = [output for output in reply.json()["outputs"] if output["name"] == "probabilities"]
+        return np.array(answer["data"])
 
     def rest(self, body):
         reply = self.http.post(f"/v1/models/{self.model}:predict", content=json.dumps(body))
@@ -147,8 +180,16 @@ class Ways:
         return read_image(io.BytesIO(data), image_size=(32, 32))
 
 
-BY_PILLOW = ("upload", "raw_body", "python_client", "rest_pixels", "saved_model_pixels")
-IN_THE_GRAPH = ("rest_base64", "saved_model_bytes")
+BY_PILLOW = (
+    "upload",
+    "raw_body",
+    "python_client",
+    "rest_pixels",
+    "grpc_pixels",
+    "v2_pixels",
+    "saved_model_pixels",
+)
+IN_THE_GRAPH = ("rest_base64", "grpc_bytes", "python_grpc_client", "saved_model_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +220,8 @@ def test_other_formats_agree_where_they_are_taken_and_are_refused_elsewhere(ways
     assert "image_bytes must hold JPEG or PNG files" in refused.json()["error"]
     with pytest.raises(tf.errors.InvalidArgumentError, match="must hold JPEG or PNG"):
         ways.saved_model_bytes(data)
+    # The client decodes them itself where the model's own decoder is asked, and only the resize is another.
+    np.testing.assert_allclose(ways.python_grpc_client(data), answers[0], atol=NEARLY)
 
 
 def test_the_answers_tell_pictures_apart(ways):

@@ -1,0 +1,1 @@
+"""Messages of TensorFlow Serving's gRPC API, without TensorFlow: see prediction.proto."""
