@@ -11,6 +11,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 	&& { echo $$python; break; }; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LOCK := --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes
 
 DATASET ?= cifar10
 DATA ?=
@@ -28,7 +29,7 @@ GRPC ?=
 IMAGE ?=
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help install demo train serve predict test test-tfserving check format lock clean
+.PHONY: help install demo train serve tfserving predict test test-tfserving check format lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -53,6 +54,9 @@ train: $(INSTALLED)  ## train, judge and export: DATASET= DATA= VARIANT= LOOP= E
 serve: $(INSTALLED)  ## serve the newest version of every model: MODELS= HOST= PORT= GRPC_PORT=
 	@$(BIN)/python -m serving --models-dir $(MODELS) --host $(HOST) --rest-port $(PORT) --grpc-port $(GRPC_PORT)
 
+tfserving:  ## TensorFlow Serving's container on the exported models, the service in front (needs docker): MODELS=
+	@MODELS=$(abspath $(MODELS)) deploy/tfserving.sh
+
 predict: $(INSTALLED)  ## ask the running service: IMAGE=file-or-folder
 	@test -n "$(IMAGE)" || { echo "error: name a picture or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
 	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) $(IMAGE)
@@ -75,8 +79,8 @@ format: $(INSTALLED)  ## put the code into the one format
 	@$(BIN)/ruff format .
 
 lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
-	@uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-emit-index-url --generate-hashes \
-		pyproject.toml -o requirements.lock
+	@uv pip compile $(LOCK) --all-extras pyproject.toml -o requirements.lock
+	@uv pip compile $(LOCK) --extra serving --constraint requirements.lock pyproject.toml -o requirements-serving.lock
 
 clean:  ## remove .venv and caches; runs/ and models/ stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

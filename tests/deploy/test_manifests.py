@@ -1,0 +1,262 @@
+"""What can be held to be true of deploy/ without a container engine or a cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from google.protobuf import text_format
+from tensorflow_serving.config import model_server_config_pb2
+
+from serving.__main__ import main
+from serving.settings import Settings
+
+PROJECT = Path(__file__).parents[2]
+DEPLOY = PROJECT / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+MANIFESTS = [
+    document
+    for file in sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+    if file.name != "kustomization.yaml"
+    for document in yaml.safe_load_all(file.read_text())
+]
+DEPLOYMENTS = {manifest["metadata"]["name"]: manifest for manifest in MANIFESTS if manifest["kind"] == "Deployment"}
+KSERVE = yaml.safe_load((DEPLOY / "kserve" / "inferenceservice.yaml").read_text())
+OUR_FLAGS = {option for parameter in main.params for option in parameter.opts}
+# As `tensorflow_model_server --help` of 2.20 lists them; the ones used here.
+TFSERVING_FLAGS = {
+    "--model_config_file",
+    "--model_config_file_poll_wait_seconds",
+    "--enable_batching",
+    "--batching_parameters_file",
+    "--monitoring_config_file",
+}
+# The fields of BatchingParameters in TensorFlow Serving's session_bundle_config.proto, which no Python package has.
+BATCHING_FIELDS = {"max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads"}
+
+
+def named(manifest: dict[str, Any]) -> str:
+    return f"{manifest['kind']} {manifest['metadata']['name']}"
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=named)
+def test_a_manifest_has_the_shape_that_kubernetes_wants(manifest: dict[str, Any]) -> None:
+    kubernetes_validate.validate(manifest, "1.34", strict=True)
+
+
+def test_both_servers_have_all_that_they_need() -> None:
+    kinds = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in MANIFESTS}
+    for name in ("image-classifier", "tensorflow-serving"):
+        for kind in ("Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"):
+            assert (kind, name) in kinds
+    listed = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())["resources"]
+    present = {file.name for file in (DEPLOY / "kubernetes").glob("*.yaml")} - {"kustomization.yaml"}
+    assert set(listed) == present
+
+
+def test_names_in_the_manifests_lead_somewhere() -> None:
+    claims = {manifest["metadata"]["name"] for manifest in MANIFESTS if manifest["kind"] == "PersistentVolumeClaim"}
+    configs = {manifest["metadata"]["name"] for manifest in MANIFESTS if manifest["kind"] == "ConfigMap"}
+    for name, deployment in DEPLOYMENTS.items():
+        pod = deployment["spec"]["template"]
+        assert deployment["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        (container,) = pod["spec"]["containers"]
+        volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+        ports = {port["name"] for port in container["ports"]}
+        for volume in pod["spec"]["volumes"]:
+            assert volume.get("persistentVolumeClaim", {}).get("claimName", "models") in claims
+            assert volume.get("configMap", {}).get("name", "tensorflow-serving") in configs
+        for manifest in MANIFESTS:
+            if manifest["metadata"]["name"] != name:
+                continue
+            if manifest["kind"] == "Service":
+                assert manifest["spec"]["selector"] == pod["metadata"]["labels"]
+                assert {port["targetPort"] for port in manifest["spec"]["ports"]} <= ports
+            if manifest["kind"] == "HorizontalPodAutoscaler":
+                assert manifest["spec"]["scaleTargetRef"]["name"] == name
+            if manifest["kind"] == "PodDisruptionBudget":
+                assert manifest["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+
+
+def test_a_pod_is_given_longer_than_the_service_takes_to_stop() -> None:
+    for pod in (DEPLOYMENTS["image-classifier"]["spec"]["template"]["spec"], KSERVE["spec"]["predictor"]):
+        (container,) = pod["containers"]
+        drain_s = int(container["args"][container["args"].index("--drain-timeout-s") + 1])
+        pre_stop_s = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        assert pod["terminationGracePeriodSeconds"] > drain_s + pre_stop_s
+    assert int(COMPOSE["services"]["service"]["stop_grace_period"].rstrip("s")) > Settings.drain_timeout_s
+
+
+def test_the_inference_service_is_a_pod_that_kserve_takes() -> None:
+    assert (KSERVE["apiVersion"], KSERVE["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
+    predictor = dict(KSERVE["spec"]["predictor"])
+    for own in ("minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "timeout"):
+        predictor.pop(own)
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": predictor}
+    kubernetes_validate.validate(pod, "1.34", strict=True)
+    assert predictor["containers"][0]["name"] == "kserve-container"
+
+
+def our_commands() -> list[list[str]]:
+    return [
+        DEPLOYMENTS["image-classifier"]["spec"]["template"]["spec"]["containers"][0]["args"],
+        KSERVE["spec"]["predictor"]["containers"][0]["args"],
+        COMPOSE["services"]["service"]["command"],
+        ["--remote", "tensorflow-serving:8500", "--remote-model", "cifar10"],  # docs/deploying.md
+    ]
+
+
+def test_every_flag_and_variable_exists() -> None:
+    for command in our_commands():
+        assert {part for part in command if part.startswith("--")} <= OUR_FLAGS
+    variables = set(re.findall(r"\bSERVING_[A-Z_]+", DOCKERFILE))
+    assert variables
+    assert {"--" + name.removeprefix("SERVING_").lower().replace("_", "-") for name in variables} <= OUR_FLAGS
+    theirs = [
+        *COMPOSE["services"]["tensorflow-serving"]["command"],
+        *DEPLOYMENTS["tensorflow-serving"]["spec"]["template"]["spec"]["containers"][0]["args"],
+    ]
+    assert {flag.split("=")[0] for flag in theirs} == TFSERVING_FLAGS
+
+
+def test_every_path_exists() -> None:
+    for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE):
+        for source in line.split()[:-1]:
+            assert (PROJECT / source).exists()
+    allowed = {line[1:] for line in (PROJECT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert allowed == {"requirements-serving.lock", "serving"}
+    service = COMPOSE["services"]["service"]
+    assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    mounts = COMPOSE["services"]["tensorflow-serving"]["volumes"]
+    for source in (mount.split(":/")[0] for mount in mounts):
+        written = source in ("./models.config", "${MODELS:-../models}")  # by tfserving.sh, and by an export
+        assert written or (DEPLOY / source).is_file()
+    targets = {mount.split(":")[-2] for mount in mounts}
+    flags = dict(flag.split("=") for flag in COMPOSE["services"]["tensorflow-serving"]["command"] if "=" in flag)
+    assert {path for path in flags.values() if path.startswith("/")} <= targets
+
+
+def test_the_versions_of_tensorflow_and_its_server_go_together() -> None:
+    (locked,) = re.findall(r"^tensorflow==(\d+\.\d+)\.", (PROJECT / "requirements-serving.lock").read_text(), re.M)
+    images = {
+        COMPOSE["services"]["tensorflow-serving"]["image"],
+        DEPLOYMENTS["tensorflow-serving"]["spec"]["template"]["spec"]["containers"][0]["image"],
+    }
+    assert images == {f"tensorflow/serving:{locked}.0"}
+
+
+def test_the_configurations_are_ones_that_tensorflow_serving_reads(tmp_path: Path) -> None:
+    (config_map,) = [manifest["data"] for manifest in MANIFESTS if manifest["kind"] == "ConfigMap"]
+    for name in ("batching.config", "monitoring.config"):
+        alone = re.sub(r"^#.*\n", "", (DEPLOY / name).read_text(), flags=re.M)
+        assert config_map[name] == alone
+    assert set(re.findall(r"^(\w+) \{ value: \d+ \}$", config_map["batching.config"], re.M)) == BATCHING_FIELDS
+    text_format.Parse(config_map["models.config"], model_server_config_pb2.ModelServerConfig())
+    for name in ("b", "a"):
+        (tmp_path / "models" / name / "1").mkdir(parents=True)
+        (tmp_path / "models" / name / "1" / "saved_model.pb").touch()
+    (tmp_path / "models" / "notes" / "x").mkdir(parents=True)
+    write = [sys.executable, str(DEPLOY / "write_models_config.py"), str(tmp_path / "models"), str(tmp_path / "out")]
+    subprocess.run(write, check=True)
+    parsed = text_format.Parse((tmp_path / "out").read_text(), model_server_config_pb2.ModelServerConfig())
+    assert [(c.name, c.base_path) for c in parsed.model_config_list.config] == [("a", "/models/a"), ("b", "/models/b")]
+
+
+def run_tfserving(tmp_path: Path, *tools: str, models: Path) -> subprocess.CompletedProcess[str]:
+    """Run deploy/tfserving.sh on a copy, with these commands as its only docker."""
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name in ("bash", "dirname", "python3"):
+        path = sys.executable if name == "python3" else shutil.which(name)
+        (bin_dir / name).symlink_to(str(path))
+    for tool in tools:
+        (bin_dir / "docker").write_text(f"#!/bin/sh\n{tool}\n")
+        (bin_dir / "docker").chmod(0o755)
+    return subprocess.run(
+        [str(tmp_path / "deploy" / "tfserving.sh")],
+        env={"PATH": str(bin_dir), "MODELS": str(models)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    (tmp_path / "models" / "m" / "1").mkdir(parents=True)
+    (tmp_path / "models" / "m" / "1" / "saved_model.pb").touch()
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ([], "docker is not installed"),
+        (["exit 1"], "no compose plugin"),
+        (['[ "$1" = compose ]'], "the docker daemon cannot be reached"),
+    ],
+)
+def test_what_is_missing_is_said(tmp_path: Path, models: Path, tools: list[str], said: str) -> None:
+    done = run_tfserving(tmp_path, *tools, models=models)
+    assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+
+
+def test_missing_models_are_said_first(tmp_path: Path) -> None:
+    done = run_tfserving(tmp_path, models=tmp_path)
+    assert (done.returncode, "no exported model in" in done.stderr) == (1, True), done.stderr
+
+
+def test_with_everything_there_compose_is_started(tmp_path: Path, models: Path) -> None:
+    done = run_tfserving(tmp_path, 'echo "$@"', models=models)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "compose -f compose.yaml up --build")
+    assert 'name: "m"' in (tmp_path / "deploy" / "models.config").read_text()
+
+
+def compose_command() -> list[str] | None:
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]) and not subprocess.run([*command, "version"], capture_output=True).returncode:
+            return command
+    return None
+
+
+@pytest.mark.skipif(compose_command() is None, reason="there is no compose command")
+def test_compose_understands_its_file() -> None:
+    done = subprocess.run(
+        [*(compose_command() or []), "-f", str(DEPLOY / "compose.yaml"), "config"], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.skipif("TEST_IMAGE_COMMANDS" not in os.environ, reason="it fetches packages: TEST_IMAGE_COMMANDS=1")
+@pytest.mark.timeout(900)
+def test_the_images_commands_work_in_a_plain_environment(tmp_path: Path) -> None:
+    shutil.copy(PROJECT / "requirements-serving.lock", tmp_path)
+    shutil.copytree(PROJECT / "serving", tmp_path / "app" / "serving")
+    build = DOCKERFILE.split("\nFROM ")[0]
+    (entry,) = re.findall(r"^ENTRYPOINT \[(.+)\]$", DOCKERFILE, re.M)
+    commands = [shlex.split(line) for line in re.findall(r"^RUN (.+)$", build, re.M)]
+    commands.append([*re.findall(r'"([^"]+)"', entry), "--help"])
+    assert len(commands) == 3
+    for command in commands:
+        here = [
+            part.replace("/venv", f"{tmp_path}/venv").replace("/requirements", f"{tmp_path}/requirements")
+            for part in command
+        ]
+        if here[0] in ("python", "pip"):
+            here = [sys.executable, *(["-m", "pip"] if here[0] == "pip" else []), *here[1:]]
+        done = subprocess.run(here, cwd=tmp_path / "app", capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "Serve the newest version of every model" in done.stdout
+    assert not (tmp_path / "venv" / "bin" / "pip").exists()
