@@ -220,7 +220,10 @@ def test_missing_models_are_said_first(tmp_path: Path) -> None:
 
 def test_with_everything_there_compose_is_started(tmp_path: Path, models: Path) -> None:
     done = run_tfserving(tmp_path, 'echo "$@"', models=models)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "compose -f compose.yaml up --build")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (
+        0,
+        "compose -p image-classifier -f compose.yaml up --build",
+    )
     assert 'name: "m"' in (tmp_path / "deploy" / "models.config").read_text()
 
 
@@ -233,10 +236,9 @@ def compose_command() -> list[str] | None:
 
 @pytest.mark.skipif(compose_command() is None, reason="there is no compose command")
 def test_compose_understands_its_file() -> None:
-    done = subprocess.run(
-        [*(compose_command() or []), "-f", str(DEPLOY / "compose.yaml"), "config"], capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    command = [*(compose_command() or []), "-f", str(DEPLOY / "compose.yaml"), "config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif("TEST_IMAGE_COMMANDS" not in os.environ, reason="it fetches packages: TEST_IMAGE_COMMANDS=1")
@@ -244,16 +246,13 @@ def test_compose_understands_its_file() -> None:
 def test_the_images_commands_work_in_a_plain_environment(tmp_path: Path) -> None:
     shutil.copy(PROJECT / "requirements-serving.lock", tmp_path)
     shutil.copytree(PROJECT / "serving", tmp_path / "app" / "serving")
-    build = DOCKERFILE.split("\nFROM ")[0]
+    build = DOCKERFILE.split("\nFROM ")[1]
     (entry,) = re.findall(r"^ENTRYPOINT \[(.+)\]$", DOCKERFILE, re.M)
     commands = [shlex.split(line) for line in re.findall(r"^RUN (.+)$", build, re.M)]
     commands.append([*re.findall(r'"([^"]+)"', entry), "--help"])
     assert len(commands) == 3
     for command in commands:
-        here = [
-            part.replace("/venv", f"{tmp_path}/venv").replace("/requirements", f"{tmp_path}/requirements")
-            for part in command
-        ]
+        here = [re.sub("^/(?=venv|requirements)", f"{tmp_path}/", part) for part in command]
         if here[0] in ("python", "pip"):
             here = [sys.executable, *(["-m", "pip"] if here[0] == "pip" else []), *here[1:]]
         done = subprocess.run(here, cwd=tmp_path / "app", capture_output=True, text=True, check=False)
