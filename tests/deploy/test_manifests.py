@@ -220,10 +220,8 @@ def test_missing_models_are_said_first(tmp_path: Path) -> None:
 
 def test_with_everything_there_compose_is_started(tmp_path: Path, models: Path) -> None:
     done = run_tfserving(tmp_path, 'echo "$@"', models=models)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (
-        0,
-        "compose -p image-classifier -f compose.yaml up --build",
-    )
+    expected = "compose -p image-classifier -f compose.yaml up --build"
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, expected)
     assert 'name: "m"' in (tmp_path / "deploy" / "models.config").read_text()
 
 

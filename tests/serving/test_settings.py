@@ -28,6 +28,10 @@ def test_the_defaults_are_valid_and_fixed() -> None:
         ("max_image_pixels", 10**12),
         ("max_images", 0),
         ("drain_timeout_s", 0),
+        ("grpc_port", -1),
+        ("poll_interval_s", 0.0),
+        ("max_batch_size", 0),
+        ("max_queue_size", 0),
         ("log_level", "loud"),
     ],
 )
@@ -36,3 +40,16 @@ def test_values_out_of_range_are_refused_by_their_flag(name: str, value: Any) ->
         Settings(models_dir=Path("models"), **{name: value})
     assert "--" + name.replace("_", "-") in str(refused.value)
     assert str(value) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"remote": "h:1", "model_config_file": Path("x")}, "--model-config-file"),
+        ({"remote_models": ("m",)}, "--remote"),
+        ({"rest_port": 8500}, "--grpc-port"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(values: dict[str, Any], flag: str) -> None:
+    with pytest.raises(StartupError, match=flag):
+        Settings(models_dir=Path("models"), **values)

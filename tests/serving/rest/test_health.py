@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
+from flask import Flask
 from flask.testing import FlaskClient
 
 from serving.app import create_app
@@ -49,3 +51,18 @@ def test_one_model_that_failed_makes_it_not_ready_and_says_why(models_dir: Path,
     assert 'serving_model_version_state{model="colours",state="END",version="10"} 1.0' in (
         app.test_client().get("/metrics").text
     )
+
+
+def test_a_process_that_only_a_restart_can_mend_says_so(app: Flask) -> None:
+    client, liveness = app.test_client(), app.extensions["liveness"]
+    assert (client.get("/healthz").status_code, client.get("/v2/health/live").status_code) == (200, 200)
+    thread = threading.Thread(target=lambda: None, name="answer")
+    thread.start()
+    thread.join()
+    liveness.require(thread)
+    try:
+        answer = client.get("/healthz")
+        assert (answer.status_code, answer.json) == (503, {"status": "dead", "reason": "the thread answer has ended"})
+        assert client.get("/v2/health/live").status_code == 400
+    finally:
+        liveness._threads.remove(thread)
