@@ -8,6 +8,7 @@ from serving.errors import TooLarge
 
 MAX_INFLATED_BYTES = 100 * 1024 * 1024  # as TensorFlow Serving has it
 
+# zlib's window bits for the two Content-Encodings; "deflate" means zlib's own format (RFC 9110, 8.4.1.2).
 GZIP = 16 + zlib.MAX_WBITS
 DEFLATE = zlib.MAX_WBITS
 
@@ -15,8 +16,12 @@ DEFLATE = zlib.MAX_WBITS
 def inflate(body: bytes, *, wbits: int = GZIP) -> bytes:
     """Return what a compressed body holds.
 
+    Args:
+        body: as it was sent.
+        wbits: GZIP or DEFLATE.
+
     Raises:
-        ValueError: it is not compressed in this way, is cut off, or something follows it.
+        ValueError: it is not compressed in this way, is cut off, or has something behind it.
         TooLarge: it holds more than MAX_INFLATED_BYTES.
     """
     inflater = zlib.decompressobj(wbits)
@@ -24,8 +29,10 @@ def inflate(body: bytes, *, wbits: int = GZIP) -> bytes:
         inflated = inflater.decompress(body, MAX_INFLATED_BYTES)
     except zlib.error as error:
         raise ValueError(str(error)) from error
-    if inflater.unconsumed_tail:
+    if not inflater.eof and len(inflated) == MAX_INFLATED_BYTES:
         raise TooLarge(f"the compressed body is larger than {MAX_INFLATED_BYTES:,} bytes when inflated")
-    if not inflater.eof or inflater.unused_data:
-        raise ValueError("it is cut off, or something follows it")
+    if not inflater.eof:
+        raise ValueError("it is cut off")
+    if inflater.unused_data:
+        raise ValueError("something follows the compressed data")
     return inflated

@@ -1,21 +1,23 @@
-"""The Open Inference Protocol, request by request."""
+"""The Open Inference Protocol, request by request, against real SavedModels."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import math
 import shutil
 import struct
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from flask import Flask
 from flask.testing import FlaskClient
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
@@ -23,266 +25,504 @@ from serving.app import create_app
 from serving.settings import Settings
 from tests.serving.conftest import picture
 
-RED = np.zeros((2, 32, 32, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
-SUM = [
-    {"name": "a", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]},
-    {"name": "b", "shape": [1, 2], "datatype": "FP32", "data": [[10, 20]]},
-]
+LENGTH = "Inference-Header-Content-Length"
+PIXELS = np.zeros((2, 32, 32, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+A = {"name": "a", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}
+B = {"name": "b", "shape": [1, 2], "datatype": "FP32", "data": [[10, 20]]}
+SUM = {"inputs": [A, B]}
+DTYPES = {
+    "BOOL": tf.bool,
+    "UINT8": tf.uint8,
+    "UINT16": tf.uint16,
+    "UINT32": tf.uint32,
+    "UINT64": tf.uint64,
+    "INT8": tf.int8,
+    "INT16": tf.int16,
+    "INT32": tf.int32,
+    "INT64": tf.int64,
+    "FP16": tf.float16,
+    "FP32": tf.float32,
+    "FP64": tf.float64,
+    "BYTES": tf.string,
+}
+
+
+def save_echo(path: Path) -> None:
+    """Write a model that answers what it is asked, with an input of every datatype; and others of odd shapes."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None,), dtype, name) for name, dtype in DTYPES.items()])
+    def echo(*tensors: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {name: tf.identity(tensor) for name, tensor in zip(DTYPES, tensors, strict=True)}
+
+    @tf.function(input_signature=[tf.TensorSpec(None, tf.float32, "x")])
+    def logarithm(x: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"y": tf.math.log(x), "rank": tf.rank(x)}
+
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.complex64, "z")])
+    def real(z: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"x": tf.math.real(z)}
+
+    signatures = {"serving_default": echo, "logarithm": logarithm, "real": real}
+    tf.saved_model.save(tf.Module(), str(path), signatures=signatures)
 
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path) -> Flask:
-    models_dir = tmp_path_factory.mktemp("v2")
+    """The app with `colours` version 7, `adder` version 1 and `echo` version 1."""
+    models_dir = tmp_path_factory.mktemp("models")
     shutil.copytree(colours, models_dir / "colours" / "7")
     shutil.copytree(adder, models_dir / "adder" / "1")
+    save_echo(models_dir / "echo" / "1")
     app = create_app(Settings(models_dir=models_dir))
     app.extensions["repository"].load()
     return app
 
 
 def images(**changes: Any) -> dict[str, Any]:
-    return {"name": "images", "shape": list(RED.shape), "datatype": "UINT8", "data": RED.tolist(), **changes}
+    tensor = {"name": "images", "shape": list(PIXELS.shape), "datatype": "UINT8", "data": PIXELS.tolist(), **changes}
+    return {key: value for key, value in tensor.items() if value is not ...}
 
 
-def infer(client: FlaskClient, model: str, document: Any, binary: bytes = b"", **headers: str) -> TestResponse:
+def post(client: FlaskClient, model: str, document: Any, binary: bytes = b"", **headers: str) -> TestResponse:
+    """Ask for an inference; the header that measures the JSON is sent where there are bytes behind it."""
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     if binary:
-        headers["Inference-Header-Content-Length"] = str(len(text))
+        headers.setdefault(LENGTH, str(len(text)))
     return client.post(f"/v2/models/{model}/infer", data=text + binary, headers=headers)
 
 
-def test_server_and_health(client: FlaskClient) -> None:
-    described = client.get("/v2").json or {}
-    assert described["extensions"] == ["binary_tensor_data"]
+def answer(response: TestResponse) -> dict[str, Any]:
+    """Return the reply's JSON, the bytes of binary outputs put in as their data."""
+    assert response.status_code == 200, response.text
+    if LENGTH not in response.headers:
+        assert response.content_type == "application/json"
+        return dict(response.json or {})
+    assert response.content_type == "application/octet-stream"
+    length = int(response.headers[LENGTH])
+    document, rest = json.loads(response.data[:length]), response.data[length:]
+    for output in document["outputs"]:
+        if "parameters" in output:
+            size = output["parameters"]["binary_data_size"]
+            assert "data" not in output
+            output["data"], rest = rest[:size], rest[size:]
+    assert rest == b""
+    return dict(document)
+
+
+def error(response: TestResponse, status: int = 400) -> str:
+    assert response.status_code == status, response.text
+    assert response.content_type == "application/json"
+    assert response.json is not None
+    assert response.json.keys() == {"error"}
+    return str(response.json["error"])
+
+
+def test_the_server_says_who_it_is_and_what_it_can(client: FlaskClient) -> None:
+    for path in ("/v2", "/v2/"):
+        described = client.get(path).json or {}
+        assert described.keys() == {"name", "version", "extensions"}
+        assert described["extensions"] == ["binary_tensor_data"]
+
+
+def test_a_loaded_service_is_live_and_ready(client: FlaskClient) -> None:
     assert client.get("/v2/health/live").json == {"live": True}
     assert client.get("/v2/health/ready").json == {"ready": True}
+    for path in ("/v2/models/colours/ready", "/v2/models/colours/versions/7/ready"):
+        assert client.get(path).json == {"name": "colours", "ready": True}
+    for path in ("/v2/models/nobody/ready", "/v2/models/colours/versions/8/ready"):
+        assert "Servable not found" in error(client.get(path), 404)
 
 
-def test_before_the_models_are_loaded(models_dir: Path) -> None:
+def test_before_its_models_are_loaded_it_is_live_and_not_ready(models_dir: Path) -> None:
     client = create_app(Settings(models_dir=models_dir)).test_client()
     assert client.get("/v2/health/live").status_code == 200
-    for path in ("/v2/health/ready", "/v2/models/colours/ready"):
-        answer = client.get(path)
-        assert (answer.status_code, (answer.json or {})["ready"]) == (400, False)
-    assert infer(client, "colours", {"inputs": []}).status_code == 503
+    for path in ("/v2/health/ready", "/v2/models/colours/ready", "/v2/models/colours/versions/10/ready"):
+        response = client.get(path)
+        assert (response.status_code, (response.json or {})["ready"]) == (400, False)
+        assert "loa" in (response.json or {})["error"]
+    assert client.get("/v2/models/nobody/ready").status_code == 404
+    assert "still being loaded" in error(client.get("/v2/models/colours"), 503)
+    assert "still being loaded" in error(post(client, "colours", SUM), 503)
 
 
-def test_the_metadata(client: FlaskClient) -> None:
-    expected = {
-        "name": "colours",
-        "versions": ["7"],
-        "platform": "tensorflow_savedmodel",
-        "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}],
-    }
-    for path in ("/v2/models/colours", "/v2/models/colours/versions/7"):
-        described = client.get(path).json or {}
-        outputs = {output.pop("name"): output for output in described.pop("outputs")}
-        assert described == expected
-        assert outputs["label"] == {"datatype": "BYTES", "shape": [-1]}
-        assert outputs["probabilities"] == {"datatype": "FP32", "shape": [-1, 3]}
-    for path in ("/v2/models/m", "/v2/models/colours/versions/8", "/v2/models/colours/versions/x", "/v2/x"):
-        answer = client.get(path)
-        assert answer.status_code == 404
-        assert (answer.json or {}).keys() == {"error"}
-    assert client.get("/v2/models/colours/ready").json == {"name": "colours", "ready": True}
-    assert client.get("/v2/models/colours/versions/8/ready").status_code == 404
+def test_a_model_that_failed_to_load_makes_the_server_not_ready(models_dir: Path, adder: Path) -> None:
+    shutil.copytree(adder, models_dir / "adder" / "1")
+    for version in ("2", "10"):
+        (models_dir / "colours" / version / "saved_model.pb").write_bytes(b"\xff")
+    app = create_app(Settings(models_dir=models_dir))
+    app.extensions["repository"].load()
+    client = app.test_client()
+    response = client.get("/v2/health/ready")
+    assert (response.status_code, (response.json or {})["ready"]) == (400, False)
+    assert "colours: Can't parse" in (response.json or {})["error"]
+    assert client.get("/v2/models/adder/ready").status_code == 200
+    assert client.get("/v2/models/colours/ready").status_code == 400
+    assert answer(post(client, "adder", SUM))["outputs"][0]["data"] == [11, 22]
+
+
+def test_a_process_that_only_a_restart_can_mend_is_not_live(models_dir: Path) -> None:
+    app = create_app(Settings(models_dir=models_dir))
+    thread = threading.Thread(target=lambda: None, name="the thread that predicts")
+    thread.start()
+    thread.join()
+    app.extensions["liveness"].require(thread)
+    response = app.test_client().get("/v2/health/live")
+    assert (response.status_code, (response.json or {})["live"]) == (400, False)
+    assert "the thread that predicts" in (response.json or {})["error"]
+
+
+def test_the_metadata_of_a_model(client: FlaskClient) -> None:
+    for path in ("/v2/models/colours", "/v2/models/colours/versions/7", "/v2/models/colours/versions/007"):
+        assert client.get(path).json == {
+            "name": "colours",
+            "versions": ["7"],
+            "platform": "tensorflow_savedmodel",
+            "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}],
+            "outputs": [
+                {"name": "class_id", "datatype": "INT64", "shape": [-1]},
+                {"name": "label", "datatype": "BYTES", "shape": [-1]},
+                {"name": "probabilities", "datatype": "FP32", "shape": [-1, 3]},
+            ],
+        }
+
+
+def test_the_metadata_of_another_signature(client: FlaskClient) -> None:
+    described = client.get("/v2/models/colours?signature_name=image_bytes").json or {}
+    assert described["inputs"] == [{"name": "image_bytes", "datatype": "BYTES", "shape": [-1]}]
+    described = client.get("/v2/models/adder?signature_name=shout").json or {}
+    assert described["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": []}]
+    described = client.get("/v2/models/echo?signature_name=logarithm").json or {}
+    assert described["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1]}]
+    assert "it has image_bytes, serving_default" in error(client.get("/v2/models/colours?signature_name=x"))
+    assert "DT_COMPLEX64 has no datatype" in error(client.get("/v2/models/echo?signature_name=real"))
+
+
+@pytest.mark.parametrize("version", ["8", "x", "-7", "7.0", "\u0667", "9" * 18, "9" * 30])
+def test_a_version_that_is_not_there(client: FlaskClient, version: str) -> None:
+    for path in ("", "/ready"):
+        error(client.get(f"/v2/models/colours/versions/{version}{path}"), 404)
+    error(client.post(f"/v2/models/colours/versions/{version}/infer", data=b"{}"), 404)
+
+
+def test_wrong_methods_and_paths(client: FlaskClient) -> None:
+    assert "takes POST, not GET" in error(client.get("/v2/models/colours/infer"), 405)
+    assert "takes GET, not POST" in error(client.post("/v2/health/ready"), 405)
+    error(client.get("/v2/models"), 404)
+    error(client.get("/v2/models/colours/versions"), 404)
 
 
 def test_json_in_json_out(client: FlaskClient) -> None:
-    answer = infer(client, "colours", {"id": "x1", "inputs": [images()], "outputs": [{"name": "label"}]})
-    assert answer.json == {
+    request = {"id": "x 1", "inputs": [images()], "outputs": [{"name": "label"}, {"name": "class_id"}]}
+    assert answer(post(client, "colours", request)) == {
         "model_name": "colours",
         "model_version": "7",
-        "id": "x1",
-        "outputs": [{"name": "label", "datatype": "BYTES", "shape": [2], "data": ["red", "red"]}],
+        "id": "x 1",
+        "outputs": [
+            {"name": "label", "datatype": "BYTES", "shape": [2], "data": ["red", "red"]},
+            {"name": "class_id", "datatype": "INT64", "shape": [2], "data": [0, 0]},
+        ],
     }
-    answer = infer(client, "adder", {"inputs": SUM})
-    assert (answer.json or {})["outputs"] == [{"name": "sum", "datatype": "FP32", "shape": [1, 2], "data": [11, 22]}]
+    reply = answer(client.post("/v2/models/adder/versions/1/infer", json=SUM))
+    assert reply == {
+        "model_name": "adder",
+        "model_version": "1",
+        "outputs": [{"name": "sum", "datatype": "FP32", "shape": [1, 2], "data": [11, 22]}],
+    }
 
 
 def test_binary_in_binary_out(client: FlaskClient) -> None:
-    tensor = images(parameters={"binary_data_size": RED.nbytes})
-    del tensor["data"]
-    document = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
-    answer = infer(client, "colours", document, RED.tobytes())
-    assert answer.mimetype == "application/octet-stream"
-    length = int(answer.headers["Inference-Header-Content-Length"])
-    outputs = json.loads(answer.data[:length])["outputs"]
-    rest, tensors = answer.data[length:], {}
-    for output in outputs:
-        size = output["parameters"]["binary_data_size"]
-        tensors[output["name"]], rest = rest[:size], rest[size:]
-    assert rest == b""
-    assert np.frombuffer(tensors["class_id"], "<i8").tolist() == [0, 0]
-    assert np.frombuffer(tensors["probabilities"], "<f4").reshape(2, 3).sum(axis=1) == pytest.approx([1, 1])
-    assert tensors["label"] == 2 * (struct.pack("<I", 3) + b"red")
+    tensor = images(data=..., parameters={"binary_data_size": PIXELS.nbytes})
+    request = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+    outputs = {
+        output["name"]: output for output in answer(post(client, "colours", request, PIXELS.tobytes()))["outputs"]
+    }
+    assert np.frombuffer(outputs["class_id"]["data"], "<i8").tolist() == [0, 0]
+    assert outputs["label"]["data"] == 2 * (struct.pack("<I", 3) + b"red")
+    probabilities = np.frombuffer(outputs["probabilities"]["data"], "<f4").reshape(2, 3)
+    assert probabilities.sum(axis=1) == pytest.approx([1, 1])
+    assert probabilities.argmax(axis=1).tolist() == [0, 0]
 
 
-def test_outputs_can_be_mixed(client: FlaskClient) -> None:
+def test_each_output_chooses_its_form(client: FlaskClient) -> None:
     outputs = [{"name": "class_id", "parameters": {"binary_data": True}}, {"name": "label"}]
-    answer = infer(client, "colours", {"inputs": [images()], "outputs": outputs})
-    length = int(answer.headers["Inference-Header-Content-Length"])
-    document = json.loads(answer.data[:length])
-    assert document["outputs"][0]["parameters"] == {"binary_data_size": 16}
-    assert document["outputs"][1]["data"] == ["red", "red"]
-    assert len(answer.data) == length + 16
+    by_id = answer(post(client, "colours", {"inputs": [images()], "outputs": outputs}))["outputs"]
+    assert [output["data"] for output in by_id] == [bytes(16), ["red", "red"]]
+    outputs = [{"name": "class_id"}, {"name": "label", "parameters": {"binary_data": False}}]
+    request = {"inputs": [images()], "outputs": outputs, "parameters": {"binary_data_output": True}}
+    assert [output["data"] for output in answer(post(client, "colours", request))["outputs"]] == [
+        bytes(16),
+        ["red", "red"],
+    ]
+
+
+def test_no_outputs_means_all(client: FlaskClient) -> None:
+    for outputs in ([], None):
+        reply = answer(post(client, "colours", {"inputs": [images()], "outputs": outputs}))
+        assert [output["name"] for output in reply["outputs"]] == ["class_id", "label", "probabilities"]
+
+
+def test_every_datatype_goes_through_a_model_unchanged(client: FlaskClient) -> None:
+    sent: dict[str, bytes] = {}
+    for name, dtype in DTYPES.items():
+        if name == "BYTES":
+            sent[name] = struct.pack("<I", 2) + b"\xff\0" + struct.pack("<I", 0)
+        else:
+            sent[name] = np.array([0, 1]).astype(dtype.as_numpy_dtype).tobytes()
+    inputs = [
+        {"name": name, "shape": [2], "datatype": name, "parameters": {"binary_data_size": len(data)}}
+        for name, data in sent.items()
+    ]
+    request = {"inputs": inputs, "parameters": {"binary_data_output": True}}
+    outputs = answer(post(client, "echo", request, b"".join(sent.values())))["outputs"]
+    assert {output["name"]: output["data"] for output in outputs} == sent
+    assert {output["name"]: output["datatype"] for output in outputs} == {name: name for name in DTYPES}
+    as_json = [{"name": name} for name in DTYPES if name not in ("FP16", "BYTES")]
+    outputs = answer(post(client, "echo", {**request, "outputs": as_json, "parameters": {}}, b"".join(sent.values())))[
+        "outputs"
+    ]
+    assert all(output["data"] == [0, 1] for output in outputs)
+    refused = post(client, "echo", {"inputs": inputs}, b"".join(sent.values()))
+    assert "output FP16: FP16 cannot be sent as JSON; ask for it as binary data" in error(refused)
+    refused = post(client, "echo", {"inputs": inputs, "outputs": [{"name": "BYTES"}]}, b"".join(sent.values()))
+    assert "output BYTES holds bytes that are no UTF-8" in error(refused)
+
+
+def test_infinities_are_answered_as_bytes_only(client: FlaskClient) -> None:
+    tensor = {"name": "x", "shape": [2, 1], "datatype": "FP32", "data": [0, 1]}
+    request = {"inputs": [tensor], "parameters": {"signature_name": "logarithm"}, "outputs": [{"name": "y"}]}
+    assert "NaN or infinity" in error(post(client, "echo", request))
+    request["outputs"] = [{"name": "y", "parameters": {"binary_data": True}}, {"name": "rank"}]
+    y, rank = answer(post(client, "echo", request))["outputs"]
+    assert np.frombuffer(y["data"], "<f4").tolist() == [-np.inf, 0]
+    assert (rank["shape"], rank["data"]) == ([], [2])
 
 
 def test_another_signature_with_encoded_pictures(client: FlaskClient) -> None:
-    files = [picture("blue", kind="JPEG"), picture("green")]
+    files = [picture("blue", kind="JPEG"), picture("green", (40, 50))]
     binary = b"".join(struct.pack("<I", len(file)) + file for file in files)
-    tensor = {
-        "name": "image_bytes",
-        "shape": [2],
-        "datatype": "BYTES",
-        "parameters": {"binary_data_size": len(binary)},
-    }
-    document = {"inputs": [tensor], "parameters": {"signature_name": "image_bytes"}, "outputs": [{"name": "label"}]}
-    answer = infer(client, "colours", document, binary)
-    assert (answer.json or {})["outputs"][0]["data"] == ["blue", "green"]
-    shout = {"inputs": [{"name": "text", "shape": [], "datatype": "BYTES", "data": ["grüß"]}]}
-    answer = infer(client, "adder", {**shout, "parameters": {"signature_name": "shout"}})
-    assert answer.status_code == 200
+    tensor = {"name": "image_bytes", "shape": [2], "datatype": "BYTES", "parameters": {"binary_data_size": len(binary)}}
+    request = {"inputs": [tensor], "parameters": {"signature_name": "image_bytes"}, "outputs": [{"name": "label"}]}
+    assert answer(post(client, "colours", request, binary))["outputs"][0]["data"] == ["blue", "green"]
+
+
+def test_a_tensor_without_dimensions(client: FlaskClient) -> None:
+    tensor = {"name": "text", "shape": [], "datatype": "BYTES", "data": ["grün"]}
+    request = {"inputs": [tensor], "parameters": {"signature_name": "shout"}}
+    (output,) = answer(post(client, "adder", request))["outputs"]
+    assert (output["shape"], output["data"]) == ([], ["GRüN"])  # TensorFlow's upper is of ASCII
+    tensor["data"] = [""]
+    assert "nothing to shout" in error(post(client, "adder", request))
 
 
 @pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
 def test_bodies_may_be_compressed(client: FlaskClient, encoding: str, compress: Any) -> None:
-    body = compress(json.dumps({"inputs": SUM}).encode())
-    headers = {"Content-Encoding": encoding}
-    assert client.post("/v2/models/adder/infer", data=body, headers=headers).status_code == 200
-    for broken in (body[:-5], b"x" + body):
-        answer = client.post("/v2/models/adder/infer", data=broken, headers=headers)
-        assert (answer.status_code, "inflated" in (answer.json or {})["error"]) == (400, True)
+    tensor = images(data=..., parameters={"binary_data_size": PIXELS.nbytes})
+    text = json.dumps({"inputs": [tensor]}).encode()
+    body = compress(text + PIXELS.tobytes())
+    headers = {"Content-Encoding": encoding, LENGTH: str(len(text))}  # the length is that of the JSON, inflated
+    reply = answer(client.post("/v2/models/colours/infer", data=body, headers=headers))
+    assert reply["outputs"][0]["data"] == [0, 0]
+    for broken in (body[:-5], body + b"x", b"x" + body):
+        refused = client.post("/v2/models/colours/infer", data=broken, headers=headers)
+        assert f"cannot be inflated as {encoding}" in error(refused)
 
 
-BINARY = {"binary_data_size": RED.nbytes}
+def test_a_compressed_body_stays_within_a_limit(client: FlaskClient) -> None:
+    deflater = zlib.compressobj(wbits=31)
+    bomb = b"".join(deflater.compress(bytes(2**20)) for _ in range(101)) + deflater.flush()
+    refused = client.post("/v2/models/colours/infer", data=bomb, headers={"Content-Encoding": "gzip"})
+    assert "104,857,600 bytes when inflated" in error(refused, 413)
+
+
+def test_an_encoding_that_is_not_read(client: FlaskClient) -> None:
+    assert 'Content-Encoding "br" is not read' in error(post(client, "adder", SUM, **{"Content-Encoding": "br"}), 415)
+    assert post(client, "adder", SUM, **{"Content-Encoding": "identity"}).status_code == 200
 
 
 @pytest.mark.parametrize(
     ("document", "problem"),
     [
-        (b"{", "no JSON"),
-        (b"[]", "JSON object"),
-        ({}, "expected inputs"),
-        ({"inputs": {}}, "expected inputs"),
-        ({"inputs": [1]}, "expected inputs"),
+        (b"", "the 0 bytes that should be JSON are not"),
+        (b"{", "the 1 bytes that should be JSON are not"),
+        (b'{"inputs": [NaN]}', "should be JSON are not"),
+        (b"[]", "expected a JSON object with inputs, got a list of 0"),
+        ({}, "inputs must be a list of objects, not null"),
+        ({"inputs": {}}, "inputs must be a list of objects, not an object"),
+        ({"inputs": [1]}, "inputs must be a list of objects, not a list of 1"),
         ({"inputs": []}, "needs the input images"),
-        ({"inputs": [images(name="x")]}, "is no input of it: images"),
-        ({"inputs": [images(name=None)]}, "is no input of it"),
-        ({"inputs": [images(), images()]}, "is there twice"),
-        ({"inputs": [images(datatype="FP32")]}, "expected the datatype UINT8, got 'FP32'"),
-        ({"inputs": [images(shape=None)]}, "expected the shape"),
-        ({"inputs": [images(shape=[-1])]}, "expected the shape"),
-        ({"inputs": [images(shape=[2.0])]}, "expected the shape"),
-        ({"inputs": [images(shape=[10**9, 10**9, 10**9])]}, "needs 1000000000000000000000000000 elements"),
-        ({"inputs": [images(shape=[3, 32, 32, 3])]}, "needs 9216 elements"),
-        ({"inputs": [images(shape=[6144])]}, "needs 6144 elements"),
-        ({"inputs": [images(shape=[6144], data=RED.ravel().tolist())]}, "expected uint8 (n, 32, 32, 3)"),
-        ({"inputs": [images(shape=[0, 32, 32, 3], data=[])]}, "no rows"),
-        ({"inputs": [images(data=None)]}, "expected the data as a list"),
-        ({"inputs": [images(data="x")]}, "expected the data as a list"),
-        ({"inputs": [images(data=[[1], [2, 3]])]}, "not all of one length"),
-        ({"inputs": [images(data=["1"] * 6144)]}, "expected whole numbers"),
-        ({"inputs": [images(data=[1.0] * 6144)]}, "expected whole numbers"),
-        ({"inputs": [images(data=[True] * 6144)]}, "expected whole numbers"),
-        ({"inputs": [images(data=[None] * 6144)]}, "expected whole numbers"),
-        ({"inputs": [images(data=[300] * 6144)]}, "from 0 to 255"),
-        ({"inputs": [images(data=[-1] * 6144)]}, "from 0 to 255"),
-        ({"inputs": [images(parameters=[])]}, "must be an object"),
+        ({"inputs": [images(name="x" * 1000)]}, '"...; it takes images'),
+        ({"inputs": [images(name=None)]}, "has no input null; it takes images"),
+        ({"inputs": [images(name=["images"])]}, "has no input a list of 1"),
+        ({"inputs": [images(), images()]}, "input images is there twice"),
+        ({"inputs": [images(datatype="FP32")]}, 'the datatype is UINT8, not "FP32"'),
+        ({"inputs": [images(datatype=...)]}, "the datatype is UINT8, not null"),
+        ({"inputs": [images(shape=...)]}, "the shape must be a list of at most 64 sizes, not null"),
+        ({"inputs": [images(shape=[1] * 65)]}, "at most 64 sizes, not a list of 65"),
+        ({"inputs": [images(shape=[10**18] * 100_000)]}, "at most 64 sizes, not a list of 100000"),
+        ({"inputs": [images(shape=[-1, 32, 32, 3])]}, "must be a whole number, not -1"),
+        ({"inputs": [images(shape=[2.0, 32, 32, 3])]}, "must be a whole number, not 2.0"),
+        ({"inputs": [images(shape=[True, 32, 32, 3])]}, "must be a whole number, not true"),
+        ({"inputs": [images(shape=[10**18, 10**18])]}, "takes 1000000000000000000000000000000000000 elements"),
+        ({"inputs": [images(shape=[3, 32, 32, 3])]}, "takes 9216 elements, flat or nested like it; data has 6144"),
+        ({"inputs": [images(shape=[1] * 64, data=[1])]}, "expected uint8 (n, 32, 32, 3), got uint8 (1, 1, 1"),
+        ({"inputs": [images(shape=[6144], data=PIXELS.ravel().tolist())]}, "expected uint8 (n, 32, 32, 3)"),
+        ({"inputs": [images(shape=[0, 32, 32, 3], data=[])]}, "an empty batch cannot be predicted"),
+        ({"inputs": [images(data=...)]}, "either data or the parameter binary_data_size"),
+        ({"inputs": [images(parameters={"binary_data_size": 0})]}, "binary_data_size, and not both"),
+        ({"inputs": [images(data=..., parameters={"binary_data_size": 1})]}, "is 1, but 0 bytes are left"),
+        ({"inputs": [images(data="x")]}, 'data must be a list, not "x"'),
+        ({"inputs": [images(data=[300] * 6144)]}, "UINT8 is from 0 to 255, not 300"),
+        ({"inputs": [images(data=[True] + [1] * 6143)]}, "UINT8 takes whole numbers, not true"),
+        ({"inputs": [images(parameters=[])]}, "the parameters of input images must be an object, not a list of 0"),
         ({"inputs": [images(parameters={"shared_memory_region": "x"})]}, "shared memory is not supported"),
-        ({"inputs": [images(parameters={"binary_data_size": 5})]}, "binary_data_size must be from 0 to the 0 bytes"),
-        ({"inputs": [images()], "outputs": 3}, "expected outputs"),
-        ({"inputs": [images()], "outputs": [{"name": "x"}]}, "is no output of it: class_id, label, probabilities"),
+        ({"inputs": [images()], "id": 7}, "id must be a string, not 7"),
+        ({"inputs": [images()], "parameters": "x"}, "the parameters of the request must be an object"),
+        ({"inputs": [images()], "parameters": {"signature_name": 3}}, "signature_name must be a string, not 3"),
+        (
+            {"inputs": [images()], "parameters": {"signature_name": "x"}},
+            'no signature "x"; it has image_bytes, serving',
+        ),
+        ({"inputs": [images()], "parameters": {"binary_data_output": 1}}, "binary_data_output must be true or false"),
+        ({"inputs": [images()], "outputs": 3}, "outputs must be a list of objects, not 3"),
+        ({"inputs": [images()], "outputs": ["label"]}, "outputs must be a list of objects"),
+        ({"inputs": [images()], "outputs": [{"name": "x"}]}, 'no output "x"; it has class_id, label, probabilities'),
+        ({"inputs": [images()], "outputs": [{"name": "label"}] * 2}, "output label is asked for twice"),
         (
             {"inputs": [images()], "outputs": [{"name": "label", "parameters": {"classification": 2}}]},
-            "classification is not supported",
+            "output label: the parameter classification is not supported",
         ),
-        ({"inputs": [images()], "parameters": {"signature_name": "x"}}, "has no signature x; it has image_bytes, serv"),
-        ({"inputs": [images()], "parameters": {"signature_name": 3}}, "must be a string"),
+        (
+            {"inputs": [images()], "outputs": [{"name": "label", "parameters": {"shared_memory_region": "x"}}]},
+            "output label: shared memory is not supported",
+        ),
+        (
+            {"inputs": [images()], "outputs": [{"name": "label", "parameters": {"binary_data": "yes"}}]},
+            'binary_data must be true or false, not "yes"',
+        ),
     ],
 )
 def test_a_bad_request_is_told_what_is_wrong(client: FlaskClient, document: Any, problem: str) -> None:
-    answer = infer(client, "colours", document)
-    assert answer.status_code == 400
-    assert problem in (answer.json or {})["error"]
-
-
-def without_data(**parameters: Any) -> dict[str, Any]:
-    tensor = images(parameters=parameters)
-    del tensor["data"]
-    return {"inputs": [tensor]}
+    message = error(post(client, "colours", document))
+    assert problem in message
+    assert len(message) < 500
 
 
 @pytest.mark.parametrize(
     ("size", "sent", "problem"),
     [
-        (RED.nbytes, RED.nbytes - 1, "binary_data_size must be from 0 to the 6143 bytes"),
-        (RED.nbytes, RED.nbytes + 1, "1 bytes of binary data belong to no input"),
-        (RED.nbytes - 1, RED.nbytes - 1, "needs 6144 bytes, got 6143"),
-        (-1, RED.nbytes, "binary_data_size must be"),
-        (True, RED.nbytes, "binary_data_size must be"),
-        ("6144", RED.nbytes, "binary_data_size must be"),
+        (PIXELS.nbytes, PIXELS.nbytes - 1, "binary_data_size is 6144, but 6143 bytes are left behind the JSON"),
+        (PIXELS.nbytes, PIXELS.nbytes + 1, "1 bytes behind the JSON belong to no input"),
+        (PIXELS.nbytes - 1, PIXELS.nbytes, "UINT8 of the shape [2, 32, 32, 3] needs 6144 bytes, got 6143"),
+        (-1, PIXELS.nbytes, "binary_data_size is -1"),
+        (True, PIXELS.nbytes, "binary_data_size is true"),
+        (6144.0, PIXELS.nbytes, "binary_data_size is 6144.0"),
+        ("6144", PIXELS.nbytes, 'binary_data_size is "6144"'),
+        (2**63, PIXELS.nbytes, "binary_data_size is 9223372036854775808"),
     ],
 )
-def test_binary_data_have_to_be_exactly_as_long_as_needed(
+def test_binary_data_are_exactly_as_long_as_the_shape_needs(
     client: FlaskClient, size: Any, sent: int, problem: str
 ) -> None:
-    answer = infer(client, "colours", without_data(binary_data_size=size), bytes(sent))
-    assert (answer.status_code, problem in (answer.json or {})["error"]) == (400, True), answer.json
+    request = {"inputs": [images(data=..., parameters={"binary_data_size": size})]}
+    assert problem in error(post(client, "colours", request, bytes(sent)))
 
 
-@pytest.mark.parametrize(
-    ("binary", "problem"),
-    [
-        (struct.pack("<I", 3) + b"abc", "cannot hold 2 strings"),
-        (struct.pack("<I", 3) + b"abc" + struct.pack("<I", 9) + b"ab", "string 1 is longer than the data"),
-        (struct.pack("<I", 5) + b"abcde", "the data ends before string 1"),
-        (2 * struct.pack("<I", 0) + b"rest", "4 bytes are left after 2 strings"),
-        (struct.pack("<I", 2**32 - 1) + b"abcdefgh", "string 0 is longer"),
-    ],
+def test_bytes_behind_json_that_wants_none(client: FlaskClient) -> None:
+    assert "4 bytes behind the JSON belong to no input" in error(post(client, "adder", SUM, b"1234"))
+    assert "should be JSON are not" in error(post(client, "adder", SUM, b"1234", **{LENGTH: "0"}))
+
+
+@pytest.mark.parametrize("header", ["", "x", "-1", "1e3", " ", "²", "+5", "9" * 5000])
+def test_the_header_is_a_length(client: FlaskClient, header: str) -> None:
+    response = post(client, "adder", SUM, **{LENGTH: header.encode().decode("latin-1")})
+    assert "must be a number of bytes" in error(response)
+
+
+def test_the_header_stays_within_the_body(client: FlaskClient) -> None:
+    text = json.dumps(SUM).encode()
+    assert f"but the body has {len(text)} bytes" in error(post(client, "adder", text, **{LENGTH: str(len(text) + 1)}))
+    assert post(client, "adder", text, **{LENGTH: str(len(text))}).status_code == 200
+
+
+def test_requests_are_counted_by_model(app: Flask) -> None:
+    client = app.test_client()
+    post(client, "adder", SUM)
+    post(client, "adder", {})
+    post(client, "made up", SUM)
+    page = client.get("/metrics").text
+    route = "/v2/models/<model>/infer"
+    assert f'serving_requests_total{{model="adder",route="{route}",status="200"}}' in page
+    assert f'serving_requests_total{{model="adder",route="{route}",status="400"}}' in page
+    assert f'serving_requests_total{{model="",route="{route}",status="404"}}' in page
+
+
+KEYS = st.sampled_from(["name", "shape", "datatype", "data", "parameters", "inputs", "outputs", "id", "x"])
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | st.sampled_from(["a", "b", "sum", "FP32", "BYTES", "serving_default", "shout", [1, 2], 2**63, 2**64 - 1, -1])
 )
-def test_strings_have_to_fill_their_bytes(client: FlaskClient, binary: bytes, problem: str) -> None:
-    parameters = {"binary_data_size": len(binary)}
-    tensor = {"name": "image_bytes", "shape": [2], "datatype": "BYTES", "parameters": parameters}
-    document = {"inputs": [tensor], "parameters": {"signature_name": "image_bytes"}}
-    answer = infer(client, "colours", document, binary)
-    assert (answer.status_code, problem in (answer.json or {})["error"]) == (400, True), answer.json
-
-
-@pytest.mark.parametrize("header", ["x", "-1", "99999999", "1e3", "²", ""])
-def test_the_header_has_to_be_a_length(client: FlaskClient, header: str) -> None:
-    headers = {"Inference-Header-Content-Length": header.encode("utf-8").decode("latin-1")}
-    answer = client.post("/v2/models/adder/infer", data=json.dumps({"inputs": SUM}), headers=headers)
-    assert answer.status_code == 400
-
-
-def test_too_large_for_its_datatype(client: FlaskClient) -> None:
-    tensor = {"name": "a", "shape": [1, 2], "datatype": "FP32", "data": [1, 1e39]}
-    answer = infer(client, "adder", {"inputs": [tensor, SUM[1]]})
-    assert "too large for FP32" in (answer.json or {})["error"]
-    assert math.isfinite(1e39)
-
-
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["name", "shape", "datatype", "data", "parameters", "inputs", "outputs", "id", "x"]),
-            inner | st.sampled_from(["a", "b", "sum", "FP32", "BYTES", [1, 2]]),
-            max_size=6,
-        )
+ANYTHING = st.recursive(
+    VALUES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=10
+)
+PARAMETERS = st.dictionaries(
+    st.sampled_from(
+        ["binary_data_size", "binary_data", "binary_data_output", "signature_name", "shared_memory_region", "x"]
     ),
-    max_leaves=12,
+    VALUES | st.sampled_from([0, 4, 8, 16]),
+    max_size=3,
+)
+SHAPES = st.lists(st.integers(0, 3) | st.integers(0, 2**64 - 1), max_size=3) | st.sampled_from(
+    [[1, 2], [1] * 64, [1] * 65]
 )
 
 
-@settings(max_examples=150, deadline=None)
+def almost(request: dict[str, Any], **parts: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """A good object with some of its parts replaced, and others added."""
+    changes = st.fixed_dictionaries({}, optional={name: part | ANYTHING for name, part in parts.items()})
+    return changes.map(lambda change: {**request, **change})
+
+
+TENSORS = st.sampled_from([A, B]).flatmap(
+    lambda tensor: almost(tensor, shape=SHAPES, data=st.lists(VALUES, max_size=3), parameters=PARAMETERS)
+)
+REQUESTS = almost(
+    SUM,
+    inputs=st.lists(TENSORS, max_size=3),
+    parameters=PARAMETERS,
+    outputs=st.lists(almost({"name": "sum"}, parameters=PARAMETERS), max_size=2),
+    id=VALUES,
+)
+
+
 @given(
-    document=st.fixed_dictionaries({"inputs": st.lists(anything)}, optional={"parameters": anything}), tail=st.binary()
+    document=(REQUESTS | ANYTHING).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=60),
+    tail=st.binary(max_size=20),
+    header=st.none() | st.just("right") | st.integers(-2, 200).map(str) | st.text(st.characters(max_codepoint=255)),
+    encoding=st.sampled_from(["", "identity", "gzip", "deflate", "br"]) | st.text(st.characters(max_codepoint=255)),
+    truly=st.booleans(),
 )
-def test_no_request_is_the_services_fault(app: Flask, document: Any, tail: bytes) -> None:
-    text = json.dumps(document).encode()
-    for headers in ({}, {"Inference-Header-Content-Length": str(len(text))}):
-        answer = app.test_client().post("/v2/models/adder/infer", data=text + tail, headers=headers)
-        assert answer.status_code in (200, 400)
+@example(document=json.dumps(SUM).encode(), tail=b"", header=None, encoding="gzip", truly=True)
+@settings(max_examples=500, deadline=None, derandomize=True)
+def test_no_request_is_the_services_fault(
+    app: Flask, document: bytes, tail: bytes, header: str | None, encoding: str, truly: bool
+) -> None:
+    body = document + tail
+    if truly:
+        body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(encoding, bytes)(body)
+    environ: dict[str, Any] = {
+        "CONTENT_LENGTH": str(len(body)),
+        "wsgi.input": io.BytesIO(body),
+        "HTTP_CONTENT_ENCODING": encoding,
+    }
+    if header is not None:
+        environ["HTTP_INFERENCE_HEADER_CONTENT_LENGTH"] = str(len(document)) if header == "right" else header
+    response = app.test_client().open("/v2/models/adder/infer", method="POST", environ_overrides=environ)
+    if response.status_code == 200:
+        assert answer(response)["model_name"] == "adder"
+    else:
+        assert response.status_code in (400, 415), response.text
+        error(response, response.status_code)
