@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.conftest import Server, adder, colours
+from tests.serving.conftest import Server, colours
 
-__all__ = ["adder", "colours"]  # fixtures of the service's own tests, used here too
+__all__ = ["colours"]  # a fixture of the service's own tests, used here too
 
 
 @dataclass(frozen=True)

@@ -1,97 +1,228 @@
-"""The Open Inference Protocol as an independent client speaks it: `tritonclient[http]`."""
-
-from __future__ import annotations
+"""The Open Inference Protocol as an independent client speaks it: `tritonclient[http]`, against the running service."""
 
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
-from tests.serving.conftest import Server, picture
+from tests.contract.test_golden_exchanges import GOLDEN
+from tests.serving import saved_models
+from tests.serving.conftest import Server, encode
 
-RED = np.zeros((2, 32, 32, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+LABELS = [b"red", b"green", b"blue"]
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path) -> Iterator[InferenceServerClient]:
+def server(tmp_path_factory, colours):
     folder = tmp_path_factory.mktemp("triton")
     shutil.copytree(colours, folder / "models" / "colours" / "7")
-    shutil.copytree(adder, folder / "models" / "adder" / "1")
+    shutil.copytree(GOLDEN / "multi" / "1", folder / "models" / "multi" / "1")
     server = Server(folder / "models", folder / "log")
     server.wait_for("/readyz")
-    client = InferenceServerClient(server.url.removeprefix("http://"), concurrency=4)
-    yield client
-    client.close()
+    yield server
     assert server.stop() == 0
 
 
-def pixels(images: np.ndarray, *, binary: bool = True) -> InferInput:
-    tensor = InferInput("images", list(images.shape), "UINT8")
-    tensor.set_data_from_numpy(images, binary_data=binary)
-    return tensor
+@pytest.fixture(scope="module")
+def client(server):
+    with InferenceServerClient(f"127.0.0.1:{server.port}", concurrency=4) as client:
+        yield client
 
 
-def test_health_and_metadata(client: InferenceServerClient) -> None:
+def pixels(*classes):
+    """Pictures of one colour each, uint8 (n, 32, 32, 3)."""
+    return np.stack([np.full((32, 32, 3), COLOURS[class_id], np.uint8) for class_id in classes])
+
+
+def tensor(name, array, datatype, *, binary=True):
+    made = InferInput(name, list(array.shape), datatype)
+    made.set_data_from_numpy(array, binary_data=binary)
+    return made
+
+
+def images(array, **options):
+    return tensor("images", array, "UINT8", **options)
+
+
+def jpegs(*classes):
+    files = [encode(Image.new("RGB", (50, 40), COLOURS[class_id]), "JPEG") for class_id in classes]
+    return np.array(files, np.object_)
+
+
+def test_health(client):
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready("colours")
     assert client.is_model_ready("colours", "7")
+    assert not client.is_model_ready("colours", "8")
     assert not client.is_model_ready("nobody")
-    assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
-    metadata = client.get_model_metadata("colours")
-    assert metadata["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
+
+
+def test_not_ready_while_no_model_is_loaded(tmp_path):
+    """A model that waits in its warm-up, which a file that appears later ends."""
+    gate = tmp_path / "gate"
+    version = saved_models.save_colour_classifier(tmp_path / "models" / "colours" / "1", gate=gate)
+    saved_models.write_warmup_records(version, [pixels(0)])
+    server = Server(tmp_path / "models", tmp_path / "log")
+    try:
+        server.wait_for("/readyz", 503)
+        with InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+            assert client.is_server_live()
+            assert not client.is_server_ready()
+            assert not client.is_model_ready("colours")
+            with pytest.raises(InferenceServerException, match="still being loaded") as refused:
+                client.infer("colours", [images(pixels(0))])
+            assert refused.value.status() == "503"
+            gate.touch()
+            server.wait_for("/readyz")
+            assert client.is_server_ready()
+            assert client.infer("colours", [images(pixels(0))]).as_numpy("label").tolist() == LABELS[:1]
+        assert server.stop() == 0
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def test_metadata(client):
+    described = client.get_server_metadata()
+    assert described.keys() == {"name", "version", "extensions"}
+    assert "binary_tensor_data" in described["extensions"]
+    assert client.get_model_metadata("colours") == client.get_model_metadata("colours", "7")
+    described = client.get_model_metadata("colours", query_params={"signature_name": "image_bytes"})
+    assert described["inputs"] == [{"name": "image_bytes", "datatype": "BYTES", "shape": [-1]}]
 
 
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
-def test_tensors_as_json_and_as_bytes(client: InferenceServerClient, binary_in: bool, binary_out: bool) -> None:
-    outputs = [InferRequestedOutput(name, binary_data=binary_out) for name in ("probabilities", "class_id", "label")]
-    result = client.infer("colours", [pixels(RED, binary=binary_in)], outputs=outputs, request_id="r1")
-    assert result.get_response()["id"] == "r1"
-    assert result.as_numpy("class_id").tolist() == [0, 0]
-    assert result.as_numpy("probabilities").shape == (2, 3)
-    labels = result.as_numpy("label").tolist()
-    assert [label.decode() if isinstance(label, bytes) else label for label in labels] == ["red", "red"]
+def test_tensors_as_bytes_and_as_json(client, binary_in, binary_out):
+    outputs = [InferRequestedOutput(name, binary_data=binary_out) for name in ("label", "probabilities", "class_id")]
+    result = client.infer("colours", [images(pixels(2, 0), binary=binary_in)], outputs=outputs, request_id="r 1")
+    response = result.get_response()
+    assert (response["id"], response["model_name"], response["model_version"]) == ("r 1", "colours", "7")
+    assert [output["name"] for output in response["outputs"]] == ["label", "probabilities", "class_id"]
+    assert all(("data" in output) != binary_out for output in response["outputs"])
+    assert result.as_numpy("class_id").tolist() == [2, 0]
+    assert result.as_numpy("class_id").dtype == np.int64
+    assert result.as_numpy("probabilities").dtype == np.float32
+    np.testing.assert_allclose(result.as_numpy("probabilities").sum(axis=1), 1, rtol=1e-6)
+    labels = [LABELS[2], LABELS[0]] if binary_out else ["blue", "red"]
+    assert result.as_numpy("label").tolist() == labels
 
 
-def test_without_outputs_all_come(client: InferenceServerClient) -> None:
-    result = client.infer("colours", [pixels(RED)], model_version="7")
-    assert {output["name"] for output in result.get_response()["outputs"]} == {"probabilities", "class_id", "label"}
+def test_both_forms_hold_the_same_bits(client):
+    """Float32 keeps its digits in JSON; no output is named, so all come, as bytes."""
+    array = np.random.default_rng(5).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    as_bytes = client.infer("colours", [images(array)])
+    wanted = [InferRequestedOutput("probabilities", binary_data=False)]
+    as_json = client.infer("colours", [images(array, binary=False)], outputs=wanted)
+    np.testing.assert_array_equal(as_bytes.as_numpy("probabilities"), as_json.as_numpy("probabilities"))
+    assert {output["name"] for output in as_bytes.get_response()["outputs"]} == {"class_id", "label", "probabilities"}
 
 
-def test_encoded_pictures_through_another_signature(client: InferenceServerClient) -> None:
-    tensor = InferInput("image_bytes", [2], "BYTES")
-    tensor.set_data_from_numpy(np.array([picture("blue", kind="JPEG"), picture("green")], object))
-    result = client.infer("colours", [tensor], parameters={"signature_name": "image_bytes"})
-    assert result.as_numpy("label").tolist() == [b"blue", b"green"]
+@pytest.mark.parametrize("binary", [True, False])
+def test_several_inputs_of_several_datatypes(client, binary):
+    numbers = np.array([[1, 4], [9, 16]], np.float32)
+    names = np.array([b"a", "é".encode()], np.object_)
+    inputs = [tensor("name_bytes", names, "BYTES", binary=binary), tensor("a", numbers, "FP32", binary=binary)]
+    result = client.infer("multi", inputs)
+    assert result.as_numpy("root").tolist() == [[1, 2], [3, 4]]
+    assert result.as_numpy("blob_bytes").tolist() == names.tolist()
+    assert result.as_numpy("dbl").dtype == np.float64
+    assert result.as_numpy("flag").dtype == np.bool_
+
+
+def test_half_floats_come_as_bytes(client):
+    inputs = [tensor("x", np.array([1, 2.5], np.float32), "FP32")]
+    result = client.infer("multi", inputs, parameters={"signature_name": "half"})
+    assert result.as_numpy("y").dtype == np.float16
+    wanted = [InferRequestedOutput("y", binary_data=False)]
+    with pytest.raises(InferenceServerException, match="ask for it as binary data"):
+        client.infer("multi", inputs, outputs=wanted, parameters={"signature_name": "half"})
+
+
+def test_encoded_pictures_through_another_signature(client):
+    inputs = [tensor("image_bytes", jpegs(2, 1, 0), "BYTES")]
+    result = client.infer("colours", inputs, parameters={"signature_name": "image_bytes"})
+    assert result.as_numpy("label").tolist() == [LABELS[2], LABELS[1], LABELS[0]]
 
 
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
-def test_compressed_requests(client: InferenceServerClient, algorithm: str) -> None:
+def test_compressed_requests(client, algorithm):
+    for binary in (True, False):
+        result = client.infer(
+            "colours",
+            [images(pixels(1), binary=binary)],
+            request_compression_algorithm=algorithm,
+            response_compression_algorithm=algorithm,
+        )
+        assert result.as_numpy("label").tolist() == [b"green"]
+
+
+def test_several_requests_at_once(client):
+    batches = [[(n + row) % 3 for row in range(n % 4 + 1)] for n in range(30)]
+    handles = [
+        client.async_infer("colours", [images(pixels(*batch))], request_id=str(n)) for n, batch in enumerate(batches)
+    ]
+    for n, handle in enumerate(handles):
+        result = handle.get_result()
+        assert result.get_response()["id"] == str(n)
+        assert result.as_numpy("class_id").tolist() == batches[n]
+
+
+def test_options_that_mean_nothing_here_do_no_harm(client):
     result = client.infer(
-        "colours", [pixels(RED)], request_compression_algorithm=algorithm, response_compression_algorithm=algorithm
+        "colours", [images(pixels(1))], priority=1, timeout=1_000_000, sequence_id=3, sequence_end=True
     )
-    assert result.as_numpy("class_id").tolist() == [0, 0]
+    assert result.as_numpy("label").tolist() == [b"green"]
 
 
-def test_several_requests_at_once(client: InferenceServerClient) -> None:
-    batches = [np.roll(RED[: n % 2 + 1], n, axis=3) for n in range(40)]
-    running = [client.async_infer("colours", [pixels(batch)]) for batch in batches]
-    for n, request in enumerate(running):
-        assert request.get_result().as_numpy("class_id").tolist() == [n % 3] * (n % 2 + 1)
+@pytest.mark.parametrize(
+    ("status", "problem", "call"),
+    [
+        (
+            "400",
+            r"expected uint8 \(n, 32, 32, 3\), got uint8 \(1, 31",
+            lambda c: c.infer("colours", [images(pixels(0)[:, 1:])]),
+        ),
+        ("400", "an empty batch", lambda c: c.infer("colours", [images(pixels(0)[:0])])),
+        ("400", "the datatype is UINT8", lambda c: c.infer("colours", [tensor("images", pixels(0) / 255, "FP64")])),
+        ("400", "needs the input images", lambda c: c.infer("colours", [])),
+        ("400", 'has no input "x"', lambda c: c.infer("colours", [tensor("x", pixels(0), "UINT8")])),
+        (
+            "400",
+            "has no signature",
+            lambda c: c.infer("colours", [images(pixels(0))], parameters={"signature_name": "x"}),
+        ),
+        (
+            "400",
+            'no output "x"',
+            lambda c: c.infer("colours", [images(pixels(0))], outputs=[InferRequestedOutput("x")]),
+        ),
+        (
+            "400",
+            "classification is not supported",
+            lambda c: c.infer(
+                "colours", [images(pixels(0))], outputs=[InferRequestedOutput("probabilities", class_count=2)]
+            ),
+        ),
+        ("400", "shared memory is not supported", lambda c: c.infer("colours", [in_shared_memory()])),
+        ("404", r"Latest\(nobody\)", lambda c: c.infer("nobody", [images(pixels(0))])),
+        ("404", r"Specific\(colours, 8\)", lambda c: c.infer("colours", [images(pixels(0))], model_version="8")),
+        ("404", r"Latest\(nobody\)", lambda c: c.get_model_metadata("nobody")),
+        ("404", "there is nothing at", lambda c: c.get_model_config("colours")),
+    ],
+)
+def test_errors_arrive_as_the_clients_own(client, status, problem, call):
+    with pytest.raises(InferenceServerException, match=problem) as refused:
+        call(client)
+    assert refused.value.status() == status
 
 
-def test_errors_are_for_people(client: InferenceServerClient) -> None:
-    with pytest.raises(InferenceServerException, match=r"expected uint8 \(n, 32, 32, 3\)") as refused:
-        client.infer("colours", [pixels(RED[:, :31])])
-    assert refused.value.status() == "400"
-    with pytest.raises(InferenceServerException, match="Servable not found"):
-        client.infer("nobody", [pixels(RED)])
-    with pytest.raises(InferenceServerException, match="is no output of it"):
-        client.infer("colours", [pixels(RED)], outputs=[InferRequestedOutput("x")])
-    with pytest.raises(InferenceServerException, match="classification is not supported"):
-        client.infer("colours", [pixels(RED)], outputs=[InferRequestedOutput("label", class_count=2)])
+def in_shared_memory():
+    made = InferInput("images", [1, 32, 32, 3], "UINT8")
+    made.set_shared_memory("region", 3072)
+    return made
