@@ -29,7 +29,7 @@ GRPC ?=
 IMAGE ?=
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help install demo train serve tfserving predict test test-tfserving check format lock clean
+.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve check format lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -69,6 +69,9 @@ test-tfserving: $(INSTALLED)  ## the recorded exchanges against any running Tens
 	@$(if $(URL),TFSERVING_URL=$(URL) $(BIN)/python -m pytest tests/contract/test_golden_exchanges.py)
 	@$(if $(GRPC),TFSERVING_GRPC=$(GRPC) $(BIN)/python -m pytest tests/contract/test_grpc_exchanges.py)
 
+bench-serve: $(INSTALLED)  ## this service beside the plain Flask script, LitServe, BentoML (needs wrk; installs the peers once)
+	@$(BIN)/python -m benchmarks.serve
+
 check: $(INSTALLED)  ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -83,4 +86,4 @@ lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
 	@uv pip compile $(LOCK) --extra serving --constraint requirements.lock pyproject.toml -o requirements-serving.lock
 
 clean:  ## remove .venv and caches; runs/ and models/ stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,10 +6,14 @@ that answers requests holds it.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,39 +116,72 @@ class SavedModelPredictor:
 
     def __init__(self, path: Path) -> None:
         self.signatures: Mapping[str, Signature] = read_signatures(path)
-        import tensorflow as tf
-
+        tf = import_tensorflow()
+        # A session, as in TensorFlow Serving: what cannot be restored there fails here too, and a call costs two
+        # thirds of one of the functions that `tf.saved_model.load` gives.
+        graph = tf.Graph()
+        self._session = tf.compat.v1.Session(graph=graph)
         try:
-            # Kept whole: the signature functions do not keep the variables they read alive.
-            self._model = tf.saved_model.load(str(path), tags=["serve"])
+            with graph.as_default():
+                tf.compat.v1.saved_model.load(self._session, ["serve"], str(path))
+            self._calls = {name: self._make_call(signature) for name, signature in self.signatures.items()}
         except tf.errors.OpError as error:
             raise ModelLoadError(f"cannot load {path}: {_reason(error)}", code=_code_name(error)) from error
         except Exception as error:  # a damaged graph fails in every part of the loader
             raise ModelLoadError(f"cannot load {path}: {_reason(error)}") from error
-        self._functions: Mapping[str, Any] = dict(self._model.signatures)
+
+    def _make_call(self, signature: Signature) -> Callable[..., list[Any]] | None:
+        if not signature.inputs or not signature.outputs:
+            return None  # an initializer
+        fetches = [spec.tensor_name for spec in signature.outputs.values()]
+        call: Callable[..., list[Any]] = self._session.make_callable(
+            fetches, [spec.tensor_name for spec in signature.inputs.values()]
+        )
+        return call
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
     ) -> dict[str, np.ndarray]:
         """As `Predictor.predict`; TensorFlow cannot be stopped, so only what has not begun heeds the deadline."""
-        import tensorflow as tf
-
-        function = self._functions.get(signature)
-        if function is None:
+        call = self._calls.get(signature)
+        if call is None:
             raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
-        check_inputs(self.signatures[signature], inputs)
+        described = self.signatures[signature]
+        check_inputs(described, inputs)
         if deadline_s is not None and time.monotonic() >= deadline_s:
             raise deadline_exceeded()
+        tf = import_tensorflow()
         try:
-            outputs = function(**{name: tf.constant(array) for name, array in inputs.items()})
-            # asarray: a scalar tensor's numpy() is a scalar, bytes for a string.
-            return {
-                name: np.asarray(tensor.numpy(), dtype=tensor.dtype.as_numpy_dtype) for name, tensor in outputs.items()
-            }
+            outputs = call(*(inputs[name] for name in described.inputs))
         except tf.errors.OpError as error:
             raise _answer_for(error) from error
         except (TypeError, ValueError) as error:  # an object array that does not hold strings
             raise InvalidRequest(_reason(error)) from error
+        # asarray: a scalar tensor comes as a scalar, bytes for a string.
+        return {
+            name: np.asarray(output, dtype=spec.numpy_dtype)
+            for (name, spec), output in zip(described.outputs.items(), outputs, strict=True)
+        }
+
+
+@cache
+def import_tensorflow() -> Any:
+    """Import TensorFlow, without what it has to say of itself."""
+    import tensorflow as tf
+
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # that sessions are an old way to load a model
+    # The first session writes to the process's error output that an optimization is off, whatever the log level.
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+            session.run(tf.constant(0))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    return tf
 
 
 def read_signatures(path: Path) -> dict[str, Signature]:
@@ -253,7 +290,9 @@ def deadline_exceeded() -> ModelFailed:
 
 def _answer_for(error: Any) -> ServingError:
     message, code = _reason(error), _code_name(error)
-    return InvalidRequest(message) if code == "INVALID_ARGUMENT" else ModelFailed(message, code=code)
+    if code == "INVALID_ARGUMENT" or message.startswith("Unsupported object type"):  # an element that is no bytes
+        return InvalidRequest(message)
+    return ModelFailed(message, code=code)
 
 
 def _code_name(error: Any) -> str:

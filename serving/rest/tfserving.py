@@ -15,13 +15,14 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import NotImplemented as MethodNotImplemented
 from werkzeug.routing import BaseConverter, Rule
 
-from serving.errors import InvalidRequest, ModelNotFound
+from serving.errors import InvalidRequest, ModelNotFound, ServingError
 from serving.model_config import MAX_VERSION
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
 from serving.rest.body import inflate
 from serving.rest.examples import check_examples, refusal
 from serving.rest.json_document import parse_document
+from serving.rest.json_pixels import find_pixel_input, read_pixels
 from serving.rest.json_quoting import printable, quote_document
 from serving.rest.json_reply import encode_outputs
 from serving.rest.json_tensor import decode_inputs
@@ -70,24 +71,43 @@ def answer(_: str) -> Response:
 
 def _predict(call: re.Match[str]) -> Response:
     number = _version(call)
-    document = _read_document()
+    body = _read_body()
+    if quick := _predict_pixels(call, number, body):
+        return quick
+    document = _read_document(body)
     predictor = _resolve(call, number).predictor
     signature = _signature(document, predictor.signatures)
     outputs = predictor.predict(signature.name, decode_inputs(document, signature))
     return Response(encode_outputs(outputs, signature, as_rows="instances" in document), mimetype="application/json")
 
 
+def _predict_pixels(call: re.Match[str], number: int | None, body: bytes) -> Response | None:
+    """Answer a request for a model of pictures that holds nothing but pixels; None where it is another."""
+    try:
+        predictor = _resolve(call, number).predictor
+    except ServingError:
+        return None  # a fault of the body's is to be told first
+    spec = find_pixel_input(predictor.signatures.get(DEFAULT_SIGNATURE))
+    read = None if spec is None else read_pixels(body, spec)
+    if spec is None or read is None:
+        return None
+    images, as_rows = read
+    signature = predictor.signatures[DEFAULT_SIGNATURE]
+    outputs = predictor.predict(DEFAULT_SIGNATURE, {spec.name: images})
+    return Response(encode_outputs(outputs, signature, as_rows=as_rows), mimetype="application/json")
+
+
 def _classify_or_regress(call: re.Match[str]) -> Response:
     number = _version(call)
-    document = _read_document()
+    document = _read_document(_read_body())
     check_examples(document)
     predictor = _resolve(call, number).predictor
     raise refusal(document.get("signature_name", ""), predictor.signatures, method=call["method"])
 
 
-def _read_document() -> dict[str, Any]:
-    """Read the request's JSON, which comes first: a bad document for a model that is not there is a bad document."""
-    document = parse_document(_read_body())
+def _read_document(body: bytes) -> dict[str, Any]:
+    """Read a request's JSON, which comes first: a bad document for a model that is not there is a bad document."""
+    document = parse_document(body)
     if not isinstance(document, dict):
         raise InvalidRequest(f"JSON Value: {quote_document(document)} Is not object")
     if not isinstance(document.get("signature_name", ""), str):

@@ -1,0 +1,166 @@
+"""Load generators: closed loop by wrk, closed loop over gRPC, and open loop at a constant rate."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+# Sends the bodies in turn; prints one line of JSON at the end.
+_WRK_SCRIPT = """
+local bodies, headers = {}, {}
+for name in os.getenv("WRK_BODIES"):gmatch("[^,]+") do
+  local file = io.open(name, "rb"); bodies[#bodies + 1] = file:read("*a"); file:close()
+end
+for name, value in os.getenv("WRK_HEADERS"):gmatch("([^=\\n]+)=([^\\n]+)") do headers[name] = value end
+local requests, position = {}, 0
+init = function()
+  for index, body in ipairs(bodies) do requests[index] = wrk.format("POST", wrk.path, headers, body) end
+end
+request = function()
+  position = position % #requests + 1
+  return requests[position]
+end
+done = function(summary, latency)
+  local errors = summary.errors
+  io.write(string.format('\\nRESULT {"requests": %d, "us": %d, "p50_us": %d, "p99_us": %d, "errors": %d}\\n',
+    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
+    errors.connect + errors.read + errors.write + errors.status + errors.timeout))
+end
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where requests go, and what they are: the bodies are sent in turn."""
+
+    url: str  # http://host:port/path, or host:port for gRPC
+    headers: Mapping[str, str]
+    bodies: Sequence[bytes]
+    images: int = 1  # in each
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One round of load."""
+
+    requests: int
+    seconds: float
+    p50_ms: float
+    p99_ms: float
+    errors: int
+
+    @property
+    def requests_per_s(self) -> float:
+        return self.requests / self.seconds
+
+
+def run_closed_loop(target: Target, *, connections: int, seconds: float) -> Measured:
+    """Send the next request on each of so many connections when the last is answered, by wrk."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "script.lua").write_text(_WRK_SCRIPT)
+        for index, body in enumerate(target.bodies):
+            (folder / f"{index}").write_bytes(body)
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s"]
+        env = {
+            "WRK_BODIES": ",".join(str(folder / str(index)) for index in range(len(target.bodies))),
+            "WRK_HEADERS": "\n".join(f"{name}={value}" for name, value in target.headers.items()),
+        }
+        script = [*command, "-s", str(folder / "script.lua"), target.url]
+        done = subprocess.run(script, env={**os.environ, **env}, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.rpartition("RESULT ")[2])
+    return Measured(
+        result["requests"], result["us"] / 1e6, result["p50_us"] / 1e3, result["p99_us"] / 1e3, result["errors"]
+    )
+
+
+def run_closed_loop_grpc(target: Target, *, connections: int, seconds: float) -> Measured:
+    """As `run_closed_loop`, calling Predict with serialized requests over so many channels."""
+    return asyncio.run(_call_grpc(target, connections, seconds))
+
+
+async def _call_grpc(target: Target, connections: int, seconds: float) -> Measured:
+    import grpc
+
+    latencies: list[float] = []
+    errors = 0
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+    channels = [grpc.aio.insecure_channel(target.url, options=options) for _ in range(min(connections, 16))]
+    calls = [channel.unary_unary("/tensorflow.serving.PredictionService/Predict") for channel in channels]
+    end_s = time.perf_counter() + seconds
+
+    async def ask(number: int) -> None:
+        nonlocal errors
+        turn = number
+        while (started_s := time.perf_counter()) < end_s:
+            turn += 1
+            try:
+                await calls[number % len(calls)](target.bodies[turn % len(target.bodies)], timeout=30)
+            except grpc.RpcError:
+                errors += 1
+            latencies.append(time.perf_counter() - started_s)
+
+    started_s = time.perf_counter()
+    await asyncio.gather(*(ask(number) for number in range(connections)))
+    elapsed_s = time.perf_counter() - started_s
+    for channel in channels:
+        await channel.close()
+    return _summarize(latencies, elapsed_s, errors)
+
+
+def run_open_loop(target: Target, *, requests_per_s: float, seconds: float) -> Measured:
+    """Send requests when they are due, whatever became of those before; latencies count from when each was due."""
+    return asyncio.run(_send_on_time(target, requests_per_s, seconds))
+
+
+async def _send_on_time(target: Target, requests_per_s: float, seconds: float) -> Measured:
+    address = urlsplit(target.url)
+    host, port = address.hostname, address.port
+    headers = {"Host": f"{host}:{port}", **target.headers}
+    head = f"POST {address.path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    messages = [f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in target.bodies]
+    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    latencies: list[float] = []
+    errors = 0
+
+    async def send(message: bytes, due_s: float) -> None:
+        nonlocal errors
+        try:
+            connection = idle.pop() if idle else await asyncio.open_connection(host, port)
+            connection[1].write(message)
+            head = await connection[0].readuntil(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+            await connection[0].readexactly(length)
+            errors += not head.startswith(b"HTTP/1.1 200")
+            idle.append(connection)
+        except (OSError, asyncio.IncompleteReadError, IndexError):
+            errors += 1
+        latencies.append(time.perf_counter() - due_s)
+
+    tasks = []
+    started_s = time.perf_counter()
+    for number in range(int(requests_per_s * seconds)):
+        due_s = started_s + number / requests_per_s
+        if (wait_s := due_s - time.perf_counter()) > 0:
+            await asyncio.sleep(wait_s)
+        tasks.append(asyncio.create_task(send(messages[number % len(messages)], due_s)))
+    await asyncio.wait_for(asyncio.gather(*tasks), 60)
+    elapsed_s = time.perf_counter() - started_s
+    for _, writer in idle:
+        writer.close()
+    return _summarize(latencies, elapsed_s, errors)
+
+
+def _summarize(latencies_s: list[float], elapsed_s: float, errors: int) -> Measured:
+    p50_ms, p99_ms = np.percentile(latencies_s, [50, 99]) * 1e3
+    return Measured(len(latencies_s), elapsed_s, float(p50_ms), float(p99_ms), errors)
