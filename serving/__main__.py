@@ -74,6 +74,19 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     help="Requests answered at the same time; more wait.",
 )
 @click.option(
+    "--concurrency",
+    type=int,
+    default=Settings.concurrency,
+    show_default="the cores",
+    help="Calls of a model at the same time.",
+)
+@click.option(
+    "--intra-op-threads",
+    type=int,
+    default=Settings.intra_op_threads,
+    help="TensorFlow's threads for one call; more than 1 helps large models that have few requests at a time.",
+)
+@click.option(
     "--max-batch-size",
     type=int,
     default=Settings.max_batch_size,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from serving.batcher import Batcher
 from serving.errors import StartupError
 from serving.liveness import Liveness
 from serving.local import LocalRepository
 from serving.metrics import Metrics
-from serving.model_config import ModelsFolder, read_config_file
-from serving.predictor import Predictor
+from serving.model_config import ModelConfig, ModelsFolder, read_config_file
+from serving.predictor import Predictor, SavedModelPredictor
 from serving.repository import ModelRepository
 from serving.settings import Settings
-
-# Calls of one model at the same time: TensorFlow itself uses every core for one.
-CONCURRENCY = max(1, (os.cpu_count() or 1) // 2)
 
 
 def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) -> ModelRepository:
@@ -34,14 +32,17 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
             metrics.time_predictor(model, predictor),
             max_batch_rows=settings.max_batch_size,
             max_queued_rows=settings.max_queue_size,
-            concurrency=CONCURRENCY,
+            concurrency=settings.concurrency,
             liveness=liveness,
         )
 
     if settings.model_config_file:
-        configs = read_config_file(settings.model_config_file)
-        return LocalRepository(lambda: configs, wrap_predictor=batch)
-    return LocalRepository(ModelsFolder(settings.models_dir), wrap_predictor=batch)
+        listed = read_config_file(settings.model_config_file)
+        configs: Callable[[], Sequence[ModelConfig]] = lambda: listed  # noqa: E731
+    else:
+        configs = ModelsFolder(settings.models_dir)
+    load = partial(SavedModelPredictor, intra_op_threads=settings.intra_op_threads)
+    return LocalRepository(configs, load_predictor=load, wrap_predictor=batch)
 
 
 def name_remote_models(settings: Settings) -> tuple[str, ...]:

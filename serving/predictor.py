@@ -109,18 +109,21 @@ class SavedModelPredictor:
 
     Args:
         path: the version's folder, which holds `saved_model.pb`.
+        intra_op_threads: TensorFlow's threads for one call. The first predictor of a process decides for all.
 
     Raises:
         ModelLoadError: the folder holds no SavedModel that can be loaded.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, intra_op_threads: int = 1) -> None:
         self.signatures: Mapping[str, Signature] = read_signatures(path)
-        tf = import_tensorflow()
+        config = start_tensorflow(intra_op_threads)
+        import tensorflow as tf
+
         # A session, as in TensorFlow Serving: what cannot be restored there fails here too, and a call costs two
         # thirds of one of the functions that `tf.saved_model.load` gives.
         graph = tf.Graph()
-        self._session = tf.compat.v1.Session(graph=graph)
+        self._session = tf.compat.v1.Session(graph=graph, config=config)
         try:
             with graph.as_default():
                 tf.compat.v1.saved_model.load(self._session, ["serve"], str(path))
@@ -133,10 +136,16 @@ class SavedModelPredictor:
     def _make_call(self, signature: Signature) -> Callable[..., list[Any]] | None:
         if not signature.inputs or not signature.outputs:
             return None  # an initializer
-        fetches = [spec.tensor_name for spec in signature.outputs.values()]
-        call: Callable[..., list[Any]] = self._session.make_callable(
-            fetches, [spec.tensor_name for spec in signature.inputs.values()]
+        from tensorflow.core.protobuf import config_pb2
+
+        options = config_pb2.CallableOptions(
+            feed=[spec.tensor_name for spec in signature.inputs.values()],
+            fetch=[spec.tensor_name for spec in signature.outputs.values()],
+            run_options=config_pb2.RunOptions(inter_op_thread_pool=-1),  # in the thread that asks
         )
+        # What `Session.make_callable` does where nothing is fed; with feeds it goes the long way, which costs as much
+        # again as a small model does.
+        call: Callable[..., list[Any]] = self._session._make_callable_from_options(options)
         return call
 
     def predict(
@@ -150,7 +159,8 @@ class SavedModelPredictor:
         check_inputs(described, inputs)
         if deadline_s is not None and time.monotonic() >= deadline_s:
             raise deadline_exceeded()
-        tf = import_tensorflow()
+        import tensorflow as tf
+
         try:
             outputs = call(*(inputs[name] for name in described.inputs))
         except tf.errors.OpError as error:
@@ -165,23 +175,31 @@ class SavedModelPredictor:
 
 
 @cache
-def import_tensorflow() -> Any:
-    """Import TensorFlow, without what it has to say of itself."""
+def start_tensorflow(intra_op_threads: int) -> Any:
+    """Import TensorFlow and settle its threads; returns the ConfigProto of every session.
+
+    The first session of a process settles how many threads an operation may have, and writes to the process's error
+    output that an optimization is off, whatever the log level. So one is made here, where nobody hears it.
+    """
     import tensorflow as tf
 
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # that sessions are an old way to load a model
-    # The first session writes to the process's error output that an optimization is off, whatever the log level.
+    config = tf.compat.v1.ConfigProto(
+        intra_op_parallelism_threads=intra_op_threads,
+        inter_op_parallelism_threads=-1,  # in the thread that asks: handing over costs more than it brings
+        use_per_session_threads=True,
+    )
     sys.stderr.flush()
     kept = os.dup(2)
     try:
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        with tf.Graph().as_default(), tf.compat.v1.Session(config=config) as session:
             session.run(tf.constant(0))
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-    return tf
+    return config
 
 
 def read_signatures(path: Path) -> dict[str, Signature]:

@@ -11,8 +11,9 @@ from serving.images import PILLOW_MAX_PIXELS
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+CORES = len(os.sched_getaffinity(0))
 # A thread waits while its request's body arrives and while TensorFlow computes, so more than cores.
-DEFAULT_THREADS = min(64, 8 * (os.cpu_count() or 1))
+DEFAULT_THREADS = min(64, 8 * CORES)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Settings:
     rest_port: int = 8501
     grpc_port: int = 8500  # 0: none
     threads: int = DEFAULT_THREADS
+    concurrency: int = CORES
+    intra_op_threads: int = 1
     max_batch_size: int = 64
     max_queue_size: int = 4_096
     max_request_bytes: int = 64 * 1024 * 1024
@@ -46,6 +49,8 @@ class Settings:
             ("rest_port", 1, 65_535),
             ("grpc_port", 0, 65_535),
             ("poll_interval_s", 0.01, 86_400),
+            ("concurrency", 1, 1_024),
+            ("intra_op_threads", 1, 1_024),
             ("max_batch_size", 1, 65_536),
             ("max_queue_size", 1, 10_000_000),
             ("threads", 1, 1_024),

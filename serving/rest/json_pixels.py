@@ -54,7 +54,7 @@ def read_pixels(body: bytes, spec: TensorSpec) -> tuple[np.ndarray, bool] | None
         return None
     try:
         pixels = bytes(orjson.loads(b"[%b]" % tensor.translate(None, b"[]")))
-    except (orjson.JSONDecodeError, ValueError):  # "1 2", "007", 300
+    except (orjson.JSONDecodeError, ValueError, TypeError, OverflowError):  # "1 2", "007", 300, 2**64
         return None
     return np.frombuffer(pixels, np.uint8).reshape(rows, *shape), head[1] == b"instances"
 
