@@ -68,6 +68,14 @@ def test_an_upload_is_answered_as_by_the_server_behind(front: Server, behind: Se
         ("POST", "/v1/models/adder:predict", b'{"inputs": {"a": [[1]], "b": [[3, 4]]}}'),
         ("POST", "/v1/models/colours/versions/9:predict", b'{"instances": [1]}'),
         ("POST", "/v1/models/colours:predict", b"{"),
+        ("GET", "/v2/models/colours", None),
+        ("GET", "/v2/health/ready", None),
+        (
+            "POST",
+            "/v2/models/adder/infer",
+            b'{"inputs": [{"name": "a", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]},'
+            b' {"name": "b", "shape": [1, 2], "datatype": "FP32", "data": [3, 4]}]}',
+        ),
     ],
 )
 def test_the_rest_api_is_the_same(front: Server, behind: Server, method: str, path: str, body: bytes | None) -> None:
