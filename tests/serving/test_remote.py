@@ -73,8 +73,10 @@ def test_an_upload_is_answered_as_by_the_server_behind(front: Server, behind: Se
         (
             "POST",
             "/v2/models/adder/infer",
-            b'{"inputs": [{"name": "a", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]},'
-            b' {"name": "b", "shape": [1, 2], "datatype": "FP32", "data": [3, 4]}]}',
+            (
+                b'{"inputs": [{"name": "a", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]},'
+                b' {"name": "b", "shape": [1, 2], "datatype": "FP32", "data": [3, 4]}]}'
+            ),
         ),
     ],
 )
