@@ -39,7 +39,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     def Predict(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - the protocol's name
         """Run a signature of a model."""
         started_s = time.perf_counter()
-        with answering(context) as outcome:
+        with self._metrics.in_flight.track_inprogress(), answering(context) as outcome:
             reply = self._predict(request, context)
         model = request.model_spec.name
         if model in self._repository.all_names():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,10 +19,12 @@ from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     inference_pb2,
     predict_pb2,
+    prediction_service_pb2_grpc,
     regression_pb2,
 )
 
 from tests.serving.conftest import Server, picture
+from tests.serving.saved_models import save_colour_classifier
 
 RED = np.zeros((1, 32, 32, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
 
@@ -233,3 +239,28 @@ def test_grpc_and_rest_answer_alike_and_count_together(stubs: Any, server: Serve
     page = httpx.get(server.url + "/metrics").text
     assert ':tensorflow:serving:request_latency_count{API="predict",entrypoint="GRPC",model_name="colours"}' in page
     assert ':tensorflow:serving:request_count{model_name="colours",status="FAILED_PRECONDITION"}' in page
+
+
+def test_what_was_accepted_is_answered_before_the_end(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    save_colour_classifier(tmp_path / "models" / "colours" / "1", gate=gate)
+    server = start_server(tmp_path / "models")
+    server.wait_for("/readyz")
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        answer = stub.Predict.future(ask(images=RED), timeout=60)
+        server.wait_until(lambda: server.in_flight() == 1)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_until(lambda: not accepts(server.grpc_port))
+        assert not answer.done()
+        gate.touch()
+        assert list(answer.result().outputs["label"].string_val) == [b"red"]
+    assert server.process.wait(timeout=60) == 0
+
+
+def accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
