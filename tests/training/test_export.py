@@ -211,6 +211,6 @@ def test_a_killed_export_leaves_no_half_version(tmp_path):
         for version in (tmp_path / "pets").iterdir():
             if version.name.isdigit():
                 assert {path.name for path in version.iterdir()} == files
-                assert set(tf.saved_model.load(str(version)).signatures) == {"serving_default", "image_bytes"}
+                assert set(tf.saved_model.load(str(version)).signatures) == {"serving_default", "image_bytes", "labels"}
     publish(tmp_path)
     assert not list((tmp_path / "pets").glob(".*.partial"))
