@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
 import socket
+import sys
 import threading
-import time
-from collections.abc import Callable
-from functools import partial
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 from flask import Flask
-from granian.constants import HTTPModes, Interfaces
-from granian.log import LogLevels
-from granian.server import MPServer
 
 from serving.app import create_app
 from serving.errors import StartupError
+from serving.http_connection import access_logger
+from serving.http_server import listen, run_http_server
 from serving.liveness import Liveness
 from serving.model_config import ModelsFolder
 from serving.models import name_remote_models
@@ -31,7 +25,9 @@ from serving.settings import LOG_LEVELS, Settings
 
 logger = logging.getLogger("serving")
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+# How long a thread computes before another may, where both want to. At Python's 5 ms the model would wait for the
+# event loop, with what it has just computed in hand, longer than a call of a small model takes.
+SWITCH_INTERVAL_S = 1e-4
 
 
 @click.command(context_settings={"auto_envvar_prefix": "SERVING", "show_default": True})
@@ -71,7 +67,7 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     type=int,
     default=Settings.threads,
     show_default="8 per core, at most 64",
-    help="Requests answered at the same time; more wait.",
+    help="gRPC calls, and large HTTP requests, answered at the same time; more wait.",
 )
 @click.option(
     "--concurrency",
@@ -124,89 +120,63 @@ def main(**options: Any) -> None:
     try:
         settings = Settings(**options)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        if settings.access_log:
+            log_requests_to(sys.stdout)
         if settings.remote:
             name_remote_models(settings)
         elif not settings.model_config_file:
             ModelsFolder(settings.models_dir)  # there has to be a model
-        address = free_address(settings.host, settings.rest_port, flag="--rest-port")
+        listener = open_port(settings.host, settings.rest_port, flag="--rest-port")
         if settings.grpc_port:
-            free_address(settings.host, settings.grpc_port, flag="--grpc-port")
+            open_port(settings.host, settings.grpc_port, flag="--grpc-port").close()  # gRPC opens its own
+        app = create_app(settings)
     except StartupError as error:
         raise click.ClickException(str(error)) from error
-    serve(settings, address)
+    serve(app, settings, listener)
 
 
-def free_address(host: str, port: int, *, flag: str) -> str:
-    """Return the IP address of `host`, once it is sure that its port can be listened on.
+def log_requests_to(stream: TextIO) -> None:
+    """Have the line of each request written there, apart from the service's own log."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    access_logger.addHandler(handler)
+    access_logger.setLevel(logging.INFO)
+    access_logger.propagate = False
 
-    granian's own socket would share the port with another server's (SO_REUSEPORT) instead of failing.
+
+def open_port(host: str, port: int, *, flag: str) -> socket.socket:
+    """Listen on a port.
 
     Raises:
         StartupError: the port is in use, or the address is not one of this machine's.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        return listen(host, port)
     except OSError as error:
         raise StartupError(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and {flag}"
         ) from error
-    return str(address[0])
 
 
-def serve(settings: Settings, address: str) -> None:
-    """Run the server until it is told to stop; exits non-zero if it stopped for another reason."""
+def serve(app: Flask, settings: Settings, listener: socket.socket) -> NoReturn:
+    """Serve the app, its models loaded in the background, until a signal comes; ends the process."""
     # TensorFlow's own lines; what it refuses arrives as exceptions, with the reason in them.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    server = MPServer(
-        "serving.app",
-        address=address,
-        port=settings.rest_port,
-        interface=Interfaces.WSGI,
-        http=HTTPModes.http1,
-        websockets=False,
-        workers=1,
-        blocking_threads=settings.threads,
-        workers_kill_timeout=settings.drain_timeout_s,
-        log_access=settings.access_log,
-        log_level=LogLevels.info if settings.log_level == "debug" else LogLevels.warning,
-    )
-    if settings.log_level != "debug":
-        # The rest says again what is said here, or advises fewer threads.
-        logging.getLogger("_granian").addFilter(lambda record: "Killing" in record.getMessage())
-    explained = multiprocessing.Event()  # whether the process that answers has said why it ends
-    # Held back from here on, in both processes: a thread of each waits for its own.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    heeded = {number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
-    _start_thread(_stop_server_when_told, server, heeded)
-    start = partial(start_worker, settings, address, explained=explained)
-    try:
-        server.serve(target_loader=start, wrap_loader=False)
-    except SystemExit:
-        if not explained.is_set():
-            click.echo("Error: the process that answers requests died; its last log lines say more", err=True)
-        raise
-
-
-def start_worker(settings: Settings, address: str, *, explained: Event) -> Flask:
-    """Make the app in the process that answers; its models are loaded in the background."""
-    # What is sent to the whole group (Ctrl-C, timeout) is for the parent, which then stops this process.
-    os.setpgid(0, 0)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     stopping = threading.Event()
-    _start_thread(_stop_worker_when_told, (address, settings.rest_port), stopping)
-    _start_thread(_stop_worker_with_parent)
-    try:
-        app = create_app(settings)
-    except StartupError as error:
-        _give_up(str(error), explained)
     liveness: Liveness = app.extensions["liveness"]
-    liveness.require(_start_thread(answer, app, settings, address, stopping, explained))
-    return app
+    follower = threading.Thread(
+        target=follow_models, args=(app, settings, listener.getsockname()[0], stopping), name="models", daemon=True
+    )
+    liveness.require(follower)
+    follower.start()
+    run_http_server(app, settings, listener, on_stop=stopping.set)
+    if grpc_server := app.extensions.get("grpc_server"):
+        grpc_server.stop(grace=settings.drain_timeout_s).wait()
+    _exit(0)
 
 
-def answer(app: Flask, settings: Settings, address: str, stopping: threading.Event, explained: Event) -> None:
+def follow_models(app: Flask, settings: Settings, address: str, stopping: threading.Event) -> None:
     """Load the app's models, end the process where not one can be served, and follow what becomes of them.
 
     Meanwhile the app answers over HTTP already: that it is alive, and not ready. Over gRPC it does so as soon as
@@ -225,10 +195,10 @@ def answer(app: Flask, settings: Settings, address: str, stopping: threading.Eve
             start_grpc(app, settings, address, stopping)
         repository.load()
     except StartupError as error:
-        _give_up(str(error), explained)
+        _give_up(str(error))
     except Exception:
         logger.exception("the models could not be loaded")
-        _give_up("the models could not be loaded, for a reason that was not foreseen", explained)
+        _give_up("the models could not be loaded, for a reason that was not foreseen")
     if repository.ready:
         logger.info("ready on http://%s:%d", settings.host, settings.rest_port)
     else:
@@ -237,7 +207,7 @@ def answer(app: Flask, settings: Settings, address: str, stopping: threading.Eve
 
 
 def start_grpc(app: Flask, settings: Settings, address: str, stopping: threading.Event) -> None:
-    """Start the gRPC server on the app's models; it ends, its calls finished, when `stopping` is set.
+    """Start the gRPC server on the app's models; it takes no more calls when `stopping` is set.
 
     Raises:
         StartupError: the port cannot be listened on.
@@ -252,57 +222,26 @@ def start_grpc(app: Flask, settings: Settings, address: str, stopping: threading
         threads=settings.threads,
         max_message_bytes=settings.max_request_bytes,
     )
+    app.extensions["grpc_server"] = server
 
     def stop() -> None:
         stopping.wait()
-        server.stop(grace=settings.drain_timeout_s).wait()
+        server.stop(grace=settings.drain_timeout_s)
 
-    # No daemon, so that the process waits for it.
-    threading.Thread(target=stop, name="stop-grpc").start()
+    threading.Thread(target=stop, name="stop-grpc", daemon=True).start()
 
 
-def _give_up(reason: str, explained: Event) -> NoReturn:
-    explained.set()
+def _give_up(reason: str) -> NoReturn:
     click.echo(f"Error: {reason}", err=True)
-    os._exit(1)  # the only way out from a thread; the parent then ends with 1 too
+    _exit(1)
 
 
-def _start_thread(target: Callable[..., None], *args: Any) -> threading.Thread:
-    thread = threading.Thread(target=target, args=args, name=target.__name__, daemon=True)
-    thread.start()
-    return thread
-
-
-def _stop_server_when_told(server: MPServer, heeded: set[signal.Signals]) -> None:
-    # In a thread and not in a signal handler, which could come between the lock and unlock of the very
-    # event that it sets. SIGHUP, for granian a reload, ends the service: its terminal was closed.
-    signal.sigwait(heeded)
-    server.signal_handler_interrupt()  # type: ignore[no-untyped-call]
-
-
-def _stop_worker_when_told(address: tuple[str, int], stopping: threading.Event) -> None:
-    # granian's own handler loses a signal that comes before it listens, and stands still on a second one.
-    signal.sigwait({signal.SIGTERM})
-    stopping.set()
-    while not _listens(address):
-        time.sleep(0.02)
-    handle: Any = signal.getsignal(signal.SIGTERM)
-    handle(signal.SIGTERM, None)
-
-
-def _stop_worker_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()  # returns when it is gone, killed perhaps
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _listens(address: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(address).close()
-    except OSError:
-        return False
-    return True
+def _exit(code: int) -> NoReturn:
+    """End the process, from any thread, even where a call of a model does not come back."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import re
 import time
-from typing import Any
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any, cast
 
 import orjson
 from flask import Flask, Request, Response, current_app, g, request
 from flask.json.provider import JSONProvider
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+from werkzeug.routing import MapAdapter
 
 from serving.errors import ServingError
 from serving.liveness import Liveness
@@ -33,20 +36,16 @@ def create_app(settings: Settings) -> Flask:
     Raises:
         StartupError: there is no model to serve.
     """
-    app = Flask(__name__, static_folder=None)
-    app.request_class = BoundedRequest
+    app = Service(__name__, static_folder=None)
     app.json = OrjsonProvider(app)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_request_bytes
-    metrics = Metrics()
+    metrics = app.metrics
     liveness = Liveness()
     repository = make_repository(settings, metrics, liveness)
     metrics.watch(repository)
     app.extensions.update(settings=settings, metrics=metrics, liveness=liveness, repository=repository)
     for module in (health, upload, tfserving, v2, pages):
         app.register_blueprint(module.blueprint)
-    app.before_request(_begin_request)
-    app.after_request(_count_request)
-    app.teardown_request(_end_request)
     app.register_error_handler(ServingError, _answer_serving_error)
     app.register_error_handler(HTTPException, _answer_http_error)
     app.register_error_handler(Exception, _answer_fault)
@@ -58,10 +57,67 @@ class BoundedRequest(Request):
 
     def get_data(self, *args: Any, **kwargs: Any) -> Any:
         """Return the body; a `RequestEntityTooLarge` where it is longer than the limit."""
+        body = self.environ["wsgi.input"]
+        if isinstance(body, BytesIO):  # it is here already (serving/wsgi.py): no need to read it piece by piece
+            if (self.content_length or 0) > (self.max_content_length or 0):
+                raise RequestEntityTooLarge
+            return body.getvalue()
         data = super().get_data(*args, **kwargs)
         if self.content_length is None:
             self.stream.read(1)  # raises at the limit, at which the reading of all has stopped
         return data
+
+
+class Service(Flask):
+    """Flask that counts its requests, and passes over what no route here uses: before-hooks, async views, hosts.
+
+    Those cost a small request as much as its answer does.
+    """
+
+    request_class = BoundedRequest
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.metrics = Metrics()
+
+    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function: none of them is async."""
+        return func
+
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        """Match by path and method alone."""
+        if request is None:
+            return None
+        environ = request.environ
+        query = environ["QUERY_STRING"]
+        return MapAdapter(self.url_map, request.host, "/", "", request.scheme, request.path, request.method, query)
+
+    def preprocess_request(self) -> None:
+        """Note when the request began."""
+        g.started_s = time.perf_counter()
+        self.metrics.in_flight.inc()
+
+    def process_response(self, response: Response) -> Response:
+        """Count the request, once its blueprint has seen the response."""
+        response = super().process_response(response)
+        context: Any = cast(Any, g)._get_current_object()
+        asked: Request = cast(Any, request)._get_current_object()
+        seconds = time.perf_counter() - context.started_s
+        status = response.status_code
+        tfs_call = _TFS_PREDICT.fullmatch(asked.path)
+        model = tfs_call[1] if tfs_call else context.get("model", "")
+        if model not in self.extensions["repository"].all_names():
+            model = ""  # made-up names must not become labels that stay for ever
+        elif tfs_call:
+            code = TFS_STATUS.get(status, "INTERNAL")
+            self.metrics.observe_tfs_predict(model=model, code=code, seconds=seconds, api="REST")
+        route = asked.url_rule.rule if asked.url_rule else "unmatched"
+        self.metrics.observe_request(route=route, model=model, status=status, seconds=seconds)
+        return response
+
+    def do_teardown_request(self, exc: BaseException | None = None) -> None:  # noqa: ARG002
+        """Note that the request has ended."""
+        self.metrics.in_flight.dec()
 
 
 class OrjsonProvider(JSONProvider):
@@ -79,30 +135,6 @@ class OrjsonProvider(JSONProvider):
         """Return `args` or `kwargs` as a JSON reply."""
         body = orjson.dumps(self._prepare_response_obj(args, kwargs), option=orjson.OPT_SERIALIZE_NUMPY)
         return Response(body, mimetype="application/json")
-
-
-def _begin_request() -> None:
-    g.started_s = time.perf_counter()
-    current_app.extensions["metrics"].in_flight.inc()
-
-
-def _end_request(_: BaseException | None) -> None:
-    current_app.extensions["metrics"].in_flight.dec()
-
-
-def _count_request(response: Response) -> Response:
-    metrics: Metrics = current_app.extensions["metrics"]
-    seconds = time.perf_counter() - g.started_s
-    status = response.status_code
-    tfs_call = _TFS_PREDICT.fullmatch(request.path)
-    model = tfs_call[1] if tfs_call else g.get("model", "")
-    if model not in current_app.extensions["repository"].all_names():
-        model = ""  # made-up names must not become labels that stay for ever
-    elif tfs_call:
-        metrics.observe_tfs_predict(model=model, code=TFS_STATUS.get(status, "INTERNAL"), seconds=seconds, api="REST")
-    route = request.url_rule.rule if request.url_rule else "unmatched"
-    metrics.observe_request(route=route, model=model, status=status, seconds=seconds)
-    return response
 
 
 def _answer_serving_error(error: ServingError) -> Response:

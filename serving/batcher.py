@@ -1,8 +1,7 @@
-"""Concurrent requests share calls of the model, and a lone one pays nothing for it.
+"""Concurrent requests share calls of the model, and a lone one is not kept waiting for company.
 
-There is no thread of its own and no waiting for company: whoever asks while the model is free calls it at once, in
-the thread that asks. Whoever asks while it is busy queues; when a call ends, the first in the queue is woken to call
-the model for all that have come together meanwhile.
+Requests queue up. Where no call of the model runs, one begins at once, with all that have come by then; when it ends,
+the next begins with all that have come meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,11 +18,19 @@ import numpy as np
 from serving.errors import ModelFailed, ServingError
 from serving.liveness import Liveness
 from serving.predictor import Predictor, Signature, check_inputs, deadline_exceeded
+from serving.waiting import Pause, call_soon, caller_is_gone, end_pauses, offload
+
+# Calls of a model that take less are not made side by side, unless whole batches wait: the core that the second would
+# take has requests to read and answers to write meanwhile.
+LONG_CALL_S = 0.01
+
+# Fewer are worth a call only if no more are being read.
+FEW_ROWS = 4
 
 _GroupKey = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Request:
     """One request, or a part of a big one, on its way through the model."""
 
@@ -30,13 +38,10 @@ class _Request:
     inputs: Mapping[str, np.ndarray]
     rows: int
     deadline_s: float | None
+    is_abandoned: Callable[[], bool]
+    pause: Pause = field(default_factory=Pause)
     outputs: dict[str, np.ndarray] | None = None
     error: Exception | None = None
-    to_call: list[_Request] | None = None  # set when it is this request's thread that is to call the model
-    woken: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self.woken.acquire()
 
 
 class Batcher:
@@ -47,6 +52,7 @@ class Batcher:
 
     Args:
         inner: the predictor.
+        threads: where it is called.
         max_batch_rows: most rows in one call; larger requests are cut into several.
         max_queued_rows: most rows that wait; requests beyond are refused at once.
         concurrency: calls of the model at the same time.
@@ -54,9 +60,17 @@ class Batcher:
     """
 
     def __init__(
-        self, inner: Predictor, *, max_batch_rows: int, max_queued_rows: int, concurrency: int, liveness: Liveness
+        self,
+        inner: Predictor,
+        threads: Executor,
+        *,
+        max_batch_rows: int,
+        max_queued_rows: int,
+        concurrency: int,
+        liveness: Liveness,
     ) -> None:
         self._inner = inner
+        self._threads = threads
         self._liveness = liveness
         self.signatures: Mapping[str, Signature] = inner.signatures
         self._gathered = {name for name, signature in inner.signatures.items() if _has_batch_axis(signature)}
@@ -67,103 +81,134 @@ class Batcher:
         self._queue: deque[_Request] = deque()
         self._queued_rows = 0
         self._calls = 0
+        self._last_call_s = 0.0
+        self._is_kick_due = False
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
     ) -> dict[str, np.ndarray]:
         """As `Predictor.predict`; a ModelFailed (503) where too many wait, (504) where the deadline passes."""
         if signature not in self._gathered:
-            with self._liveness.call():
-                return self._inner.predict(signature, inputs, deadline_s=deadline_s)
+            return offload(self._predict_alone, signature, inputs, deadline_s)
         check_inputs(self.signatures[signature], inputs)
+        requests = self._cut(signature, inputs, deadline_s)
+        self._enqueue(requests)
+        for request in requests:
+            self._wait(request)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        parts = [request.outputs for request in requests if request.outputs is not None]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _predict_alone(
+        self, signature: str, inputs: Mapping[str, np.ndarray], deadline_s: float | None
+    ) -> dict[str, np.ndarray]:
+        with self._liveness.call():
+            return self._inner.predict(signature, inputs, deadline_s=deadline_s)
+
+    def _cut(self, signature: str, inputs: Mapping[str, np.ndarray], deadline_s: float | None) -> list[_Request]:
+        """Make requests of at most `max_batch_rows` rows each."""
         rows = len(next(iter(inputs.values())))
-        if rows > self._max_batch_rows:
-            return self._predict_parts(signature, inputs, rows, deadline_s)
         key = (signature, tuple((name, array.shape[1:]) for name, array in sorted(inputs.items())))
-        request = _Request(key, inputs, rows, deadline_s)
+        is_abandoned = caller_is_gone.get()
+        if rows <= self._max_batch_rows:
+            return [_Request(key, inputs, rows, deadline_s, is_abandoned)]
+        requests = []
+        for start in range(0, rows, self._max_batch_rows):
+            part = {name: array[start : start + self._max_batch_rows] for name, array in inputs.items()}
+            requests.append(_Request(key, part, min(self._max_batch_rows, rows - start), deadline_s, is_abandoned))
+        return requests
+
+    def _enqueue(self, requests: Sequence[_Request]) -> None:
+        rows = sum(request.rows for request in requests)
+        calls = 0
         with self._lock:
-            if self._calls < self._concurrency:
-                self._calls += 1
-                request.to_call = [request]
-            elif self._queued_rows + rows > self._max_queued_rows:
+            if self._queued_rows and self._queued_rows + rows > self._max_queued_rows:
                 raise ModelFailed(
                     f"too many requests wait for the model: {self._queued_rows} rows of at most "
                     f"{self._max_queued_rows}; try again later",
                     code="UNAVAILABLE",
                 )
-            else:
+            for request in requests:
                 self._queue.append(request)
-                self._queued_rows += rows
-        if request.to_call is None:
-            self._wait(request)
-        if request.to_call is not None:
-            self._call(request.to_call)
-        if request.error is not None:
-            raise request.error
-        assert request.outputs is not None
-        return request.outputs
+                self._queued_rows += request.rows
+                if self._wants_call():
+                    self._calls += 1
+                    calls += 1
+            kick = self._calls == 0 and not self._is_kick_due
+            self._is_kick_due |= kick
+        for _ in range(calls):
+            self._threads.submit(self._call_until_idle)
+        if kick:
+            call_soon(self._begin_small_call)
 
-    def _predict_parts(
-        self, signature: str, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
-    ) -> dict[str, np.ndarray]:
-        parts = [
-            self.predict(
-                signature,
-                {name: array[start : start + self._max_batch_rows] for name, array in inputs.items()},
-                deadline_s=deadline_s,
-            )
-            for start in range(0, rows, self._max_batch_rows)
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    def _begin_small_call(self) -> None:
+        """Begin a call with few rows: no more are being read just now."""
+        with self._lock:
+            self._is_kick_due = False
+            if not self._queue or self._calls:
+                return
+            self._calls += 1
+        self._threads.submit(self._call_until_idle)
+
+    def _wants_call(self) -> bool:
+        """Whether to begin a call of the model, beside those that run."""
+        if self._last_call_s > LONG_CALL_S:
+            return self._calls < self._concurrency
+        if self._calls == 0:
+            return self._queued_rows >= FEW_ROWS
+        return self._queued_rows >= self._max_batch_rows and self._calls < self._concurrency
 
     def _wait(self, request: _Request) -> None:
-        """Wait until the request is answered, or is the one to call the model, or its time is up."""
-        timeout_s = -1.0 if request.deadline_s is None else max(0.0, request.deadline_s - time.monotonic())
-        if request.woken.acquire(timeout=timeout_s):
+        """Wait until the request is answered, or its time is up."""
+        if request.pause.wait(None if request.deadline_s is None else request.deadline_s - time.monotonic()):
             return
         with self._lock:
             if request in self._queue:
                 self._queue.remove(request)
                 self._queued_rows -= request.rows
-                raise deadline_exceeded()
-        request.woken.acquire()  # it had just been taken from the queue
+                request.error = deadline_exceeded()
+                return
+        request.pause.wait()  # it had just been taken from the queue
 
-    def _call(self, requests: Sequence[_Request]) -> None:
-        try:
+    def _call_until_idle(self) -> None:
+        """Call the model with what waits, until nothing does."""
+        while requests := self._take_batch():
+            started_s = time.perf_counter()
             with self._liveness.call():
                 self._answer(requests)
-        finally:
-            self._hand_over()
-            for request in requests[1:]:
-                request.woken.release()
-
-    def _hand_over(self) -> None:
-        """Wake the first that waits, to call the model for as many of those behind it as fit into one call."""
-        with self._lock:
-            chosen = self._take_batch()
-            if not chosen:
-                self._calls -= 1
-        if chosen:
-            chosen[0].to_call = chosen
-            chosen[0].woken.release()
+            self._last_call_s = time.perf_counter() - started_s
+            end_pauses([request.pause for request in requests])
 
     def _take_batch(self) -> list[_Request]:
+        """Take requests that fit into one call from the queue; none, and one call less runs, where it is empty."""
         chosen: list[_Request] = []
+        refused: list[Pause] = []
         rows = 0
         now_s = time.monotonic()
-        while self._queue and rows + self._queue[0].rows <= self._max_batch_rows:
-            request = self._queue[0]
-            expired = request.deadline_s is not None and request.deadline_s <= now_s
-            if chosen and not expired and request.key != chosen[0].key:
-                break  # another signature or shape: the next call's
-            self._queue.popleft()
-            self._queued_rows -= request.rows
-            if expired:
-                request.error = deadline_exceeded()
-                request.woken.release()
-            else:
-                chosen.append(request)
-                rows += request.rows
+        with self._lock:
+            are_more_to_come = self._is_kick_due and self._queued_rows < FEW_ROWS
+            while self._queue and not are_more_to_come and rows + self._queue[0].rows <= self._max_batch_rows:
+                request = self._queue[0]
+                if request.deadline_s is not None and request.deadline_s <= now_s:
+                    request.error = deadline_exceeded()
+                elif request.is_abandoned():
+                    request.error = ModelFailed("whoever asked has gone", code="CANCELLED")
+                elif chosen and request.key != chosen[0].key:
+                    break  # another signature or shape: the next call's
+                else:
+                    chosen.append(request)
+                    rows += request.rows
+                if request.error is not None:
+                    refused.append(request.pause)
+                self._queue.popleft()
+                self._queued_rows -= request.rows
+            if not chosen:
+                self._calls -= 1
+        end_pauses(refused)
         return chosen
 
     def _answer(self, requests: Sequence[_Request]) -> None:

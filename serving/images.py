@@ -14,6 +14,7 @@ from PIL import BmpImagePlugin, ExifTags, GifImagePlugin, Image, JpegImagePlugin
 from PIL import WebPImagePlugin as WebpImagePlugin
 
 from serving.errors import InvalidRequest, TooLarge
+from serving.waiting import offload
 
 # Importing the plugins registers their formats, so that the first request need not look for them.
 FORMATS = tuple(
@@ -27,6 +28,8 @@ FORMATS = tuple(
     )
 )
 PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond it Pillow itself refuses
+
+LARGE_PIXELS = 256 * 1024  # a picture of more takes milliseconds
 
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,6 +59,12 @@ def read_image(data: bytes, *, size: tuple[int, int], max_image_pixels: int) -> 
         TooLarge: the header announces more pixels than allowed; nothing is decoded.
     """
     image = open_image(data, max_image_pixels=max_image_pixels)
+    if image.width * image.height > LARGE_PIXELS:
+        return offload(_decode, image, size)
+    return _decode(image, size)
+
+
+def _decode(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     try:
         image.load()
         turn = _TRANSPOSITIONS.get(_orientation(image))

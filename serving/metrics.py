@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 import numpy as np
 from prometheus_client import (
@@ -98,6 +99,10 @@ class Metrics:
             buckets=TFS_MICROSECONDS,
             registry=self._registry,
         )
+        # The library looks a label's values up under a lock and as text, each time.
+        self._requests_of = cache(self._requests.labels)
+        self._request_seconds_of = cache(self._request_seconds.labels)
+        self._tfs_latency_of = cache(self._tfs_latency.labels)
         self._tfs_requests: Tally[tuple[str, str]] = Tally()
         self._lock = threading.Lock()
 
@@ -115,12 +120,12 @@ class Metrics:
 
     def observe_request(self, *, route: str, model: str, status: int, seconds: float) -> None:
         """Record an answered request; `model` is empty where none of ours was asked for."""
-        self._requests.labels(route, model, str(status)).inc()
-        self._request_seconds.labels(route).observe(seconds)
+        self._requests_of(route, model, str(status)).inc()
+        self._request_seconds_of(route).observe(seconds)
 
     def observe_tfs_predict(self, *, model: str, code: str, seconds: float, api: str) -> None:
         """Record an answered predict call of TensorFlow Serving's API: `api` is "REST" or "GRPC"."""
-        self._tfs_latency.labels(model, "predict", api).observe(seconds * 1e6)
+        self._tfs_latency_of(model, "predict", api).observe(seconds * 1e6)
         with self._lock:
             self._tfs_requests[model, code] += 1
 

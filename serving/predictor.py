@@ -6,6 +6,7 @@ that answers requests holds it.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -183,6 +184,8 @@ def start_tensorflow(intra_op_threads: int) -> Any:
     """
     import tensorflow as tf
 
+    # TensorFlow's own objects outlive every collection; to look through them takes a tenth of a second, each time.
+    gc.freeze()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # that sessions are an old way to load a model
     config = tf.compat.v1.ConfigProto(
         intra_op_parallelism_threads=intra_op_threads,

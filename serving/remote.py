@@ -28,6 +28,7 @@ from serving.grpc.tensors import read_tensor, write_tensor
 from serving.model_config import ModelConfig
 from serving.predictor import NUMPY_DTYPES, Predictor, Signature, TensorSpec, check_inputs, read_signature_defs
 from serving.repository import ModelRepository, ModelVersion, VersionStatus
+from serving.waiting import offload
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class RemotePredictor:
         request.model_spec.signature_name = signature
         for name, array in inputs.items():
             _write_input(request.inputs[name], array, specs[name])
-        reply = self._send(request, time.monotonic() + CALL_TIMEOUT_S if deadline_s is None else deadline_s)
+        reply = offload(self._send, request, deadline_s or time.monotonic() + CALL_TIMEOUT_S)
         return {
             name: read_tensor(tensor, name=name, max_bytes=MAX_REPLY_BYTES) for name, tensor in reply.outputs.items()
         }

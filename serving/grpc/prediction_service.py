@@ -20,6 +20,7 @@ from serving.grpc.tensors import read_tensor, write_tensor
 from serving.metrics import Metrics
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
+from serving.waiting import caller_is_gone
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
@@ -71,6 +72,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         }
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
+        caller_is_gone.set(lambda: not context.is_active())
         outputs = version.predictor.predict(name, inputs, deadline_s=deadline_s)
         reply = predict_pb2.PredictResponse()
         reply.model_spec.name = version.name

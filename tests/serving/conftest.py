@@ -107,17 +107,6 @@ class Server:
     def log(self) -> str:
         return self._log.read_text()
 
-    @property
-    def worker_pid(self) -> int:
-        """The process that answers: the only child of the one that was started."""
-        pid = self.process.pid
-        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return int(child)
-
-    def started_worker(self) -> bool:
-        pid = self.process.pid
-        return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text())
-
     def accepts(self) -> bool:
         """Whether it still listens."""
         try:

@@ -13,6 +13,7 @@ from serving.batcher import Batcher
 from serving.errors import InvalidRequest, ModelFailed
 from serving.liveness import Liveness
 from serving.predictor import Signature, TensorSpec
+from serving.waiting import caller_is_gone
 
 
 class Doubler:
@@ -41,9 +42,9 @@ class Doubler:
         return {"y": y if self._by_row else y[:1]}
 
 
-def batch(model: Doubler, **limits: int) -> Batcher:
+def batch(model: Doubler, liveness: Liveness | None = None, **limits: int) -> Batcher:
     settings = {"max_batch_rows": 8, "max_queued_rows": 100, "concurrency": 1, **limits}
-    return Batcher(model, liveness=Liveness(), **settings)
+    return Batcher(model, ThreadPoolExecutor(8), liveness=liveness or Liveness(), **settings)
 
 
 def rows(*values: float) -> dict[str, np.ndarray]:
@@ -78,11 +79,9 @@ def together(batcher: Batcher, model: Doubler, requests: list[tuple[str, dict[st
         return [answer.result() for answer in answers]
 
 
-def test_a_lone_request_is_answered_in_its_own_thread() -> None:
+def test_a_lone_request_does_not_wait_for_company() -> None:
     model = Doubler()
-    threads = threading.active_count()
     assert batch(model).predict("double", rows(1, 2))["y"].tolist() == [[2], [4]]
-    assert threading.active_count() == threads
     assert model.calls == [2]
 
 
@@ -167,15 +166,49 @@ def test_who_has_no_time_left_leaves_the_queue() -> None:
     assert batcher.predict("double", rows(5))["y"].tolist() == [[10]]
 
 
-def test_several_calls_run_at_once_where_that_is_allowed() -> None:
+def test_full_batches_are_called_side_by_side() -> None:
     model = Doubler()
     batcher = batch(model, concurrency=2)
     model.gate.clear()
     with ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(batcher.predict, "double", rows(v)) for v in (1, 2)]
+        answers = [pool.submit(batcher.predict, "double", rows(*[v] * 8)) for v in (1, 2)]
         wait_until(lambda: len(model.calls) == 2)
         model.gate.set()
+        assert [answer.result()["y"].tolist() for answer in answers] == [[[2]] * 8, [[4]] * 8]
+
+
+def test_long_calls_run_side_by_side_with_few_rows_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.batcher.LONG_CALL_S", 0.0)  # any call is long
+    model = Doubler()
+    batcher = batch(model, concurrency=2)
+    batcher.predict("double", rows(1))
+    model.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(batcher.predict, "double", rows(v)) for v in (1, 2)]
+        wait_until(lambda: len(model.calls) == 3)
+        model.gate.set()
         assert [answer.result()["y"].tolist() for answer in answers] == [[[2]], [[4]]]
+
+
+def test_who_has_gone_is_not_predicted_for() -> None:
+    model = Doubler()
+    batcher = batch(model)
+    model.gate.clear()
+
+    def ask_and_go() -> None:
+        caller_is_gone.set(lambda: True)
+        batcher.predict("double", rows(2))
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(batcher.predict, "double", rows(1))
+        wait_until(lambda: bool(model.calls))
+        gone = pool.submit(ask_and_go)
+        wait_until(lambda: bool(batcher._queue))
+        model.gate.set()
+        assert first.result()["y"].tolist() == [[2]]
+        with pytest.raises(ModelFailed, match="has gone"):
+            gone.result()
+    assert model.calls == [1]
 
 
 def test_nothing_is_mixed_up_or_lost_under_load() -> None:
@@ -195,7 +228,7 @@ def test_nothing_is_mixed_up_or_lost_under_load() -> None:
 
 def test_a_call_that_does_not_come_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, liveness = Doubler(), Liveness()
-    batcher = Batcher(model, max_batch_rows=8, max_queued_rows=8, concurrency=1, liveness=liveness)
+    batcher = batch(model, liveness=liveness)
     model.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(batcher.predict, "double", rows(1))

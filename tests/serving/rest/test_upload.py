@@ -168,7 +168,7 @@ class Endless(io.RawIOBase):
 
 
 def send_stream(app: Flask, body: Endless, *, kind: str, length: int | None) -> str:
-    """Post as granian does, which may not know how long a body will be; returns the status."""
+    """Post as a server does that may not know how long a body will be; returns the status."""
     environ = create_environ("/predict", method="POST", content_type=kind)
     environ.update({"wsgi.input": body, "wsgi.input_terminated": True})
     if length is not None:

@@ -1,0 +1,114 @@
+"""How a request waits without keeping others waiting.
+
+Small requests run as greenlets of the event loop's one thread: Flask's views stay plain functions, and to wait is to
+give way to the next request, for less than a microsecond. With a thread a request, the interpreter's lock changed hands
+five times on the way to each answer, which took longer than the answer. Everything else (gRPC calls, large requests)
+runs in threads, and waits as threads do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from contextvars import ContextVar
+from typing import ParamSpec, TypeVar
+
+import greenlet
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Whether whoever sent the request being answered has gone, and no answer is wanted any more.
+caller_is_gone: ContextVar[Callable[[], bool]] = ContextVar("caller_is_gone", default=lambda: False)
+
+
+class LoopGreenlet(greenlet.greenlet):
+    """A greenlet of the thread that an event loop runs in.
+
+    Args:
+        run: what it does with what the first `switch` gives it; it must not raise.
+        loop: the event loop.
+        threads: where it may send what would stop the loop.
+    """
+
+    def __init__(self, run: Callable[..., None], loop: asyncio.AbstractEventLoop, threads: Executor) -> None:
+        super().__init__(run)
+        self.loop = loop
+        self.threads = threads
+
+
+class Pause:
+    """Something to wait for, once, by whoever makes it: a greenlet or a thread."""
+
+    __slots__ = ("_greenlet", "_lock", "_over")
+
+    def __init__(self) -> None:
+        current = greenlet.getcurrent()
+        self._over = False
+        self._greenlet = current if isinstance(current, LoopGreenlet) else None
+        if self._greenlet is None:
+            self._lock = threading.Lock()
+            self._lock.acquire()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for `end_pauses`; returns whether it came, and not the timeout."""
+        if self._greenlet is None:
+            return self._lock.acquire(timeout=-1.0 if timeout_s is None else max(0.0, timeout_s))
+        timer = None
+        if timeout_s is not None and not self._over:
+            timer = self._greenlet.loop.call_later(max(0.0, timeout_s), self._greenlet.switch)
+        while not self._over:
+            assert self._greenlet.parent is not None
+            self._greenlet.parent.switch()
+            if timer and not self._over:
+                return False
+        if timer:
+            timer.cancel()
+        return True
+
+    def _end(self) -> None:
+        self._over = True
+        if self._greenlet:
+            self._greenlet.switch()
+
+
+def end_pauses(pauses: Iterable[Pause]) -> None:
+    """Wake those who wait for these; called from any thread but the event loop's."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Pause]] = {}
+    for pause in pauses:
+        if pause._greenlet is None:
+            pause._lock.release()
+        else:
+            by_loop.setdefault(pause._greenlet.loop, []).append(pause)
+    for loop, group in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and they with it
+            loop.call_soon_threadsafe(_end_all, group)
+
+
+def _end_all(pauses: list[Pause]) -> None:
+    for pause in pauses:
+        pause._end()
+
+
+def call_soon(function: Callable[..., object], *args: object) -> None:
+    """Call a function when the event loop has gone through the requests at hand; in a thread, at once."""
+    current = greenlet.getcurrent()
+    if isinstance(current, LoopGreenlet):
+        current.loop.call_soon(function, *args)
+    else:
+        function(*args)
+
+
+def offload(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function that takes long: a greenlet has a thread do it meanwhile, a thread does it itself."""
+    current = greenlet.getcurrent()
+    if not isinstance(current, LoopGreenlet):
+        return function(*args, **kwargs)
+    pause = Pause()
+    future = current.threads.submit(function, *args, **kwargs)
+    future.add_done_callback(lambda _: end_pauses([pause]))
+    pause.wait()
+    return future.result()
