@@ -29,7 +29,7 @@ GRPC ?=
 IMAGE ?=
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve check format lock clean
+.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client check format lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -71,6 +71,9 @@ test-tfserving: $(INSTALLED)  ## the recorded exchanges against any running Tens
 
 bench-serve: $(INSTALLED)  ## this service beside the plain Flask script, LitServe, BentoML (needs wrk; installs the peers once)
 	@$(BIN)/python -m benchmarks.serve
+
+bench-client: $(INSTALLED)  ## 10,000 pictures from a folder through the service, by the client's two ways (needs wrk)
+	@$(BIN)/python -m benchmarks.client
 
 check: $(INSTALLED)  ## lint, format and types
 	@$(BIN)/ruff check .

@@ -142,7 +142,10 @@ async def _send_on_time(target: Target, requests_per_s: float, seconds: float) -
             length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
             await connection[0].readexactly(length)
             errors += not head.startswith(b"HTTP/1.1 200")
-            idle.append(connection)
+            if b"connection: close" in head.lower():
+                connection[1].close()
+            else:
+                idle.append(connection)
         except (OSError, asyncio.IncompleteReadError, IndexError):
             errors += 1
         latencies.append(time.perf_counter() - due_s)

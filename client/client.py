@@ -12,10 +12,12 @@ from PIL import Image
 
 from client.errors import ImageRejected
 from client.images import ImageSource, Picture, read_picture
+from client.pipeline import map_in_order
 from client.predictions import Failure, Prediction, ServiceStatus
 from client.rest import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, RestTransport
 
 DEFAULT_BATCH_SIZE = 32
+REQUESTS_IN_FLIGHT = 2  # the service has work while the next batch is read
 
 # A batch ends early rather than hold more than this; a larger picture is a batch of its own.
 MAX_BATCH_BYTES = 16 * 1024 * 1024
@@ -82,8 +84,9 @@ class PictureClient:
     def predict_iter(self, images: ImageSource | Iterable[ImageSource]) -> Iterator[Prediction | Failure]:
         """Classify pictures as they come; yield a prediction or failure for each, in their order.
 
-        At most one batch is held in memory, however many pictures there are: give it a generator, such as
-        `find_pictures(folder)`. Nothing is read or sent before the first result is asked for.
+        While the service answers a batch, the next is read and sent, and no more: few pictures are held in memory,
+        however many there are. Give it a generator, such as `find_pictures(folder)`. Nothing is read or sent before
+        the first result is asked for.
 
         Args:
             images: as for `predict`.
@@ -92,23 +95,26 @@ class PictureClient:
             ClientError: the service gives no answer.
             TypeError: something given is no picture in any of the forms taken.
         """
+        return map_in_order(self._predict_batch, self._gather(images), in_flight=REQUESTS_IN_FLIGHT)
+
+    def _gather(self, images: ImageSource | Iterable[ImageSource]) -> Iterator[list[Picture | Failure]]:
         batch: list[Picture | Failure] = []
         batch_bytes = 0
         for index, source in enumerate(_each(images)):
             item = _read(source, index=index)
             item_bytes = len(item.data) if isinstance(item, Picture) else 0
             if len(batch) == self._batch_size or batch_bytes + item_bytes > MAX_BATCH_BYTES:
-                yield from self._predict_batch(batch)
+                yield batch
                 batch, batch_bytes = [], 0
             batch.append(item)
             batch_bytes += item_bytes
-        yield from self._predict_batch(batch)
+        if batch:
+            yield batch
 
-    def _predict_batch(self, batch: list[Picture | Failure]) -> Iterator[Prediction | Failure]:
+    def _predict_batch(self, batch: list[Picture | Failure]) -> list[Prediction | Failure]:
         pictures = [item for item in batch if isinstance(item, Picture)]
         answers = iter(self._transport.predict_batch(pictures) if pictures else ())
-        for item in batch:
-            yield item if isinstance(item, Failure) else next(answers)
+        return [item if isinstance(item, Failure) else next(answers) for item in batch]
 
     def status(self) -> ServiceStatus:
         """Ask once whether the service is ready to predict, and what it serves.

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from prometheus_client import (
@@ -145,8 +145,7 @@ class _TimedPredictor:
         self._inner = inner
         self._rows = rows.labels(model)
         self._call_rows = call_rows.labels(model)
-        self._seconds = seconds
-        self._model = model
+        self._seconds_of = cache(partial(seconds.labels, model))
 
     @property
     def signatures(self) -> Mapping[str, Signature]:
@@ -157,7 +156,7 @@ class _TimedPredictor:
     ) -> dict[str, np.ndarray]:
         started = time.perf_counter()
         outputs = self._inner.predict(signature, inputs, deadline_s=deadline_s)
-        self._seconds.labels(self._model, signature).observe(time.perf_counter() - started)
+        self._seconds_of(signature).observe(time.perf_counter() - started)
         rows = next((array.shape[0] for array in inputs.values() if array.ndim), 1)
         self._rows.inc(rows)
         self._call_rows.observe(rows)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -264,13 +264,8 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None
             number of rows than the rest.
     """
     expected = signature.inputs
-    if missing := sorted(expected.keys() - inputs.keys()):
-        raise InvalidRequest(f'signature "{signature.name}" needs the input {", ".join(missing)}')
-    if unexpected := sorted(inputs.keys() - expected.keys()):
-        raise InvalidRequest(
-            f'signature "{signature.name}" has no input {", ".join(unexpected)}; '
-            f"it takes {', '.join(f'{name}: {spec}' for name, spec in expected.items())}"
-        )
+    if inputs.keys() != expected.keys():
+        _refuse_names(signature, inputs)
     rows: dict[str, int] = {}
     for name, spec in expected.items():
         array = inputs[name]
@@ -286,12 +281,25 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None
         raise InvalidRequest(f"all inputs need the same number of rows, but {counts}")
 
 
+def _refuse_names(signature: Signature, inputs: Mapping[str, np.ndarray]) -> NoReturn:
+    expected = signature.inputs
+    if missing := sorted(expected.keys() - inputs.keys()):
+        raise InvalidRequest(f'signature "{signature.name}" needs the input {", ".join(missing)}')
+    raise InvalidRequest(
+        f'signature "{signature.name}" has no input {", ".join(sorted(inputs.keys() - expected.keys()))}; '
+        f"it takes {', '.join(f'{name}: {spec}' for name, spec in expected.items())}"
+    )
+
+
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> bool:
     if expected is None:
         return True
-    return len(shape) == len(expected) and all(
-        want is None or want == have for want, have in zip(expected, shape, strict=True)
-    )
+    if len(shape) != len(expected):
+        return False
+    for want, have in zip(expected, shape, strict=True):  # noqa: SIM110 - a generator costs more than the rest
+        if want is not None and want != have:
+            return False
+    return True
 
 
 def _shape_text(shape: tuple[int | None, ...]) -> str:

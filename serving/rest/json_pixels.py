@@ -7,11 +7,13 @@ to the parser that knows what to say of them.
 
 from __future__ import annotations
 
+import math
 import re
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
-import orjson
+import simdjson
 
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 
@@ -53,10 +55,14 @@ def read_pixels(body: bytes, spec: TensorSpec) -> tuple[np.ndarray, bool] | None
     if rest or not 0 < rows <= _MAX_ROWS or nesting != _nesting((rows, *shape)):
         return None
     try:
-        pixels = bytes(orjson.loads(b"[%b]" % tensor.translate(None, b"[]")))
-    except (orjson.JSONDecodeError, ValueError, TypeError, OverflowError):  # "1 2", "007", 300, 2**64
+        # A parser is cheap, and cannot be used again before what it has read is forgotten.
+        array = cast(simdjson.Array, simdjson.Parser().parse(tensor))
+        numbers = np.frombuffer(array.as_buffer(of_type="u"), np.uint64)
+    except ValueError:  # "1 2", "007", 2**64
         return None
-    return np.frombuffer(pixels, np.uint8).reshape(rows, *shape), head[1] == b"instances"
+    if len(numbers) != rows * math.prod(shape) or numbers.max() > 255:
+        return None
+    return numbers.astype(np.uint8).reshape(rows, *shape), head[1] == b"instances"
 
 
 @lru_cache(maxsize=256)

@@ -16,6 +16,7 @@ from serving.images import read_image
 from serving.metrics import Metrics
 from serving.predictor import DEFAULT_SIGNATURE, Predictor
 from serving.repository import ModelRepository, ModelVersion
+from serving.rest.form import read_files
 from serving.settings import Settings
 
 blueprint = Blueprint("upload", __name__)
@@ -112,6 +113,10 @@ def _read_body() -> Picture:
 def _read_form() -> list[Picture]:
     """Read the files of a multipart body, in the order sent, into memory."""
     settings: Settings = current_app.extensions["settings"]
+    body: bytes = request.get_data(cache=False)
+    form = read_files(body, request.content_type or "")
+    if form and len(form) <= settings.max_images:
+        return [Picture(*file) for file in form]
     count = 0
 
     def open_file(*_: Any, **__: Any) -> io.BytesIO:
@@ -131,7 +136,7 @@ def _read_form() -> list[Picture]:
     if not boundary:
         raise InvalidRequest("the multipart body's Content-Type names no boundary")
     try:
-        _, files = parser.parse(request.stream, boundary.encode("ascii"), request.content_length)
+        _, files = parser.parse(io.BytesIO(body), boundary.encode("ascii"), len(body))
     except ValueError as error:
         raise InvalidRequest(f"the multipart body is malformed: {error}") from error
     pictures = [Picture(file=file.filename, data=file.stream.getvalue()) for _, file in cast(list[Any], files)]

@@ -129,8 +129,8 @@ def test_batches_keep_the_order_and_the_connection(service: Service, pictures: l
         predictions = client.predict(pictures)
     assert [prediction.file for prediction in predictions] == [str(path) for path in pictures]
     assert [prediction.label for prediction in predictions] == [COLOURS[index % 3] for index in range(7)]
-    assert service.batches == [["0.png", "1.png", "2.png"], ["3.png", "4.png", "5.png"], ["6.png"]]
-    assert len({request.connection for request in service.received}) == 1
+    assert sorted(service.batches) == [["0.png", "1.png", "2.png"], ["3.png", "4.png", "5.png"], ["6.png"]]
+    assert len({request.connection for request in service.received}) <= 2
 
 
 def test_a_batch_ends_before_it_holds_too_many_bytes(
@@ -140,7 +140,7 @@ def test_a_batch_ends_before_it_holds_too_many_bytes(
     monkeypatch.setattr(client_module, "MAX_BATCH_BYTES", 2 * size + size // 2)
     with Client(service.url) as client:
         assert len(client.predict(pictures)) == 7
-    assert [len(batch) for batch in service.batches] == [2, 2, 2, 1]
+    assert sorted(len(batch) for batch in service.batches) == [1, 2, 2, 2]
 
 
 def test_no_pictures_are_no_predictions_and_no_request(service: Service) -> None:
@@ -161,10 +161,10 @@ def test_results_come_while_pictures_are_still_to_be_read(service: Service) -> N
         results = client.predict_iter(endless())
         labels = [next(results).label for _ in range(10)]
     assert labels == given[:10]
-    assert len(given) <= 13  # three batches, and the picture that showed the third to be full
+    assert len(given) <= 17  # a batch beyond those of the ten, and the picture that showed it to be full
 
 
-def test_no_more_than_a_batch_is_held_in_memory(service: Service) -> None:
+def test_no_more_than_two_batches_are_held_in_memory(service: Service) -> None:
     service.received = deque(maxlen=1)
     script = """
 import gc, sys, tracemalloc
@@ -184,7 +184,7 @@ print(count, tracemalloc.get_traced_memory()[1])
     )
     count, peak_bytes = map(int, done.stdout.split())
     assert count == 100
-    assert peak_bytes < 100 * 120_000 / 5
+    assert peak_bytes < 100 * 120_000 / 3  # 8 pictures, and the copies of them that requests are made of
 
 
 def test_one_bad_picture_costs_only_itself(service: Service, pictures: list[Path], tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_pictures_that_cannot_be_read_here_fill_no_memory(service: Service, tmp_
     with Client(service.url, batch_size=4) as client:
         results = client.predict_iter(many())
         assert all(isinstance(next(results), Failure) for _ in range(8))
-    assert given <= 9
+    assert given <= 13
     assert service.received == []
 
 

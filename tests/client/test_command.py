@@ -210,9 +210,11 @@ def test_no_answer_is_3(
     service.script.extend([lambda handler: handler.predict(service.received[-1].files), trouble])
     result = run(folder, "--batch-size", 2, "--retries", 0)
     assert result.exit_code == 3
-    assert len(result.stdout.splitlines()) == 2
+    # The second and the third batch are on their way together, so either can have met with the trouble.
+    answered = len(result.stdout.splitlines())
+    assert answered in (2, 4)
     first, second = result.stderr.splitlines()
-    assert first == "2 of 6 pictures were answered"
+    assert first == f"{answered} of 6 pictures were answered"
     assert second.startswith("error: ")
     assert message in second
 
