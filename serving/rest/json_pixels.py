@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from functools import lru_cache
 from typing import cast
 
@@ -21,6 +22,16 @@ _HEAD = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"(instances|inputs)"[ \t\r\n]*:[ \t\
 _TAIL = re.compile(rb"[ \t\r\n]*\}[ \t\r\n]*")
 _DIGITS_AND_SPACE = b"0123456789 \t\r\n"
 _MAX_ROWS = 64  # a nesting is kept for each number of rows
+
+
+class _Local(threading.local):
+    """A parser for each thread: it keeps its memory from one text to the next."""
+
+    def __init__(self) -> None:
+        self.parser = simdjson.Parser()
+
+
+_local = _Local()
 
 
 def find_pixel_input(signature: Signature | None) -> TensorSpec | None:
@@ -55,8 +66,7 @@ def read_pixels(body: bytes, spec: TensorSpec) -> tuple[np.ndarray, bool] | None
     if rest or not 0 < rows <= _MAX_ROWS or nesting != _nesting((rows, *shape)):
         return None
     try:
-        # A parser is cheap, and cannot be used again before what it has read is forgotten.
-        array = cast(simdjson.Array, simdjson.Parser().parse(tensor))
+        array = cast(simdjson.Array, _local.parser.parse(tensor))
         numbers = np.frombuffer(array.as_buffer(of_type="u"), np.uint64)
     except ValueError:  # "1 2", "007", 2**64
         return None

@@ -55,18 +55,19 @@ def add_routes(state: BlueprintSetupState) -> None:
 
 def answer(_: str) -> Response:
     """Answer any request under /v1/."""
-    if request.method not in _METHODS:
-        raise MethodNotImplemented(f"{request.method} is no method of this API")
-    query = request.query_string.decode("latin-1")
+    method = request.method
+    if method not in _METHODS:
+        raise MethodNotImplemented(f"{method} is no method of this API")
     # The query is part of the path that is matched, as it is there.
+    query = request.environ["QUERY_STRING"]
     path = request.path + ("?" + query if query else "")
-    if request.method == "OPTIONS":
+    if method == "OPTIONS":
         return Response(status=200 if re.search("https?://", request.headers.get("Origin", "")) else 400)
-    if request.method == "POST" and (call := _CALL.fullmatch(path)):
+    if method == "POST" and (call := _CALL.fullmatch(path)):
         return _predict(call) if call["method"] == "predict" else _classify_or_regress(call)
-    if request.method == "GET" and (status := _STATUS.fullmatch(path)):
+    if method == "GET" and (status := _STATUS.fullmatch(path)):
         return _metadata(status) if status["metadata"] == "/metadata" else _status(status)
-    raise InvalidRequest(f"Malformed request: {request.method} {path}")
+    raise InvalidRequest(f"Malformed request: {method} {path}")
 
 
 def _predict(call: re.Match[str]) -> Response:
@@ -199,7 +200,7 @@ def _describe_tensor(spec: TensorSpec) -> dict[str, Any]:
 def _read_body() -> bytes:
     """Read the request's body, inflated if it says it is gzip; what is no gzip counts as empty, as it does there."""
     body: bytes = request.get_data(cache=False)
-    if "gzip" not in request.headers.get("Content-Encoding", ""):
+    if "gzip" not in request.environ.get("HTTP_CONTENT_ENCODING", ""):
         return body
     try:
         return inflate(body)
