@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -58,6 +59,11 @@ class Service:
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     service: Service
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that broke off, with other requests on their way: its own messages are tested."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
