@@ -174,7 +174,8 @@ def train(
 
 @main.command()
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path, file_okay=False))
-def evaluate(run_path: Path) -> None:
+@click.option("--mirror", is_flag=True, help="Judge the mean of each image and its mirror image too.")
+def evaluate(run_path: Path, *, mirror: bool) -> None:
     """Judge the best checkpoint of a past RUN on its test set again, and write its report."""
     from training.run import RunFolder
 
@@ -182,17 +183,23 @@ def evaluate(run_path: Path) -> None:
     dataset = _load_dataset(run.read_config())
     from training.train import evaluate_run
 
-    _show_evaluation(run, evaluate_run(run, dataset))
+    views = evaluate_run(run, dataset, mirror=mirror)
+    _show_evaluation(run, views["test"])
+    if mirror:
+        click.echo(f"mirror         {views['mirror'].accuracy:.2%}, averaged with the mirror images")
 
 
 @main.command()
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path, file_okay=False))
 @_models_options
-def export(run_path: Path, *, models_dir: Path, name: str | None) -> None:
+@click.option(
+    "--mirror", is_flag=True, help="Answer with the mean of an image and its mirror image, at twice the work."
+)
+def export(run_path: Path, *, models_dir: Path, name: str | None, mirror: bool) -> None:
     """Export the best checkpoint of a past RUN as the next version of a model."""
     from training.run import RunFolder
 
-    _export(RunFolder.open(run_path), models_dir=models_dir, name=name)
+    _export(RunFolder.open(run_path), models_dir=models_dir, name=name, mirror=mirror)
 
 
 @main.command()
@@ -235,10 +242,10 @@ def _show_what_is_kept(run: RunFolder) -> None:
     )
 
 
-def _export(run: RunFolder, *, models_dir: Path, name: str | None) -> None:
+def _export(run: RunFolder, *, models_dir: Path, name: str | None, mirror: bool = False) -> None:
     from training.export import export_run
 
-    click.echo(f"exported       {export_run(run, models_dir=models_dir, name=name)}")
+    click.echo(f"exported       {export_run(run, models_dir=models_dir, name=name, mirror=mirror)}")
 
 
 def _interrupt(*_: object) -> None:

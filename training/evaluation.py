@@ -44,6 +44,17 @@ class Calibration:
     accuracies: np.ndarray
     expected_calibration_error: float
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as JSON can hold them; what is not defined is None."""
+        bins = zip(self.counts, self.confidences, self.accuracies, strict=True)
+        return {
+            "expected_calibration_error": self.expected_calibration_error,
+            "bins": [
+                {"count": int(count), "confidence": _defined(confidence), "accuracy": _defined(accuracy)}
+                for count, confidence, accuracy in bins
+            ],
+        }
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -68,7 +79,6 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as JSON can hold them; what is not defined is None."""
-        bins = zip(self.calibration.counts, self.calibration.confidences, self.calibration.accuracies, strict=True)
         return {
             "accuracy": self.accuracy,
             "loss": self.loss,
@@ -84,13 +94,7 @@ class Evaluation:
                 for figures in self.per_class
             ],
             "confusion": self.confusion.tolist(),
-            "calibration": {
-                "expected_calibration_error": self.calibration.expected_calibration_error,
-                "bins": [
-                    {"count": int(count), "confidence": _defined(confidence), "accuracy": _defined(accuracy)}
-                    for count, confidence, accuracy in bins
-                ],
-            },
+            "calibration": self.calibration.to_json(),
         }
 
 

@@ -210,10 +210,34 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
 
 
 @in_our_style
-def plot_calibration(calibration: Calibration) -> Figure:
-    """Plot accuracy against confidence, and how often each confidence occurs (Guo et al. 2017, figure 1)."""
-    figure = Figure(figsize=(4.4, 5.2), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
+def plot_calibration(before: Calibration, after: Calibration, *, temperature: float) -> Figure:
+    """Plot accuracy against confidence, and how often each confidence occurs (Guo et al. 2017, figure 1).
+
+    Args:
+        before: as the model was trained, on the left.
+        after: with its logits divided by `temperature`, on the right.
+        temperature: the temperature.
+    """
+    figure = Figure(figsize=(8.2, 4.9), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3.4, 1))
+    for upper, lower, calibration, title in (
+        (*panels[:, 0], before, "As trained"),
+        (*panels[:, 1], after, f"Temperature {temperature:.2f}, as exported"),
+    ):
+        _draw_reliability(upper, lower, calibration)
+        upper.set_title(title, pad=20)
+        lower.set(xlabel="confidence", xlim=(0, 1))
+    panels[0, 0].set(ylabel="accuracy", ylim=(0, 1))
+    panels[1, 0].set(ylabel="images")
+    for axis in (panels[0, 0].yaxis, panels[1, 0].yaxis, panels[1, 0].xaxis):
+        axis.set_major_formatter(_PERCENT)
+    panels[1, 0].yaxis.set_major_locator(MaxNLocator(3))
+    for line, (text, colour) in enumerate((("accuracy", BLUE), ("mean confidence", VERMILLION))):
+        panels[0, 0].text(0.03, 0.96 - 0.07 * line, text, color=colour, weight="bold", va="center", path_effects=_HALO)
+    return figure
+
+
+def _draw_reliability(upper: Axes, lower: Axes, calibration: Calibration) -> None:
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[:-1]
     filled = calibration.counts > 0
     accuracies, confidences = calibration.accuracies[filled], calibration.confidences[filled]
@@ -221,11 +245,7 @@ def plot_calibration(calibration: Calibration) -> Figure:
     upper.bar(edges[filled], accuracies, color=BLUE, **bars)
     upper.hlines(confidences, edges[filled], edges[filled] + 1 / CALIBRATION_BINS, color=VERMILLION, linewidth=2)
     upper.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    for line, (text, colour) in enumerate((("accuracy", BLUE), ("mean confidence", VERMILLION))):
-        upper.text(0.03, 0.96 - 0.07 * line, text, color=colour, weight="bold", va="center", path_effects=_HALO)
-    upper.set(ylabel="accuracy", ylim=(0, 1))
     share = calibration.counts / calibration.counts.sum()
-    upper.set_title("Calibration on the test set", pad=20)
     upper.annotate(
         f"accuracy {np.nansum(share * calibration.accuracies):.1%}, "
         f"mean confidence {np.nansum(share * calibration.confidences):.1%}, "
@@ -237,11 +257,6 @@ def plot_calibration(calibration: Calibration) -> Figure:
         fontsize=7.5,
     )
     lower.bar(edges, share, color=GREY, **bars)
-    lower.set(ylabel="images", xlabel="confidence", xlim=(0, 1))
-    for axis in (upper.yaxis, lower.yaxis, lower.xaxis):
-        axis.set_major_formatter(_PERCENT)
-    lower.yaxis.set_major_locator(MaxNLocator(3))
-    return figure
 
 
 def shorten(name: str, length: int) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from training.config import TrainingConfig
 from training.datasets import Dataset
 from training.epochs import EpochResult
-from training.evaluation import CALIBRATION_BINS, Evaluation
+from training.evaluation import CALIBRATION_BINS, Calibration, Evaluation
 from training.plots import plot_calibration, plot_confusion, plot_curves, render_png
 from training.run import RunFolder
 from training.sample_sheet import plot_samples
@@ -29,6 +29,9 @@ def write_report(
     config: TrainingConfig,
     dataset: Dataset,
     evaluation: Evaluation,
+    mirrored: Evaluation | None,
+    uncalibrated: Calibration,
+    temperature: float,
     probabilities: np.ndarray,
     best: Mapping[str, Any],
 ) -> Path:
@@ -39,6 +42,9 @@ def write_report(
         config: what it was asked.
         dataset: what it was trained and judged on.
         evaluation: the test set's figures.
+        mirrored: the same with mirror averaging, where that was asked for.
+        uncalibrated: as the model was before its logits were divided by the temperature.
+        temperature: what they are divided by.
         probabilities: float32 (n, classes), of the test images.
         best: the figures of the epoch whose weights were kept, as `EpochResult` names them.
 
@@ -53,12 +59,18 @@ def write_report(
         "loss": plot_curves(history, quantity="loss", best_epoch=kept.epoch),
         "accuracy": plot_curves(history, quantity="accuracy", best_epoch=kept.epoch),
         "confusion": plot_confusion(evaluation.confusion, dataset.class_names),
-        "calibration": plot_calibration(evaluation.calibration),
+        "calibration": plot_calibration(uncalibrated, evaluation.calibration, temperature=temperature),
         "samples": plot_samples(dataset.test.images, dataset.test.labels, probabilities, dataset.class_names),
     }
+    confidence = (
+        f"The logits are divided by a temperature of {temperature:.3f}, fitted on the validation images; the exported "
+        f"model does the same. Expected calibration error {uncalibrated.expected_calibration_error:.4f} before, "
+        f"{evaluation.calibration.expected_calibration_error:.4f} after: how far confidence and accuracy lie apart in "
+        f"{CALIBRATION_BINS} bins, averaged over the images."
+    )
     for name, figure in plots.items():
         run.write_bytes(f"{name}.png", render_png(figure))
-    run.write_text("report.md", _markdown(config, dataset, evaluation, history, kept))
+    run.write_text("report.md", _markdown(config, dataset, evaluation, mirrored, confidence, history, kept))
     return run.path / "report.md"
 
 
@@ -66,6 +78,8 @@ def _markdown(
     config: TrainingConfig,
     dataset: Dataset,
     evaluation: Evaluation,
+    mirrored: Evaluation | None,
+    confidence: str,
     history: Sequence[EpochResult],
     kept: EpochResult,
 ) -> str:
@@ -77,10 +91,6 @@ def _markdown(
         "validation loss was the lowest."
     )
     curves = "The circle marks the epoch that was kept; a dashed line, that the learning rate (lr) was lowered."
-    confidence = (
-        f"Expected calibration error {evaluation.calibration.expected_calibration_error:.4f}: how far confidence and "
-        f"accuracy lie apart in {CALIBRATION_BINS} bins, averaged over the images."
-    )
     return "\n".join(
         [
             f"# {_escape(dataset.name)}: {evaluation.accuracy:.2%} of {evaluation.count:,} test images",
@@ -93,6 +103,17 @@ def _markdown(
                     ("training, during the epoch", f"{kept.loss:.4f}", f"{kept.accuracy:.2%}"),
                     ("validation", f"{kept.val_loss:.4f}", f"{kept.val_accuracy:.2%}"),
                     ("**test**", f"**{evaluation.loss:.4f}**", f"**{evaluation.accuracy:.2%}**"),
+                    *(
+                        []
+                        if mirrored is None
+                        else [
+                            (
+                                "test, averaged with the mirror images",
+                                f"{mirrored.loss:.4f}",
+                                f"{mirrored.accuracy:.2%}",
+                            )
+                        ]
+                    ),
                 ),
             ),
             "",

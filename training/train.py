@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from training.calibration import apply_temperature, average_views, fit_temperature
 from training.checkpoints import Checkpoints, read_best_state
 from training.config import TrainingConfig
 from training.datasets import Dataset
@@ -52,11 +53,19 @@ def train_and_evaluate(run: RunFolder, dataset: Dataset) -> Evaluation:
     with run.lock(), _explain_full_storage(run):
         run.record_dataset(DatasetSummary.of(dataset))
         _train(run, config, dataset)
-        return _judge(run, config, dataset)
+        return _judge(run, config, dataset)["test"]
 
 
-def evaluate_run(run: RunFolder, dataset: Dataset) -> Evaluation:
+def evaluate_run(run: RunFolder, dataset: Dataset, *, mirror: bool = False) -> dict[str, Evaluation]:
     """Judge the best checkpoint of a past run on the test set again, and write its report.
+
+    Args:
+        run: the run.
+        dataset: what it was trained on.
+        mirror: judge the mean of each image and its mirror image too.
+
+    Returns:
+        The figures by view: "test", and "mirror" where asked for.
 
     Raises:
         TrainingError: the run has no checkpoint yet, or its data is not what it was.
@@ -64,7 +73,7 @@ def evaluate_run(run: RunFolder, dataset: Dataset) -> Evaluation:
     config = run.read_config()
     with run.lock(), _explain_full_storage(run):
         run.record_dataset(DatasetSummary.of(dataset))
-        return _judge(run, config, dataset)
+        return _judge(run, config, dataset, mirror=mirror)
 
 
 def load_best_model(run: RunFolder) -> tuple[keras.Model, dict[str, Any]]:
@@ -94,8 +103,16 @@ def load_best_model(run: RunFolder) -> tuple[keras.Model, dict[str, Any]]:
     return model, best
 
 
-def predict_probabilities(model: keras.Model, images: np.ndarray) -> np.ndarray:
-    """Return the model's probabilities, float32 (n, classes), for uint8 images (n, height, width, 3)."""
+def predict_probabilities(model: keras.Model, images: np.ndarray, *, mirror: bool = False) -> np.ndarray:
+    """Return the model's probabilities, float32 (n, classes), for uint8 images (n, height, width, 3).
+
+    Args:
+        model: the model.
+        images: what it is to see.
+        mirror: see each image and its mirror image, and average their logits.
+    """
+    if mirror:
+        return average_views(predict_probabilities(model, images), predict_probabilities(model, images[:, :, ::-1]))
     predict = tf.function(lambda batch: model(batch, training=False), reduce_retracing=True)
     batches = range(0, len(images), _EVALUATION_BATCH_SIZE)
     return np.concatenate(
@@ -147,13 +164,46 @@ def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
         )
 
 
-def _judge(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> Evaluation:
+def _judge(run: RunFolder, config: TrainingConfig, dataset: Dataset, *, mirror: bool = False) -> dict[str, Evaluation]:
+    """Judge the best checkpoint on the test set, its temperature fitted on the validation images."""
     model, best = load_best_model(run)
-    probabilities = predict_probabilities(model, dataset.test.images)
-    result = evaluate(probabilities, dataset.test.labels, dataset.class_names)
-    run.write_evaluation({"best": best, "test": result.to_json()})
-    write_report(run, config=config, dataset=dataset, evaluation=result, probabilities=probabilities, best=best)
-    return result
+    _, validation = split_validation(dataset.train, seed=config.seed)
+    views = {"test": False, "mirror": True} if mirror else {"test": False}
+    raw = {view: predict_probabilities(model, dataset.test.images, mirror=flip) for view, flip in views.items()}
+    temperatures = {
+        view: fit_temperature(predict_probabilities(model, validation.images, mirror=flip), validation.labels)
+        for view, flip in views.items()
+    }
+    probabilities = {view: apply_temperature(raw[view], temperatures[view]) for view in views}
+    before, after = (
+        {view: evaluate(rows, dataset.test.labels, dataset.class_names) for view, rows in predictions.items()}
+        for predictions in (raw, probabilities)
+    )
+    run.write_evaluation(
+        {
+            "best": best,
+            **{
+                view: {
+                    **after[view].to_json(),
+                    "temperature": temperatures[view],
+                    "uncalibrated": before[view].calibration.to_json(),
+                }
+                for view in views
+            },
+        }
+    )
+    write_report(
+        run,
+        config=config,
+        dataset=dataset,
+        evaluation=after["test"],
+        mirrored=after.get("mirror"),
+        uncalibrated=before["test"].calibration,
+        temperature=temperatures["test"],
+        probabilities=probabilities["test"],
+        best=best,
+    )
+    return after
 
 
 def _make_optimizer(config: TrainingConfig) -> keras.optimizers.Optimizer:

@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from training.config import VARIANTS
 from training.errors import DatasetError
@@ -27,6 +28,24 @@ def test_one_network_in_two_styles(activation):
     assert np.abs(sequential(images) - subclass(images)).max() > 1e-6  # they start with weights of their own
     subclass.set_weights(sequential.get_weights())
     np.testing.assert_array_equal(sequential(images), subclass(images))
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (31, 25, 3), (22, 36, 3)])
+def test_pixels_left_out_are_those_the_network_makes_no_use_of(shape):
+    model = build_model("sequential", shape, classes=10, conv_activation="relu")
+    layers = [layer for layer in model.layers if not isinstance(layer, keras.layers.Cropping2D)]
+    assert len(layers) == len(model.layers) - 1
+    copies = [type(layer).from_config(layer.get_config()) for layer in layers]
+    whole = keras.Sequential([keras.Input(shape, dtype="uint8"), *copies])
+    whole.set_weights(model.get_weights())
+    images, labels = tf.constant(random_images(shape=shape)), tf.constant([1, 2, 3, 4])
+    results = []
+    for network in (model, whole):
+        with tf.GradientTape() as tape:
+            loss = keras.losses.sparse_categorical_crossentropy(labels, network(images))
+        results.append([loss, *tape.gradient(loss, network.trainable_variables)])
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_activation_is_applied():

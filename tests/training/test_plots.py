@@ -9,6 +9,7 @@ from matplotlib.text import Text
 
 from training.epochs import EpochResult
 from training.evaluation import evaluate
+from training.calibration import apply_temperature
 from training.plots import in_our_style, plot_calibration, plot_confusion, plot_curves, shorten
 from training.sample_sheet import plot_samples
 
@@ -107,7 +108,11 @@ def make_predictions(classes, count, share_right):
 @pytest.mark.parametrize("share_right", [0.0, 0.6, 1.0])
 def test_calibration_is_readable(share_right):
     probabilities, labels = make_predictions(10, 500, share_right)
-    assert_readable(plot_calibration(evaluate(probabilities, labels, [str(n) for n in range(10)]).calibration))
+    before, after = (
+        evaluate(rows, labels, [str(n) for n in range(10)]).calibration
+        for rows in (probabilities, apply_temperature(probabilities, 2.5))
+    )
+    assert_readable(plot_calibration(before, after, temperature=2.5))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 96), (200, 60)], ids=str)

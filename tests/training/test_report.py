@@ -35,7 +35,7 @@ def make_history(epochs):
     ]
 
 
-def report(folder, *, classes=3, epochs=5, share_right=0.6, side=32, count=60, config=None, history=None):
+def report(folder, *, classes=3, epochs=5, share_right=0.6, side=32, count=60, config=None, history=None, mirrored=None):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, count)
     probabilities = rng.dirichlet(np.ones(classes), count).astype(np.float32)
@@ -55,6 +55,9 @@ def report(folder, *, classes=3, epochs=5, share_right=0.6, side=32, count=60, c
         config=config,
         dataset=Dataset("pets", "some folder", names, split, split),
         evaluation=evaluate(probabilities, labels, names),
+        mirrored=mirrored and evaluate(probabilities, labels, names),
+        uncalibrated=evaluate(probabilities, labels, names).calibration,
+        temperature=1.234,
         probabilities=probabilities,
         best=vars(epochs_run[-1]),
     )

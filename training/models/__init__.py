@@ -6,9 +6,13 @@ from collections.abc import Callable
 
 import keras
 
+from training.config import TrainingConfig
 from training.errors import DatasetError
+from training.models.folding import Logits, fold_article_network, freeze
 from training.models.sequential import build_sequential
 from training.models.subclass import build_subclass
+
+__all__ = ["MIN_IMAGE_SIZE", "build_model", "fold_model", "freeze"]
 
 _BUILDERS: dict[str, Callable[..., keras.Model]] = {
     "sequential": build_sequential,
@@ -31,3 +35,8 @@ def build_model(variant: str, input_shape: tuple[int, int, int], *, classes: int
             f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: choose a size with --image-size, such as --image-size 32x32"
         )
     return _BUILDERS[variant](input_shape, classes=classes, conv_activation=conv_activation)
+
+
+def fold_model(model: keras.Model, config: TrainingConfig, *, temperature: float) -> Logits:
+    """Return what a trained model computes, its logits divided by `temperature`, without variables."""
+    return fold_article_network(model, conv_activation=config.conv_activation, temperature=temperature)

@@ -8,6 +8,8 @@ import keras
 import tensorflow as tf
 from keras import layers
 
+from training.models.sequential import used_size
+
 # Sublayers are plain attributes throughout, never in a list or dict: tf.train.Checkpoint would leave those
 # out without a word (keras-team/keras#18398).
 
@@ -99,7 +101,8 @@ class ImageClassifier(keras.Model):
 
     def call(self, images: tf.Tensor) -> tf.Tensor:
         """Return the probabilities."""
-        features = self.block1(self.rescaling(images))
+        height, width = (used_size(size) for size in images.shape[1:3])
+        features = self.block1(self.rescaling(images[:, :height, :width]))
         features = self.block3(self.block2(features))
         return self.head(features)
 

@@ -1,0 +1,64 @@
+"""What a trained network computes once nothing is to be trained any more: constants only, and as few as possible.
+
+Each function here takes a model's weights out of it and returns the same mathematics without what only training
+needs: rescaling is multiplied into the first convolution, the temperature into the last layer, and no variable is
+read. `training/export.py` asserts that the answers are the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from training.models.sequential import used_size
+
+Logits = Callable[[tf.Tensor], tf.Tensor]  # uint8 (n, height, width, 3) -> float32 (n, classes)
+
+
+def fold_article_network(model: keras.Model, *, conv_activation: str, temperature: float) -> Logits:
+    """Fold either writing of the article's network, whose weights come in the same order.
+
+    Args:
+        model: as `build_sequential` or `build_subclass` builds it.
+        conv_activation: what it was built with.
+        temperature: to divide the logits by.
+    """
+    *convolutions, hidden, output = _pairs([weight.numpy() for weight in model.weights])
+    first_kernel, first_bias = convolutions[0]
+    convolutions[0] = (first_kernel / np.float32(255), first_bias)
+    output = (output[0] / np.float32(temperature), output[1] / np.float32(temperature))
+    activation = keras.activations.get(conv_activation)
+
+    def logits(images: tf.Tensor) -> tf.Tensor:
+        height, width = (used_size(size) for size in images.shape[1:3])
+        features = tf.cast(images[:, :height, :width], tf.float32)
+        for kernel, bias in convolutions:
+            # In this order the convolution, its bias and its activation become one operation.
+            features = activation(tf.nn.bias_add(tf.nn.conv2d(features, kernel, 1, "VALID"), bias))
+            features = tf.nn.max_pool2d(features, 2, 2, "VALID")
+        features = tf.reshape(features, (-1, hidden[0].shape[0]))
+        features = tf.nn.relu(tf.nn.bias_add(tf.matmul(features, hidden[0]), hidden[1]))
+        return tf.nn.bias_add(tf.matmul(features, output[0]), output[1])
+
+    return logits
+
+
+def freeze(model: Callable[[tf.Tensor], tf.Tensor], input_shape: tuple[int, int, int]) -> Callable[..., tf.Tensor]:
+    """Return any model as it is, its variables made constants.
+
+    Args:
+        model: uint8 (n, height, width, 3) in.
+        input_shape: (height, width, 3).
+    """
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    spec = tf.TensorSpec((None, *input_shape), tf.uint8, "images")
+    frozen = convert_variables_to_constants_v2(tf.function(lambda images: model(images)).get_concrete_function(spec))
+    return lambda images: frozen(images)[0]
+
+
+def _pairs(weights: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return list(zip(weights[::2], weights[1::2], strict=True))
