@@ -7,9 +7,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
+from training.calibration import apply_temperature
 from training.epochs import EpochResult
 from training.evaluation import evaluate
-from training.calibration import apply_temperature
 from training.plots import in_our_style, plot_calibration, plot_confusion, plot_curves, shorten
 from training.sample_sheet import plot_samples
 

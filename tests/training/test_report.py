@@ -35,7 +35,9 @@ def make_history(epochs):
     ]
 
 
-def report(folder, *, classes=3, epochs=5, share_right=0.6, side=32, count=60, config=None, history=None, mirrored=None):
+def report(
+    folder, *, classes=3, epochs=5, share_right=0.6, side=32, count=60, config=None, history=None, mirrored=None
+):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, count)
     probabilities = rng.dirichlet(np.ones(classes), count).astype(np.float32)
