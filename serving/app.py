@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import Any, cast
 
 import orjson
 from flask import Flask, Request, Response, current_app, g, request
 from flask.json.provider import JSONProvider
+from flask.sessions import NullSession, SessionInterface
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 from werkzeug.routing import MapAdapter
 
@@ -23,6 +24,8 @@ from serving.rest import health, pages, tfserving, upload, v2
 from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+MAX_KNOWN_PATHS = 256
 
 _TFS_PREDICT = re.compile(r"/v1/models/([^/:]+)[^:]*:predict")
 
@@ -57,14 +60,39 @@ class BoundedRequest(Request):
 
     def get_data(self, *_: Any, **__: Any) -> Any:
         """Return the body; a `RequestEntityTooLarge` where it is longer than the limit."""
-        limit = self.max_content_length or 0
-        if (self.content_length or 0) > limit:
+        limit: int = current_app.config["MAX_CONTENT_LENGTH"]
+        if int(self.environ.get("CONTENT_LENGTH") or 0) > limit:
             raise RequestEntityTooLarge
         stream = self.environ["wsgi.input"]
         body = stream.getvalue() if isinstance(stream, BytesIO) else stream.read(limit + 1)
         if len(body) > limit:
             raise RequestEntityTooLarge
         return body
+
+
+class PlainResponse(Response):
+    """A response that needs nothing worked out when it is sent: the server adds the length."""
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        """Answer as a WSGI application."""
+        if self.status_code != 200 or environ["REQUEST_METHOD"] == "HEAD" or not isinstance(self.response, list):
+            return super().__call__(environ, start_response)
+        start_response(self.status, list(self.headers))
+        return self.response
+
+
+class NoSessions(SessionInterface):
+    """No route here has a session, so all requests share an empty one."""
+
+    def __init__(self) -> None:
+        self._empty = NullSession()
+
+    def open_session(self, *_: Any) -> NullSession:
+        """Return the empty session."""
+        return self._empty
+
+    def save_session(self, *_: Any) -> None:
+        """Keep nothing."""
 
 
 class Service(Flask):
@@ -74,6 +102,8 @@ class Service(Flask):
     """
 
     request_class = BoundedRequest
+    response_class = PlainResponse
+    session_interface = NoSessions()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,9 +117,8 @@ class Service(Flask):
         """Match by path and method alone."""
         if request is None:
             return None
-        environ = request.environ
-        query = environ["QUERY_STRING"]
-        return MapAdapter(self.url_map, request.host, "/", "", request.scheme, request.path, request.method, query)
+        query = request.environ["QUERY_STRING"]
+        return KnownPaths(self.url_map, request.host, "/", "", request.scheme, request.path, request.method, query)
 
     def preprocess_request(self) -> None:
         """Note when the request began."""
@@ -119,6 +148,21 @@ class Service(Flask):
         self.metrics.in_flight.dec()
 
 
+class KnownPaths(MapAdapter):
+    """Matches each method and path once: the same few come again and again."""
+
+    def match(self, *args: Any, **kwargs: Any) -> Any:
+        """As `MapAdapter.match`, which Flask calls with nothing but `return_rule=True`."""
+        known: dict[tuple[str, str], Any] = self.map.__dict__.setdefault("known_paths", {})
+        key = self.default_method, self.path_info
+        if (found := known.get(key)) is None:
+            found = super().match(*args, **kwargs)
+            if len(known) >= MAX_KNOWN_PATHS:
+                known.clear()
+            known[key] = found
+        return found
+
+
 class OrjsonProvider(JSONProvider):
     """JSON by orjson; numpy's arrays and scalars included, so float32 keeps its own digits."""
 
@@ -133,7 +177,7 @@ class OrjsonProvider(JSONProvider):
     def response(self, *args: Any, **kwargs: Any) -> Response:
         """Return `args` or `kwargs` as a JSON reply."""
         body = orjson.dumps(self._prepare_response_obj(args, kwargs), option=orjson.OPT_SERIALIZE_NUMPY)
-        return Response(body, mimetype="application/json")
+        return PlainResponse(body, mimetype="application/json")
 
 
 def _answer_serving_error(error: ServingError) -> Response:

@@ -250,9 +250,8 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing():
             return
         keep_alive = request.keep_alive and not self._shared.is_stopping
-        self._transport.write(_head(reply, self._connection_header(request, keep_alive), int(self._loop.time())))
-        if request.environ["REQUEST_METHOD"] != "HEAD":
-            self._transport.write(reply.body)
+        head = _head(reply, self._connection_header(request, keep_alive), int(self._loop.time()))
+        self._transport.write(head if request.environ["REQUEST_METHOD"] == "HEAD" else head + reply.body)
         self._is_first = False
         self._last_data_s = self._loop.time()
         if not keep_alive:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
+from itertools import accumulate
 
 import numpy as np
 from prometheus_client import (
@@ -18,9 +20,10 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString as format_bound  # noqa: N813
 
 from serving.predictor import Predictor, Signature
 from serving.repository import ModelRepository
@@ -55,16 +58,9 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._requests = Counter(
-            "serving_requests", "Requests answered.", ["route", "model", "status"], registry=self._registry
-        )
         self.in_flight = Gauge("serving_requests_in_flight", "Requests being answered.", registry=self._registry)
-        self._request_seconds = Histogram(
-            "serving_request_seconds",
-            "Time from a request's headers to its reply.",
-            ["route"],
-            buckets=SECONDS,
-            registry=self._registry,
+        self._request_seconds = _Durations(
+            "serving_request_seconds", "Time from a request's headers to its reply.", ["route"], SECONDS
         )
         self._decode_seconds = Histogram(
             "serving_decode_seconds",
@@ -92,17 +88,15 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
             registry=self._registry,
         )
-        self._tfs_latency = Histogram(
+        self._tfs_latency = _Durations(
             ":tensorflow:serving:request_latency",
             "Time from a request's headers to its reply, in microseconds.",
             ["model_name", "API", "entrypoint"],
-            buckets=TFS_MICROSECONDS,
-            registry=self._registry,
+            TFS_MICROSECONDS,
         )
-        # The library looks a label's values up under a lock and as text, each time.
-        self._requests_of = cache(self._requests.labels)
-        self._request_seconds_of = cache(self._request_seconds.labels)
-        self._tfs_latency_of = cache(self._tfs_latency.labels)
+        self._requests = _RequestCounts()
+        for collector in (self._requests, self._request_seconds, self._tfs_latency):
+            self._registry.register(collector)
         self._tfs_requests: Tally[tuple[str, str]] = Tally()
         self._lock = threading.Lock()
 
@@ -120,12 +114,12 @@ class Metrics:
 
     def observe_request(self, *, route: str, model: str, status: int, seconds: float) -> None:
         """Record an answered request; `model` is empty where none of ours was asked for."""
-        self._requests_of(route, model, str(status)).inc()
-        self._request_seconds_of(route).observe(seconds)
+        self._requests.count(route, model, status)
+        self._request_seconds.observe((route,), seconds)
 
     def observe_tfs_predict(self, *, model: str, code: str, seconds: float, api: str) -> None:
         """Record an answered predict call of TensorFlow Serving's API: `api` is "REST" or "GRPC"."""
-        self._tfs_latency_of(model, "predict", api).observe(seconds * 1e6)
+        self._tfs_latency.observe((model, "predict", api), seconds * 1e6)
         with self._lock:
             self._tfs_requests[model, code] += 1
 
@@ -161,6 +155,60 @@ class _TimedPredictor:
         self._rows.inc(rows)
         self._call_rows.observe(rows)
         return outputs
+
+
+# The library's own counters look up each label as text and take a lock for each of the three numbers of a histogram,
+# which for a small request is as much work as to read it. These two are counted for every request.
+
+
+class _RequestCounts(Collector):
+    """The counter `serving_requests`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Tally[tuple[str, str, int]] = Tally()
+
+    def count(self, route: str, model: str, status: int) -> None:
+        with self._lock:
+            self._counts[route, model, status] += 1
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily("serving_requests", "Requests answered.", labels=["route", "model", "status"])
+        with self._lock:
+            counts = sorted(self._counts.items())
+        for (route, model, status), count in counts:
+            family.add_metric([route, model, str(status)], count)
+        return [family]
+
+
+class _Durations(Collector):
+    """A histogram: how many values of each set of labels are at most as large as each of `bounds`, and their sum."""
+
+    def __init__(self, name: str, documentation: str, labels: Sequence[str], bounds: Sequence[float]) -> None:
+        self._name, self._documentation = name, documentation
+        self._labels = labels
+        self._bounds = bounds
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, ...], list[int]] = {}
+        self._sums: dict[tuple[str, ...], float] = {}
+
+    def observe(self, labels: tuple[str, ...], value: float) -> None:
+        position = bisect_left(self._bounds, value)
+        with self._lock:
+            if labels not in self._counts:
+                self._counts[labels] = [0] * (len(self._bounds) + 1)
+                self._sums[labels] = 0.0
+            self._counts[labels][position] += 1
+            self._sums[labels] += value
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
+        bounds = [*map(format_bound, self._bounds), "+Inf"]
+        with self._lock:
+            values = [(labels, list(accumulate(counts)), self._sums[labels]) for labels, counts in self._counts.items()]
+        for labels, at_most, total in values:
+            family.add_metric(labels, buckets=list(zip(bounds, at_most, strict=True)), sum_value=total)
+        return [family]
 
 
 class _RepositoryCollector(Collector):

@@ -6,6 +6,7 @@ that answers requests holds it.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -182,6 +183,7 @@ def start_tensorflow(intra_op_threads: int) -> Any:
     The first session of a process settles how many threads an operation may have, and writes to the process's error
     output that an optimization is off, whatever the log level. So one is made here, where nobody hears it.
     """
+    keep_freed_memory()
     import tensorflow as tf
 
     # TensorFlow's own objects outlive every collection; to look through them takes a tenth of a second, each time.
@@ -203,6 +205,18 @@ def start_tensorflow(intra_op_threads: int) -> Any:
         os.dup2(kept, 2)
         os.close(kept)
     return config
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next call of a model, where it is glibc.
+
+    By default it gives large blocks back to the system at once, and to have them mapped again, page by page, takes a
+    sixth of the time of a call with 64 images.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**31 - 1)
 
 
 def read_signatures(path: Path) -> dict[str, Signature]:

@@ -76,7 +76,7 @@ class Pause:
 
 
 def end_pauses(pauses: Iterable[Pause]) -> None:
-    """Wake those who wait for these; called from any thread but the event loop's."""
+    """Wake those who wait for these; called from any thread."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Pause]] = {}
     for pause in pauses:
         if pause._greenlet is None:
@@ -84,6 +84,9 @@ def end_pauses(pauses: Iterable[Pause]) -> None:
         else:
             by_loop.setdefault(pause._greenlet.loop, []).append(pause)
     for loop, group in by_loop.items():
+        if asyncio._get_running_loop() is loop and not isinstance(greenlet.getcurrent(), LoopGreenlet):
+            _end_all(group)
+            continue
         with contextlib.suppress(RuntimeError):  # the loop has ended, and they with it
             loop.call_soon_threadsafe(_end_all, group)
 

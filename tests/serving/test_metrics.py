@@ -40,7 +40,7 @@ def value(samples: dict[tuple[str, tuple[tuple[str, str], ...]], float], name: s
 
 def test_requests_pictures_and_durations_are_counted(fresh: Flask) -> None:
     client = fresh.test_client()
-    files = [(picture("red"), "a.png"), (picture("blue"), "b.png"), (picture("lime"), "c.png")]
+    files = [(picture(colour, size=(40, 30)), f"{colour}.png") for colour in ("red", "blue", "lime")]
     data = {f"f{i}": (BytesIO(data), name) for i, (data, name) in enumerate(files)}
     assert client.post("/predict", data=data).status_code == 200
     assert client.post("/predict", data=b"no picture", content_type="image/png").status_code == 400
