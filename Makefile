@@ -17,7 +17,8 @@ DATASET ?= cifar10
 DATA ?=
 VARIANT ?= sequential
 LOOP ?= fit
-EPOCHS ?= 10
+PRESET ?=
+EPOCHS ?=
 SEED ?= 0
 RESUME ?=
 MODELS ?= models
@@ -47,9 +48,10 @@ $(INSTALLED): requirements.lock
 demo: $(INSTALLED)  ## everything once, offline: train on drawn shapes, export, serve, classify
 	@PORT=$(PORT) scripts/demo.sh
 
-train: $(INSTALLED)  ## train, judge and export: DATASET= DATA= VARIANT= LOOP= EPOCHS= SEED= or RESUME=runs/...
+train: $(INSTALLED)  ## train, judge and export: DATASET= DATA= VARIANT= PRESET= LOOP= EPOCHS= SEED= or RESUME=runs/...
 	@$(BIN)/python -m training train --models-dir $(MODELS) $(if $(RESUME),--resume $(RESUME),--dataset $(DATASET) \
-		$(if $(DATA),--data $(DATA)) --variant $(VARIANT) --loop $(LOOP) --epochs $(EPOCHS) --seed $(SEED))
+		$(if $(DATA),--data $(DATA)) --variant $(VARIANT) $(if $(PRESET),--preset $(PRESET)) --loop $(LOOP) \
+		$(if $(EPOCHS),--epochs $(EPOCHS)) --seed $(SEED))
 
 serve: $(INSTALLED)  ## serve the newest version of every model: MODELS= HOST= PORT= GRPC_PORT=
 	@$(BIN)/python -m serving --models-dir $(MODELS) --host $(HOST) --rest-port $(PORT) --grpc-port $(GRPC_PORT)

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.load import Measured, Target, run_closed_loop, run_closed_loop_grpc, run_open_loop
-from benchmarks.server_process import ServerProcess, free_port
+from benchmarks.server_process import ServerProcess, free_port, resident_mb
 
 PROJECT = Path(__file__).parents[1]
 PEERS_ENV = PROJECT / ".venv-peers"
@@ -151,6 +151,7 @@ def accepts(target: Target) -> Callable[[], bool]:
 
 
 def start_ours(form: str, models: Path, log: Path) -> Contestant:
+    """Start this service, with what it does by itself."""
     port, grpc_port = free_port(), free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "serving", "--models-dir", str(models), "--rest-port", str(port)]
@@ -236,6 +237,19 @@ def measure_bare(model: Path, seconds: float) -> dict[str, float]:
     done = subprocess.run(command, check=True, cwd=PROJECT, capture_output=True, text=True)
     bare: dict[str, float] = json.loads(done.stdout)
     return bare
+
+
+def measure_start(models: Path, version: Path, folder: Path, *, rounds: int) -> dict[str, float]:
+    """Start the service, and a process that imports TensorFlow and loads the model, in turn; return the medians."""
+    starts: list[dict[str, float]] = []
+    for _ in range(rounds):
+        bare = measure_bare(version, 0)
+        ours = start_ours("v2", models, folder / "start.log").process
+        assert ours
+        with ours as process:
+            ready = {"ready_s": process.ready_after_s, "ready_mb": resident_mb(process.pid)}
+        starts.append({"import_s": bare["import_s"], "loaded_mb": bare["memory_mb"], **ready})
+    return {name: round(statistics.median(start[name] for start in starts), 2) for name in starts[0]}
 
 
 def run_form(
@@ -332,6 +346,7 @@ def main(
             version = models / MODEL / "1"
             version.parent.mkdir(parents=True)
             version.symlink_to(model.resolve())
+        start = measure_start(models, version, folder, rounds=rounds)
         bare = [measure_bare(version, seconds)]
         for form in forms:
             click.echo(f"measuring {form} ...", err=True)
@@ -353,9 +368,19 @@ def main(
     images_per_s = statistics.median(b["images_per_s"] for b in bare)
     click.echo(format_table(results))
     click.echo(f"\nbare signature: {one_ms:.2f} ms for one image, {images_per_s:,.0f} images/s in batches of 64")
+    click.echo(
+        f"TensorFlow imported after {start['import_s']:.1f} s, the service ready after {start['ready_s']:.1f} s; "
+        f"{start['loaded_mb']:.0f} MB with the model loaded by TensorFlow alone, "
+        f"{start['ready_mb']:.0f} MB in the service"
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-    document = {"machine": machine, "bare": {"one_ms": one_ms, "images_per_s": images_per_s}, "forms": results}
+    document = {
+        "machine": machine,
+        "start": start,
+        "bare": {"one_ms": one_ms, "images_per_s": images_per_s},
+        "forms": results,
+    }
     output.write_text(json.dumps(document, indent=2) + "\n")
     click.echo(f"written to {output}", err=True)
 

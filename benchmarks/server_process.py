@@ -21,6 +21,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def resident_mb(pid: int | str) -> float:
+    """Return the memory that a process has in use, in MB (VmRSS)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
 class ServerProcess:
     """A server and its children, in a process group of their own, ended with the block.
 
@@ -70,6 +76,10 @@ class ServerProcess:
                 if line.startswith("Pss:"):
                     total_kb += int(line.split()[1])
         return total_kb / 1024
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def stop(self) -> None:
         """End it and all its children."""

@@ -9,9 +9,30 @@ from pathlib import Path
 from typing import Any
 
 DATASETS = ("cifar10", "shapes", "folder")
-VARIANTS = ("sequential", "subclass")
+VARIANTS = ("sequential", "subclass", "airbench")
 LOOPS = ("fit", "custom")
 CONV_ACTIVATIONS = ("relu", "linear")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How large an `airbench` network is, and how long it is trained.
+
+    Attributes:
+        widths: filters of its three blocks.
+        epochs, batch_size, learning_rate: of `TrainingConfig`, where nothing else is asked for.
+    """
+
+    widths: tuple[int, int, int]
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+
+PRESETS = {
+    "quick": Preset(widths=(32, 96, 128), epochs=7, batch_size=500, learning_rate=0.24),
+    "best": Preset(widths=(64, 256, 256), epochs=20, batch_size=500, learning_rate=0.24),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +43,14 @@ class TrainingConfig:
         dataset: one of `DATASETS`.
         data: where the dataset lies; `None` lets the dataset look in its usual places.
         image_size: (height, width) in pixels to resize every image to; `None` keeps the images' own.
-        variant: which way the network is written, one of `VARIANTS`.
+        variant: the network, one of `VARIANTS`: the article's in two writings, or airbench.
+        preset: of airbench, one of `PRESETS`; `None` for the article's network.
         loop: which way it is trained, one of `LOOPS`.
-        conv_activation: activation after each convolution, one of `CONV_ACTIVATIONS`.
+        conv_activation: activation after each convolution of the article's network, one of `CONV_ACTIVATIONS`.
         epochs: passes over the training images.
         batch_size: images per optimizer step.
-        learning_rate: Adam's, at the start.
-        plateau_factor: what the learning rate is multiplied by when the validation loss stalls.
+        learning_rate: Adam's or, for airbench, Muon's, at the start.
+        plateau_factor: what Adam's learning rate is multiplied by when the validation loss stalls.
         plateau_patience: epochs without a better validation loss before that happens.
         seed: of the validation split, the initial weights and the order of the images.
         deterministic: ask TensorFlow for bit-identical results, at some cost in speed.
@@ -42,6 +64,7 @@ class TrainingConfig:
     data: Path | None = None
     image_size: tuple[int, int] | None = None
     variant: str = "sequential"
+    preset: str | None = None
     loop: str = "fit"
     conv_activation: str = "relu"
     epochs: int = 10
@@ -63,6 +86,11 @@ class TrainingConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        if (self.variant == "airbench") != (self.preset in PRESETS):
+            raise ValueError(
+                f"preset must be one of {', '.join(PRESETS)} for the variant airbench, and is for no other; "
+                f"got {self.preset!r} for {self.variant}"
+            )
         for name in ("epochs", "batch_size", "plateau_patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -74,6 +102,20 @@ class TrainingConfig:
             raise ValueError(f"plateau_factor must lie between 0 and 1; got {self.plateau_factor}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and {2**31 - 1}; got {self.seed}")
+
+    @classmethod
+    def fill_in(cls, **given: Any) -> TrainingConfig:
+        """Return a config with these values, the others as the variant's preset has them, or by default.
+
+        Raises:
+            ValueError: as for the constructor.
+        """
+        if given.get("variant") == "airbench":
+            name = given.setdefault("preset", "quick")
+            if preset := PRESETS.get(name):
+                own = {"epochs": preset.epochs, "batch_size": preset.batch_size, "learning_rate": preset.learning_rate}
+                given = {**own, **given}
+        return cls(**given)
 
     def to_json(self) -> str:
         """Return the config as JSON text that `from_json` reads back."""

@@ -70,6 +70,7 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
         "input_shape": summary.input_shape,
         "variant": config.variant,
         "loop": config.loop,
+        "preset": config.preset,
         "conv_activation": config.conv_activation,
         "parameters": model.count_params(),
         "dataset": {

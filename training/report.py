@@ -195,7 +195,7 @@ def _settings(config: TrainingConfig, dataset: Dataset) -> Iterator[tuple[str, s
 def _command(config: TrainingConfig) -> str:
     """Return the command line that asks for this run again."""
     words = ["python -m training train"]
-    defaults = TrainingConfig()
+    defaults = TrainingConfig.fill_in(variant=config.variant, **({"preset": config.preset} if config.preset else {}))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value == getattr(defaults, field.name) and field.name not in _ALWAYS_SHOWN:

@@ -27,6 +27,7 @@ from training.evaluation import Evaluation, evaluate
 from training.input_pipeline import evaluation_batches, split_validation, steps_per_epoch, training_batches
 from training.loops import LOOPS
 from training.models import build_model
+from training.muon import LinearDecay, Muon, SmoothedCrossentropy
 from training.plateau import PlateauSchedule
 from training.progress import ProgressDisplay
 from training.report import write_report
@@ -87,13 +88,8 @@ def load_best_model(run: RunFolder) -> tuple[keras.Model, dict[str, Any]]:
     """
     config = run.read_config()
     summary = run.read_dataset()
-    model = build_model(
-        config.variant,
-        summary.input_shape,
-        classes=len(summary.class_names),
-        conv_activation=config.conv_activation,
-    )
-    checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=_make_optimizer(config))
+    model = _build(config, summary.input_shape, classes=len(summary.class_names))
+    checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=make_optimizer(config, steps_per_epoch=1))
     best = checkpoints.restore_best()
     if best is None:
         raise RunError(
@@ -101,6 +97,18 @@ def load_best_model(run: RunFolder) -> tuple[keras.Model, dict[str, Any]]:
             f"python -m training train --resume {run.path}"
         )
     return model, best
+
+
+def make_optimizer(config: TrainingConfig, *, steps_per_epoch: int) -> keras.optimizers.Optimizer:
+    """Make the optimizer that the config's variant is trained with."""
+    if config.variant == "airbench":
+        return Muon(LinearDecay(config.learning_rate, steps=config.epochs * steps_per_epoch))
+    return keras.optimizers.Adam(config.learning_rate)
+
+
+def make_loss(config: TrainingConfig) -> keras.losses.Loss:
+    """Make the loss, of class numbers and probabilities, that the config's variant is trained with."""
+    return SmoothedCrossentropy() if config.variant == "airbench" else keras.losses.SparseCategoricalCrossentropy()
 
 
 def predict_probabilities(model: keras.Model, images: np.ndarray, *, mirror: bool = False) -> np.ndarray:
@@ -125,13 +133,11 @@ def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
     train, validation = split_validation(dataset.train, seed=config.seed)
-    model = build_model(
-        config.variant,
-        train.images.shape[1:],
-        classes=len(dataset.class_names),
-        conv_activation=config.conv_activation,
-    )
-    optimizer = _make_optimizer(config)
+    model = _build(config, train.images.shape[1:], classes=len(dataset.class_names))
+    if hasattr(model, "adapt"):
+        model.adapt(train.images)
+    steps = steps_per_epoch(train, config.batch_size)
+    optimizer = make_optimizer(config, steps_per_epoch=steps)
     follower = _Follower(run, config, Checkpoints(run.checkpoints, model=model, optimizer=optimizer), optimizer)
     first_epoch = follower.restore()
     if first_epoch >= config.epochs:
@@ -144,7 +150,6 @@ def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
         f"{len(validation.labels):,}",
         first_epoch + 1,
     )
-    steps = steps_per_epoch(train, config.batch_size)
     with ProgressDisplay(
         epochs=config.epochs,
         first_epoch=first_epoch,
@@ -154,7 +159,14 @@ def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
         LOOPS[config.loop](
             model,
             optimizer,
-            train=training_batches(train, batch_size=config.batch_size, seed=config.seed, first_epoch=first_epoch),
+            make_loss(config),
+            train=training_batches(
+                train,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                first_epoch=first_epoch,
+                augment=config.variant == "airbench",
+            ),
             validation=evaluation_batches(validation, batch_size=_EVALUATION_BATCH_SIZE),
             steps_per_epoch=steps,
             images_per_epoch=len(train.labels),
@@ -206,8 +218,10 @@ def _judge(run: RunFolder, config: TrainingConfig, dataset: Dataset, *, mirror: 
     return after
 
 
-def _make_optimizer(config: TrainingConfig) -> keras.optimizers.Optimizer:
-    return keras.optimizers.Adam(config.learning_rate)
+def _build(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> keras.Model:
+    return build_model(
+        config.variant, input_shape, classes=classes, conv_activation=config.conv_activation, preset=config.preset
+    )
 
 
 class _Follower:
@@ -225,6 +239,8 @@ class _Follower:
         self._run = run
         self._checkpoints = checkpoints
         self._optimizer = optimizer
+        # Muon follows a schedule of its own, by the step.
+        self._has_plateaus = config.variant != "airbench"
         self._plateau = PlateauSchedule(factor=config.plateau_factor, patience=config.plateau_patience)
         self._history: list[EpochResult] = []
         self._best_val_loss = math.inf
@@ -255,9 +271,10 @@ class _Follower:
 
     def on_epoch_end(self, result: EpochResult) -> None:
         self._history.append(result)
-        self._optimizer.learning_rate.assign(
-            self._plateau.next_learning_rate(result.learning_rate, val_loss=result.val_loss)
-        )
+        if self._has_plateaus:
+            self._optimizer.learning_rate.assign(
+                self._plateau.next_learning_rate(result.learning_rate, val_loss=result.val_loss)
+            )
         is_best = result.val_loss < self._best_val_loss
         if is_best:
             self._best_val_loss = result.val_loss

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
+import resource
 import shutil
 import socket
 import time
@@ -14,7 +16,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import uvloop
 
+from serving.http_server import Acceptor, listen
 from tests.serving.conftest import Server, picture
 
 MAX_BYTES = 2_000_000
@@ -200,3 +204,42 @@ def test_clients_that_go_before_the_answer_do_no_harm(server: Server) -> None:
             connection.sendall(post(data, b"Content-Length: %d" % len(data)))
     assert httpx.get(server.url + "/healthz").status_code == 200
     server.wait_until(lambda: server.in_flight() == 0)
+
+
+def test_all_connections_that_wait_are_taken_in_one_turn() -> None:
+    made: list[asyncio.BaseTransport] = []
+
+    class Protocol(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            made.append(transport)
+
+    async def serve(listener: socket.socket, clients: list[socket.socket]) -> None:
+        acceptor = Acceptor(listener, Protocol)
+        for _ in range(10):  # a few more for the tasks that hand each over
+            await asyncio.sleep(0)
+        acceptor.close()
+        assert len(made) == len(clients)
+
+    listener = listen("127.0.0.1", 0)
+    with ExitStack() as stack:
+        address = listener.getsockname()
+        clients = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(100)]
+        uvloop.run(serve(listener, clients))
+
+
+def test_out_of_files_it_answers_those_it_has_and_takes_more_later(server: Server) -> None:
+    pid = server.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    with connect(server) as first, first.makefile("rb", buffering=0) as stream, ExitStack() as stack:
+        first.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_reply(stream)[0] == 200
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(list(Path(f"/proc/{pid}/fd").iterdir())), limits[1]))
+        try:
+            for _ in range(3):
+                stack.enter_context(connect(server))
+            server.wait_until(lambda: "cannot take more connections for now" in server.log)
+            first.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_reply(stream)[0] == 200
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    assert ask(server, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200

@@ -84,3 +84,48 @@ def test_evaluation_reads_everything_once_in_order():
     batches = numbers(evaluation_batches(numbered_images(50), batch_size=16))
     assert [len(batch) for batch in batches] == [16, 16, 16, 2]
     assert list(itertools.chain(*batches)) == list(range(50))
+
+
+def corner_images(count, size=16):
+    """Images of which each has one bright pixel, in the left half and in the middle row, and its number in the blue."""
+    images = np.zeros((count, size, size, 3), np.uint8)
+    images[:, 8, 5, 0] = 255
+    images[..., 2] = np.arange(count)[:, None, None]
+    return Split(images, np.arange(count, dtype=np.int64))
+
+
+def bright_pixels(images):
+    return {int(image[0, 0, 2]): np.argwhere(image[..., 0] == 255)[0] for image in images.numpy()}
+
+
+def test_augmented_images_are_shifted_a_little_and_mirrored_in_turn():
+    split = corner_images(100)
+    batches = training_batches(split, batch_size=50, seed=0, first_epoch=0, augment=True)
+    left = []
+    for epoch in range(4):
+        seen = {}
+        for images, labels in itertools.islice(batches.skip(2 * epoch), 2):
+            assert images.dtype == np.uint8
+            np.testing.assert_array_equal(images[:, 0, 0, 2], labels)
+            seen.update(bright_pixels(images))
+        assert len(seen) == 100
+        rows = np.array([seen[number][0] for number in range(100)])
+        columns = np.array([seen[number][1] for number in range(100)])
+        is_left = columns < 8
+        # From its place, or from the one across, each is at most two pixels away, in all of the five ways.
+        assert set(rows - 8) == set(np.where(is_left, columns - 5, columns - 10)) == {-2, -1, 0, 1, 2}
+        left.append(is_left)
+    assert 20 < left[0].sum() < 80
+    for before, after in itertools.pairwise(left):
+        np.testing.assert_array_equal(before, ~after)
+
+
+def test_augmentation_is_a_function_of_seed_and_epoch():
+    split = corner_images(60)
+
+    def epoch(number, first):
+        batches = training_batches(split, batch_size=25, seed=3, first_epoch=first, augment=True)
+        return [images.numpy() for images, _ in itertools.islice(batches.skip(3 * (number - first)), 3)]
+
+    for ours, resumed in zip(epoch(2, 0), epoch(2, 2), strict=True):
+        np.testing.assert_array_equal(ours, resumed)

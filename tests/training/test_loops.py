@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training.config import VARIANTS
+from training.config import VARIANTS, TrainingConfig
 from training.datasets.shapes import draw_shapes
 from training.errors import DivergedError
 from training.input_pipeline import evaluation_batches, steps_per_epoch, training_batches
 from training.loops import LOOPS
 from training.models import build_model
+from training.train import make_loss, make_optimizer
 
 
 class Recorder:
@@ -35,15 +36,22 @@ def shapes():
     return draw_shapes(200, seed=0), draw_shapes(70, seed=1)
 
 
-def train(loop, variant, shapes, *, epochs=2, learning_rate=1e-3, first_epoch=0):
+def train(loop, variant, shapes, *, epochs=2, learning_rate=None, first_epoch=0):
     train_split, validation = shapes
     keras.utils.set_random_seed(0)
-    model = build_model(variant, (32, 32, 3), classes=10, conv_activation="relu")
-    optimizer = keras.optimizers.Adam(learning_rate)
+    config = TrainingConfig.fill_in(
+        variant=variant, epochs=epochs, **({"learning_rate": learning_rate} if learning_rate else {})
+    )
+    model = build_model(variant, (32, 32, 3), classes=10)
+    if variant == "airbench":
+        model.adapt(train_split.images)
+    optimizer = make_optimizer(config, steps_per_epoch=steps_per_epoch(train_split, 64))
+    optimizer.build(model.trainable_variables)
     recorder = Recorder()
     results = LOOPS[loop](
         model,
         optimizer,
+        make_loss(config),
         train=training_batches(train_split, batch_size=64, seed=0, first_epoch=first_epoch),
         validation=evaluation_batches(validation, batch_size=64),
         steps_per_epoch=steps_per_epoch(train_split, 64),

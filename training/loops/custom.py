@@ -34,6 +34,7 @@ class _Means:
 def train_custom(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
+    loss: keras.losses.Loss,
     *,
     train: tf.data.Dataset,
     validation: tf.data.Dataset,
@@ -44,30 +45,29 @@ def train_custom(
     monitor: Monitor,
 ) -> list[EpochResult]:
     """Train with a GradientTape. Arguments, result and errors are those of `train_fit`."""
-    loss_function = keras.losses.SparseCategoricalCrossentropy()
     means = _Means()
 
     @tf.function(reduce_retracing=True)
     def train_step(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         with tf.GradientTape() as tape:
             probabilities = model(images, training=True)
-            loss = loss_function(labels, probabilities)
-        gradients = tape.gradient(loss, model.trainable_variables)
+            batch_loss = loss(labels, probabilities)
+        gradients = tape.gradient(batch_loss, model.trainable_variables)
         optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
-        means.update(loss, labels, probabilities)
+        means.update(batch_loss, labels, probabilities)
         return means.result()
 
     @tf.function(reduce_retracing=True)
     def validation_step(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         probabilities = model(images, training=False)
-        means.update(loss_function(labels, probabilities), labels, probabilities)
+        means.update(loss(labels, probabilities), labels, probabilities)
         return means.result()
 
     def validate(batches: Iterable[tuple[tf.Tensor, tf.Tensor]]) -> tuple[float, float]:
         means.reset()
         for images, labels in batches:
-            loss, accuracy = validation_step(images, labels)
-        return float(loss), float(accuracy)
+            mean_loss, accuracy = validation_step(images, labels)
+        return float(mean_loss), float(accuracy)
 
     results: list[EpochResult] = []
     batches = iter(train)
@@ -76,16 +76,16 @@ def train_custom(
         monitor.on_epoch_start(epoch)
         means.reset()
         for step in range(1, steps_per_epoch + 1):
-            loss, accuracy = map(float, train_step(*next(batches)))
-            check_finite(loss, epoch=epoch, step=step)
-            monitor.on_batch_end(step, loss=loss, accuracy=accuracy)
+            mean_loss, accuracy = map(float, train_step(*next(batches)))
+            check_finite(mean_loss, epoch=epoch, step=step)
+            monitor.on_batch_end(step, loss=mean_loss, accuracy=accuracy)
         trained = time.perf_counter()
 
         val_loss, val_accuracy = validate(validation)
         check_finite(val_loss, epoch=epoch, step=steps_per_epoch)
         result = EpochResult(
             epoch=epoch,
-            loss=loss,
+            loss=mean_loss,
             accuracy=accuracy,
             val_loss=val_loss,
             val_accuracy=val_accuracy,

@@ -56,6 +56,7 @@ class _MonitorCallback(keras.callbacks.Callback):
 def train_fit(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
+    loss: keras.losses.Loss,
     *,
     train: tf.data.Dataset,
     validation: tf.data.Dataset,
@@ -70,6 +71,7 @@ def train_fit(
     Args:
         model: uint8 (batch, height, width, 3) in, probabilities (batch, classes) out.
         optimizer: built for the model's variables.
+        loss: of class numbers and probabilities.
         train: endless batches of (images, labels), beginning with those of `first_epoch`.
         validation: the validation images once, in batches.
         steps_per_epoch: batches an epoch.
@@ -86,7 +88,7 @@ def train_fit(
     """
     model.compile(
         optimizer,
-        loss=keras.losses.SparseCategoricalCrossentropy(),
+        loss=loss,
         metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
     )
     callback = _MonitorCallback(monitor, images_per_epoch=images_per_epoch)

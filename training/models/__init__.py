@@ -1,4 +1,4 @@
-"""The variants: one network, written in more than one way."""
+"""The variants: the article's network, written in two ways, and airbench."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import keras
 
-from training.config import TrainingConfig
+from training.config import PRESETS, TrainingConfig
 from training.errors import DatasetError
-from training.models.folding import Logits, fold_article_network, freeze
+from training.models import airbench
+from training.models.folding import Logits, fold_airbench, fold_article_network, freeze
 from training.models.sequential import build_sequential
 from training.models.subclass import build_subclass
 
@@ -22,21 +23,42 @@ _BUILDERS: dict[str, Callable[..., keras.Model]] = {
 MIN_IMAGE_SIZE = 22
 
 
-def build_model(variant: str, input_shape: tuple[int, int, int], *, classes: int, conv_activation: str) -> keras.Model:
+def build_model(
+    variant: str,
+    input_shape: tuple[int, int, int],
+    *,
+    classes: int,
+    conv_activation: str = "relu",
+    preset: str | None = None,
+) -> keras.Model:
     """Build a variant with fresh weights: uint8 (batch, height, width, 3) in, probabilities out.
+
+    A model that has a method `adapt` is to be shown the training images before it is trained.
+
+    Args:
+        variant: one of `VARIANTS`.
+        input_shape: (height, width, 3) of the images.
+        classes: number of classes.
+        conv_activation: of the article's network.
+        preset: of airbench, by default quick.
 
     Raises:
         DatasetError: the images are too small for the network.
     """
-    if min(input_shape[:2]) < MIN_IMAGE_SIZE:
+    smallest = airbench.MIN_SIZE if variant == "airbench" else MIN_IMAGE_SIZE
+    if min(input_shape[:2]) < smallest:
         height, width, _ = input_shape
         raise DatasetError(
             f"the images are {height}x{width}, and the network needs at least "
-            f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: choose a size with --image-size, such as --image-size 32x32"
+            f"{smallest}x{smallest}: choose a size with --image-size, such as --image-size 32x32"
         )
+    if variant == "airbench":
+        return airbench.build_airbench(input_shape, classes=classes, widths=PRESETS[preset or "quick"].widths)
     return _BUILDERS[variant](input_shape, classes=classes, conv_activation=conv_activation)
 
 
 def fold_model(model: keras.Model, config: TrainingConfig, *, temperature: float) -> Logits:
     """Return what a trained model computes, its logits divided by `temperature`, without variables."""
+    if isinstance(model, airbench.Airbench):
+        return fold_airbench(model, temperature=temperature)
     return fold_article_network(model, conv_activation=config.conv_activation, temperature=temperature)

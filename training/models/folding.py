@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from training.models.airbench import HEAD_SCALE, Airbench, BatchNorm, Conv, padding_of
 from training.models.sequential import used_size
 
 Logits = Callable[[tf.Tensor], tf.Tensor]  # uint8 (n, height, width, 3) -> float32 (n, classes)
@@ -44,6 +45,46 @@ def fold_article_network(model: keras.Model, *, conv_activation: str, temperatur
         return tf.nn.bias_add(tf.matmul(features, output[0]), output[1])
 
     return logits
+
+
+def fold_airbench(model: Airbench, *, temperature: float) -> Logits:
+    """Fold an airbench network: its batch norms into the convolutions before them, its scales into the head.
+
+    A batch norm's scale is positive and the same for all of a picture, so it may as well come before the pooling.
+
+    Args:
+        model: a trained one.
+        temperature: to divide the logits by.
+    """
+    whitening_kernel, whitening_bias = (
+        model.whitening.kernel.numpy(),
+        (model.whitening.offset + model.whitening.bias).numpy(),
+    )
+    blocks = [
+        (_fold_norm(block.conv1, block.norm1), _fold_norm(block.conv2, block.norm2))
+        for block in (model.block1, model.block2, model.block3)
+    ]
+    head = model.head.kernel.numpy() * np.float32(HEAD_SCALE / temperature)
+
+    def convolve(features: tf.Tensor, conv: tuple[np.ndarray, np.ndarray], *, even: bool = False) -> tf.Tensor:
+        padding = padding_of(features.shape, even=even)
+        return tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(features, conv[0], 1, padding), conv[1]))
+
+    def logits(images: tf.Tensor) -> tf.Tensor:
+        features = tf.nn.conv2d(tf.cast(images, tf.float32), whitening_kernel, 1, "VALID")
+        features = tf.nn.relu(tf.nn.bias_add(features, whitening_bias))
+        for first, second in blocks:
+            features = tf.nn.max_pool2d(convolve(features, first, even=True), 2, 2, "VALID")
+            features = convolve(features, second)
+        return tf.matmul(tf.reduce_max(features, axis=(1, 2)), head)
+
+    return logits
+
+
+def _fold_norm(conv: Conv, norm: BatchNorm) -> tuple[np.ndarray, np.ndarray]:
+    """Return the kernel and the bias of a convolution that does what `conv` and then `norm` do."""
+    scale = 1 / np.sqrt(norm.variance.numpy() + norm.EPSILON)
+    return conv.kernel.numpy() * scale, norm.bias.numpy() - norm.mean.numpy() * scale
 
 
 def freeze(model: Callable[[tf.Tensor], tf.Tensor], input_shape: tuple[int, int, int]) -> Callable[..., tf.Tensor]:

@@ -1,0 +1,104 @@
+"""The airbench network: what sets it apart from a plain one, and that nothing of it is lost when it is folded."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from training.config import PRESETS, TrainingConfig
+from training.models import build_model, fold_model
+from training.models.airbench import HEAD_SCALE, BatchNorm, Conv, Whitening
+
+
+def random_images(count=64, shape=(32, 32, 3)):
+    """Images whose neighbouring pixels have to do with each other, as in photographs."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (count, shape[0] // 4 + 1, shape[1] // 4 + 1, 3))
+    fine = np.repeat(np.repeat(coarse, 4, axis=1), 4, axis=2)[:, : shape[0], : shape[1]]
+    return np.clip(fine + rng.normal(0, 20, fine.shape), 0, 255).astype(np.uint8)
+
+
+def test_whitened_patches_are_uncorrelated_and_of_one_scale():
+    layer = Whitening()
+    layer.build((None, 32, 32, 3))
+    images = random_images(500)
+    layer.adapt(images)
+    outputs = tf.nn.conv2d(tf.cast(images, tf.float32), layer.kernel, 1, "VALID") + layer.offset
+    features = outputs.numpy()[..., :12].reshape(-1, 12)
+    np.testing.assert_allclose(np.cov(features.T), np.eye(12), atol=0.02)
+    np.testing.assert_allclose(features.mean(axis=0), 0, atol=0.02)
+    np.testing.assert_allclose(outputs[..., 12:], -outputs[..., :12], rtol=1e-3, atol=1e-3)
+    assert [variable.name for variable in layer.trainable_variables] == ["bias"]
+
+
+def test_images_of_one_colour_can_be_whitened():
+    layer = Whitening()
+    layer.build((None, 8, 8, 3))
+    layer.adapt(np.full((3, 8, 8, 3), 7, np.uint8))
+    assert np.isfinite(layer(tf.fill((1, 8, 8, 3), tf.constant(7, tf.uint8)))).all()
+
+
+def test_convolutions_begin_by_handing_their_inputs_on():
+    layer = Conv(6)
+    inputs = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+    np.testing.assert_allclose(layer(inputs)[..., :4], inputs, atol=1e-6)
+    assert np.abs(layer(inputs)[..., 4:]).max() > 0.01
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 8), (7, 10)])
+def test_what_the_pooling_drops_is_not_convolved(size):
+    inputs = np.random.default_rng(0).normal(size=(2, *size, 4)).astype(np.float32)
+    lean, whole = Conv(5, even=True), Conv(5)
+    lean.build(inputs.shape)
+    whole.build(inputs.shape)
+    whole.set_weights(lean.get_weights())
+    height, width = (length // 2 * 2 for length in size)
+    assert lean(inputs).shape == (2, height, width, 5)
+    np.testing.assert_allclose(lean(inputs), whole(inputs)[:, :height, :width], atol=1e-5)
+
+
+def test_batch_norm_is_keras_s_without_a_scale():
+    ours = BatchNorm()
+    theirs = keras.layers.BatchNormalization(scale=False, momentum=ours.MOMENTUM, epsilon=ours.EPSILON)
+    inputs = np.random.default_rng(0).normal(3, 2, size=(64, 5, 5, 4)).astype(np.float32)
+    for _ in range(3):
+        np.testing.assert_allclose(ours(inputs, training=True), theirs(inputs, training=True), atol=1e-4)
+    # The fused operation's variance is that of a sample: n / (n - 1) of the other.
+    np.testing.assert_allclose(ours(inputs, training=False), theirs(inputs, training=False), atol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (9, 40, 3), (31, 22, 3)])
+def test_folded_it_answers_as_before(shape):
+    model = build_model("airbench", shape, classes=7)
+    images = random_images(shape=shape)
+    model.adapt(images)
+    for _ in range(5):
+        model(images, training=True)  # moves the batch norms' means and variances
+    for block in (model.block1, model.block2, model.block3):
+        for norm in (block.norm1, block.norm2):
+            norm.bias.assign(np.random.default_rng(1).normal(0, 0.5, norm.bias.shape))
+    model.whitening.bias.assign(np.random.default_rng(2).normal(0, 0.3, model.whitening.bias.shape))
+    folded = fold_model(model, TrainingConfig.fill_in(variant="airbench"), temperature=1.0)
+    np.testing.assert_allclose(tf.nn.softmax(folded(tf.constant(images))), model(images), atol=1e-5)
+    cooled = fold_model(model, TrainingConfig.fill_in(variant="airbench"), temperature=2.0)
+    np.testing.assert_allclose(2 * cooled(tf.constant(images)), folded(tf.constant(images)), rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_rebuilt_from_its_config(tmp_path):
+    model = build_model("airbench", (32, 32, 3), classes=10)
+    model.adapt(random_images())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(random_images()), model(random_images()))
+
+
+def test_presets_fill_in_what_is_not_given():
+    for name, preset in PRESETS.items():
+        config = TrainingConfig.fill_in(variant="airbench", preset=name, epochs=3)
+        assert (config.epochs, config.batch_size) == (3, preset.batch_size)
+    assert TrainingConfig.fill_in(variant="airbench").preset == "quick"
+    assert TrainingConfig.fill_in() == TrainingConfig()
+    for wrong in ({"variant": "airbench", "preset": "huge"}, {"preset": "quick"}):
+        with pytest.raises(ValueError, match="preset must be one of quick, best"):
+            TrainingConfig.fill_in(**wrong)
+    assert HEAD_SCALE < 1

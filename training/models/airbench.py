@@ -1,0 +1,227 @@
+"""A small network made to learn CIFAR-10 in little time, after the airbench papers.
+
+Keller Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv 2404.00498): a first layer that whitens
+patches and is not trained (section 3.2), filters that begin as the identity (section 3.3), batch normalisation without
+a scale, and a scaled head. What trains it is in `training/muon.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+PATCH = 2  # pixels on each side of what the first layer looks at
+WHITENED_IMAGES = 5_000  # whose patches it is made from
+WHITENING_EPSILON = 5e-4  # keeps patches that hardly vary from being blown up
+HEAD_SCALE = 1 / 9
+MIN_SIZE = 9  # three halvings of one pixel less
+
+
+@keras.saving.register_keras_serializable(package="training")
+class Whitening(layers.Layer):
+    """2x2 filters whose outputs are uncorrelated over the training images, each with its negative; only a bias learns.
+
+    The images' own mean and deviation are in the filters too.
+
+    Input shape:
+        uint8 (batch, height, width, 3), raw pixels 0-255.
+
+    Output shape:
+        float32 (batch, height - 1, width - 1, 24).
+    """
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Make the variables; `adapt` gives the filters their values."""
+        channels = input_shape[-1] or 0
+        shape = (PATCH, PATCH, channels, 2 * PATCH * PATCH * channels)
+        self.kernel = self.add_weight(name="filters", shape=shape, initializer="glorot_uniform", trainable=False)
+        self.offset = self.add_weight(name="offset", shape=shape[-1:], initializer="zeros", trainable=False)
+        self.bias = self.add_weight(name="bias", shape=shape[-1:], initializer="zeros")
+
+    def adapt(self, images: np.ndarray) -> None:
+        """Make the filters from images, uint8 (n, height, width, channels).
+
+        They are the eigenvectors of the patches' covariance, each divided by the root of its eigenvalue.
+        """
+        images = images[:WHITENED_IMAGES].astype(np.float32)
+        mean, deviation = images.mean(axis=(0, 1, 2)), images.std(axis=(0, 1, 2)) + 1e-6
+        windows = np.lib.stride_tricks.sliding_window_view((images - mean) / deviation, (PATCH, PATCH), axis=(1, 2))
+        patches = np.moveaxis(windows, 3, -1).reshape(-1, PATCH * PATCH * images.shape[-1])
+        eigenvalues, eigenvectors = np.linalg.eigh(patches.T.astype(np.float64) @ patches / len(patches))
+        whitening = eigenvectors / np.sqrt(np.maximum(eigenvalues, 0) + WHITENING_EPSILON)
+        whitening = whitening.reshape(PATCH, PATCH, images.shape[-1], -1) / deviation[:, None]
+        kernel = np.concatenate([whitening, -whitening], axis=-1)
+        self.kernel.assign(kernel)
+        self.offset.assign(-np.tensordot(mean, kernel.sum(axis=(0, 1)), 1))
+
+    def call(self, images: tf.Tensor) -> tf.Tensor:
+        """Return the whitened patches."""
+        features = tf.nn.conv2d(tf.cast(images, tf.float32), self.kernel, 1, "VALID")
+        return tf.nn.relu(tf.nn.bias_add(features, self.offset + self.bias))
+
+
+@keras.saving.register_keras_serializable(package="training")
+class Identity(keras.initializers.Initializer):
+    """Filters that hand the first channels on as they are; further ones are drawn, as in section 3.3 of the paper."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
+        """Return a kernel (3, 3, inputs, outputs)."""
+        inputs, outputs = shape[2:]
+        limit = (9 * inputs) ** -0.5
+        drawn = keras.initializers.RandomUniform(-limit, limit)(shape, dtype)
+        handed_on = np.zeros(shape, np.float32)
+        count = min(inputs, outputs)
+        handed_on[1, 1, range(count), range(count)] = 1
+        return tf.concat([handed_on[..., :count], drawn[..., count:]], axis=-1)
+
+
+@keras.saving.register_keras_serializable(package="training")
+class BatchNorm(layers.Layer):
+    """Batch normalisation with a bias and without a scale, by TensorFlow's fused operation.
+
+    Keras's own is not fused on this backend, and twice as slow on a CPU.
+    """
+
+    MOMENTUM = 0.6  # of the moving mean and variance: a short training has no time for slow ones
+    EPSILON = 1e-6
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Make the variables."""
+        shape = (input_shape[-1],)
+        self.bias = self.add_weight(name="bias", shape=shape, initializer="zeros")
+        self.mean = self.add_weight(name="mean", shape=shape, initializer="zeros", trainable=False)
+        self.variance = self.add_weight(name="variance", shape=shape, initializer="ones", trainable=False)
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Return the normalised features, and in training take note of their mean and variance."""
+        ones = tf.ones_like(self.bias)
+        if not training:
+            moments = {"mean": tf.convert_to_tensor(self.mean), "variance": tf.convert_to_tensor(self.variance)}
+            return tf.compat.v1.nn.fused_batch_norm(
+                inputs, ones, self.bias, **moments, epsilon=self.EPSILON, is_training=False
+            )[0]
+        outputs, mean, variance, *_ = tf.compat.v1.nn.fused_batch_norm(inputs, ones, self.bias, epsilon=self.EPSILON)
+        for moving, current in ((self.mean, mean), (self.variance, variance)):
+            moving.assign(self.MOMENTUM * moving + (1 - self.MOMENTUM) * current)
+        return outputs
+
+
+@keras.saving.register_keras_serializable(package="training")
+class Conv(layers.Layer):
+    """A 3x3 convolution with zeros around it and without a bias.
+
+    Args:
+        filters: its outputs.
+        even: leave out the last row and column of an odd size: the pooling behind makes no use of them.
+    """
+
+    def __init__(self, filters: int, *, even: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.even = even
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Make the variables."""
+        shape = (3, 3, input_shape[-1], self.filters)
+        self.kernel = self.add_weight(name="kernel", shape=shape, initializer=Identity())
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Return the features, of the same height and width."""
+        return tf.nn.conv2d(inputs, self.kernel, 1, padding_of(inputs.shape, even=self.even))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {**super().get_config(), "filters": self.filters, "even": self.even}
+
+
+def padding_of(shape: tf.TensorShape, *, even: bool) -> list[list[int]]:
+    """Return the rows and columns of zeros around a 3x3 convolution's input; see `Conv`."""
+    sides = [[1, 1 - size % 2 if even else 1] for size in shape[1:3]]
+    return [[0, 0], *sides, [0, 0]]
+
+
+@keras.saving.register_keras_serializable(package="training")
+class AirbenchBlock(layers.Layer):
+    """Convolution, 2x2 max-pooling, batch norm, ReLU; convolution, batch norm, ReLU.
+
+    Output shape:
+        float32 (batch, height // 2, width // 2, filters).
+    """
+
+    def __init__(self, filters: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.conv1 = Conv(filters, even=True)
+        self.norm1 = BatchNorm()
+        self.conv2 = Conv(filters)
+        self.norm2 = BatchNorm()
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Make the variables."""
+        self.conv1.build(input_shape)
+        for layer in (self.norm1, self.conv2, self.norm2):
+            layer.build((*input_shape[:-1], self.filters))
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Return the features."""
+        features = tf.nn.max_pool2d(self.conv1(inputs), 2, 2, "VALID")
+        features = tf.nn.relu(self.norm1(features, training=training))
+        return tf.nn.relu(self.norm2(self.conv2(features), training=training))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {**super().get_config(), "filters": self.filters}
+
+
+@keras.saving.register_keras_serializable(package="training")
+class Airbench(keras.Model):
+    """Whitening, three blocks, the maximum over the picture, a head.
+
+    Input shape:
+        uint8 (batch, height, width, 3), raw pixels 0-255.
+
+    Output shape:
+        float32 (batch, classes), probabilities.
+    """
+
+    def __init__(self, classes: int, *, widths: tuple[int, int, int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.classes = classes
+        self.widths = widths
+        self.whitening = Whitening()
+        self.block1, self.block2, self.block3 = (AirbenchBlock(width) for width in widths)
+        # Uniform with a deviation of 1.
+        self.head = layers.Dense(
+            classes, use_bias=False, kernel_initializer=keras.initializers.RandomUniform(-(3**0.5), 3**0.5)
+        )
+
+    def adapt(self, images: np.ndarray) -> None:
+        """Make the filters that are not trained from images, uint8 (n, height, width, 3)."""
+        self.whitening.adapt(images)
+
+    def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Return the probabilities."""
+        features = self.block1(self.whitening(images), training=training)
+        features = self.block3(self.block2(features, training=training), training=training)
+        return tf.nn.softmax(HEAD_SCALE * self.head(tf.reduce_max(features, axis=(1, 2))))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {**super().get_config(), "classes": self.classes, "widths": self.widths}
+
+
+def build_airbench(input_shape: tuple[int, int, int], *, classes: int, widths: tuple[int, int, int]) -> Airbench:
+    """Build the network, its variables made and its first layer not yet adapted.
+
+    Args:
+        input_shape: (height, width, 3) of the images.
+        classes: number of classes.
+        widths: filters of each block.
+    """
+    model = Airbench(classes, widths=widths, name="airbench")
+    model(tf.zeros((1, *input_shape), tf.uint8))
+    return model

@@ -1,0 +1,105 @@
+"""Muon, the optimizer of the `airbench` variant, with the schedule and the loss that go with it.
+
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and the program airbench94_muon of
+KellerJordan/cifar10-airbench: the step of a convolution's filters is their momentum made orthogonal, so that it moves
+all directions alike; everything else takes Nesterov's momentum. Keras's own Muon leaves convolutions to AdamW.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+LABEL_SMOOTHING = 0.2
+
+
+@keras.saving.register_keras_serializable(package="training")
+class Muon(keras.optimizers.Optimizer):
+    """Orthogonal steps for 4-dimensional variables, stochastic gradient descent for the rest.
+
+    Args:
+        learning_rate: of the filters; a number or a schedule. That of biases and of the head follows it.
+        decay: pulls biases and head towards 0, times the gradient's own step.
+    """
+
+    FILTER_MOMENTUM = 0.6
+    MOMENTUM = 0.85
+    BIAS_RATE, HEAD_RATE = 0.053 / 0.24, 0.67 / 0.24  # of the filters' learning rate
+
+    def __init__(self, learning_rate: Any = 0.24, *, decay: float = 1e-3, name: str = "muon", **kwargs: Any) -> None:
+        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
+        self.decay = decay
+
+    def build(self, variables: list[Any]) -> None:
+        """Make a momentum for each variable."""
+        if self.built:
+            return
+        super().build(variables)
+        self._momenta = [self.add_variable_from_reference(variable, name="momentum") for variable in variables]
+
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
+        """Take a step."""
+        momentum = self._momenta[self._get_variable_index(variable)]
+        if len(variable.shape) == 4:
+            momentum.assign(self.FILTER_MOMENTUM * momentum + gradient)
+            step = orthogonalize(gradient + self.FILTER_MOMENTUM * momentum)
+            # The filters' length says nothing, as what they give is normalised: it is kept at that of orthogonal ones.
+            length = tf.sqrt(float(variable.shape[-1]))
+            variable.assign(variable * (length / tf.norm(variable)) - learning_rate * step)
+            return
+        rate = self.HEAD_RATE if len(variable.shape) == 2 else self.BIAS_RATE
+        gradient += (self.decay / (rate * 0.24)) * variable
+        momentum.assign(self.MOMENTUM * momentum + gradient)
+        variable.assign_sub(rate * learning_rate * (gradient + self.MOMENTUM * momentum))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {**super().get_config(), "decay": self.decay}
+
+
+def orthogonalize(kernel: tf.Tensor, *, steps: int = 3) -> tf.Tensor:
+    """Return about the orthogonal matrix that is nearest to a kernel (height, width, inputs, outputs) seen as a matrix.
+
+    By Newton-Schulz iterations with the coefficients of the paper, which bring all singular values near 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    matrix = tf.reshape(kernel, (-1, kernel.shape[-1]))
+    matrix /= tf.norm(matrix) + 1e-7
+    is_wide = matrix.shape[0] < matrix.shape[1]
+    if is_wide:
+        matrix = tf.transpose(matrix)
+    for _ in range(steps):
+        gram = tf.matmul(matrix, matrix, transpose_a=True)
+        matrix = a * matrix + tf.matmul(matrix, b * gram + c * tf.matmul(gram, gram))
+    return tf.reshape(tf.transpose(matrix) if is_wide else matrix, kernel.shape)
+
+
+@keras.saving.register_keras_serializable(package="training")
+class LinearDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """From `initial` at the first step to 0 at the last."""
+
+    def __init__(self, initial: float, *, steps: int) -> None:
+        self.initial = initial
+        self.steps = steps
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        """Return the learning rate of a step, counted from 0."""
+        return self.initial * tf.maximum(0.0, 1 - tf.cast(step, tf.float32) / self.steps)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {"initial": self.initial, "steps": self.steps}
+
+
+@keras.saving.register_keras_serializable(package="training")
+class SmoothedCrossentropy(keras.losses.Loss):
+    """Cross-entropy of class numbers and probabilities, a fifth of each label spread evenly over all classes."""
+
+    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+        """Return the loss of each image, float32 (batch,)."""
+        classes = y_pred.shape[-1]
+        labels = tf.one_hot(tf.cast(tf.reshape(y_true, (-1,)), tf.int32), classes)
+        labels = (1 - LABEL_SMOOTHING) * labels + LABEL_SMOOTHING / classes
+        return -tf.reduce_sum(labels * tf.math.log(tf.maximum(y_pred, keras.config.epsilon())), axis=-1)
