@@ -30,7 +30,7 @@ GRPC ?=
 IMAGE ?=
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client check format lock clean
+.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client bench-train bench-lean check format lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -76,6 +76,12 @@ bench-serve: $(INSTALLED)  ## this service beside the plain Flask script, LitSer
 
 bench-client: $(INSTALLED)  ## 10,000 pictures from a folder through the service, by the client's two ways (needs wrk)
 	@$(BIN)/python -m benchmarks.client
+
+bench-train: $(INSTALLED)  ## the article's own code, the loops and airbench: time, accuracy, calibration (hours): DATA=
+	@$(BIN)/python -m benchmarks.train $(if $(DATA),--data $(DATA))
+
+bench-lean: $(INSTALLED)  ## exported models beside the same networks saved as they are
+	@$(BIN)/python -m benchmarks.lean
 
 check: $(INSTALLED)  ## lint, format and types
 	@$(BIN)/ruff check .

@@ -83,24 +83,28 @@ class ServerProcess:
 
     def stop(self) -> None:
         """End it and all its children."""
+        pids = self._pids()
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(self._process.pid, signal.SIGTERM)
             self._process.wait(timeout=10)
-        for pid in self._pids():
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
 
     def _pids(self) -> list[int]:
-        """Return the processes of its session: children may have a group of their own."""
-        pids = []
+        """Return its process and those that descend from it: some have a session and a group of their own."""
+        children: dict[int, list[int]] = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 fields = (path / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            if int(fields[3]) == self._process.pid and fields[0] != "Z":
-                pids.append(int(path.name))
+            if fields[0] != "Z":
+                children.setdefault(int(fields[1]), []).append(int(path.name))
+        pids = [self._process.pid] if self._process.poll() is None else []
+        for pid in pids:
+            pids += children.get(pid, [])
         return pids
 
     def __enter__(self) -> Self:

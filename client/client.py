@@ -17,7 +17,7 @@ from client.predictions import Failure, Prediction, ServiceStatus
 from client.rest import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, RestTransport
 
 DEFAULT_BATCH_SIZE = 32
-REQUESTS_IN_FLIGHT = 2  # the service has work while the next batch is read
+REQUESTS_IN_FLIGHT = 4  # the service has work while the next batches are read
 
 # A batch ends early rather than hold more than this; a larger picture is a batch of its own.
 MAX_BATCH_BYTES = 16 * 1024 * 1024
@@ -84,9 +84,9 @@ class PictureClient:
     def predict_iter(self, images: ImageSource | Iterable[ImageSource]) -> Iterator[Prediction | Failure]:
         """Classify pictures as they come; yield a prediction or failure for each, in their order.
 
-        While the service answers a batch, the next is read and sent, and no more: few pictures are held in memory,
-        however many there are. Give it a generator, such as `find_pictures(folder)`. Nothing is read or sent before
-        the first result is asked for.
+        While the service answers a batch, the next three are read and sent, and no more: few pictures are held in
+        memory, however many there are. Give it a generator, such as `find_pictures(folder)`. Nothing is read or sent
+        before the first result is asked for.
 
         Args:
             images: as for `predict`.
@@ -102,7 +102,7 @@ class PictureClient:
         batch_bytes = 0
         for index, source in enumerate(_each(images)):
             item = _read(source, index=index)
-            item_bytes = len(item.data) if isinstance(item, Picture) else 0
+            item_bytes = item.size_bytes if isinstance(item, Picture) else 0
             if len(batch) == self._batch_size or batch_bytes + item_bytes > MAX_BATCH_BYTES:
                 yield batch
                 batch, batch_bytes = [], 0

@@ -38,10 +38,11 @@ MAX_REPLY_BYTES = 64 * 1024 * 1024
 
 # As the exported models have them: encoded pictures to probabilities, and class numbers to names.
 PICTURES_SIGNATURE, PICTURES_INPUT = "image_bytes", "image_bytes"
+PIXELS_SIGNATURE, PIXELS_INPUT = "serving_default", "images"
 LABELS_SIGNATURE, LABELS_INPUT = "labels", "class_id"
 OUTPUTS = ("probabilities", "class_id", "label")
 
-DT_FLOAT, DT_STRING, DT_INT64 = 1, 7, 9  # tensorflow/core/framework/types.proto
+DT_FLOAT, DT_UINT8, DT_STRING, DT_INT64 = 1, 4, 7, 9  # tensorflow/core/framework/types.proto
 STATES = {10: "START", 20: "LOADING", 30: "AVAILABLE", 40: "UNLOADING", 50: "END"}
 
 _PREDICT = "/tensorflow.serving.PredictionService/Predict"
@@ -77,6 +78,7 @@ class GrpcTransport:
         self._retries = retries
         self._sleep = sleep
         self._class_names: dict[int, tuple[str, ...]] = {}  # by version
+        self._refused_shapes: set[tuple[int, ...]] = set()  # of pixels that the model does not take as they are
         self._channel = grpc.insecure_channel(
             address,
             options=[
@@ -148,14 +150,7 @@ class GrpcTransport:
 
     def _predict_group(self, pictures: Sequence[Picture]) -> dict[int, Prediction]:
         deadline_s = time.monotonic() + self._timeout_s
-        files = prediction_pb2.Tensor(dtype=DT_STRING, string_val=[picture.data for picture in pictures])
-        files.tensor_shape.dim.add(size=len(pictures))
-        request = prediction_pb2.PredictRequest(
-            model_spec=self._spec(self._version, PICTURES_SIGNATURE),
-            inputs={PICTURES_INPUT: files},
-            output_filter=OUTPUTS,
-        )
-        reply = self._call(request, deadline_s)
+        reply = self._send_pixels(pictures, deadline_s) or self._send_files(pictures, deadline_s)
         probabilities = self._read_numbers(reply, "probabilities", DT_FLOAT)
         class_ids = self._read_numbers(reply, "class_id", DT_INT64)
         labels = self._read_strings(reply, "label")
@@ -178,6 +173,36 @@ class GrpcTransport:
             )
             for picture, row, class_id, label in zip(pictures, probabilities, class_ids, labels, strict=True)
         }
+
+    def _send_files(self, pictures: Sequence[Picture], deadline_s: float) -> Any:
+        files = prediction_pb2.Tensor(dtype=DT_STRING, string_val=[picture.data for picture in pictures])
+        files.tensor_shape.dim.add(size=len(pictures))
+        request = prediction_pb2.PredictRequest(
+            model_spec=self._spec(self._version, PICTURES_SIGNATURE),
+            inputs={PICTURES_INPUT: files},
+            output_filter=OUTPUTS,
+        )
+        return self._call(request, deadline_s)
+
+    def _send_pixels(self, pictures: Sequence[Picture], deadline_s: float) -> Any:
+        """Send pixels as they are, where all pictures are pixels of the model's own size; None where they are not."""
+        arrays = [picture.pixels for picture in pictures if picture.pixels is not None]
+        shapes = {array.shape for array in arrays}
+        if len(arrays) < len(pictures) or len(shapes) > 1 or shapes <= self._refused_shapes:
+            return None
+        pixels = prediction_pb2.Tensor(dtype=DT_UINT8, tensor_content=np.stack(arrays).tobytes())
+        for size in (len(arrays), *arrays[0].shape):
+            pixels.tensor_shape.dim.add(size=size)
+        request = prediction_pb2.PredictRequest(
+            model_spec=self._spec(self._version, PIXELS_SIGNATURE),
+            inputs={PIXELS_INPUT: pixels},
+            output_filter=OUTPUTS,
+        )
+        try:
+            return self._call(request, deadline_s)
+        except (_RefusedError, RequestRejected):
+            self._refused_shapes |= shapes  # the model wants another size: as files it resizes them
+            return None
 
     def _find_class_names(self, version: int, count: int, deadline_s: float) -> tuple[str, ...]:
         """Return the names of a version's classes, asked for once; their numbers where the model does not tell."""

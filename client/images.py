@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,40 +38,62 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture ready to be sent; `index` is its place among those given."""
+    """A picture ready to be sent.
+
+    Attributes:
+        index: its place among those given.
+        file: its name, None where it came without one.
+        content: the bytes of an encoded picture, or uint8 pixels (height, width, 3).
+    """
 
     index: int
     file: str | None
-    data: bytes
+    content: bytes | np.ndarray[Any, Any]
+
+    @cached_property
+    def data(self) -> bytes:
+        """The bytes of the encoded picture: PNG, for pixels."""
+        return self.content if isinstance(self.content, bytes) else _encode_png(Image.fromarray(self.content))
+
+    @property
+    def pixels(self) -> np.ndarray[Any, Any] | None:
+        """The pixels, None where the picture came encoded."""
+        return None if isinstance(self.content, bytes) else self.content
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory it takes, before it is encoded."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.nbytes
 
 
 def read_picture(source: ImageSource, *, index: int) -> Picture:
-    """Turn one picture, in whatever form, into its encoded bytes.
+    """Take one picture, in whatever form, and read it if it is a file.
 
     Raises:
         ImageRejected: the file cannot be read, is empty or too large, or the pixels are not of the form expected.
         TypeError: it is nothing that stands for a picture.
     """
     file = None
+    content: bytes | np.ndarray[Any, Any]
     try:
         if isinstance(source, (str, os.PathLike)):
             file = os.fspath(source)
-            data = _read_file(file)
+            content = _read_file(file)
         elif isinstance(source, bytes):
-            data = source
+            content = source
         elif isinstance(source, np.ndarray):
-            data = _encode_png(_from_pixels(source))
+            content = _check_pixels(source)
         elif isinstance(source, Image.Image):
-            data = _encode_png(_upright(source))
+            content = _encode_png(_upright(source))
         else:
             raise TypeError(
                 "a picture is a path, the bytes of an encoded picture, a uint8 array (height, width, 3) "
                 f"or a Pillow image; got {type(source).__name__}"
             )
-        _check_size(data)
+        _check_size(content)
     except _NotReadable as error:
         raise ImageRejected(index, file, str(error)) from error
-    return Picture(index=index, file=file, data=data)
+    return Picture(index=index, file=file, content=content)
 
 
 def as_jpeg_or_png(picture: Picture) -> Picture:
@@ -79,7 +102,7 @@ def as_jpeg_or_png(picture: Picture) -> Picture:
     Raises:
         ImageRejected: it is no picture of a format that the service takes, damaged, or too large.
     """
-    if picture.data.startswith(_JPEG_AND_PNG):
+    if picture.pixels is not None or picture.data.startswith(_JPEG_AND_PNG):
         return picture
     try:
         return Picture(picture.index, picture.file, _encode_png(_upright(_open_other(picture.data))))
@@ -105,7 +128,7 @@ def find_pictures(
     for parent, folders, files in os.walk(folder, onerror=fail):
         folders.sort()
         for name in sorted(files):
-            if Path(name).suffix.lower() in PICTURE_SUFFIXES:
+            if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:  # noqa: PTH122 - a Path each takes long
                 yield Path(parent, name)
 
 
@@ -116,7 +139,9 @@ class _NotReadable(Exception):  # noqa: N818
 def _read_file(file: str) -> bytes:
     try:
         with Path(file).open("rb") as stream:
-            return stream.read(MAX_IMAGE_BYTES + 1)
+            # To ask for more than there is would make room for it first. What has no size, such as a pipe, may be long.
+            size = os.fstat(stream.fileno()).st_size or MAX_IMAGE_BYTES
+            return stream.read(min(size, MAX_IMAGE_BYTES) + 1)
     except FileNotFoundError as error:
         raise _NotReadable("there is no such file") from error
     except IsADirectoryError as error:
@@ -127,19 +152,19 @@ def _read_file(file: str) -> bytes:
         raise _NotReadable(f"is no file name: {error}") from error
 
 
-def _check_size(data: bytes) -> None:
-    if not data:
+def _check_size(content: bytes | np.ndarray[Any, Any]) -> None:
+    if len(content) == 0:
         raise _NotReadable("the picture is empty: it has no bytes")
-    if len(data) > MAX_IMAGE_BYTES:
+    if isinstance(content, bytes) and len(content) > MAX_IMAGE_BYTES:
         raise _NotReadable(f"the picture is larger than {MAX_IMAGE_BYTES:,} bytes, the most that is sent")
 
 
-def _from_pixels(pixels: np.ndarray[Any, Any]) -> Image.Image:
+def _check_pixels(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise _NotReadable(
             f"expected RGB pixels as uint8 (height, width, 3), not scaled; got {pixels.dtype} {pixels.shape}"
         )
-    return Image.fromarray(pixels)
+    return pixels.copy()  # it is sent later, when whoever gave it may have put something else there
 
 
 def _open_other(data: bytes) -> Image.Image:

@@ -1,7 +1,8 @@
 """Concurrent requests share calls of the model, and a lone one is not kept waiting for company.
 
 Requests queue up. Where no call of the model runs, one begins at once, with all that have come by then; when it ends,
-the next begins with all that have come meanwhile.
+the next begins with all that have come meanwhile. Batches are not padded: from 8 rows on a row costs the same whatever
+their number (0.18 to 0.20 ms for the article's network, with 8 to 64), so what is padded is paid for.
 """
 
 from __future__ import annotations

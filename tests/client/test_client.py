@@ -161,10 +161,10 @@ def test_results_come_while_pictures_are_still_to_be_read(service: Service) -> N
         results = client.predict_iter(endless())
         labels = [next(results).label for _ in range(10)]
     assert labels == given[:10]
-    assert len(given) <= 17  # a batch beyond those of the ten, and the picture that showed it to be full
+    assert len(given) <= 25  # three batches beyond those of the ten, and the picture that showed the last to be full
 
 
-def test_no_more_than_two_batches_are_held_in_memory(service: Service) -> None:
+def test_few_batches_are_held_in_memory(service: Service) -> None:
     service.received = deque(maxlen=1)
     script = """
 import gc, sys, tracemalloc
@@ -176,15 +176,15 @@ with Client(sys.argv[1], batch_size=4) as client:
     client.predict(pixels)
     gc.disable()  # nothing may depend on when it comes
     tracemalloc.start()
-    count = sum(1 for _ in client.predict_iter(pixels for _ in range(100)))
+    count = sum(1 for _ in client.predict_iter(pixels for _ in range(200)))
 print(count, tracemalloc.get_traced_memory()[1])
 """
     done = subprocess.run(
         [sys.executable, "-c", script, service.url], check=True, capture_output=True, text=True, timeout=60
     )
     count, peak_bytes = map(int, done.stdout.split())
-    assert count == 100
-    assert peak_bytes < 100 * 120_000 / 3  # 8 pictures, and the copies of them that requests are made of
+    assert count == 200
+    assert peak_bytes < 200 * 120_000 / 3  # 20 pictures, encoded too, and the copies that requests are made of
 
 
 def test_one_bad_picture_costs_only_itself(service: Service, pictures: list[Path], tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_pictures_that_cannot_be_read_here_fill_no_memory(service: Service, tmp_
     with Client(service.url, batch_size=4) as client:
         results = client.predict_iter(many())
         assert all(isinstance(next(results), Failure) for _ in range(8))
-    assert given <= 13
+    assert given <= 21
     assert service.received == []
 
 

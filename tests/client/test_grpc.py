@@ -54,6 +54,7 @@ class Colours(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
         self.script: list[Script] = []
         self.has_labels = True
         self.as_content = False
+        self.size = (4, 6, 3)
         self.address = ""
 
     def Predict(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
@@ -62,6 +63,13 @@ class Colours(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
             return self.script.pop(0)(request, context)
         if request.model_spec.signature_name == "labels":
             return self._labels(request, context)
+        if request.model_spec.signature_name == "serving_default":
+            images = tf.make_ndarray(request.inputs["images"])
+            assert images.dtype == np.uint8
+            assert request.inputs["images"].tensor_content
+            if images.shape[1:] != self.size:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"expected {self.size}, got {images.shape[1:]}")
+            return self._answer(request, list(images.mean(axis=(1, 2)) / images.mean(axis=(1, 2)).sum(axis=1)[:, None]))
         assert request.model_spec.signature_name == "image_bytes"
         rows = []
         for data in request.inputs["image_bytes"].string_val:
@@ -70,6 +78,9 @@ class Colours(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
             except OSError:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, "Unknown image file format")
             rows.append(pixels.mean(axis=(0, 1)) / max(1.0, pixels.mean(axis=(0, 1)).sum()))
+        return self._answer(request, rows)
+
+    def _answer(self, request: Any, rows: list[np.ndarray]) -> Any:
         probabilities = np.array(rows, np.float32)
         class_id = probabilities.argmax(axis=1)
         reply = predict_pb2.PredictResponse()
@@ -350,3 +361,35 @@ def test_every_field_has_tensorflow_servings_number(field: Any) -> None:
     assert theirs.number == field.number
     assert field.type == (int32 if theirs.type == enum else theirs.type)
     assert theirs.is_repeated == field.is_repeated
+
+
+def inputs_sent(model: Colours) -> list[str]:
+    return [name for request in model.requests for name in request.inputs if name != "class_id"]
+
+
+def test_pixels_of_the_model_s_size_are_sent_as_they_are(model: Colours) -> None:
+    given = np.stack([pixels_of(colour) for colour in ("red", "blue", "green")])
+    with GrpcClient(model.address, model="m", batch_size=2) as client:
+        results = client.predict_iter(given)
+        first = next(results)
+        given[:] = 0  # what was given may be used for something else at once
+        assert first.label == "red"
+    with GrpcClient(model.address, model="m", batch_size=2) as client:
+        again = client.predict(np.stack([pixels_of(colour) for colour in ("red", "blue", "green")]))
+    assert [prediction.label for prediction in again] == ["red", "blue", "green"]
+    assert set(inputs_sent(model)) == {"images"}
+
+
+def test_pixels_of_another_size_are_sent_as_files_which_the_model_resizes(model: Colours) -> None:
+    model.size = (32, 32, 3)
+    with GrpcClient(model.address, model="m", batch_size=1) as client:
+        labels = [client.predict(pixels_of(colour))[0].label for colour in ("red", "blue")]
+    assert labels == ["red", "blue"]
+    assert inputs_sent(model) == ["images", "image_bytes", "image_bytes"]  # tried once, and then known
+
+
+def test_pixels_among_files_are_sent_as_files(model: Colours) -> None:
+    with GrpcClient(model.address, model="m") as client:
+        predictions = client.predict([pixels_of("green"), png_of("blue")])
+    assert [prediction.label for prediction in predictions] == ["green", "blue"]
+    assert inputs_sent(model) == ["image_bytes"]

@@ -28,8 +28,8 @@ from client.rest import RestTransport
 from tests.client.conftest import png_of
 from tests.client.service import Handler, Server, Service, busy, classify, drip, hang_up, hang_up_midway, reply, stall
 
-RED = Picture(index=0, file="red.png", data=png_of("red"))
-GREEN = Picture(index=1, file="green.png", data=png_of("green"))
+RED = Picture(index=0, file="red.png", content=png_of("red"))
+GREEN = Picture(index=1, file="green.png", content=png_of("green"))
 
 
 class Waits(list[float]):

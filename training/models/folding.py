@@ -13,7 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from training.models.airbench import HEAD_SCALE, Airbench, BatchNorm, Conv, padding_of
+from training.models import airbench
+from training.models.airbench import HEAD_SCALE, Airbench, BatchNorm, Conv
 from training.models.sequential import used_size
 
 Logits = Callable[[tf.Tensor], tf.Tensor]  # uint8 (n, height, width, 3) -> float32 (n, classes)
@@ -61,21 +62,22 @@ def fold_airbench(model: Airbench, *, temperature: float) -> Logits:
         (model.whitening.offset + model.whitening.bias).numpy(),
     )
     blocks = [
-        (_fold_norm(block.conv1, block.norm1), _fold_norm(block.conv2, block.norm2))
+        (_fold_norm(block.conv1, block.norm1), block.padding, _fold_norm(block.conv2, block.norm2))
         for block in (model.block1, model.block2, model.block3)
     ]
     head = model.head.kernel.numpy() * np.float32(HEAD_SCALE / temperature)
 
-    def convolve(features: tf.Tensor, conv: tuple[np.ndarray, np.ndarray], *, even: bool = False) -> tf.Tensor:
-        padding = padding_of(features.shape, even=even)
+    def convolve(features: tf.Tensor, conv: tuple[np.ndarray, np.ndarray], padding: str) -> tf.Tensor:
         return tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(features, conv[0], 1, padding), conv[1]))
 
     def logits(images: tf.Tensor) -> tf.Tensor:
-        features = tf.nn.conv2d(tf.cast(images, tf.float32), whitening_kernel, 1, "VALID")
+        height, width = (airbench.used_size(size) for size in images.shape[1:3])
+        pixels = tf.cast(images[:, :height, :width], tf.float32)
+        features = tf.nn.conv2d(pixels, whitening_kernel, 1, "VALID")
         features = tf.nn.relu(tf.nn.bias_add(features, whitening_bias))
-        for first, second in blocks:
-            features = tf.nn.max_pool2d(convolve(features, first, even=True), 2, 2, "VALID")
-            features = convolve(features, second)
+        for first, padding, second in blocks:
+            features = tf.nn.max_pool2d(convolve(features, first, padding), 2, 2, "VALID")
+            features = convolve(features, second, "SAME")
         return tf.matmul(tf.reduce_max(features, axis=(1, 2)), head)
 
     return logits
