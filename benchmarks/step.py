@@ -21,7 +21,7 @@ from training.train import make_loss, make_optimizer
 @click.option("--seconds", type=float, default=20.0)
 def main(*, variant: str, preset: str | None, seconds: float) -> None:
     """Print the images a second as JSON."""
-    config = TrainingConfig.fill_in(variant=variant, **({"preset": preset} if preset else {}))
+    config = TrainingConfig.fill_in(variant=variant, preset=preset)
     model = build_model(variant, (32, 32, 3), classes=10, preset=config.preset)
     optimizer, loss = make_optimizer(config, steps_per_epoch=1000), make_loss(config)
     optimizer.build(model.trainable_variables)

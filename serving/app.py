@@ -108,6 +108,7 @@ class Service(Flask):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.metrics = Metrics()
+        self._known_paths: dict[tuple[str, str], Any] = {}
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function: none of them is async."""
@@ -118,7 +119,9 @@ class Service(Flask):
         if request is None:
             return None
         query = request.environ["QUERY_STRING"]
-        return KnownPaths(self.url_map, request.host, "/", "", request.scheme, request.path, request.method, query)
+        adapter = KnownPaths(self.url_map, request.host, "/", "", request.scheme, request.path, request.method, query)
+        adapter.known = self._known_paths
+        return adapter
 
     def preprocess_request(self) -> None:
         """Note when the request began."""
@@ -151,15 +154,16 @@ class Service(Flask):
 class KnownPaths(MapAdapter):
     """Matches each method and path once: the same few come again and again."""
 
+    known: dict[tuple[str, str], Any]  # what each was matched with; the app's, for all its requests
+
     def match(self, *args: Any, **kwargs: Any) -> Any:
         """As `MapAdapter.match`, which Flask calls with nothing but `return_rule=True`."""
-        known: dict[tuple[str, str], Any] = self.map.__dict__.setdefault("known_paths", {})
         key = self.default_method, self.path_info
-        if (found := known.get(key)) is None:
+        if (found := self.known.get(key)) is None:
             found = super().match(*args, **kwargs)
-            if len(known) >= MAX_KNOWN_PATHS:
-                known.clear()
-            known[key] = found
+            if len(self.known) >= MAX_KNOWN_PATHS:
+                self.known.clear()
+            self.known[key] = found
         return found
 
 

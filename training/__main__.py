@@ -165,9 +165,7 @@ def train(
         dataset = _load_dataset(run.read_config())
     else:
         try:
-            config = TrainingConfig.fill_in(
-                **{name: value for name, value in config_values.items() if value is not None}
-            )
+            config = TrainingConfig.fill_in(**config_values)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
         dataset = _load_dataset(config)

@@ -105,11 +105,12 @@ class TrainingConfig:
 
     @classmethod
     def fill_in(cls, **given: Any) -> TrainingConfig:
-        """Return a config with these values, the others as the variant's preset has them, or by default.
+        """Return a config with these values; the others, and those that are None, are the preset's or the defaults.
 
         Raises:
             ValueError: as for the constructor.
         """
+        given = {name: value for name, value in given.items() if value is not None}
         if given.get("variant") == "airbench":
             name = given.setdefault("preset", "quick")
             if preset := PRESETS.get(name):

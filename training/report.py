@@ -20,7 +20,7 @@ from training.plots import plot_calibration, plot_confusion, plot_curves, render
 from training.run import RunFolder
 from training.sample_sheet import plot_samples
 
-_ALWAYS_SHOWN = ("dataset", "variant", "loop", "epochs", "seed")  # in the command, even where they are the default
+_ALWAYS_SHOWN = ("dataset", "variant", "preset", "loop", "epochs", "seed")  # in the command, even where they are the default
 
 
 def write_report(
@@ -195,10 +195,10 @@ def _settings(config: TrainingConfig, dataset: Dataset) -> Iterator[tuple[str, s
 def _command(config: TrainingConfig) -> str:
     """Return the command line that asks for this run again."""
     words = ["python -m training train"]
-    defaults = TrainingConfig.fill_in(variant=config.variant, **({"preset": config.preset} if config.preset else {}))
+    defaults = TrainingConfig.fill_in(variant=config.variant, preset=config.preset)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value == getattr(defaults, field.name) and field.name not in _ALWAYS_SHOWN:
+        if value is None or (value == getattr(defaults, field.name) and field.name not in _ALWAYS_SHOWN):
             continue
         option = f"--{field.name.replace('_', '-')}"
         if value is True:

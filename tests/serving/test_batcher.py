@@ -28,6 +28,8 @@ class Doubler:
             "whole": Signature("whole", "predict", {"x": word}, {"y": word}),
         }
         self.calls: list[int] = []
+        self.threads: list[int] = []  # that the calls were made in
+        self.takes_s = 0.0
         self.gate = threading.Event()
         self.gate.set()
         self._by_row = by_row
@@ -35,6 +37,8 @@ class Doubler:
     def predict(self, signature: str, inputs: Mapping[str, np.ndarray], **_: Any) -> dict[str, np.ndarray]:
         x = inputs["x"]
         self.calls.append(len(x))
+        self.threads.append(threading.get_ident())
+        time.sleep(self.takes_s)
         assert self.gate.wait(60)
         if (x == 13).any():
             raise ModelFailed("13 is not to be doubled", code="ABORTED")
@@ -83,6 +87,27 @@ def test_a_lone_request_does_not_wait_for_company() -> None:
     model = Doubler()
     assert batch(model).predict("double", rows(1, 2))["y"].tolist() == [[2], [4]]
     assert model.calls == [2]
+
+
+def test_short_calls_are_made_by_whoever_asks_once_they_are_known_to_be_short() -> None:
+    model = Doubler()
+    batcher = batch(model)
+    for _ in range(20):
+        assert batcher.predict("double", rows(1))["y"].tolist() == [[2]]
+    assert model.threads[0] != threading.get_ident()
+    assert model.threads.count(threading.get_ident()) > 10
+    # What is known of a signature and a shape says nothing of others.
+    batcher.predict("negate", rows(1))
+    assert model.threads[-1] != threading.get_ident()
+
+
+def test_longer_calls_never_keep_whoever_asks() -> None:
+    model = Doubler()
+    model.takes_s = 0.002
+    batcher = batch(model)
+    for _ in range(20):
+        batcher.predict("double", rows(1))
+    assert threading.get_ident() not in model.threads
 
 
 def test_those_who_wait_share_one_call() -> None:
@@ -184,8 +209,10 @@ def test_long_calls_run_side_by_side_with_few_rows_each(monkeypatch: pytest.Monk
     batcher.predict("double", rows(1))
     model.gate.clear()
     with ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(batcher.predict, "double", rows(v)) for v in (1, 2)]
-        wait_until(lambda: len(model.calls) == 3)
+        answers = []
+        for calls, value in enumerate((1, 2), start=2):
+            answers.append(pool.submit(batcher.predict, "double", rows(value)))
+            wait_until(lambda calls=calls: len(model.calls) == calls)
         model.gate.set()
         assert [answer.result()["y"].tolist() for answer in answers] == [[[2]], [[4]]]
 

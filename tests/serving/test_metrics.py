@@ -61,6 +61,21 @@ def test_requests_pictures_and_durations_are_counted(fresh: Flask) -> None:
     assert not any("invented" in str(labels) or "/no/such" in str(labels) for _, labels in samples)
 
 
+def test_png_files_of_the_model_s_size_are_decoded_by_the_model(fresh: Flask) -> None:
+    client = fresh.test_client()
+    calls = "serving_predict_seconds_count"
+    exact, other, jpeg = picture("red"), picture("red", size=(40, 30)), picture("red", kind="JPEG")
+    for expected, files in ((1, [exact]), (2, [exact, exact]), (2, [exact, other]), (2, [jpeg]), (2, [exact[:60]])):
+        data = {f"f{i}": (BytesIO(file), f"{i}.png") for i, file in enumerate(files)}
+        reply = client.post("/predict", data=data)
+        if files == [exact[:60]]:  # which the model refuses, and Pillow can say why
+            assert reply.status_code == 400
+            assert "damaged or cut off" in reply.get_json()["errors"][0]["error"]
+        else:
+            assert [row["label"] for row in reply.get_json()["predictions"]] == ["red"] * len(files)
+        assert value(read(client), calls, model="colours", signature="image_bytes") == expected
+
+
 def test_the_state_of_the_models_is_shown(fresh: Flask) -> None:
     samples = read(fresh.test_client())
     assert value(samples, "serving_ready") == 1

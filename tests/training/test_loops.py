@@ -39,9 +39,7 @@ def shapes():
 def train(loop, variant, shapes, *, epochs=2, learning_rate=None, first_epoch=0):
     train_split, validation = shapes
     keras.utils.set_random_seed(0)
-    config = TrainingConfig.fill_in(
-        variant=variant, epochs=epochs, **({"learning_rate": learning_rate} if learning_rate else {})
-    )
+    config = TrainingConfig.fill_in(variant=variant, epochs=epochs, learning_rate=learning_rate)
     model = build_model(variant, (32, 32, 3), classes=10)
     if variant == "airbench":
         model.adapt(train_split.images)

@@ -108,6 +108,7 @@ def test_a_report_says_what_was_measured_and_how_to_do_it_again(tmp_path):
     "config",
     [
         TrainingConfig(),
+        TrainingConfig.fill_in(variant="airbench", preset="best", epochs=3),
         TrainingConfig(
             dataset="folder",
             data=Path("my 'pets' & $HOME"),
@@ -125,7 +126,7 @@ def test_a_report_says_what_was_measured_and_how_to_do_it_again(tmp_path):
             tensorboard=True,
         ),
     ],
-    ids=["defaults", "everything else"],
+    ids=["defaults", "airbench", "everything else"],
 )
 def test_the_command_in_a_report_asks_for_the_same_run(tmp_path, config):
     text = report(tmp_path / "run", config=config)
@@ -133,7 +134,7 @@ def test_the_command_in_a_report_asks_for_the_same_run(tmp_path, config):
     values = train_command.make_context("train", shlex.split(line)[4:]).params
     for other in ("run_path", "resume", "export", "models_dir", "name"):
         del values[other]
-    assert TrainingConfig(**values) == config
+    assert TrainingConfig.fill_in(**values) == config
 
 
 def test_what_is_undefined_is_a_dash(tmp_path):
