@@ -20,7 +20,8 @@ from training.plots import plot_calibration, plot_confusion, plot_curves, render
 from training.run import RunFolder
 from training.sample_sheet import plot_samples
 
-_ALWAYS_SHOWN = ("dataset", "variant", "preset", "loop", "epochs", "seed")  # in the command, even where they are the default
+# In the command, even where they are the default.
+_ALWAYS_SHOWN = ("dataset", "variant", "preset", "loop", "epochs", "seed")
 
 
 def write_report(
