@@ -83,6 +83,8 @@ def read_picture(source: ImageSource, *, index: int) -> Picture:
             content = source
         elif isinstance(source, np.ndarray):
             content = _check_pixels(source)
+            if content.nbytes > MAX_IMAGE_BYTES // 2:  # it may be more than is sent, which shows when it is encoded
+                content = _encode_png(Image.fromarray(content))
         elif isinstance(source, Image.Image):
             content = _encode_png(_upright(source))
         else:

@@ -170,3 +170,12 @@ def test_find_pictures_tells_of_folders_that_cannot_be_listed(tmp_path: Path) ->
 def test_pixels_of_one_colour_are_the_same_by_every_way() -> None:
     for source in (pixels_of("red"), Image.fromarray(pixels_of("red")), png_of("red")):
         np.testing.assert_array_equal(np.asarray(sent(source)), pixels_of("red"))
+
+
+def test_pixels_that_are_too_large_once_encoded_are_refused(monkeypatch):
+    monkeypatch.setattr("client.images.MAX_IMAGE_BYTES", 20_000)
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
+    with pytest.raises(ImageRejected, match="larger than 20,000 bytes"):
+        read_picture(noise, index=0)
+    flat = np.zeros((90, 90, 3), np.uint8)  # larger in memory than 20,000 bytes, and not when it is sent
+    assert len(read_picture(flat, index=0).data) < 20_000
