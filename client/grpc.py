@@ -177,12 +177,7 @@ class GrpcTransport:
     def _send_files(self, pictures: Sequence[Picture], deadline_s: float) -> Any:
         files = prediction_pb2.Tensor(dtype=DT_STRING, string_val=[picture.data for picture in pictures])
         files.tensor_shape.dim.add(size=len(pictures))
-        request = prediction_pb2.PredictRequest(
-            model_spec=self._spec(self._version, PICTURES_SIGNATURE),
-            inputs={PICTURES_INPUT: files},
-            output_filter=OUTPUTS,
-        )
-        return self._call(request, deadline_s)
+        return self._classify(PICTURES_SIGNATURE, {PICTURES_INPUT: files}, deadline_s)
 
     def _send_pixels(self, pictures: Sequence[Picture], deadline_s: float) -> Any:
         """Send pixels as they are, where all pictures are pixels of the model's own size; None where they are not."""
@@ -193,16 +188,17 @@ class GrpcTransport:
         pixels = prediction_pb2.Tensor(dtype=DT_UINT8, tensor_content=np.stack(arrays).tobytes())
         for size in (len(arrays), *arrays[0].shape):
             pixels.tensor_shape.dim.add(size=size)
-        request = prediction_pb2.PredictRequest(
-            model_spec=self._spec(self._version, PIXELS_SIGNATURE),
-            inputs={PIXELS_INPUT: pixels},
-            output_filter=OUTPUTS,
-        )
         try:
-            return self._call(request, deadline_s)
+            return self._classify(PIXELS_SIGNATURE, {PIXELS_INPUT: pixels}, deadline_s)
         except (_RefusedError, RequestRejected):
             self._refused_shapes |= shapes  # the model wants another size: as files it resizes them
             return None
+
+    def _classify(self, signature: str, inputs: dict[str, Any], deadline_s: float) -> Any:
+        spec = self._spec(self._version, signature)
+        return self._call(
+            prediction_pb2.PredictRequest(model_spec=spec, inputs=inputs, output_filter=OUTPUTS), deadline_s
+        )
 
     def _find_class_names(self, version: int, count: int, deadline_s: float) -> tuple[str, ...]:
         """Return the names of a version's classes, asked for once; their numbers where the model does not tell."""
