@@ -34,6 +34,15 @@ Call = Callable[[np.ndarray], object]
 def export(variant: str, folder: Path) -> dict[str, Call]:
     """Save a network in both ways; return how to call each."""
     model = build_model(variant, SHAPE, classes=len(CLASSES))
+    rng = np.random.default_rng(0)
+    for weight in model.trainable_weights:
+        if len(weight.shape) == 1:
+            weight.assign(rng.normal(0, 0.1, weight.shape))  # biases of zeros would be optimized away
+    if hasattr(model, "adapt"):
+        images = rng.integers(0, 256, (64, *SHAPE), np.uint8)
+        model.adapt(images)
+        for _ in range(10):
+            model(images, training=True)  # gives the batch norms means and variances
     lean = publish_model(
         model,
         folded=_with_softmax(fold_model(model, TrainingConfig.fill_in(variant=variant), temperature=1.0)),
