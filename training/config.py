@@ -29,9 +29,10 @@ class Preset:
     learning_rate: float
 
 
+# Chosen on the validation images: at equal time, narrow blocks and more epochs beat wide ones and fewer.
 PRESETS = {
-    "quick": Preset(widths=(32, 96, 128), epochs=7, batch_size=500, learning_rate=0.24),
-    "best": Preset(widths=(64, 256, 256), epochs=20, batch_size=500, learning_rate=0.24),
+    "quick": Preset(widths=(24, 64, 128), epochs=10, batch_size=500, learning_rate=0.12),
+    "best": Preset(widths=(64, 192, 256), epochs=20, batch_size=500, learning_rate=0.12),
 }
 
 
