@@ -130,18 +130,24 @@ def _share(runs: Sequence[Figures], figure: str) -> str:
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Runs of each way; one for airbench best.")
 @click.option("--way", "chosen", multiple=True, help="Only these; may be repeated.  [default: all]")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/train.json"))
-def main(data: str | None, epochs: int, seeds: int, chosen: Sequence[str], output: Path) -> None:
+@click.option("--resume", is_flag=True, help="Keep what OUTPUT holds, and measure what is missing.")
+def main(data: str | None, epochs: int, seeds: int, chosen: Sequence[str], output: Path, *, resume: bool) -> None:
     """Measure training: time, ratio to the article's own code, accuracy, calibration. Hours, with all seeds."""
     ways = make_ways(["--data", data] if data else [], epochs)
     if unknown := set(chosen) - ways.keys():
         raise click.UsageError(f"no such way: {', '.join(unknown)}; there are {'; '.join(ways)}")
     results: dict[str, list[Figures]] = {}
+    if resume:
+        before = json.loads(output.read_text())
+        if before["epochs"] != epochs:
+            raise click.UsageError(f"{output} holds runs of {before['epochs']} epochs: --epochs {before['epochs']}")
+        results = before["ways"]
     output.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     for seed in range(seeds):
         for way, measure in ways.items():
             once = way.endswith(("best", "step", "on"))
-            if (chosen and way not in chosen) or (once and seed):
+            if (chosen and way not in chosen) or (once and seed) or len(results.get(way, ())) > seed:
                 continue
             click.echo(f"{way}, seed {seed} ...", err=True)
             results.setdefault(way, []).append(measure(seed))
