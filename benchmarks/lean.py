@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from serving.predictor import SavedModelPredictor
 from training.config import TrainingConfig
-from training.export import publish_model
+from training.export import publish_model, with_softmax
 from training.models import build_model, fold_model
 
 SHAPE, CLASSES = (32, 32, 3), tuple("abcdefghij")
@@ -45,7 +45,7 @@ def export(variant: str, folder: Path) -> dict[str, Call]:
             model(images, training=True)  # gives the batch norms means and variances
     lean = publish_model(
         model,
-        folded=_with_softmax(fold_model(model, TrainingConfig.fill_in(variant=variant), temperature=1.0)),
+        folded=with_softmax(fold_model(model, TrainingConfig.fill_in(variant=variant), temperature=1.0)),
         models_dir=folder,
         name=variant,
         class_names=CLASSES,
@@ -60,10 +60,6 @@ def export(variant: str, folder: Path) -> dict[str, Call]:
         (input_name,) = predictor.signatures["serving_default"].inputs
         calls[f"{variant}, {name}"] = _bind(predictor, input_name)
     return calls
-
-
-def _with_softmax(logits: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
-    return lambda images: tf.nn.softmax(logits(images))
 
 
 def _bind(predictor: SavedModelPredictor, input_name: str) -> Call:

@@ -138,6 +138,8 @@ def main(data: str | None, epochs: int, seeds: int, chosen: Sequence[str], outpu
         raise click.UsageError(f"no such way: {', '.join(unknown)}; there are {'; '.join(ways)}")
     results: dict[str, list[Figures]] = {}
     if resume:
+        if not output.exists():
+            raise click.UsageError(f"there is no {output} to go on with: leave out --resume")
         before = json.loads(output.read_text())
         if before["epochs"] != epochs:
             raise click.UsageError(f"{output} holds runs of {before['epochs']} epochs: --epochs {before['epochs']}")

@@ -96,7 +96,7 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
         lambda images: tf.constant(
             apply_temperature(predict_probabilities(model, images.numpy(), mirror=mirror), temperature)
         ),
-        folded=_answer(fold_model(model, config, temperature=temperature), mirror=mirror),
+        folded=with_softmax(fold_model(model, config, temperature=temperature), mirror=mirror),
         models_dir=models_dir,
         name=name or summary.name,
         class_names=summary.class_names,
@@ -105,7 +105,7 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
     )
 
 
-def _answer(logits: Callable[[tf.Tensor], tf.Tensor], *, mirror: bool) -> Callable[[tf.Tensor], tf.Tensor]:
+def with_softmax(logits: Callable[[tf.Tensor], tf.Tensor], *, mirror: bool = False) -> Callable[[tf.Tensor], tf.Tensor]:
     """Return the function from images to probabilities; with `mirror`, of the mean of an image and its mirror image."""
     if not mirror:
         return lambda images: tf.nn.softmax(logits(images))

@@ -192,7 +192,7 @@ class Airbench(keras.Model):
         self.classes = classes
         self.widths = widths
         self.whitening = Whitening()
-        # Without zeros around it the first convolution, a third of all work, has a fifth less to do.
+        # Without zeros around it the first convolution, a quarter of quick's work, has a fifth less to do.
         self.block1 = AirbenchBlock(widths[0], padding="VALID")
         self.block2, self.block3 = (AirbenchBlock(width) for width in widths[1:])
         # Uniform with a deviation of 1.
