@@ -258,11 +258,10 @@ def run_form(
     run = run_closed_loop_grpc if form.startswith("grpc") else run_closed_loop
     for contestant in contestants:
         run(contestant.target, connections=8, seconds=2)  # warm
-    for count in connections:
-        for number in range(rounds):
-            order = contestants if number % 2 == 0 else contestants[::-1]
-            for contestant in order:
-                contestant.measure(count, lambda c=contestant, n=count: run(c.target, connections=n, seconds=seconds))
+    measures = [(contestant, count) for count in connections for contestant in contestants]
+    for number in range(rounds):
+        for contestant, count in measures if number % 2 == 0 else measures[::-1]:
+            contestant.measure(count, lambda c=contestant, n=count: run(c.target, connections=n, seconds=seconds))
     if form.startswith("grpc"):
         return
     for contestant in contestants:
