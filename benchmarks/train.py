@@ -152,7 +152,13 @@ def main(data: str | None, epochs: int, seeds: int, chosen: Sequence[str], outpu
             if (chosen and way not in chosen) or (once and seed) or len(results.get(way, ())) > seed:
                 continue
             click.echo(f"{way}, seed {seed} ...", err=True)
-            results.setdefault(way, []).append(measure(seed))
+            try:
+                figures = measure(seed)
+            except subprocess.CalledProcessError as error:  # it has said why
+                raise click.ClickException(
+                    f"{way}, seed {seed}: {' '.join(error.cmd)} failed; --resume keeps what was measured before"
+                ) from None
+            results.setdefault(way, []).append(figures)
             click.echo(f"  {results[way][-1]}", err=True)
             output.write_text(json.dumps({"machine": machine, "epochs": epochs, "ways": results}, indent=2) + "\n")
     click.echo(format_table(results))
