@@ -22,12 +22,12 @@ from serving.liveness import Liveness
 from serving.predictor import Predictor, Signature, check_inputs, deadline_exceeded
 from serving.waiting import Pause, call_soon, caller_is_gone, end_pauses, offload
 
-# Calls of a model that take less are not made side by side, unless whole batches wait: the core that the second would
-# take has requests to read and answers to write meanwhile.
-LONG_CALL_S = 0.01
-
 # Fewer are worth a call only if no more are being read.
 FEW_ROWS = 8
+
+# Calls of a model that needs less for a few rows are not made side by side, unless whole batches wait: the core that
+# the second would take has requests to read and answers to write meanwhile.
+LONG_CALL_S = 0.01
 
 # A call that takes less is made by whoever asks, even in the event loop's thread: to hand it to another thread and its
 # answer back takes a fifth of a millisecond. How long it will take is known from the last call with rows of its shape;
@@ -89,7 +89,7 @@ class Batcher:
         self._queue: deque[_Request] = deque()
         self._queued_rows = 0
         self._calls = 0
-        self._last_call_s = 0.0
+        self._few_rows_s = 0.0
         self._row_s: dict[_GroupKey, float] = {}  # of the last call
         self._is_kick_due = False
 
@@ -173,7 +173,7 @@ class Batcher:
 
     def _wants_call(self) -> bool:
         """Whether to begin a call of the model, beside those that run."""
-        if self._last_call_s > LONG_CALL_S:
+        if self._few_rows_s > LONG_CALL_S:
             return self._calls < self._concurrency
         if self._calls == 0:
             return self._queued_rows >= FEW_ROWS
@@ -204,10 +204,12 @@ class Batcher:
         started_s = time.perf_counter()
         with self._liveness.call():
             self._answer(requests)
-        self._last_call_s = time.perf_counter() - started_s
+        call_s, rows = time.perf_counter() - started_s, sum(request.rows for request in requests)
+        # Of a full batch only the part that a few rows would take: else many clients would make any model seem slow.
+        self._few_rows_s = call_s * FEW_ROWS / max(FEW_ROWS, rows)
         if len(self._row_s) >= MAX_SHAPES:
             self._row_s.clear()
-        self._row_s[requests[0].key] = self._last_call_s / sum(request.rows for request in requests)
+        self._row_s[requests[0].key] = call_s / rows
         end_pauses([request.pause for request in requests])
         return True
 
