@@ -319,7 +319,7 @@ def format_table(results: dict[str, list[dict[str, object]]]) -> str:
 @click.option("--peer", "peers", type=click.Choice([*PEERS, "none"]), multiple=True, default=tuple(PEERS))
 @click.option("--connections", type=int, multiple=True, default=(1, 32, 256))
 @click.option("--rounds", type=int, default=3, help="Alternating; the median counts.")
-@click.option("--seconds", type=float, default=4.0, help="Of each round.")
+@click.option("--seconds", type=click.IntRange(1), default=4, help="Of each round.")
 @click.option("--model", type=click.Path(path_type=Path), help="A version folder.  [default: the article's network]")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/serve.json"))
 def main(
@@ -327,7 +327,7 @@ def main(
     peers: Sequence[str],
     connections: Sequence[int],
     rounds: int,
-    seconds: float,
+    seconds: int,
     model: Path | None,
     output: Path,
 ) -> None:
