@@ -42,6 +42,12 @@ def test_validation_takes_a_tenth_of_each_class_and_nothing_twice():
         assert (split.images[:, 0, 0, 0] % 4 == split.labels).all()
 
 
+def test_validation_takes_no_more_than_is_of_use():
+    kept, validation = split_validation(Split(np.zeros((6000, 1, 1, 3), np.uint8), np.arange(6000) % 2), seed=0)
+    assert np.bincount(validation.labels).tolist() == [250, 250]
+    assert np.bincount(kept.labels).tolist() == [2750, 2750]
+
+
 def test_the_seed_alone_decides_the_validation_split():
     train = numbered_images(200)
     first, again, other = (split_validation(train, seed=seed)[1].images for seed in (3, 3, 4))
@@ -86,10 +92,10 @@ def test_evaluation_reads_everything_once_in_order():
     assert list(itertools.chain(*batches)) == list(range(50))
 
 
-def corner_images(count, size=16):
+def corner_images(count, size=20):
     """Images of which each has one bright pixel, in the left half and in the middle row, and its number in the blue."""
     images = np.zeros((count, size, size, 3), np.uint8)
-    images[:, 8, 5, 0] = 255
+    images[:, 10, 4, 0] = 255
     images[..., 2] = np.arange(count)[:, None, None]
     return Split(images, np.arange(count, dtype=np.int64))
 
@@ -98,23 +104,28 @@ def bright_pixels(images):
     return {int(image[0, 0, 2]): np.argwhere(image[..., 0] == 255)[0] for image in images.numpy()}
 
 
-def test_augmented_images_are_shifted_a_little_and_mirrored_in_turn():
+@pytest.mark.parametrize(("max_shift", "batch_size"), [(0, 50), (2, 50), (4, 10)])
+def test_augmented_images_are_shifted_a_little_and_mirrored_in_turn(max_shift, batch_size):
     split = corner_images(100)
-    batches = training_batches(split, batch_size=50, seed=0, first_epoch=0, augment=True)
+    batches = training_batches(split, batch_size=batch_size, seed=0, first_epoch=0, max_shift=max_shift)
+    steps = 100 // batch_size
     left = []
+    down, right = set(), set()
     for epoch in range(4):
         seen = {}
-        for images, labels in itertools.islice(batches.skip(2 * epoch), 2):
+        for images, labels in itertools.islice(batches.skip(steps * epoch), steps):
             assert images.dtype == np.uint8
             np.testing.assert_array_equal(images[:, 0, 0, 2], labels)
             seen.update(bright_pixels(images))
         assert len(seen) == 100
         rows = np.array([seen[number][0] for number in range(100)])
         columns = np.array([seen[number][1] for number in range(100)])
-        is_left = columns < 8
-        # From its place, or from the one across, each is at most two pixels away, in all of the five ways.
-        assert set(rows - 8) == set(np.where(is_left, columns - 5, columns - 10)) == {-2, -1, 0, 1, 2}
+        is_left = columns < 10
+        # How far each is from its place, or from the one across.
+        down |= set(rows - 10)
+        right |= set(np.where(is_left, columns - 4, columns - 15))
         left.append(is_left)
+    assert down == right == set(range(-max_shift, max_shift + 1))
     assert 20 < left[0].sum() < 80
     for before, after in itertools.pairwise(left):
         np.testing.assert_array_equal(before, ~after)
@@ -124,7 +135,7 @@ def test_augmentation_is_a_function_of_seed_and_epoch():
     split = corner_images(60)
 
     def epoch(number, first):
-        batches = training_batches(split, batch_size=25, seed=3, first_epoch=first, augment=True)
+        batches = training_batches(split, batch_size=25, seed=3, first_epoch=first, max_shift=2)
         return [images.numpy() for images, _ in itertools.islice(batches.skip(3 * (number - first)), 3)]
 
     for ours, resumed in zip(epoch(2, 0), epoch(2, 2), strict=True):
