@@ -2,7 +2,7 @@
 
 "Training a Model with TensorFlow: Sequential API and Sub-classing" trains one small network on CIFAR-10 in two ways.
 This is both of them, written anew and kept as they are meant to be read, its weaknesses marked: nothing here is used by
-the package. Both report the test accuracy of the epoch that is best on 2,500 held-out training images, where the
+the package. Both report the test accuracy of the epoch that is best on 5,000 held-out training images, where the
 article chooses on the test set, so that the figures can be compared with the package's.
 """
 

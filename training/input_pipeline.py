@@ -12,12 +12,14 @@ import tensorflow as tf
 from training.datasets import Split
 from training.errors import DatasetError
 
+# Half as many made airbench quick no better (12 and 13 epochs), and its temperature worse: an expected calibration error
+# of up to 0.018 where it was at most 0.013.
 VALIDATION_FRACTION = 0.1
-MAX_VALIDATION_IMAGES = 250  # of a class: more would be missed in training and tell hardly more
+MAX_SHIFT = 2  # pixels: with 4, airbench best fitted less (96 for 98 %) and did no better on validation images
 
 
 def split_validation(train: Split, *, seed: int) -> tuple[Split, Split]:
-    """Set a tenth of each class of the training images aside for validation, `MAX_VALIDATION_IMAGES` of it at most.
+    """Set a tenth of each class of the training images aside for validation.
 
     Args:
         train: the training images, at least two of each class.
@@ -37,7 +39,7 @@ def split_validation(train: Split, *, seed: int) -> tuple[Split, Split]:
             raise DatasetError(
                 f"class {class_id} has one training image; at least 2 are needed, one of them for validation"
             )
-        count = min(max(1, round(VALIDATION_FRACTION * len(members))), MAX_VALIDATION_IMAGES)
+        count = max(1, round(VALIDATION_FRACTION * len(members)))
         held_out[rng.choice(members, count, replace=False)] = True
     return (
         Split(train.images[~held_out], train.labels[~held_out]),
@@ -51,7 +53,7 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
 
 
 def training_batches(
-    split: Split, *, batch_size: int, seed: int, first_epoch: int, max_shift: int | None = None
+    split: Split, *, batch_size: int, seed: int, first_epoch: int, augment: bool = False
 ) -> tf.data.Dataset:
     """Return endless shuffled batches, epoch after epoch from `first_epoch` (counted from 0).
 
@@ -62,8 +64,7 @@ def training_batches(
         batch_size: images in a batch; the last of an epoch may have fewer.
         seed: of the order.
         first_epoch: where to begin.
-        max_shift: mirror every image in every other epoch, and shift it by up to so many pixels each way; `None` leaves
-            the images as they are.
+        augment: mirror every image in every other epoch, and shift it by up to `MAX_SHIFT` pixels.
 
     Returns:
         A dataset of (images uint8 (batch, height, width, 3), labels int64 (batch,)).
@@ -79,12 +80,11 @@ def training_batches(
         order = tf.random.experimental.stateless_shuffle(positions, seed=tf.stack([seed, epoch]))
         return tf.data.Dataset.from_tensor_slices(order).batch(batch_size).map(lambda rows: (rows, epoch))
 
-    height, width = split.images.shape[1:3]
-    sources = None if max_shift is None else tf.constant(_augmented_sources(height, width, max_shift))
+    sources = tf.constant(_augmented_sources(*split.images.shape[1:3])) if augment else None
 
     def gather(rows: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         batch = tf.gather(images, rows)
-        if sources is not None:
+        if augment:
             mirrored = tf.cast((tf.gather(turns, rows) + epoch) % 2, tf.int32)
             # Every shift as often as any other; where the batch begins among them is drawn with its first row.
             shifts = (tf.range(tf.size(rows)) + rows[0]) % sources.shape[1]
@@ -95,20 +95,20 @@ def training_batches(
     return endless.flat_map(epoch_order).map(gather).prefetch(4)
 
 
-def _augmented_sources(height: int, width: int, max_shift: int) -> np.ndarray:
+def _augmented_sources(height: int, width: int) -> np.ndarray:
     """Return where in an image each pixel of its every augmented form comes from.
 
-    A form is a shift by up to `max_shift` pixels each way, what comes in at the edges being mirrored.
+    A form is a shift by up to `MAX_SHIFT` pixels each way, what comes in at the edges being mirrored.
 
     Returns:
         int32 (2, shifts, height * width): of the image as it is, then of the image mirrored; each pixel's place counted
         along the rows.
     """
     places = np.arange(height * width, dtype=np.int32).reshape(height, width)
-    sides = range(2 * max_shift + 1)
+    sides = range(2 * MAX_SHIFT + 1)
     forms = []
     for image in (places, places[:, ::-1]):
-        padded = np.pad(image, max_shift, "reflect")
+        padded = np.pad(image, MAX_SHIFT, "reflect")
         forms.append([padded[down : down + height, right : right + width] for down in sides for right in sides])
     return np.array(forms).reshape(2, len(sides) ** 2, -1)
 

@@ -29,7 +29,6 @@ def write_report(
     *,
     config: TrainingConfig,
     dataset: Dataset,
-    validation_images: int,
     evaluation: Evaluation,
     mirrored: Evaluation | None,
     uncalibrated: Calibration,
@@ -43,7 +42,6 @@ def write_report(
         run: the run, whose history is on disk.
         config: what it was asked.
         dataset: what it was trained and judged on.
-        validation_images: how many of its training images were held out.
         evaluation: the test set's figures.
         mirrored: the same with mirror averaging, where that was asked for.
         uncalibrated: as the model was before its logits were divided by the temperature.
@@ -73,16 +71,13 @@ def write_report(
     )
     for name, figure in plots.items():
         run.write_bytes(f"{name}.png", render_png(figure))
-    run.write_text(
-        "report.md", _markdown(config, dataset, validation_images, evaluation, mirrored, confidence, history, kept)
-    )
+    run.write_text("report.md", _markdown(config, dataset, evaluation, mirrored, confidence, history, kept))
     return run.path / "report.md"
 
 
 def _markdown(
     config: TrainingConfig,
     dataset: Dataset,
-    validation_images: int,
     evaluation: Evaluation,
     mirrored: Evaluation | None,
     confidence: str,
@@ -92,9 +87,9 @@ def _markdown(
     height, width, _ = dataset.train.images.shape[1:]
     summary = (
         f"The `{config.variant}` network, trained by the `{config.loop}` loop on {len(dataset.train.labels):,} images "
-        f"of {height}x{width} pixels in {len(dataset.class_names)} classes ({_escape(dataset.source)}), "
-        f"{validation_images:,} of them held out for validation. Judged on the test set, with the weights of epoch "
-        f"{kept.epoch}, whose validation loss was the lowest."
+        f"of {height}x{width} pixels in {len(dataset.class_names)} classes ({_escape(dataset.source)}), a tenth of "
+        f"them held out for validation. Judged on the test set, with the weights of epoch {kept.epoch}, whose "
+        "validation loss was the lowest."
     )
     curves = "The circle marks the epoch that was kept; a dashed line, that the learning rate (lr) was lowered."
     return "\n".join(

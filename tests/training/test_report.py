@@ -56,7 +56,6 @@ def report(
         run,
         config=config,
         dataset=Dataset("pets", "some folder", names, split, split),
-        validation_images=12,
         evaluation=evaluate(probabilities, labels, names),
         mirrored=mirrored and evaluate(probabilities, labels, names),
         uncalibrated=evaluate(probabilities, labels, names).calibration,
