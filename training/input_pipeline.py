@@ -84,7 +84,7 @@ def training_batches(
 
     def gather(rows: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         batch = tf.gather(images, rows)
-        if augment:
+        if sources is not None:
             mirrored = tf.cast((tf.gather(turns, rows) + epoch) % 2, tf.int32)
             # Every shift as often as any other; where the batch begins among them is drawn with its first row.
             shifts = (tf.range(tf.size(rows)) + rows[0]) % sources.shape[1]
