@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from training.config import PRESETS, TrainingConfig
 from training.models import build_model, fold_model
-from training.models.airbench import BatchNorm, Conv, Whitening
+from training.models.airbench import AirbenchBlock, BatchNorm, Conv, Whitening
 
 
 def random_images(count=64, shape=(32, 32, 3)):
@@ -24,10 +24,10 @@ def test_whitened_patches_are_uncorrelated_and_of_one_scale():
     images = random_images(500)
     layer.adapt(images)
     outputs = tf.nn.conv2d(tf.cast(images, tf.float32), layer.kernel, 1, "VALID") + layer.offset
-    features = outputs.numpy()[..., :12].reshape(-1, 12)
-    np.testing.assert_allclose(np.cov(features.T), np.eye(12), atol=0.02)
+    features = outputs.numpy()[..., :8].reshape(-1, 8)
+    np.testing.assert_allclose(np.cov(features.T), np.eye(8), atol=0.02)
     np.testing.assert_allclose(features.mean(axis=0), 0, atol=0.02)
-    np.testing.assert_allclose(outputs[..., 12:], -outputs[..., :12], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(outputs[..., 8:], -outputs[..., :8], rtol=1e-3, atol=1e-3)
     assert not layer.trainable_variables
 
 
@@ -54,6 +54,29 @@ def test_pixels_left_out_are_those_the_network_makes_no_use_of(size):
     assert whole.shape == (2, 14, 14, PRESETS["quick"].widths[0])
 
 
+def test_the_blocks_give_maps_of_14_6_and_3_from_the_pixels_of_cifar_10():
+    model = build_model("airbench", (32, 32, 3), classes=10)
+    features = model.whitening(random_images(count=2))
+    widths = PRESETS["quick"].widths
+    for block, size, width in zip((model.block1, model.block2, model.block3), (14, 6, 3), widths, strict=True):
+        features = block(features)
+        assert features.shape == (2, size, size, width)
+
+
+def test_the_third_convolution_of_a_block_adds_to_what_it_is_given():
+    block = AirbenchBlock(4, depth=3)
+    inputs = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+    block(inputs)
+    first_two = AirbenchBlock(4, depth=2)
+    first_two(inputs)
+    for ours, theirs in zip(first_two.convs, block.convs[:2], strict=True):
+        ours.kernel.assign(theirs.kernel)
+    block.norms[2].bias.assign([-1e3] * 4)  # nothing is left of it
+    np.testing.assert_allclose(block(inputs), first_two(inputs), atol=1e-5)
+    block.norms[2].bias.assign([2.0] * 4)
+    assert (block(inputs) > first_two(inputs)).numpy().any()
+
+
 def test_batch_norm_is_keras_s_without_a_scale():
     ours = BatchNorm()
     theirs = keras.layers.BatchNormalization(scale=False, momentum=ours.MOMENTUM, epsilon=ours.EPSILON)
@@ -64,7 +87,7 @@ def test_batch_norm_is_keras_s_without_a_scale():
     np.testing.assert_allclose(ours(inputs, training=False), theirs(inputs, training=False), atol=5e-3)
 
 
-@pytest.mark.parametrize("shape", [(32, 32, 3), (11, 40, 3), (31, 22, 3)])
+@pytest.mark.parametrize("shape", [(32, 32, 3), (15, 40, 3), (31, 22, 3)])
 def test_folded_it_answers_as_before(shape):
     model = build_model("airbench", shape, classes=7)
     images = random_images(shape=shape)
@@ -72,7 +95,7 @@ def test_folded_it_answers_as_before(shape):
     for _ in range(5):
         model(images, training=True)  # moves the batch norms' means and variances
     for block in (model.block1, model.block2, model.block3):
-        for norm in (block.norm1, block.norm2):
+        for norm in block.norms:
             norm.bias.assign(np.random.default_rng(1).normal(0, 0.5, norm.bias.shape))
     folded = fold_model(model, TrainingConfig.fill_in(variant="airbench"), temperature=1.0)
     np.testing.assert_allclose(tf.nn.softmax(folded(tf.constant(images))), model(images), atol=1e-5)

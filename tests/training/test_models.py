@@ -76,7 +76,7 @@ def test_raw_pixels_are_rescaled_inside(variant):
     np.testing.assert_allclose(rescaling(np.uint8([[0, 51, 255]])), [[0, 0.2, 1]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("variant", "smallest"), [("sequential", 22), ("subclass", 22), ("airbench", 11)])
+@pytest.mark.parametrize(("variant", "smallest"), [("sequential", 22), ("subclass", 22), ("airbench", 15)])
 def test_too_small_images_are_refused(variant, smallest):
     build_model(variant, (smallest, 40, 3), classes=10)
     with pytest.raises(DatasetError, match=rf"{smallest - 1}x40.*at least {smallest}x{smallest}.*--image-size"):

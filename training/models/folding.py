@@ -63,22 +63,22 @@ def fold_airbench(model: Airbench, *, temperature: float) -> Logits:
     """
     whitening_kernel, whitening_bias = model.whitening.kernel.numpy(), model.whitening.offset.numpy()
     blocks = [
-        (_fold_norm(block.conv1, block.norm1), block.padding, _fold_norm(block.conv2, block.norm2))
+        [(*_fold_norm(conv, norm), conv.padding) for conv, norm in zip(block.convs, block.norms, strict=True)]
         for block in (model.block1, model.block2, model.block3)
     ]
     head = model.head.kernel.numpy() * np.float32(HEAD_SCALE / temperature)
-
-    def convolve(features: tf.Tensor, conv: tuple[np.ndarray, np.ndarray], padding: str) -> tf.Tensor:
-        return tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(features, conv[0], 1, padding), conv[1]))
 
     def logits(images: tf.Tensor) -> tf.Tensor:
         height, width = (airbench.used_size(size) for size in images.shape[1:3])
         pixels = tf.cast(images[:, :height, :width], tf.float32)
         features = tf.nn.conv2d(pixels, whitening_kernel, 1, "VALID")
         features = tf.nn.relu(tf.nn.bias_add(features, whitening_bias))
-        for first, padding, second in blocks:
-            features = _halve(convolve(features, first, padding))
-            features = convolve(features, second, "SAME")
+        for block in blocks:
+            for number, (kernel, bias, padding) in enumerate(block):
+                new = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(features, kernel, 1, padding), bias))
+                if number == 0:
+                    new = _halve(new)
+                features = features + new if number >= 2 else new
         return tf.matmul(tf.reduce_max(features, axis=(1, 2)), head)
 
     return logits
