@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-LABEL_SMOOTHING = 0.2
+LABEL_SMOOTHING = 0.1  # half of the paper's: better on validation images
 
 
 @keras.saving.register_keras_serializable(package="training")
@@ -95,7 +95,7 @@ class LinearDecay(keras.optimizers.schedules.LearningRateSchedule):
 
 @keras.saving.register_keras_serializable(package="training")
 class SmoothedCrossentropy(keras.losses.Loss):
-    """Cross-entropy of class numbers and probabilities, a fifth of each label spread evenly over all classes."""
+    """Cross-entropy of class numbers and probabilities, a tenth of each label spread evenly over all classes."""
 
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
         """Return the loss of each image, float32 (batch,)."""
