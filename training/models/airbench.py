@@ -208,8 +208,8 @@ class Airbench(keras.Model):
         self.classes = classes
         self.widths = widths
         self.whitening = Whitening()
-        # Of 32x32 pixels these make maps of 30, 28, 14, 12, 6 and 3: zeros around the maps of the first two blocks would
-        # add a third to the work, much of it for rows that the last halving drops.
+        # Of 32x32 pixels these make maps of 28, 14, 12, 6 and 3. Zeros around the maps of the first two blocks would
+        # add a third to the work, some of it for rows that the last halving drops.
         self.block1 = AirbenchBlock(widths[0], depth=1, padding="VALID")
         self.block2 = AirbenchBlock(widths[1], depth=2, padding="VALID")
         self.block3 = AirbenchBlock(widths[2], depth=3)
