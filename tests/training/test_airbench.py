@@ -31,6 +31,21 @@ def test_whitened_patches_are_uncorrelated_and_of_one_scale():
     assert not layer.trainable_variables
 
 
+def test_the_directions_kept_are_those_in_which_patches_vary_the_most():
+    layer = Whitening()
+    layer.build((None, 32, 32, 3))
+    images = random_images(500)
+    layer.adapt(images)
+    pixels = (images - images.mean(axis=(0, 1, 2))) / images.std(axis=(0, 1, 2))
+    patches = np.moveaxis(np.lib.stride_tricks.sliding_window_view(pixels, (2, 2), axis=(1, 2)), 3, -1).reshape(-1, 12)
+    variances = np.sort(np.linalg.eigvalsh(np.cov(patches.T)))
+    # Of pixels of one deviation, a filter of a whitened direction is as long as that direction's deviation is small.
+    filters = layer.kernel.numpy()[..., :8] * images.std(axis=(0, 1, 2))[:, None]
+    lengths = np.linalg.norm(filters.reshape(12, 8), axis=0)
+    np.testing.assert_allclose(np.sort(lengths**-2), variances[4:], rtol=0.02, atol=1e-3)
+    assert variances[-1] > 2 * variances[7]  # others would be told apart
+
+
 def test_images_of_one_colour_can_be_whitened():
     layer = Whitening()
     layer.build((None, 8, 8, 3))
@@ -73,8 +88,8 @@ def test_the_third_convolution_of_a_block_adds_to_what_it_is_given():
         ours.kernel.assign(theirs.kernel)
     block.norms[2].bias.assign([-1e3] * 4)  # nothing is left of it
     np.testing.assert_allclose(block(inputs), first_two(inputs), atol=1e-5)
-    block.norms[2].bias.assign([2.0] * 4)
-    assert (block(inputs) > first_two(inputs)).numpy().any()
+    block.norms[2].bias.assign([2.0] * 4)  # and its filters begin as the identity
+    np.testing.assert_allclose(block(inputs), 2 * first_two(inputs) + 2, rtol=1e-4)
 
 
 def test_batch_norm_is_keras_s_without_a_scale():
