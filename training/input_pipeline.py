@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
+from training.config import Augmentation
 from training.datasets import Split
 from training.errors import DatasetError
 
 VALIDATION_FRACTION = 0.1
-MAX_SHIFT = 2  # pixels
 
 
 def split_validation(train: Split, *, seed: int) -> tuple[Split, Split]:
@@ -51,7 +51,7 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
 
 
 def training_batches(
-    split: Split, *, batch_size: int, seed: int, first_epoch: int, augment: bool = False
+    split: Split, *, batch_size: int, seed: int, first_epoch: int, augmentation: Augmentation | None = None
 ) -> tf.data.Dataset:
     """Return endless shuffled batches, epoch after epoch from `first_epoch` (counted from 0).
 
@@ -62,7 +62,7 @@ def training_batches(
         batch_size: images in a batch; the last of an epoch may have fewer.
         seed: of the order.
         first_epoch: where to begin.
-        augment: mirror every image in every other epoch, and shift it by up to `MAX_SHIFT` pixels.
+        augmentation: mirror every image in every other epoch, and do this to it.
 
     Returns:
         A dataset of (images uint8 (batch, height, width, 3), labels int64 (batch,)).
@@ -78,35 +78,42 @@ def training_batches(
         order = tf.random.experimental.stateless_shuffle(positions, seed=tf.stack([seed, epoch]))
         return tf.data.Dataset.from_tensor_slices(order).batch(batch_size).map(lambda rows: (rows, epoch))
 
-    sources = tf.constant(_augmented_sources(*split.images.shape[1:3])) if augment else None
+    height, width = split.images.shape[1:3]
+    if augmentation:
+        sources = tf.constant(_augmented_sources(height, width, max_shift=augmentation.max_shift))
+        mean = tf.constant(split.images.mean(axis=(0, 1, 2)).round().astype(np.uint8))
 
     def gather(rows: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         batch = tf.gather(images, rows)
-        if sources is not None:
+        if augmentation:
             mirrored = tf.cast((tf.gather(turns, rows) + epoch) % 2, tf.int32)
             # Every shift as often as any other; where the batch begins among them is drawn with its first row.
             shifts = (tf.range(tf.size(rows)) + rows[0]) % sources.shape[1]
             batch = _take_pixels(batch, tf.gather_nd(sources, tf.stack([mirrored, shifts], axis=1)))
+            if augmentation.cutout:
+                draw = tf.stack([epoch + (seed << 32), tf.cast(rows[0], tf.int64)])
+                covered = _squares(tf.size(rows), height, width, side=augmentation.cutout, seed=draw)
+                batch = tf.where(covered[..., None], mean, batch)
         return batch, tf.gather(labels, rows)
 
     endless = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
     return endless.flat_map(epoch_order).map(gather).prefetch(4)
 
 
-def _augmented_sources(height: int, width: int) -> np.ndarray:
+def _augmented_sources(height: int, width: int, *, max_shift: int) -> np.ndarray:
     """Return where in an image each pixel of its every augmented form comes from.
 
-    A form is a shift by up to `MAX_SHIFT` pixels each way, what comes in at the edges being mirrored.
+    A form is a shift by up to `max_shift` pixels each way, what comes in at the edges being mirrored.
 
     Returns:
         int32 (2, shifts, height * width): of the image as it is, then of the image mirrored; each pixel's place counted
         along the rows.
     """
     places = np.arange(height * width, dtype=np.int32).reshape(height, width)
-    sides = range(2 * MAX_SHIFT + 1)
+    sides = range(2 * max_shift + 1)
     forms = []
     for image in (places, places[:, ::-1]):
-        padded = np.pad(image, MAX_SHIFT, "reflect")
+        padded = np.pad(image, max_shift, "reflect")
         forms.append([padded[down : down + height, right : right + width] for down in sides for right in sides])
     return np.array(forms).reshape(2, len(sides) ** 2, -1)
 
@@ -121,6 +128,25 @@ def _take_pixels(batch: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
     height, width, channels = batch.shape[1:]
     pixels = places + tf.range(tf.shape(batch)[0])[:, None] * (height * width)
     return tf.reshape(tf.gather(tf.reshape(batch, [-1, channels]), pixels), tf.shape(batch))
+
+
+def _squares(count: int | tf.Tensor, height: int, width: int, *, side: int, seed: tf.Tensor) -> tf.Tensor:
+    """Return bool (count, height, width), true in one square of each picture: cutout (arXiv 1708.04552).
+
+    Its middle is any pixel, so part of it may lie outside.
+
+    Args:
+        count: how many pictures.
+        height: of each.
+        width: of each.
+        side: of the squares.
+        seed: int64 (2,), of where they lie.
+    """
+    corners = tf.cast(tf.random.stateless_uniform([count, 1, 2], seed) * (height, width), tf.int32) - side // 2
+    down = tf.range(height) - corners[..., 0]
+    right = tf.range(width) - corners[..., 1]
+    is_row, is_column = (down >= 0) & (down < side), (right >= 0) & (right < side)
+    return is_row[:, :, None] & is_column[:, None, :]
 
 
 def evaluation_batches(split: Split, *, batch_size: int) -> tf.data.Dataset:

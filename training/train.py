@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from training.calibration import apply_temperature, average_views, fit_temperature
 from training.checkpoints import Checkpoints, read_best_state
-from training.config import TrainingConfig
+from training.config import PRESETS, TrainingConfig
 from training.datasets import Dataset
 from training.epochs import EpochResult
 from training.errors import RunError, StorageFullError
@@ -165,7 +165,7 @@ def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
                 batch_size=config.batch_size,
                 seed=config.seed,
                 first_epoch=first_epoch,
-                augment=config.variant == "airbench",
+                augmentation=PRESETS[config.preset].augmentation if config.preset else None,
             ),
             validation=evaluation_batches(validation, batch_size=_EVALUATION_BATCH_SIZE),
             steps_per_epoch=steps,

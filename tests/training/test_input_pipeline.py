@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from training.config import Augmentation
 from training.datasets import Split
 from training.errors import DatasetError
 from training.input_pipeline import (
@@ -98,10 +99,12 @@ def bright_pixels(images):
     return {int(image[0, 0, 2]): np.argwhere(image[..., 0] == 255)[0] for image in images.numpy()}
 
 
-@pytest.mark.parametrize("batch_size", [50, 10])
-def test_augmented_images_are_shifted_a_little_and_mirrored_in_turn(batch_size):
+@pytest.mark.parametrize(("batch_size", "max_shift"), [(50, 2), (10, 2), (50, 3)])
+def test_augmented_images_are_shifted_a_little_and_mirrored_in_turn(batch_size, max_shift):
     split = corner_images(100)
-    batches = training_batches(split, batch_size=batch_size, seed=0, first_epoch=0, augment=True)
+    batches = training_batches(
+        split, batch_size=batch_size, seed=0, first_epoch=0, augmentation=Augmentation(max_shift)
+    )
     steps = 100 // batch_size
     left = []
     for epoch in range(4):
@@ -114,19 +117,38 @@ def test_augmented_images_are_shifted_a_little_and_mirrored_in_turn(batch_size):
         rows = np.array([seen[number][0] for number in range(100)])
         columns = np.array([seen[number][1] for number in range(100)])
         is_left = columns < 10
-        # From its place, or from the one across, each is at most two pixels away, in all of the five ways.
-        assert set(rows - 10) == set(np.where(is_left, columns - 4, columns - 15)) == {-2, -1, 0, 1, 2}
+        # From its place, or from the one across, each is so many pixels away at most, in every way there is.
+        shifts = set(range(-max_shift, max_shift + 1))
+        assert set(rows - 10) == set(np.where(is_left, columns - 4, columns - 15)) == shifts
         left.append(is_left)
     assert 20 < left[0].sum() < 80
     for before, after in itertools.pairwise(left):
         np.testing.assert_array_equal(before, ~after)
 
 
-def test_augmentation_is_a_function_of_seed_and_epoch():
+def test_cutout_paints_a_square_of_every_image_in_the_mean_colour():
+    pixels = np.zeros((200, 12, 16, 3), np.uint8)
+    pixels[:100] = 200, 100, 50
+    split = Split(pixels, np.arange(200, dtype=np.int64) % 2)
+    augmentation = Augmentation(max_shift=1, cutout=5)
+    batches = training_batches(split, batch_size=50, seed=0, first_epoch=0, augmentation=augmentation)
+    images = np.concatenate([images.numpy() for images, _ in itertools.islice(batches, 4)])
+    covered = (images == (100, 50, 25)).all(axis=-1)
+    heights, widths = covered.any(axis=2).sum(axis=1), covered.any(axis=1).sum(axis=1)
+    np.testing.assert_array_equal(covered.sum(axis=(1, 2)), heights * widths)
+    # A square whose middle lies at the edge is cut there.
+    assert set(heights) == set(widths) == {3, 4, 5}
+    often = covered.mean(axis=0)
+    assert often.min() > 0
+    assert 2 / 3 < often[4:8, 4:12].mean() / (25 / (12 * 16)) < 3 / 2
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(max_shift=2), Augmentation(max_shift=2, cutout=6)])
+def test_augmentation_is_a_function_of_seed_and_epoch(augmentation):
     split = corner_images(60)
 
     def epoch(number, first):
-        batches = training_batches(split, batch_size=25, seed=3, first_epoch=first, augment=True)
+        batches = training_batches(split, batch_size=25, seed=3, first_epoch=first, augmentation=augmentation)
         return [images.numpy() for images, _ in itertools.islice(batches.skip(3 * (number - first)), 3)]
 
     for ours, resumed in zip(epoch(2, 0), epoch(2, 2), strict=True):
