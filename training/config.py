@@ -52,7 +52,7 @@ PRESETS = {
     ),
     "best": Preset(
         widths=(64, 192, 256),
-        epochs=30,
+        epochs=36,
         batch_size=500,
         learning_rate=0.12,
         augmentation=Augmentation(max_shift=4, cutout=8),
