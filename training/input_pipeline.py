@@ -81,7 +81,8 @@ def training_batches(
     height, width = split.images.shape[1:3]
     if augmentation:
         sources = tf.constant(_augmented_sources(height, width, max_shift=augmentation.max_shift))
-        mean = tf.constant(split.images.mean(axis=(0, 1, 2)).round().astype(np.uint8))
+        if augmentation.cutout:
+            mean = tf.constant(split.images.mean(axis=(0, 1, 2)).round().astype(np.uint8))
 
     def gather(rows: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         batch = tf.gather(images, rows)
@@ -130,13 +131,13 @@ def _take_pixels(batch: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tf.gather(tf.reshape(batch, [-1, channels]), pixels), tf.shape(batch))
 
 
-def _squares(count: int | tf.Tensor, height: int, width: int, *, side: int, seed: tf.Tensor) -> tf.Tensor:
+def _squares(count: tf.Tensor, height: int, width: int, *, side: int, seed: tf.Tensor) -> tf.Tensor:
     """Return bool (count, height, width), true in one square of each picture: cutout (arXiv 1708.04552).
 
     Its middle is any pixel, so part of it may lie outside.
 
     Args:
-        count: how many pictures.
+        count: how many pictures, int32.
         height: of each.
         width: of each.
         side: of the squares.
