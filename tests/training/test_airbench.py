@@ -1,13 +1,19 @@
 """The airbench network: what sets it apart from a plain one, and that nothing of it is lost when it is folded."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from training.config import PRESETS, TrainingConfig
+from training.config import PRESETS, Augmentation, Block, TrainingConfig
+from training.datasets import Dataset
+from training.datasets.shapes import draw_shapes
 from training.models import build_model, fold_model
 from training.models.airbench import AirbenchBlock, BatchNorm, Conv, Whitening
+from training.run import RunFolder
+from training.train import load_best_model, train_and_evaluate
 
 
 def random_images(count=64, shape=(32, 32, 3)):
@@ -66,16 +72,18 @@ def test_pixels_left_out_are_those_the_network_makes_no_use_of(size):
     images = random_images(count=2, shape=(size, size, 3))
     whole = model.block1(model.whitening(images))
     np.testing.assert_allclose(model.block1(model.whitening(images[:, :31, :31])), whole, atol=1e-5)
-    assert whole.shape == (2, 14, 14, PRESETS["quick"].widths[0])
+    assert whole.shape == (2, 14, 14, PRESETS["quick"].blocks[0].filters)
 
 
-def test_the_blocks_give_maps_of_14_6_and_3_from_the_pixels_of_cifar_10():
-    model = build_model("airbench", (32, 32, 3), classes=10)
+@pytest.mark.parametrize(("preset", "sizes"), [("quick", (14, 6, 3)), ("best", (14, 7, 3))])
+def test_the_blocks_give_ever_smaller_maps_from_the_pixels_of_cifar_10(preset, sizes):
+    model = build_model("airbench", (32, 32, 3), classes=10, preset=preset)
     features = model.whitening(random_images(count=2))
-    widths = PRESETS["quick"].widths
-    for block, size, width in zip((model.block1, model.block2, model.block3), (14, 6, 3), widths, strict=True):
+    blocks = (model.block1, model.block2, model.block3)
+    for block, size, (filters, depth, _) in zip(blocks, sizes, PRESETS[preset].blocks, strict=True):
         features = block(features)
-        assert features.shape == (2, size, size, width)
+        assert features.shape == (2, size, size, filters)
+        assert len(block.convs) == depth
 
 
 def test_the_third_convolution_of_a_block_adds_to_what_it_is_given():
@@ -102,9 +110,10 @@ def test_batch_norm_is_keras_s_without_a_scale():
     np.testing.assert_allclose(ours(inputs, training=False), theirs(inputs, training=False), atol=5e-3)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("shape", [(32, 32, 3), (15, 40, 3), (31, 22, 3)])
-def test_folded_it_answers_as_before(shape):
-    model = build_model("airbench", shape, classes=7)
+def test_folded_it_answers_as_before(shape, preset):
+    model = build_model("airbench", shape, classes=7, preset=preset)
     images = random_images(shape=shape)
     model.adapt(images)
     for _ in range(5):
@@ -135,3 +144,31 @@ def test_presets_fill_in_what_is_not_given():
     for wrong in ({"variant": "airbench", "preset": "huge"}, {"preset": "quick"}):
         with pytest.raises(ValueError, match="preset must be one of quick, best"):
             TrainingConfig.fill_in(**wrong)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"blocks": (Block(16, 1, "VALID"), Block(16, 1, "SAME"), Block(16, 2, "SAME"))},
+        {"augmentation": Augmentation(max_shift=4)},
+        {"augmentation": Augmentation(max_shift=2, cutout=8)},
+    ],
+    ids=str,
+)
+def test_a_run_is_trained_as_its_preset_says(changed, tmp_path, monkeypatch):
+    """Two runs of a preset give the same weights, and others where anything in the preset is changed between them."""
+    config = TrainingConfig.fill_in(variant="airbench", epochs=1, batch_size=50)
+    dataset = Dataset(
+        "shapes", "drawn", tuple("abcdefghij"), train=draw_shapes(200, seed=0), test=draw_shapes(50, seed=1)
+    )
+    small = dataclasses.replace(PRESETS["quick"], blocks=(Block(16, 1, "VALID"),) * 2 + (Block(16, 2, "SAME"),))
+    weights = []
+    for preset in (small, dataclasses.replace(small, **changed)):
+        monkeypatch.setitem(PRESETS, "quick", preset)
+        run = RunFolder.create(tmp_path / str(len(weights)), config)
+        train_and_evaluate(run, dataset)
+        weights.append(load_best_model(run)[0].get_weights())
+    shapes = [[weight.shape for weight in of_run] for of_run in weights]
+    same = shapes[0] == shapes[1] and all(np.allclose(*pair, atol=1e-3) for pair in zip(*weights, strict=True))
+    assert same == (not changed)

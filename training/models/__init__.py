@@ -53,7 +53,7 @@ def build_model(
             f"{smallest}x{smallest}: choose a size with --image-size, such as --image-size 32x32"
         )
     if variant == "airbench":
-        return airbench.build_airbench(input_shape, classes=classes, widths=PRESETS[preset or "quick"].widths)
+        return airbench.build_airbench(input_shape, classes=classes, blocks=PRESETS[preset or "quick"].blocks)
     return _BUILDERS[variant](input_shape, classes=classes, conv_activation=conv_activation)
 
 

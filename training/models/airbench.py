@@ -4,8 +4,8 @@ Keller Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv 240
 patches and is not trained (section 3.2), filters that begin as the identity (section 3.3), batch normalisation without
 a scale, and a scaled head. What trains it is in `training/muon.py`.
 
-Two things are fitted to a CPU. Channels are multiples of 16, the width of its widest vectors. And the work lies where
-the maps are small: one convolution before the first halving, two before the last, three after it.
+How many convolutions a block has is the preset's business. That channels are multiples of 16 is the CPU's: the width of
+its widest vectors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
+
+from training.config import Block
 
 PATCH = 2  # pixels on each side of what the first layer looks at
 DIRECTIONS = 8  # in which such patches of 12 numbers vary the most
@@ -196,6 +198,10 @@ class AirbenchBlock(layers.Layer):
 class Airbench(keras.Model):
     """Whitening, three blocks, the maximum over the picture, a head.
 
+    Args:
+        classes: number of classes.
+        blocks: what each block is like.
+
     Input shape:
         uint8 (batch, height, width, 3), raw pixels 0-255.
 
@@ -203,16 +209,14 @@ class Airbench(keras.Model):
         float32 (batch, classes), probabilities.
     """
 
-    def __init__(self, classes: int, *, widths: tuple[int, int, int], **kwargs: Any) -> None:
+    def __init__(self, classes: int, *, blocks: tuple[Block, Block, Block], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.classes = classes
-        self.widths = widths
+        self.blocks = blocks
         self.whitening = Whitening()
-        # Of 32x32 pixels these make maps of 28, 14, 12, 6 and 3. Zeros around the maps of the first two blocks would
-        # add a third to the work, some of it for rows that the last halving drops.
-        self.block1 = AirbenchBlock(widths[0], depth=1, padding="VALID")
-        self.block2 = AirbenchBlock(widths[1], depth=2, padding="VALID")
-        self.block3 = AirbenchBlock(widths[2], depth=3)
+        self.block1, self.block2, self.block3 = (
+            AirbenchBlock(filters, depth=depth, padding=padding) for filters, depth, padding in blocks
+        )
         # Uniform with a deviation of 1.
         self.head = layers.Dense(
             classes, use_bias=False, kernel_initializer=keras.initializers.RandomUniform(-(3**0.5), 3**0.5)
@@ -231,7 +235,7 @@ class Airbench(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         """Return what the constructor takes."""
-        return {**super().get_config(), "classes": self.classes, "widths": self.widths}
+        return {**super().get_config(), "classes": self.classes, "blocks": self.blocks}
 
 
 def used_size(size: int) -> int:
@@ -239,14 +243,14 @@ def used_size(size: int) -> int:
     return size if size % 2 else size - 1
 
 
-def build_airbench(input_shape: tuple[int, int, int], *, classes: int, widths: tuple[int, int, int]) -> Airbench:
+def build_airbench(input_shape: tuple[int, int, int], *, classes: int, blocks: tuple[Block, Block, Block]) -> Airbench:
     """Build the network, its variables made and its first layer not yet adapted.
 
     Args:
         input_shape: (height, width, 3) of the images.
         classes: number of classes.
-        widths: filters of each block.
+        blocks: what each block is like.
     """
-    model = Airbench(classes, widths=widths, name="airbench")
+    model = Airbench(classes, blocks=blocks, name="airbench")
     model(tf.zeros((1, *input_shape), tf.uint8))
     return model
