@@ -72,7 +72,7 @@ PRESETS = {
     ),
     "best": Preset(
         blocks=(Block(64, 2, "VALID"), Block(192, 2, "SAME"), Block(256, 2, "SAME")),
-        epochs=30,
+        epochs=33,
         batch_size=500,
         learning_rate=0.12,
         augmentation=Augmentation(max_shift=4, cutout=8),
