@@ -63,7 +63,8 @@ class Preset:
 PRESETS = {
     "quick": Preset(
         # Of 32x32 pixels these make maps of 28, 14, 12, 6 and 3: little is computed where there are many pixels. Zeros
-        # around the maps of block 2 would add a third to the work, some of it for rows that the last halving drops.
+        # around the maps of the first two blocks would add a third to the work, some of it for rows that the last
+        # halving drops.
         blocks=(Block(32, 1, "VALID"), Block(64, 2, "VALID"), Block(128, 3, "SAME")),
         epochs=10,
         batch_size=500,
