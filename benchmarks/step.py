@@ -22,7 +22,7 @@ from training.train import make_loss, make_optimizer
 def main(*, variant: str, preset: str | None, seconds: float) -> None:
     """Print the images a second as JSON."""
     config = TrainingConfig.fill_in(variant=variant, preset=preset)
-    model = build_model(variant, (32, 32, 3), classes=10, preset=config.preset)
+    model = build_model(variant, (32, 32, 3), classes=10, preset=config.preset, dtype=config.dtype)
     optimizer, loss = make_optimizer(config, steps_per_epoch=1000), make_loss(config)
     optimizer.build(model.trainable_variables)
     rng = np.random.default_rng(0)

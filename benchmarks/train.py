@@ -80,6 +80,7 @@ def make_ways(data: Sequence[str], epochs: int) -> dict[str, Callable[[int], Fig
         "sequential, custom": lambda seed: run_ours([*article, "--loop", "custom"], data, seed),
         "airbench quick, bare step": lambda _: run_step("--variant", "airbench"),
         "airbench quick": lambda seed: run_ours(["--variant", "airbench"], data, seed),
+        "airbench quick, float32": lambda seed: run_ours(["--variant", "airbench", "--dtype", "float32"], data, seed),
         "airbench best": lambda seed: run_ours(["--variant", "airbench", "--preset", "best"], data, seed),
     }
 

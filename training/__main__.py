@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from training.config import CONV_ACTIVATIONS, DATASETS, LOOPS, PRESETS, VARIANTS, TrainingConfig
+from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, PRESETS, VARIANTS, TrainingConfig
 from training.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -40,8 +40,12 @@ class _ImageSize(click.ParamType[Any]):
 
 
 def _default(name: str) -> str:
-    presets = ", ".join(f"{getattr(preset, name)} for {key}" for key, preset in PRESETS.items())
+    presets = ", ".join(f"{_by_dtype(getattr(preset, name))} for {key}" for key, preset in PRESETS.items())
     return f"[default: {getattr(_DEFAULTS, name)}; {presets}]"
+
+
+def _by_dtype(value: Any) -> str:
+    return " or ".join(f"{own} in {dtype}" for dtype, own in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _models_options(command: _Command) -> _Command:
@@ -121,6 +125,12 @@ def main() -> None:
     default=_DEFAULTS.plateau_patience,
     show_default=True,
     help="...for this many epochs.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Of airbench's convolutions while it is trained.  [default: mixed_bfloat16 where the processor has "
+    "instructions for it]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=_DEFAULTS.seed, show_default=True)
 @click.option("--deterministic", is_flag=True, help="Bit-identical results from the same seed; slower.")

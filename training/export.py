@@ -71,6 +71,7 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
         "variant": config.variant,
         "loop": config.loop,
         "preset": config.preset,
+        "dtype": config.dtype,
         "conv_activation": config.conv_activation,
         "parameters": model.count_params(),
         "dataset": {

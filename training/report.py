@@ -21,7 +21,7 @@ from training.run import RunFolder
 from training.sample_sheet import plot_samples
 
 # In the command, even where they are the default.
-_ALWAYS_SHOWN = ("dataset", "variant", "preset", "loop", "epochs", "seed")
+_ALWAYS_SHOWN = ("dataset", "variant", "preset", "loop", "dtype", "epochs", "seed")
 
 
 def write_report(

@@ -78,7 +78,7 @@ def evaluate_run(run: RunFolder, dataset: Dataset, *, mirror: bool = False) -> d
 
 
 def load_best_model(run: RunFolder) -> tuple[keras.Model, dict[str, Any]]:
-    """Build the run's model with its best checkpoint's weights.
+    """Build the run's model, in float32, with its best checkpoint's weights.
 
     Returns:
         The model, and the state saved with the checkpoint: `epoch` and the figures of that epoch.
@@ -88,7 +88,7 @@ def load_best_model(run: RunFolder) -> tuple[keras.Model, dict[str, Any]]:
     """
     config = run.read_config()
     summary = run.read_dataset()
-    model = _build(config, summary.input_shape, classes=len(summary.class_names))
+    model = _build(config, summary.input_shape, classes=len(summary.class_names), dtype="float32")
     checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=make_optimizer(config, steps_per_epoch=1))
     best = checkpoints.restore_best()
     if best is None:
@@ -133,7 +133,7 @@ def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
     train, validation = split_validation(dataset.train, seed=config.seed)
-    model = _build(config, train.images.shape[1:], classes=len(dataset.class_names))
+    model = _build(config, train.images.shape[1:], classes=len(dataset.class_names), dtype=config.dtype)
     if hasattr(model, "adapt"):
         model.adapt(train.images)
     steps = steps_per_epoch(train, config.batch_size)
@@ -143,8 +143,9 @@ def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
     if first_epoch >= config.epochs:
         return
     logger.info(
-        "training %s with %s on %s training images, %s for validation, from epoch %d",
+        "training %s in %s with %s on %s training images, %s for validation, from epoch %d",
         config.variant,
+        config.dtype,
         config.loop,
         f"{len(train.labels):,}",
         f"{len(validation.labels):,}",
@@ -218,9 +219,14 @@ def _judge(run: RunFolder, config: TrainingConfig, dataset: Dataset, *, mirror: 
     return after
 
 
-def _build(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> keras.Model:
+def _build(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int, dtype: str) -> keras.Model:
     return build_model(
-        config.variant, input_shape, classes=classes, conv_activation=config.conv_activation, preset=config.preset
+        config.variant,
+        input_shape,
+        classes=classes,
+        conv_activation=config.conv_activation,
+        preset=config.preset,
+        dtype=dtype,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training.config import PRESETS, Augmentation, Block, TrainingConfig
+from training.config import DTYPES, PRESETS, Augmentation, Block, TrainingConfig, fastest_dtype
 from training.datasets import Dataset
 from training.datasets.shapes import draw_shapes
 from training.models import build_model, fold_model
@@ -127,18 +127,63 @@ def test_folded_it_answers_as_before(shape, preset):
     np.testing.assert_allclose(2 * cooled(tf.constant(images)), folded(tf.constant(images)), rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_rebuilt_from_its_config(tmp_path):
-    model = build_model("airbench", (32, 32, 3), classes=10)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_rebuilt_from_its_config(dtype, tmp_path):
+    model = build_model("airbench", (32, 32, 3), classes=10, dtype=dtype)
     model.adapt(random_images())
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(random_images()), model(random_images()))
 
 
+def test_convolutions_in_bfloat16_are_those_in_float32_rounded():
+    exact, rounded = (build_model("airbench", (32, 32, 3), classes=10, dtype=dtype) for dtype in DTYPES)
+    rounded.set_weights(exact.get_weights())
+    assert {weight.dtype for weight in rounded.weights} == {"float32"}
+    images = random_images()
+    features = [model.block1.convs[0](model.whitening(images)) for model in (exact, rounded)]
+    assert [feature.dtype for feature in features] == [tf.float32, tf.bfloat16]
+    outputs = [model(images, training=True).numpy() for model in (exact, rounded)]
+    assert outputs[1].dtype == np.float32
+    # A bfloat16 keeps 8 bits of a number; seven convolutions add up to a little more.
+    assert 1e-5 < np.abs(outputs[0] - outputs[1]).mean() < 5e-3
+
+
+def test_the_dtype_is_what_the_processor_has_instructions_for(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    assert fastest_dtype(cpuinfo) == "float32"
+    for flags, dtype in (("fma avx512f", "float32"), ("fma avx512_bf16 fsrm", "mixed_bfloat16")):
+        cpuinfo.write_text(f"model name\t: avx512_bf16\nflags\t\t: {flags}\n\nflags\t\t: {flags}\n")
+        assert fastest_dtype(cpuinfo) == dtype
+    assert TrainingConfig.fill_in(variant="airbench").dtype == fastest_dtype()
+    for dtype in DTYPES:
+        assert TrainingConfig.fill_in(variant="airbench", dtype=dtype).dtype == dtype
+    with pytest.raises(ValueError, match="dtype must be float32 for the variant subclass"):
+        TrainingConfig.fill_in(variant="subclass", dtype="mixed_bfloat16")
+
+
+def test_what_was_trained_in_bfloat16_is_judged_in_float32(tmp_path):
+    dataset = Dataset(
+        "shapes", "drawn", tuple("abcdefghij"), train=draw_shapes(200, seed=0), test=draw_shapes(50, seed=1)
+    )
+    weights = []
+    for dtype in DTYPES:
+        run = RunFolder.create(tmp_path / dtype, TrainingConfig.fill_in(variant="airbench", epochs=1, dtype=dtype))
+        train_and_evaluate(run, dataset)
+        model, _ = load_best_model(run)
+        assert {layer.compute_dtype for layer in model._flatten_layers()} == {"float32"}
+        weights.append(model.get_weights())
+    differences = [np.abs(exact - rounded).max() for exact, rounded in zip(*weights, strict=True)]
+    assert 1e-6 < max(differences) < 0.1
+
+
 def test_presets_fill_in_what_is_not_given():
     for name, preset in PRESETS.items():
         config = TrainingConfig.fill_in(variant="airbench", preset=name, epochs=3)
         assert (config.epochs, config.batch_size) == (3, preset.batch_size)
+        for dtype in DTYPES:
+            config = TrainingConfig.fill_in(variant="airbench", preset=name, dtype=dtype)
+            assert config.epochs == preset.epochs[dtype]
     assert TrainingConfig.fill_in(variant="airbench").preset == "quick"
     assert TrainingConfig.fill_in() == TrainingConfig()
     for wrong in ({"variant": "airbench", "preset": "huge"}, {"preset": "quick"}):

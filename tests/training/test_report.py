@@ -96,7 +96,7 @@ def test_a_report_says_what_was_measured_and_how_to_do_it_again(tmp_path):
     assert "weights of epoch 5" in text
     assert (
         "python -m training train --dataset folder --image-size 32x32 --variant sequential --loop fit --epochs 5 "
-        "--seed 0 --deterministic" in text
+        "--dtype float32 --seed 0 --deterministic" in text
     )
     assert "| 5 (kept) | 0.4000 | 86.00% | 0.4200 | 85.60% | 0.0002 | 2,346 | 12.5 |" in text
     assert "| image size | 32x32 |" in text

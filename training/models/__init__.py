@@ -30,6 +30,7 @@ def build_model(
     classes: int,
     conv_activation: str = "relu",
     preset: str | None = None,
+    dtype: str = "float32",
 ) -> keras.Model:
     """Build a variant with fresh weights: uint8 (batch, height, width, 3) in, probabilities out.
 
@@ -41,6 +42,7 @@ def build_model(
         classes: number of classes.
         conv_activation: of the article's network.
         preset: of airbench, by default quick.
+        dtype: of airbench, Keras's dtype policy of its blocks.
 
     Raises:
         DatasetError: the images are too small for the network.
@@ -53,7 +55,8 @@ def build_model(
             f"{smallest}x{smallest}: choose a size with --image-size, such as --image-size 32x32"
         )
     if variant == "airbench":
-        return airbench.build_airbench(input_shape, classes=classes, blocks=PRESETS[preset or "quick"].blocks)
+        blocks = PRESETS[preset or "quick"].blocks
+        return airbench.build_airbench(input_shape, classes=classes, blocks=blocks, dtype=dtype)
     return _BUILDERS[variant](input_shape, classes=classes, conv_activation=conv_activation)
 
 

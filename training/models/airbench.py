@@ -151,7 +151,9 @@ class Conv(layers.Layer):
 class AirbenchBlock(layers.Layer):
     """Convolutions, each with batch norm and ReLU; after the first of them, before its batch norm, 2x2 max-pooling.
 
-    From the third on, what a convolution gives is added to its input.
+    From the third on, what a convolution gives is added to its input. With Keras's dtype policy mixed_bfloat16 the
+    convolutions and the pooling are of such numbers, and what has to add up exactly is of float32: batch norm's
+    statistics and the variables.
 
     Args:
         filters: of every convolution.
@@ -167,7 +169,8 @@ class AirbenchBlock(layers.Layer):
         self.filters = filters
         self.depth = depth
         self.padding = padding
-        self.convs = [Conv(filters, padding=padding), *(Conv(filters) for _ in range(depth - 1))]
+        paddings = [padding] + ["SAME"] * (depth - 1)
+        self.convs = [Conv(filters, padding=padding, dtype=self.dtype_policy) for padding in paddings]
         self.norms = [BatchNorm() for _ in range(depth)]
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -215,7 +218,8 @@ class Airbench(keras.Model):
         self.blocks = blocks
         self.whitening = Whitening()
         self.block1, self.block2, self.block3 = (
-            AirbenchBlock(filters, depth=depth, padding=padding) for filters, depth, padding in blocks
+            AirbenchBlock(filters, depth=depth, padding=padding, dtype=self.dtype_policy)
+            for filters, depth, padding in blocks
         )
         # Uniform with a deviation of 1.
         self.head = layers.Dense(
@@ -243,14 +247,17 @@ def used_size(size: int) -> int:
     return size if size % 2 else size - 1
 
 
-def build_airbench(input_shape: tuple[int, int, int], *, classes: int, blocks: tuple[Block, Block, Block]) -> Airbench:
+def build_airbench(
+    input_shape: tuple[int, int, int], *, classes: int, blocks: tuple[Block, Block, Block], dtype: str = "float32"
+) -> Airbench:
     """Build the network, its variables made and its first layer not yet adapted.
 
     Args:
         input_shape: (height, width, 3) of the images.
         classes: number of classes.
         blocks: what each block is like.
+        dtype: Keras's dtype policy of the blocks.
     """
-    model = Airbench(classes, blocks=blocks, name="airbench")
+    model = Airbench(classes, blocks=blocks, name="airbench", dtype=dtype)
     model(tf.zeros((1, *input_shape), tf.uint8))
     return model
