@@ -61,7 +61,7 @@ class Preset:
 
 
 # Chosen on the validation images: quick at its own size, best at half of its filters and a third of the images. The
-# epochs are those that fit into the time of the article's own ten, and into an hour: more where convolutions are faster.
+# epochs are those that fit into the time of the article's own ten, and into an hour: more where convolutions go faster.
 PRESETS = {
     "quick": Preset(
         # Of 32x32 pixels these make maps of 28, 14, 12, 6 and 3: little is computed where there are many pixels. Zeros
