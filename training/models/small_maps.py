@@ -1,10 +1,10 @@
 """A convolution of small maps in bfloat16 that learns in less time than TensorFlow's own.
 
-The gradient of its filters sums over the images what was seen at each place times what came back from each place around
-it. Take images for channels and the other way round, and that is a convolution again, of what was seen by what came back
-as filters as large as a map. With 500 images oneDNN computes it at the rate of any other, and the operation that is made
-for this gradient at a third to three quarters of that rate: 14 ms for 39 with maps of 3x3 and 256 channels, 60 ms for 76
-with 7x7 and 192 (two cores of an AMD EPYC with AVX-512 BF16). With larger maps, or in float32, it is the slower way.
+The gradient of its filters sums, over the images, what was seen at each place times what came back from each place
+around it. Take images for channels and channels for images, and that is a convolution again, of what was seen by what
+came back as filters as large as a map. oneDNN computes it with 500 images at about the rate of any other, and the
+operation made for this gradient at a third to three quarters of that: 14 ms for 39 with maps of 3x3 and 256 channels,
+60 ms for 76 with 7x7 and 192 (two cores of an AMD EPYC with AVX-512 BF16). With larger maps or in float32 it is slower.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SMALL_MAP = 49  # pixels of the largest that this is for
 def is_for(maps: tf.Tensor) -> bool:
     """Return whether `convolve` is the faster way for maps (batch, height, width, channels)."""
     height, width = maps.shape[1:3]
-    return maps.dtype == tf.bfloat16 and height * width <= SMALL_MAP
+    return bool(maps.dtype == tf.bfloat16 and height * width <= SMALL_MAP)
 
 
 @tf.custom_gradient
