@@ -20,6 +20,11 @@ from PIL import Image
 from training.datasets.shapes import draw_shapes
 
 EPOCHS = 4
+WAYS = {
+    "fit": ["--loop", "fit"],
+    "custom": ["--loop", "custom"],
+    "airbench": ["--variant", "airbench", "--dtype", "mixed_bfloat16"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -76,11 +81,11 @@ def assert_same_run(run, reference):
     assert verdicts[0] == verdicts[1]
 
 
-@pytest.fixture(scope="session", params=["fit", "custom"])
+@pytest.fixture(scope="session", params=WAYS)
 def undisturbed(request, pictures, tmp_path_factory):
-    """A run nobody disturbed, by each loop."""
+    """A run nobody disturbed, in each of `WAYS`."""
     run = tmp_path_factory.mktemp("undisturbed") / request.param
-    done = call(train_arguments(pictures, run, "--loop", request.param))
+    done = call(train_arguments(pictures, run, *WAYS[request.param]))
     assert done.returncode == 0, done.stderr
     return request.param, run, done
 
@@ -97,10 +102,10 @@ def test_a_run_tells_what_it_does_and_leaves_what_it_promises(undisturbed):
 
 
 def test_killed_once_and_resumed_it_is_the_same_to_the_bit(undisturbed, pictures, tmp_path):
-    loop, reference, _ = undisturbed
+    way, reference, _ = undisturbed
     run = tmp_path / "killed"
     with subprocess.Popen(
-        train_arguments(pictures, run, "--loop", loop), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        train_arguments(pictures, run, *WAYS[way]), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
         for line in process.stderr:
             if line.startswith("epoch 2/4"):
@@ -115,14 +120,14 @@ def test_killed_once_and_resumed_it_is_the_same_to_the_bit(undisturbed, pictures
 
 
 def test_ten_kills_at_random_moments_cost_nothing(undisturbed, pictures, tmp_path):
-    loop, reference, _ = undisturbed
-    if loop != "custom":
-        pytest.skip("one loop is enough here: what is saved, and when, is the same code for both")
+    way, reference, _ = undisturbed
+    if way != "custom":
+        pytest.skip("one way is enough here: what is saved, and when, is the same code for all")
     run = tmp_path / "killed"
     seed = random.randrange(10**6)
     print(f"kill moments drawn with seed {seed}")
     rng = random.Random(seed)
-    arguments = train_arguments(pictures, run, "--loop", loop)
+    arguments = train_arguments(pictures, run, *WAYS[way])
     kills = 0
     while kills < 10:
         with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
@@ -161,6 +166,7 @@ def test_export_of_a_past_run(undisturbed, tmp_path):
     done = call(command("export", run, "--models-dir", tmp_path, "--name", "pets"))
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "pets" / "1") in done.stdout
+    assert done.stderr == ""
     card = json.loads((tmp_path / "pets" / "1" / "assets.extra" / "model.json").read_text())
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert card["class_names"] == ["class0", "class1", "class2", "class3"]
