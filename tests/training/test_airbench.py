@@ -24,6 +24,12 @@ def random_images(count=64, shape=(32, 32, 3)):
     return np.clip(fine + rng.normal(0, 20, fine.shape), 0, 255).astype(np.uint8)
 
 
+@pytest.fixture(scope="module")
+def dataset():
+    train, test = draw_shapes(200, seed=0), draw_shapes(50, seed=1)
+    return Dataset("shapes", "drawn", tuple("abcdefghij"), train=train, test=test)
+
+
 def test_whitened_patches_are_uncorrelated_and_of_one_scale():
     layer = Whitening()
     layer.build((None, 32, 32, 3))
@@ -162,10 +168,7 @@ def test_the_dtype_is_what_the_processor_has_instructions_for(tmp_path):
         TrainingConfig.fill_in(variant="subclass", dtype="mixed_bfloat16")
 
 
-def test_what_was_trained_in_bfloat16_is_judged_in_float32(tmp_path):
-    dataset = Dataset(
-        "shapes", "drawn", tuple("abcdefghij"), train=draw_shapes(200, seed=0), test=draw_shapes(50, seed=1)
-    )
+def test_what_was_trained_in_bfloat16_is_judged_in_float32(dataset, tmp_path):
     weights = []
     for dtype in DTYPES:
         run = RunFolder.create(tmp_path / dtype, TrainingConfig.fill_in(variant="airbench", epochs=1, dtype=dtype))
@@ -201,12 +204,9 @@ def test_presets_fill_in_what_is_not_given():
     ],
     ids=str,
 )
-def test_a_run_is_trained_as_its_preset_says(changed, tmp_path, monkeypatch):
+def test_a_run_is_trained_as_its_preset_says(changed, dataset, tmp_path, monkeypatch):
     """Two runs of a preset give the same weights, and others where anything in the preset is changed between them."""
     config = TrainingConfig.fill_in(variant="airbench", epochs=1, batch_size=50)
-    dataset = Dataset(
-        "shapes", "drawn", tuple("abcdefghij"), train=draw_shapes(200, seed=0), test=draw_shapes(50, seed=1)
-    )
     small = dataclasses.replace(PRESETS["quick"], blocks=(Block(16, 1, "VALID"),) * 2 + (Block(16, 2, "SAME"),))
     weights = []
     for preset in (small, dataclasses.replace(small, **changed)):

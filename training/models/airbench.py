@@ -251,7 +251,7 @@ def used_size(size: int) -> int:
 
 
 def build_airbench(
-    input_shape: tuple[int, int, int], *, classes: int, blocks: tuple[Block, Block, Block], dtype: str = "float32"
+    input_shape: tuple[int, int, int], *, classes: int, blocks: tuple[Block, Block, Block], dtype: str
 ) -> Airbench:
     """Build the network, its variables made and its first layer not yet adapted.
 
