@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 
+import httpx
 import pytest
 
 from training.datasets.download import DownloadError, download
@@ -111,6 +112,14 @@ def test_a_name_that_cannot_be_looked_up_is_not_waited_for(tmp_path, monkeypatch
     assert reason("http://example.invalid/x", tmp_path / "data.tar.gz") == "no answer within 0.5 s"
     assert asked.is_set()
     released.set()
+
+
+def test_a_server_that_says_nothing_is_told_the_same_by_whichever_limit_passes_first(tmp_path, monkeypatch):
+    def give_up(*_, **__):
+        raise httpx.ReadTimeout("timed out")
+
+    monkeypatch.setattr(httpx.Client, "send", give_up)
+    assert reason("http://example.invalid/x", tmp_path / "data.tar.gz") == "no answer within 0.5 s"
 
 
 def test_a_proxy_that_cannot_be_used_is_told(tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def _ask(client: httpx.Client, url: str, *, timeout_s: float) -> httpx.Response:
     Thread(target=send, daemon=True).start()
     try:
         return answer.result(timeout_s)
-    except TimeoutError as error:
+    except (TimeoutError, httpx.TimeoutException) as error:  # the client's own limit may be the first to pass
         raise httpx.ConnectTimeout(f"no answer within {timeout_s:g} s") from error
 
 
