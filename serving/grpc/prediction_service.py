@@ -6,6 +6,7 @@ After `apis/prediction_service.proto`, with the messages of `servables/tensorflo
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -71,7 +72,8 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             for alias, tensor in request.inputs.items()
         }
         remaining_s = context.time_remaining()
-        deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
+        # A call without a deadline has one that is longer off than a thread can wait.
+        deadline_s = time.monotonic() + remaining_s if remaining_s < threading.TIMEOUT_MAX else None
         caller_is_gone.set(lambda: not context.is_active())
         outputs = version.predictor.predict(name, inputs, deadline_s=deadline_s)
         reply = predict_pb2.PredictResponse()

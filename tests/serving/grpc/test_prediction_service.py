@@ -87,6 +87,11 @@ def test_several_inputs_and_strings(stubs: Any) -> None:
     assert (list(shouted.string_val), len(shouted.tensor_shape.dim)) == ([b"HELLO"], 0)
 
 
+def test_who_sets_no_deadline_is_answered_too(stubs: Any) -> None:
+    reply = stubs.prediction.Predict(ask(images=RED))
+    assert list(reply.outputs["label"].string_val) == [b"red"]
+
+
 def test_the_outputs_asked_for(stubs: Any) -> None:
     reply = stubs.prediction.Predict(ask(images=RED, output_filter=("label",)), timeout=60)
     assert set(reply.outputs) == {"label"}
