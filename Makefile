@@ -71,10 +71,10 @@ test-tfserving: $(INSTALLED)  ## the recorded exchanges against any running Tens
 	@$(if $(URL),TFSERVING_URL=$(URL) $(BIN)/python -m pytest tests/contract/test_golden_exchanges.py)
 	@$(if $(GRPC),TFSERVING_GRPC=$(GRPC) $(BIN)/python -m pytest tests/contract/test_grpc_exchanges.py)
 
-bench-serve: $(INSTALLED)  ## this service beside the plain Flask script, LitServe, BentoML (needs wrk; installs the peers once)
+bench-serve: $(INSTALLED)  ## this service beside the plain Flask script, LitServe, BentoML (needs wrk and h2load; installs the peers once)
 	@$(BIN)/python -m benchmarks.serve
 
-bench-client: $(INSTALLED)  ## 10,000 pictures from a folder through the service, by the client's two ways (needs wrk)
+bench-client: $(INSTALLED)  ## 10,000 pictures from a folder through the service, by the client's two ways (needs wrk and h2load)
 	@$(BIN)/python -m benchmarks.client
 
 bench-train: $(INSTALLED)  ## the article's own code, the loops and airbench: time, accuracy, calibration (hours): DATA=

@@ -1,10 +1,11 @@
-"""Load generators: closed loop by wrk, closed loop over gRPC, and open loop at a constant rate."""
+"""Load generators: closed loop by wrk, over gRPC by h2load, and open loop at a constant rate."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -37,6 +38,9 @@ done = function(summary, latency)
     errors.connect + errors.read + errors.write + errors.status + errors.timeout))
 end
 """
+
+_GRPC_METHOD = "/tensorflow.serving.PredictionService/Predict"
+_GRPC_HEAD_BYTES = 5  # before each message: whether it is compressed, and its length
 
 
 @dataclass(frozen=True)
@@ -85,37 +89,28 @@ def run_closed_loop(target: Target, *, connections: int, seconds: float) -> Meas
 
 
 def run_closed_loop_grpc(target: Target, *, connections: int, seconds: float) -> Measured:
-    """As `run_closed_loop`, calling Predict with serialized requests over so many channels."""
-    return asyncio.run(_call_grpc(target, connections, seconds))
+    """As `run_closed_loop`, calling Predict, by h2load: a client in Python takes as long for a call as the service.
 
-
-async def _call_grpc(target: Target, connections: int, seconds: float) -> Measured:
+    It sends the first body only, and does not know gRPC, where a refusal has the status 200: but no data.
+    """
     import grpc
 
-    latencies: list[float] = []
-    errors = 0
-    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
-    channels = [grpc.aio.insecure_channel(target.url, options=options) for _ in range(min(connections, 16))]
-    calls = [channel.unary_unary("/tensorflow.serving.PredictionService/Predict") for channel in channels]
-    end_s = time.perf_counter() + seconds
-
-    async def ask(number: int) -> None:
-        nonlocal errors
-        turn = number
-        while (started_s := time.perf_counter()) < end_s:
-            turn += 1
-            try:
-                await calls[number % len(calls)](target.bodies[turn % len(target.bodies)], timeout=30)
-            except grpc.RpcError:
-                errors += 1
-            latencies.append(time.perf_counter() - started_s)
-
-    started_s = time.perf_counter()
-    await asyncio.gather(*(ask(number) for number in range(connections)))
-    elapsed_s = time.perf_counter() - started_s
-    for channel in channels:
-        await channel.close()
-    return _summarize(latencies, elapsed_s, errors)
+    body = target.bodies[0]
+    with grpc.insecure_channel(target.url, options=[("grpc.max_send_message_length", -1)]) as channel:
+        reply_bytes = _GRPC_HEAD_BYTES + len(channel.unary_unary(_GRPC_METHOD)(body, timeout=30))
+    with tempfile.TemporaryDirectory() as name:
+        message, log = Path(name, "message"), Path(name, "log")
+        message.write_bytes(bytes([0]) + len(body).to_bytes(4) + body)
+        command = ["h2load", "-t1", f"-c{connections}", "-m1", f"-D{seconds:g}", "-d", str(message)]
+        headers = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
+        url = f"http://{target.url}{_GRPC_METHOD}"
+        done = subprocess.run(
+            [*command, *headers, f"--log-file={log}", url], capture_output=True, text=True, check=True
+        )
+        rows = np.loadtxt(log, dtype=np.int64, ndmin=2)  # of each request: start, status, microseconds
+    data = re.search(r"\((\d+)\) data", done.stdout)
+    assert data
+    return _summarize(rows[:, 2] / 1e6, seconds, len(rows) - int(data[1]) // reply_bytes)
 
 
 def run_open_loop(target: Target, *, requests_per_s: float, seconds: float) -> Measured:
@@ -164,6 +159,6 @@ async def _send_on_time(target: Target, requests_per_s: float, seconds: float) -
     return _summarize(latencies, elapsed_s, errors)
 
 
-def _summarize(latencies_s: list[float], elapsed_s: float, errors: int) -> Measured:
+def _summarize(latencies_s: Sequence[float] | np.ndarray, elapsed_s: float, errors: int) -> Measured:
     p50_ms, p99_ms = np.percentile(latencies_s, [50, 99]) * 1e3
     return Measured(len(latencies_s), elapsed_s, float(p50_ms), float(p99_ms), errors)
