@@ -67,7 +67,7 @@ SWITCH_INTERVAL_S = 1e-4
     type=int,
     default=Settings.threads,
     show_default="8 per core, at most 64",
-    help="gRPC calls, and large HTTP requests, answered at the same time; more wait.",
+    help="Large requests answered at the same time; more wait.",
 )
 @click.option(
     "--concurrency",
@@ -174,7 +174,7 @@ def serve(app: Flask, settings: Settings, listener: socket.socket) -> NoReturn:
     follower.start()
     run_http_server(app, settings, listener, on_stop=stopping.set)
     if grpc_server := app.extensions.get("grpc_server"):
-        grpc_server.stop(grace=settings.drain_timeout_s).wait()
+        grpc_server.stop(grace_s=settings.drain_timeout_s)
     _exit(0)
 
 
@@ -214,9 +214,9 @@ def start_grpc(app: Flask, settings: Settings, address: str, stopping: threading
     Raises:
         StartupError: the port cannot be listened on.
     """
-    from serving.grpc.server import start_grpc_server
+    from serving.grpc.server import GrpcServer
 
-    server = start_grpc_server(
+    server = GrpcServer(
         app.extensions["repository"],
         app.extensions["metrics"],
         app.extensions["liveness"],
@@ -228,7 +228,7 @@ def start_grpc(app: Flask, settings: Settings, address: str, stopping: threading
 
     def stop() -> None:
         stopping.wait()
-        server.stop(grace=settings.drain_timeout_s)
+        server.stop(grace_s=settings.drain_timeout_s)
 
     threading.Thread(target=stop, name="stop-grpc", daemon=True).start()
 

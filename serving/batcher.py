@@ -29,10 +29,15 @@ FEW_ROWS = 8
 # the second would take has requests to read and answers to write meanwhile.
 LONG_CALL_S = 0.01
 
-# A call that takes less is made by whoever asks, even in the event loop's thread: to hand it to another thread and its
-# answer back takes a fifth of a millisecond. How long it will take is known from the last call with rows of its shape;
-# should it not come back at all, no more does /healthz.
+# A call that takes less, for someone who asks alone, is made by whoever asks, even in the event loop's thread: to hand
+# it to another thread and its answer back takes a fifth of a millisecond. How long it will take is known from the last
+# call with rows of its shape; should it not come back at all, no more does /healthz.
 SHORT_CALL_S = 0.001
+
+# Nobody else is heard meanwhile, so one call in so many is left to another thread. Who comes during it is company, and
+# all calls are left to other threads until as many in a row have had none.
+LISTEN_EVERY = 16
+
 MAX_SHAPES = 64  # whose calls' times are kept
 
 _GroupKey = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
@@ -92,6 +97,7 @@ class Batcher:
         self._few_rows_s = 0.0
         self._row_s: dict[_GroupKey, float] = {}  # of the last call
         self._is_kick_due = False
+        self._calls_alone = 0  # since someone came while a call was due or ran
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
@@ -141,6 +147,8 @@ class Batcher:
                     f"{self._max_queued_rows}; try again later",
                     code="UNAVAILABLE",
                 )
+            if self._calls or self._queue:
+                self._calls_alone = -LISTEN_EVERY
             for request in requests:
                 self._queue.append(request)
                 self._queued_rows += request.rows
@@ -161,14 +169,15 @@ class Batcher:
             if not self._queue or self._calls:
                 return
             self._calls += 1
+            is_alone = self._calls_alone > 0 and self._calls_alone % LISTEN_EVERY > 0
             is_short = self._queued_rows * self._row_s.get(self._queue[0].key, math.inf) < SHORT_CALL_S
-        if is_short and self._call_once():
+        if is_alone and is_short:
+            if not self._call_once():
+                return
             with self._lock:
                 if not self._queue:
                     self._calls -= 1
                     return
-        elif is_short:
-            return
         self._threads.submit(self._call_until_idle)
 
     def _wants_call(self) -> bool:
@@ -236,7 +245,9 @@ class Batcher:
                     refused.append(request.pause)
                 self._queue.popleft()
                 self._queued_rows -= request.rows
-            if not chosen:
+            if chosen:
+                self._calls_alone += 1
+            else:
                 self._calls -= 1
         end_pauses(refused)
         return chosen

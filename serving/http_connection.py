@@ -14,14 +14,13 @@ from typing import cast
 
 import httptools
 
-from serving.waiting import LoopGreenlet, caller_is_gone
+from serving.waiting import SMALL_BYTES, LoopGreenlet, caller_is_gone
 from serving.wsgi import Environ, Reply, WsgiApp, call_app, make_environ, set_body
 
 logger = logging.getLogger("serving")
 access_logger = logging.getLogger("serving.access")
 
 MAX_HEAD_BYTES = 64 * 1024  # of a request's first line and headers
-SMALL_BYTES = 256 * 1024  # of a body: read and answered within a few milliseconds
 STALLED_S = 30.0  # without a byte of a request that has begun, or of a connection's first
 KEEP_ALIVE_S = 75.0  # between two requests: longer than proxies keep a connection for another
 

@@ -2,8 +2,8 @@
 
 Small requests run as greenlets of the event loop's one thread: Flask's views stay plain functions, and to wait is to
 give way to the next request, for less than a microsecond. With a thread a request, the interpreter's lock changed hands
-five times on the way to each answer, which took longer than the answer. Everything else (gRPC calls, large requests)
-runs in threads, and waits as threads do.
+five times on the way to each answer, which took longer than the answer. Large requests run in threads, and
+wait as threads do.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import greenlet
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+SMALL_BYTES = 256 * 1024  # of a request: read and answered within a few milliseconds
 
 # Whether whoever sent the request being answered has gone, and no answer is wanted any more.
 caller_is_gone: ContextVar[Callable[[], bool]] = ContextVar("caller_is_gone", default=lambda: False)
@@ -103,6 +105,34 @@ def call_soon(function: Callable[..., object], *args: object) -> None:
         current.loop.call_soon(function, *args)
     else:
         function(*args)
+
+
+async def call_from_loop(function: Callable[[], R], *, threads: Executor, is_small: bool) -> R:
+    """Call a function that waits from a coroutine, which is not to be kept waiting by it.
+
+    Where the coroutine is cancelled the function goes on, and `caller_is_gone` tells it.
+
+    Args:
+        function: what to call; it must not raise.
+        threads: where it is called if it is not small, and where it may send what would stop the loop.
+        is_small: it computes for a few milliseconds at most, and can be a greenlet of the loop.
+    """
+    loop = asyncio.get_running_loop()
+    returned: asyncio.Future[R] = loop.create_future()
+
+    def call() -> R:
+        caller_is_gone.set(returned.cancelled)
+        return function()
+
+    def finish(result: R) -> None:
+        if not returned.cancelled():
+            returned.set_result(result)
+
+    if is_small:
+        LoopGreenlet(lambda: finish(call()), loop, threads).switch()
+    else:
+        threads.submit(lambda: loop.call_soon_threadsafe(finish, call()))
+    return await returned
 
 
 def offload(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

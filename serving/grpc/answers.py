@@ -1,46 +1,66 @@
-"""How a call over gRPC ends: with a reply, with the status of an error, or with that of a fault."""
+"""A gRPC method made of a plain function: a message in, a message out, and what it raises as the call's status."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from serving.errors import ServingError
+from serving.waiting import SMALL_BYTES, call_from_loop
 
 logger = logging.getLogger(__name__)
 
 MAX_DETAILS = 4_000  # gRPC sends them in a header, which has to stay small
 
-
-class Outcome:
-    """What became of a call: `code` is "OK", or the name of the status it is to end with."""
-
-    def __init__(self, context: grpc.ServicerContext) -> None:
-        self.code = "OK"
-        self._details = ""
-        self._context = context
-
-    def fail(self, code: str, details: str) -> None:
-        """Remember the status to end with."""
-        self.code, self._details = code, details
-
-    def abort_if_failed(self) -> None:
-        """End the call, by gRPC's own exception, if it failed."""
-        if self.code != "OK":
-            self._context.abort(getattr(grpc.StatusCode, self.code), self._details[:MAX_DETAILS])
+_Failure = tuple[grpc.StatusCode, str]
 
 
-@contextlib.contextmanager
-def answering(context: grpc.ServicerContext) -> Iterator[Outcome]:
-    """Turn what the block raises into the call's outcome; nobody but the log sees a stack trace."""
-    outcome = Outcome(context)
+def make_handler(
+    answer: Callable[[Any, float | None], Any], request_type: Any, *, threads: Executor, is_long: bool = False
+) -> grpc.RpcMethodHandler:
+    """Make the handler of a method with one request and one reply.
+
+    Args:
+        answer: is given the request, and when its answer is of no use any more on the clock of `time.monotonic`, or
+            None; returns the reply. It is a greenlet of the event loop, unless the request is large.
+        request_type: the class of the request's message.
+        threads: where large requests are read and answered.
+        is_long: small ones too.
+    """
+
+    async def handle(data: bytes, context: Any) -> bytes:
+        remaining_s = context.time_remaining()
+        deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
+        reply, failure = await call_from_loop(
+            lambda: _answer(answer, request_type, data, deadline_s),
+            threads=threads,
+            is_small=not is_long and len(data) <= SMALL_BYTES,
+        )
+        if failure:
+            await context.abort(*failure)
+        return reply
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _answer(
+    answer: Callable[[Any, float | None], Any], request_type: Any, data: bytes, deadline_s: float | None
+) -> tuple[bytes, _Failure | None]:
+    """Return the serialized reply, or how the call fails; nobody but the log sees a stack trace."""
     try:
-        yield outcome
+        reply: bytes = answer(request_type.FromString(data), deadline_s).SerializeToString()
+    except DecodeError:
+        name = request_type.DESCRIPTOR.full_name
+        return b"", (grpc.StatusCode.INTERNAL, f"the message sent is no {name}: it cannot be parsed")
     except ServingError as error:
-        outcome.fail(error.code, str(error))
+        return b"", (getattr(grpc.StatusCode, error.code), str(error)[:MAX_DETAILS])
     except Exception:
         logger.exception("a gRPC call failed")
-        outcome.fail("INTERNAL", "the service failed to answer; the reason is in its log")
+        return b"", (grpc.StatusCode.INTERNAL, "the service failed to answer; the reason is in its log")
+    return reply, None

@@ -8,42 +8,38 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import grpc
 from tensorflow.core.protobuf import error_codes_pb2
-from tensorflow_serving.apis import get_model_status_pb2, model_management_pb2, model_service_pb2_grpc
+from tensorflow_serving.apis import get_model_status_pb2, model_management_pb2
 
-from serving.errors import InvalidRequest, ModelNotFound
-from serving.grpc.answers import answering
+from serving.errors import InvalidRequest, ModelNotFound, ServingError
 from serving.model_config import read_config
 from serving.repository import ModelRepository, VersionStatus
 
 logger = logging.getLogger(__name__)
 
 
-class ModelService(model_service_pb2_grpc.ModelServiceServicer):
+class ModelService:
     """Tells what became of a repository's models, and changes which they are."""
 
     def __init__(self, repository: ModelRepository) -> None:
         self._repository = repository
 
-    def GetModelStatus(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - the protocol's name
+    def get_model_status(self, request: Any, _: float | None) -> Any:
         """Tell the state of each version of a model, or of the one asked for."""
-        with answering(context) as outcome:
-            reply = get_model_status_pb2.GetModelStatusResponse()
-            for version in self._find_versions(request):
-                _describe(reply.model_version_status.add(), version)
-        outcome.abort_if_failed()
+        reply = get_model_status_pb2.GetModelStatusResponse()
+        for version in self._find_versions(request):
+            _describe(reply.model_version_status.add(), version)
         return reply
 
-    def HandleReloadConfigRequest(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+    def handle_reload_config_request(self, request: Any, _: float | None) -> Any:
         """Serve exactly the models of the request's configuration; answers when they are loaded."""
-        with answering(context) as outcome:
+        try:
             configs = read_config(request.config)
             logger.info("new configuration: %s", ", ".join(config.name for config in configs) or "no models")
             self._repository.reload(configs)
-        if outcome.code != "OK":
+        except ServingError:
             logger.error("the new configuration cannot be served as a whole")
-        outcome.abort_if_failed()
+            raise
         reply = model_management_pb2.ReloadConfigResponse()
         reply.status.SetInParent()
         return reply

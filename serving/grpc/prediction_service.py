@@ -6,25 +6,21 @@ After `apis/prediction_service.proto`, with the messages of `servables/tensorflo
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Collection, Iterable
 from typing import Any
 
-import grpc
 from tensorflow.core.framework import types_pb2
-from tensorflow_serving.apis import get_model_metadata_pb2, predict_pb2, prediction_service_pb2_grpc
+from tensorflow_serving.apis import get_model_metadata_pb2, predict_pb2
 
-from serving.errors import InvalidRequest, ModelFailed
-from serving.grpc.answers import answering
+from serving.errors import InvalidRequest, ModelFailed, ServingError
 from serving.grpc.tensors import read_tensor, write_tensor
 from serving.metrics import Metrics
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
-from serving.waiting import caller_is_gone
 
 
-class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
+class PredictionService:
     """Answers from a repository's models.
 
     Args:
@@ -38,26 +34,41 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         self._metrics = metrics
         self._max_bytes = max_bytes
 
-    def Predict(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - the protocol's name
+    def predict(self, request: Any, deadline_s: float | None) -> Any:
         """Run a signature of a model."""
         started_s = time.perf_counter()
-        with self._metrics.in_flight.track_inprogress(), answering(context) as outcome:
-            reply = self._predict(request, context)
-        model = request.model_spec.name
-        if model in self._repository.all_names():
-            seconds = time.perf_counter() - started_s
-            self._metrics.observe_tfs_predict(model=model, code=outcome.code, seconds=seconds, api="GRPC")
-        outcome.abort_if_failed()
+        code = ServingError.code
+        try:
+            with self._metrics.in_flight.track_inprogress():
+                reply = self._predict(request, deadline_s)
+            code = "OK"
+        except ServingError as error:
+            code = error.code
+            raise
+        finally:
+            model = request.model_spec.name
+            if model in self._repository.all_names():
+                seconds = time.perf_counter() - started_s
+                self._metrics.observe_tfs_predict(model=model, code=code, seconds=seconds, api="GRPC")
         return reply
 
-    def GetModelMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+    def get_model_metadata(self, request: Any, _: float | None) -> Any:
         """Describe the signatures of a model."""
-        with answering(context) as outcome:
-            reply = self._describe(request)
-        outcome.abort_if_failed()
+        if not request.HasField("model_spec"):
+            raise InvalidRequest("Missing ModelSpec")
+        if not request.metadata_field:
+            raise InvalidRequest("GetModelMetadataRequest must specify at least one metadata_field")
+        for field in request.metadata_field:
+            if field != "signature_def":
+                raise InvalidRequest(f"Metadata field {field} is not supported")
+        version = resolve(self._repository, request.model_spec)
+        reply = get_model_metadata_pb2.GetModelMetadataResponse()
+        reply.model_spec.name = version.name
+        reply.model_spec.version.value = version.version
+        reply.metadata["signature_def"].Pack(_describe_signatures(version.predictor.signatures.values()))
         return reply
 
-    def _predict(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def _predict(self, request: Any, deadline_s: float | None) -> Any:
         if not request.HasField("model_spec"):
             raise InvalidRequest("Missing ModelSpec")
         version = resolve(self._repository, request.model_spec)
@@ -71,10 +82,6 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             alias: read_tensor(tensor, name=alias, max_bytes=self._max_bytes)
             for alias, tensor in request.inputs.items()
         }
-        remaining_s = context.time_remaining()
-        # A call without a deadline has one that is longer off than a thread can wait.
-        deadline_s = time.monotonic() + remaining_s if remaining_s < threading.TIMEOUT_MAX else None
-        caller_is_gone.set(lambda: not context.is_active())
         outputs = version.predictor.predict(name, inputs, deadline_s=deadline_s)
         reply = predict_pb2.PredictResponse()
         reply.model_spec.name = version.name
@@ -82,21 +89,6 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         reply.model_spec.signature_name = name
         for alias in wanted:
             write_tensor(reply.outputs[alias], outputs[alias], dtype_name=signature.outputs[alias].dtype)
-        return reply
-
-    def _describe(self, request: Any) -> Any:
-        if not request.HasField("model_spec"):
-            raise InvalidRequest("Missing ModelSpec")
-        if not request.metadata_field:
-            raise InvalidRequest("GetModelMetadataRequest must specify at least one metadata_field")
-        for field in request.metadata_field:
-            if field != "signature_def":
-                raise InvalidRequest(f"Metadata field {field} is not supported")
-        version = resolve(self._repository, request.model_spec)
-        reply = get_model_metadata_pb2.GetModelMetadataResponse()
-        reply.model_spec.name = version.name
-        reply.model_spec.version.value = version.version
-        reply.metadata["signature_def"].Pack(_describe_signatures(version.predictor.signatures.values()))
         return reply
 
 

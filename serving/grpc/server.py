@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Thread
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+import uvloop
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
-from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_management_pb2, predict_pb2
 
-from serving.errors import StartupError
+from serving.errors import ModelNotFound, StartupError
+from serving.grpc.answers import make_handler
 from serving.grpc.model_service import ModelService
 from serving.grpc.prediction_service import PredictionService
 from serving.grpc.service_names import MODEL_SERVICE, PREDICTION_SERVICE, describe_services
@@ -18,80 +24,106 @@ from serving.liveness import Liveness
 from serving.metrics import Metrics
 from serving.repository import ModelRepository
 
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+# Calls that have come and are not yet looked at. Beyond, gRPC itself ends them, without a reason, which would be given
+# here: the batcher has a limit of its own.
+MAX_PENDING_CALLS = 100_000
+
 # TensorFlow Serving's own health service knows its services by these short names.
 _KNOWN = ("", "PredictionService", "ModelService", PREDICTION_SERVICE, MODEL_SERVICE)
 
 
-def start_grpc_server(
-    repository: ModelRepository,
-    metrics: Metrics,
-    liveness: Liveness,
-    *,
-    address: str,
-    threads: int,
-    max_message_bytes: int,
-) -> grpc.Server:
-    """Start answering TensorFlow Serving's gRPC API.
+class GrpcServer:
+    """Answers TensorFlow Serving's gRPC API, on a port of its own, from an event loop in a thread of its own.
 
     Args:
         repository: the models.
         metrics: is told of every Predict.
         liveness: what the health service tells, beside the repository's readiness.
         address: "host:port".
-        threads: calls answered at the same time.
+        threads: large requests answered at the same time.
         max_message_bytes: the largest request.
 
     Raises:
         StartupError: the port cannot be listened on.
     """
-    server = grpc.server(
-        ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
-        options=[
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", -1),
-        ],
-    )
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-        PredictionService(repository, metrics, max_bytes=max_message_bytes), server
-    )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(repository), server)
-    health_pb2_grpc.add_HealthServicer_to_server(Health(repository, liveness), server)
-    describe_services()
-    reflection.enable_server_reflection(
-        (
-            PREDICTION_SERVICE,
-            MODEL_SERVICE,
-            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-            reflection.SERVICE_NAME,
-        ),
-        server,
-    )
-    try:
-        server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise StartupError(f"cannot listen on {address} for gRPC; choose another with --grpc-port") from error
-    server.start()
-    return server
 
-
-class Health(health_pb2_grpc.HealthServicer):
-    """`grpc.health.v1.Health`, which asks the repository each time: nothing has to be kept in step.
-
-    Watch is UNIMPLEMENTED, which clients take for "always asked anew": each watcher would hold a thread for good.
-    """
-
-    def __init__(self, repository: ModelRepository, liveness: Liveness) -> None:
+    def __init__(
+        self,
+        repository: ModelRepository,
+        metrics: Metrics,
+        liveness: Liveness,
+        *,
+        address: str,
+        threads: int,
+        max_message_bytes: int,
+    ) -> None:
         self._repository = repository
+        self._metrics = metrics
         self._liveness = liveness
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grpc")
+        self._max_message_bytes = max_message_bytes
+        # That a client has gone before its answer was sent is no fault of the service, and no line of its log.
+        logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
+        self._loop = uvloop.new_event_loop()
+        thread = Thread(target=self._loop.run_forever, name="grpc-loop", daemon=True)
+        thread.start()
+        liveness.require(thread)
+        self._server = asyncio.run_coroutine_threadsafe(self._start(address), self._loop).result()
 
-    def Check(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - the protocol's name
-        """Tell whether the service named, or all of it, can answer."""
+    def stop(self, *, grace_s: float) -> None:
+        """Take no more calls, and wait until those under way are answered, or that long."""
+        asyncio.run_coroutine_threadsafe(self._server.stop(grace_s), self._loop).result()
+
+    async def _start(self, address: str) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", self._max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+                ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+            ]
+        )
+        for service, methods in self._make_handlers().items():
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
+        describe_services()
+        reflection.enable_server_reflection(
+            (PREDICTION_SERVICE, MODEL_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server
+        )
+        try:
+            server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise StartupError(f"cannot listen on {address} for gRPC; choose another with --grpc-port") from error
+        await server.start()
+        return server
+
+    def _make_handlers(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
+        prediction = PredictionService(self._repository, self._metrics, max_bytes=self._max_message_bytes)
+        models = ModelService(self._repository)
+        make = partial(make_handler, threads=self._threads)
+        return {
+            PREDICTION_SERVICE: {
+                "Predict": make(prediction.predict, predict_pb2.PredictRequest),
+                "GetModelMetadata": make(prediction.get_model_metadata, get_model_metadata_pb2.GetModelMetadataRequest),
+            },
+            MODEL_SERVICE: {
+                "GetModelStatus": make(models.get_model_status, get_model_status_pb2.GetModelStatusRequest),
+                "HandleReloadConfigRequest": make(
+                    models.handle_reload_config_request, model_management_pb2.ReloadConfigRequest, is_long=True
+                ),
+            },
+            HEALTH_SERVICE: {"Check": make(self._check_health, health_pb2.HealthCheckRequest)},
+        }
+
+    def _check_health(self, request: Any, _: float | None) -> Any:
+        """Tell whether the service named, or all of it, can answer; nothing has to be kept in step with the repository.
+
+        The other method, Watch, is UNIMPLEMENTED, which clients take for "always asked anew".
+        """
         if request.service not in _KNOWN:
-            context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service}")
-        return self._reply()
-
-    def _reply(self) -> Any:
+            raise ModelNotFound(f"there is no service {request.service}")
         serving = self._repository.ready and self._liveness.problem is None
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if serving else states.NOT_SERVING)

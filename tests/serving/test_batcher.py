@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.batcher import Batcher
+from serving.batcher import LISTEN_EVERY, Batcher
 from serving.errors import InvalidRequest, ModelFailed
 from serving.liveness import Liveness
 from serving.predictor import Signature, TensorSpec
@@ -99,6 +99,25 @@ def test_short_calls_are_made_by_whoever_asks_once_they_are_known_to_be_short() 
     # What is known of a signature and a shape says nothing of others.
     batcher.predict("negate", rows(1))
     assert model.threads[-1] != threading.get_ident()
+
+
+def test_who_asks_alone_is_heard_by_another_thread_now_and_then_and_company_always(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.batcher.SHORT_CALL_S", 60.0)  # any call is short
+    model = Doubler()
+    batcher = batch(model)
+
+    def ask(times: int) -> list[int]:
+        """Return which of so many calls are not made by whoever asks."""
+        before = len(model.threads)
+        for _ in range(times):
+            batcher.predict("double", rows(1))
+        return [call for call, thread in enumerate(model.threads[before:]) if thread != threading.get_ident()]
+
+    assert ask(2 * LISTEN_EVERY + 1) == [0, LISTEN_EVERY, 2 * LISTEN_EVERY]
+    together(batcher, model, [("double", rows(1))])
+    assert ask(LISTEN_EVERY + 2) == list(range(LISTEN_EVERY))
 
 
 def test_longer_calls_never_keep_whoever_asks() -> None:

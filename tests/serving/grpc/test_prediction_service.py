@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from serving.waiting import SMALL_BYTES
 from tests.serving.conftest import Server, picture
 from tests.serving.saved_models import save_colour_classifier
 
@@ -191,6 +193,30 @@ def test_a_message_is_not_believed(stubs: Any, tensor: Any, code: str, details: 
 def test_a_message_that_is_too_large_is_refused(stubs: Any) -> None:
     status, _ = refusal(stubs, ask(images=np.zeros((400, 32, 32, 3), np.uint8)))
     assert status == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_message_that_cannot_be_parsed_is_refused_in_words(stubs: Any) -> None:
+    predict = stubs.channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    with pytest.raises(grpc.RpcError) as refused:
+        predict(b"garbage", timeout=60)
+    assert refused.value.code() == grpc.StatusCode.INTERNAL
+    assert refused.value.details() == "the message sent is no tensorflow.serving.PredictRequest: it cannot be parsed"
+
+
+def test_many_pictures_in_one_request(stubs: Any) -> None:
+    images = np.repeat(RED, 2 * SMALL_BYTES // RED.size, axis=0)
+    reply = stubs.prediction.Predict(ask(images=images, output_filter=("label",)), timeout=60)
+    assert list(reply.outputs["label"].string_val) == [b"red"] * len(images)
+
+
+def test_thousands_who_ask_at_once_are_all_answered(server: Server) -> None:
+    async def ask_all() -> list[Any]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+            request = ask(images=RED, output_filter=("class_id",))
+            return await asyncio.gather(*(stub.Predict(request, timeout=60) for _ in range(3_000)))
+
+    assert {reply.outputs["class_id"].int64_val[0] for reply in asyncio.run(ask_all())} == {0}
 
 
 def test_the_metadata_are_those_of_the_rest_api(stubs: Any, server: Server) -> None:
