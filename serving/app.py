@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from serving.liveness import Liveness
 from serving.metrics import TFS_STATUS, Metrics
 from serving.models import make_repository
 from serving.rest import health, pages, tfserving, upload, v2
+from serving.rest.responses import PlainResponse, json_response
 from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -68,17 +69,6 @@ class BoundedRequest(Request):
         if len(body) > limit:
             raise RequestEntityTooLarge
         return body
-
-
-class PlainResponse(Response):
-    """A response that needs nothing worked out when it is sent: the server adds the length."""
-
-    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
-        """Answer as a WSGI application."""
-        if self.status_code != 200 or environ["REQUEST_METHOD"] == "HEAD" or not isinstance(self.response, list):
-            return super().__call__(environ, start_response)
-        start_response(self.status, list(self.headers))
-        return self.response
 
 
 class NoSessions(SessionInterface):
@@ -181,7 +171,7 @@ class OrjsonProvider(JSONProvider):
     def response(self, *args: Any, **kwargs: Any) -> Response:
         """Return `args` or `kwargs` as a JSON reply."""
         body = orjson.dumps(self._prepare_response_obj(args, kwargs), option=orjson.OPT_SERIALIZE_NUMPY)
-        return PlainResponse(body, mimetype="application/json")
+        return json_response(body)
 
 
 def _answer_serving_error(error: ServingError) -> Response:
@@ -211,4 +201,4 @@ def _answer_fault(error: Exception) -> Response:
 
 
 def _json_reply(body: dict[str, Any], status: int) -> Response:
-    return Response(current_app.json.dumps(body), status=status, mimetype="application/json")
+    return json_response(current_app.json.dumps(body).encode(), status=status)

@@ -330,10 +330,10 @@ def _path_of(target: bytes) -> bytes:
 
 
 def _head(reply: Reply, connection: str, now_s: int) -> bytes:
-    headers = "".join([f"{name}: {value}\r\n" for name, value in reply.headers])
-    if "ontent-" not in headers or "Content-Length" not in headers:
-        headers += f"content-length: {len(reply.body)}\r\n"
-    return f"HTTP/1.1 {reply.status}\r\n{headers}{connection}date: {_date(now_s)}\r\n\r\n".encode("latin-1")
+    headers = "".join([f"\r\n{name}: {value}" for name, value in reply.headers])
+    if "\r\nContent-Length: " not in headers:
+        headers += f"\r\ncontent-length: {len(reply.body)}"
+    return f"HTTP/1.1 {reply.status}{headers}\r\n{connection}date: {_date(now_s)}\r\n\r\n".encode("latin-1")
 
 
 @lru_cache(maxsize=1)

@@ -70,7 +70,7 @@ def read_pixels(body: bytes, spec: TensorSpec) -> tuple[np.ndarray, bool] | None
         numbers = np.frombuffer(array.as_buffer(of_type="u"), np.uint64)
     except ValueError:  # "1 2", "007", 2**64
         return None
-    if len(numbers) != rows * math.prod(shape) or numbers.max() > 255:
+    if len(numbers) != rows * math.prod(shape) or np.maximum.reduce(numbers) > 255:
         return None
     return numbers.astype(np.uint8).reshape(rows, *shape), head[1] == b"instances"
 

@@ -36,11 +36,11 @@ def encode_outputs(outputs: Mapping[str, np.ndarray], signature: Signature, *, a
     columns = {name: _encode(array, signature.outputs[name]) for name, array in outputs.items()}
     is_single = len(columns) == 1
     if not as_rows:
-        return _dump({"outputs": next(iter(columns.values())) if is_single else columns}, outputs)
+        return _dump({"outputs": next(iter(columns.values())) if is_single else columns})
     if is_single:
-        return _dump({"predictions": next(iter(columns.values()))}, outputs)
+        return _dump({"predictions": next(iter(columns.values()))})
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return _dump({"predictions": rows}, outputs)
+    return _dump({"predictions": rows})
 
 
 def _check_rows(outputs: Mapping[str, np.ndarray]) -> None:
@@ -72,14 +72,16 @@ def _map_strings(value: Any, function: Callable[[bytes], Any]) -> Any:
     return [_map_strings(item, function) for item in value] if isinstance(value, list) else function(value)
 
 
-def _dump(reply: dict[str, Any], outputs: Mapping[str, np.ndarray]) -> bytes:
-    if all(array.dtype.kind != "f" or np.isfinite(array).all() for array in outputs.values()):
-        try:
-            return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
-        except orjson.JSONEncodeError:
-            pass  # a string that is no UTF-8
-    text = json.dumps(reply, ensure_ascii=False, separators=(",", ":"), default=_to_python)
-    return text.encode("utf-8", "surrogateescape")
+def _dump(reply: dict[str, Any]) -> bytes:
+    try:
+        text: bytes = orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError:
+        pass  # a string that is no UTF-8
+    else:
+        if b"null" not in text:  # what orjson makes of a number that is not finite
+            return text
+    slow = json.dumps(reply, ensure_ascii=False, separators=(",", ":"), default=_to_python)
+    return slow.encode("utf-8", "surrogateescape")
 
 
 def _to_python(value: np.ndarray | np.generic) -> Any:

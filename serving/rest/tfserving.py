@@ -26,6 +26,7 @@ from serving.rest.json_pixels import find_pixel_input, read_pixels
 from serving.rest.json_quoting import printable, quote_document
 from serving.rest.json_reply import encode_outputs
 from serving.rest.json_tensor import decode_inputs
+from serving.rest.responses import json_response
 
 blueprint = Blueprint("tfserving", __name__)
 
@@ -79,7 +80,7 @@ def _predict(call: re.Match[str]) -> Response:
     predictor = _resolve(call, number).predictor
     signature = _signature(document, predictor.signatures)
     outputs = predictor.predict(signature.name, decode_inputs(document, signature))
-    return Response(encode_outputs(outputs, signature, as_rows="instances" in document), mimetype="application/json")
+    return json_response(encode_outputs(outputs, signature, as_rows="instances" in document))
 
 
 def _predict_pixels(call: re.Match[str], number: int | None, body: bytes) -> Response | None:
@@ -95,7 +96,7 @@ def _predict_pixels(call: re.Match[str], number: int | None, body: bytes) -> Res
     images, as_rows = read
     signature = predictor.signatures[DEFAULT_SIGNATURE]
     outputs = predictor.predict(DEFAULT_SIGNATURE, {spec.name: images})
-    return Response(encode_outputs(outputs, signature, as_rows=as_rows), mimetype="application/json")
+    return json_response(encode_outputs(outputs, signature, as_rows=as_rows))
 
 
 def _classify_or_regress(call: re.Match[str]) -> Response:
@@ -229,4 +230,4 @@ def _repository() -> ModelRepository:
 
 
 def _json(reply: dict[str, Any]) -> Response:
-    return Response(current_app.json.dumps(reply), mimetype="application/json")
+    return json_response(current_app.json.dumps(reply).encode())

@@ -19,6 +19,7 @@ from serving.errors import InvalidRequest, ModelNotFound, NotReady
 from serving.liveness import Liveness
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
+from serving.rest.responses import PlainResponse, json_response
 from serving.rest.v2_request import (
     HEADER_LENGTH,
     inflate_body,
@@ -124,8 +125,8 @@ def _encode_reply(
         outputs.append(output)
     text = orjson.dumps({**reply, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not chunks:
-        return Response(text, mimetype="application/json")
-    response = Response(b"".join((text, *chunks)), mimetype="application/octet-stream")
+        return json_response(text)
+    response = PlainResponse([b"".join((text, *chunks))], content_type="application/octet-stream")
     response.headers[HEADER_LENGTH] = str(len(text))
     return response
 

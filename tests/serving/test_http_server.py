@@ -76,6 +76,13 @@ def test_pipelined_requests_are_answered_in_their_order(server: Server) -> None:
         assert [label(read_reply(stream)[2]) for _ in colours] == colours
 
 
+def test_a_reply_tells_its_length_beside_a_header_whose_name_ends_alike(server: Server) -> None:
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
+    request = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+    reply = httpx.post(server.url + "/v2/models/colours/infer", json=request, timeout=10)
+    assert int(reply.headers["inference-header-content-length"]) < int(reply.headers["content-length"])
+
+
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_a_request_may_come_in_pieces(server: Server, size: int) -> None:
     data = picture("blue")
