@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from flask import Blueprint, current_app, g, request
+from flask import Blueprint, Response, current_app, g, request
 from werkzeug.formparser import MultiPartParser
 
 from serving.errors import InvalidRequest, ModelNotFound, TooLarge, UnreadableImages, UnsupportedMedia
@@ -19,6 +19,7 @@ from serving.metrics import Metrics
 from serving.predictor import DEFAULT_SIGNATURE, Predictor
 from serving.repository import ModelRepository, ModelVersion
 from serving.rest.form import read_files
+from serving.rest.responses import json_response
 from serving.settings import Settings
 
 blueprint = Blueprint("upload", __name__)
@@ -38,7 +39,7 @@ class Picture:
 
 
 @blueprint.post("/predict")
-def predict() -> dict[str, Any]:
+def predict() -> Response:
     """Classify the pictures of a multipart form, or the one picture that is the body.
 
     Query: `model`, which may be left out where there is one; `version`, by default the newest.
@@ -60,7 +61,7 @@ def predict() -> dict[str, Any]:
         decoded_s = time.perf_counter()
         outputs = version.predictor.predict(DEFAULT_SIGNATURE, {"images": images})
     predicted_s = time.perf_counter()
-    return {
+    reply = {
         "model": {"name": version.name, "version": version.version},
         "predictions": _describe(pictures, outputs, card=version.card),
         "timing_ms": {
@@ -68,6 +69,7 @@ def predict() -> dict[str, Any]:
             "predict": round((predicted_s - decoded_s) * 1e3, 3),
         },
     }
+    return json_response(current_app.json.dumps(reply).encode())
 
 
 def picture_size(predictor: Predictor, *, model: str) -> tuple[int, int]:
@@ -211,7 +213,12 @@ def _describe(
             "probabilities": dict(zip(names, row, strict=True)),
         }
         for picture, label, class_id, confidence, row in zip(
-            pictures, outputs["label"], outputs["class_id"], probabilities.max(axis=1), probabilities, strict=True
+            pictures,
+            outputs["label"],
+            outputs["class_id"],
+            np.maximum.reduce(probabilities, axis=1),
+            probabilities,
+            strict=True,
         )
     ]
 
