@@ -134,7 +134,7 @@ async def _send_on_time(target: Target, requests_per_s: float, seconds: float) -
             connection = idle.pop() if idle else await asyncio.open_connection(host, port)
             connection[1].write(message)
             head = await connection[0].readuntil(b"\r\n\r\n")
-            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+            length = int(head.lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
             await connection[0].readexactly(length)
             errors += not head.startswith(b"HTTP/1.1 200")
             if b"connection: close" in head.lower():

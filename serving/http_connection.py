@@ -332,7 +332,7 @@ def _path_of(target: bytes) -> bytes:
 def _head(reply: Reply, connection: str, now_s: int) -> bytes:
     headers = "".join([f"\r\n{name}: {value}" for name, value in reply.headers])
     if "\r\nContent-Length: " not in headers:
-        headers += f"\r\ncontent-length: {len(reply.body)}"
+        headers = f"\r\ncontent-length: {len(reply.body)}{headers}"
     return f"HTTP/1.1 {reply.status}{headers}\r\n{connection}date: {_date(now_s)}\r\n\r\n".encode("latin-1")
 
 
