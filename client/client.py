@@ -16,7 +16,7 @@ from client.pipeline import map_in_order
 from client.predictions import Failure, Prediction, ServiceStatus
 from client.rest import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, RestTransport
 
-DEFAULT_BATCH_SIZE = 32
+DEFAULT_BATCH_SIZE = 64  # as many as the service puts into one call of its model
 REQUESTS_IN_FLIGHT = 4  # the service has work while the next batches are read
 
 # A batch ends early rather than hold more than this; a larger picture is a batch of its own.
