@@ -97,7 +97,7 @@ class Batcher:
         self._few_rows_s = 0.0
         self._row_s: dict[_GroupKey, float] = {}  # of the last call
         self._is_kick_due = False
-        self._calls_alone = 0  # since someone came while a call was due or ran
+        self._calls_alone = 0  # since someone came while one was due or ran; that sets it below 0
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None

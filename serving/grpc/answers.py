@@ -18,11 +18,12 @@ logger = logging.getLogger(__name__)
 
 MAX_DETAILS = 4_000  # gRPC sends them in a header, which has to stay small
 
+_Answer = Callable[[Any, float | None], Any]
 _Failure = tuple[grpc.StatusCode, str]
 
 
 def make_handler(
-    answer: Callable[[Any, float | None], Any], request_type: Any, *, threads: Executor, is_long: bool = False
+    answer: _Answer, request_type: Any, *, threads: Executor, is_long: bool = False
 ) -> grpc.RpcMethodHandler:
     """Make the handler of a method with one request and one reply.
 
@@ -49,9 +50,7 @@ def make_handler(
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
-def _answer(
-    answer: Callable[[Any, float | None], Any], request_type: Any, data: bytes, deadline_s: float | None
-) -> tuple[bytes, _Failure | None]:
+def _answer(answer: _Answer, request_type: Any, data: bytes, deadline_s: float | None) -> tuple[bytes, _Failure | None]:
     """Return the serialized reply, or how the call fails; nobody but the log sees a stack trace."""
     try:
         reply: bytes = answer(request_type.FromString(data), deadline_s).SerializeToString()
