@@ -170,12 +170,11 @@ class OrjsonProvider(JSONProvider):
 
     def response(self, *args: Any, **kwargs: Any) -> Response:
         """Return `args` or `kwargs` as a JSON reply."""
-        body = orjson.dumps(self._prepare_response_obj(args, kwargs), option=orjson.OPT_SERIALIZE_NUMPY)
-        return json_response(body)
+        return json_response(self._prepare_response_obj(args, kwargs))
 
 
 def _answer_serving_error(error: ServingError) -> Response:
-    return _json_reply(error.body(), error.status)
+    return json_response(error.body(), status=error.status)
 
 
 def _answer_http_error(error: HTTPException) -> Response | HTTPException:
@@ -190,15 +189,11 @@ def _answer_http_error(error: HTTPException) -> Response | HTTPException:
         message = f"the request is too large: at most {current_app.config['MAX_CONTENT_LENGTH']:,} bytes"
     else:
         message = error.description or error.name
-    reply = _json_reply({"error": message}, error.code)
+    reply = json_response({"error": message}, status=error.code)
     reply.headers.extend(header for header in error.get_headers() if header[0] != "Content-Type")
     return reply
 
 
 def _answer_fault(error: Exception) -> Response:
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
-    return _json_reply({"error": "the service failed to answer; the reason is in its log"}, 500)
-
-
-def _json_reply(body: dict[str, Any], status: int) -> Response:
-    return json_response(current_app.json.dumps(body).encode(), status=status)
+    return json_response({"error": "the service failed to answer; the reason is in its log"}, status=500)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import orjson
 from flask import Response
 
 
@@ -22,6 +23,11 @@ class PlainResponse(Response):
         return self.response
 
 
-def json_response(text: bytes, *, status: int = 200) -> PlainResponse:
-    """Make a response of JSON."""
+def json_response(document: Any, *, status: int = 200) -> PlainResponse:
+    """Make a response of what JSON can hold, and numpy's arrays and scalars."""
+    return encoded_response(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), status=status)
+
+
+def encoded_response(text: bytes, *, status: int = 200) -> PlainResponse:
+    """Make a response of JSON that is written already."""
     return PlainResponse([text], status, content_type="application/json")

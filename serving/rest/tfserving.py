@@ -26,7 +26,7 @@ from serving.rest.json_pixels import find_pixel_input, read_pixels
 from serving.rest.json_quoting import printable, quote_document
 from serving.rest.json_reply import encode_outputs
 from serving.rest.json_tensor import decode_inputs
-from serving.rest.responses import json_response
+from serving.rest.responses import encoded_response, json_response
 
 blueprint = Blueprint("tfserving", __name__)
 
@@ -80,7 +80,7 @@ def _predict(call: re.Match[str]) -> Response:
     predictor = _resolve(call, number).predictor
     signature = _signature(document, predictor.signatures)
     outputs = predictor.predict(signature.name, decode_inputs(document, signature))
-    return json_response(encode_outputs(outputs, signature, as_rows="instances" in document))
+    return encoded_response(encode_outputs(outputs, signature, as_rows="instances" in document))
 
 
 def _predict_pixels(call: re.Match[str], number: int | None, body: bytes) -> Response | None:
@@ -96,7 +96,7 @@ def _predict_pixels(call: re.Match[str], number: int | None, body: bytes) -> Res
     images, as_rows = read
     signature = predictor.signatures[DEFAULT_SIGNATURE]
     outputs = predictor.predict(DEFAULT_SIGNATURE, {spec.name: images})
-    return json_response(encode_outputs(outputs, signature, as_rows=as_rows))
+    return encoded_response(encode_outputs(outputs, signature, as_rows=as_rows))
 
 
 def _classify_or_regress(call: re.Match[str]) -> Response:
@@ -153,7 +153,7 @@ def _status(match: re.Match[str]) -> Response:
         versions = [version for version in versions if version.version == number]
         if not versions:
             raise ModelNotFound(f"Could not find version {number} of model {name}")
-    return _json(
+    return json_response(
         {
             "model_version_status": [
                 {
@@ -169,7 +169,7 @@ def _status(match: re.Match[str]) -> Response:
 
 def _metadata(match: re.Match[str]) -> Response:
     version = _resolve(match, _version(match))
-    return _json(
+    return json_response(
         {
             "model_spec": {"name": version.name, "signature_name": "", "version": str(version.version)},
             "metadata": {"signature_def": {"signature_def": _describe_signatures(version)}},
@@ -227,7 +227,3 @@ def _version(match: re.Match[str]) -> int | None:
 def _repository() -> ModelRepository:
     repository: ModelRepository = current_app.extensions["repository"]
     return repository
-
-
-def _json(reply: dict[str, Any]) -> Response:
-    return json_response(current_app.json.dumps(reply).encode())

@@ -69,7 +69,7 @@ def predict() -> Response:
             "predict": round((predicted_s - decoded_s) * 1e3, 3),
         },
     }
-    return json_response(current_app.json.dumps(reply).encode())
+    return json_response(reply)
 
 
 def picture_size(predictor: Predictor, *, model: str) -> tuple[int, int]:

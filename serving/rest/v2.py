@@ -19,7 +19,7 @@ from serving.errors import InvalidRequest, ModelNotFound, NotReady
 from serving.liveness import Liveness
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
-from serving.rest.responses import PlainResponse, json_response
+from serving.rest.responses import PlainResponse, encoded_response
 from serving.rest.v2_request import (
     HEADER_LENGTH,
     inflate_body,
@@ -125,7 +125,7 @@ def _encode_reply(
         outputs.append(output)
     text = orjson.dumps({**reply, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not chunks:
-        return json_response(text)
+        return encoded_response(text)
     response = PlainResponse([b"".join((text, *chunks))], content_type="application/octet-stream")
     response.headers[HEADER_LENGTH] = str(len(text))
     return response
