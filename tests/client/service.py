@@ -94,7 +94,8 @@ class Handler(BaseHTTPRequestHandler):
         """Record the request; say whether it is to be answered as usual."""
         service = self.server.service
         parts = urlsplit(self.path)
-        service.received.append(Received(parts.path, parse_qs(parts.query), pictures, self.client_address))
+        self.received = Received(parts.path, parse_qs(parts.query), pictures, self.client_address)
+        service.received.append(self.received)
         service.arrived.release()
         if not service.script:
             return True
@@ -102,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def predict(self, pictures: list[tuple[str, bytes]]) -> None:
-        query = self.server.service.received[-1].query
+        query = self.received.query
         model = query.get("model", ["colours"])[0]
         if model != "colours":
             return self.answer(404, {"error": f"no model {model}; served: colours"})

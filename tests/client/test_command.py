@@ -207,7 +207,7 @@ def test_wrong_usage_is_2(run: Run, service: Service, arguments: tuple[str, ...]
 def test_no_answer_is_3(
     run: Run, service: Service, folder: Path, trouble: Callable[[Handler], None], message: str
 ) -> None:
-    service.script.extend([lambda handler: handler.predict(service.received[-1].files), trouble])
+    service.script.extend([lambda handler: handler.predict(handler.received.files), trouble])
     result = run(folder, "--batch-size", 2, "--retries", 0)
     assert result.exit_code == 3
     # The second and the third batch are on their way together, so either can have met with the trouble.
@@ -258,7 +258,7 @@ def test_help_tells_the_exit_codes() -> None:
 
 
 def test_ctrl_c_ends_it_with_130(service: Service, folder: Path) -> None:
-    service.script.extend([lambda handler: handler.predict(service.received[-1].files), stall])
+    service.script.extend([lambda handler: handler.predict(handler.received.files), stall])
     with start(service, folder, "--batch-size", 2, module=("-c", HEARING_CTRL_C)) as process:
         assert service.arrived.acquire(timeout=30)
         assert service.arrived.acquire(timeout=30)
@@ -272,9 +272,9 @@ def test_ctrl_c_ends_it_with_130(service: Service, folder: Path) -> None:
 def test_a_closed_pipe_ends_it_quietly(service: Service, folder: Path) -> None:
     def answer_later(handler: Handler) -> None:
         service.release.wait(30)
-        handler.predict(service.received[-1].files)
+        handler.predict(handler.received.files)
 
-    service.script.extend([lambda handler: handler.predict(service.received[-1].files), answer_later])
+    service.script.extend([lambda handler: handler.predict(handler.received.files), answer_later])
     with start(service, folder, "--batch-size", 1) as process:
         assert process.stdout is not None
         assert process.stderr is not None

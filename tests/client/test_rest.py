@@ -277,7 +277,7 @@ def test_an_address_may_have_a_path_and_a_password_that_is_not_shown(service: Se
 
 def test_a_connection_that_was_closed_in_between_is_opened_again(service: Service, waits: Waits) -> None:
     def answer_and_close(handler: Handler) -> None:
-        handler.predict(handler.server.service.received[-1].files)
+        handler.predict(handler.received.files)
         handler.close_connection = True  # without telling so in a header, as a restarting server does
 
     service.script.append(answer_and_close)
