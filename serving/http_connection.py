@@ -14,7 +14,7 @@ from typing import cast
 
 import httptools
 
-from serving.waiting import SMALL_BYTES, LoopGreenlet, caller_is_gone
+from serving.waiting import SMALL_BYTES, LoopGreenlets, caller_is_gone
 from serving.wsgi import Environ, Reply, WsgiApp, call_app, make_environ, set_body
 
 logger = logging.getLogger("serving")
@@ -46,6 +46,7 @@ class HttpLimits:
 
     def __post_init__(self) -> None:
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="request")
+        self.greenlets = LoopGreenlets(self.pool)
         self.large = asyncio.Semaphore(self.threads)
         self.connections: set[Connection] = set()
         self.is_stopping = False
@@ -223,7 +224,7 @@ class Connection(asyncio.Protocol):
         if request.is_large or "HTTP_CONTENT_ENCODING" in request.environ:
             self._loop.create_task(self._answer_in_thread(request))
         else:
-            LoopGreenlet(self._answer, self._loop, self._shared.pool).switch(request)
+            self._shared.greenlets.call(self._answer, request)
 
     def _answer(self, request: _Request) -> None:
         self._finish(request, self._call_app(request))

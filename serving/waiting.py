@@ -13,7 +13,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import ParamSpec, TypeVar
 
 import greenlet
@@ -21,25 +21,53 @@ import greenlet
 P = ParamSpec("P")
 R = TypeVar("R")
 
+MAX_IDLE = 256  # greenlets that are kept for the next requests
+
 SMALL_BYTES = 256 * 1024  # of a request: read and answered within a few milliseconds
 
 # Whether whoever sent the request being answered has gone, and no answer is wanted any more.
 caller_is_gone: ContextVar[Callable[[], bool]] = ContextVar("caller_is_gone", default=lambda: False)
 
 
-class LoopGreenlet(greenlet.greenlet):
-    """A greenlet of the thread that an event loop runs in.
+class LoopGreenlets:
+    """The greenlets of the thread that an event loop runs in; made there.
+
+    One that is through with a function serves for the next: with each new one Python maps memory for its frames, and
+    unmaps it at its end, which takes as long as a good part of an answer.
 
     Args:
-        run: what it does with what the first `switch` gives it; it must not raise.
-        loop: the event loop.
-        threads: where it may send what would stop the loop.
+        threads: where they may send what would stop the loop.
     """
 
-    def __init__(self, run: Callable[..., None], loop: asyncio.AbstractEventLoop, threads: Executor) -> None:
-        super().__init__(run)
-        self.loop = loop
+    def __init__(self, threads: Executor) -> None:
+        self.loop = asyncio.get_running_loop()
         self.threads = threads
+        self.idle: list[LoopGreenlet] = []
+
+    def call(self, function: Callable[..., None], *args: object) -> None:
+        """Call a function as a greenlet; returns when it has ended, or waits. It must not raise."""
+        if not self.idle:
+            LoopGreenlet(self).switch()
+        self.idle.pop().switch(function, args)
+
+
+class LoopGreenlet(greenlet.greenlet):
+    """One of `LoopGreenlets`."""
+
+    def __init__(self, siblings: LoopGreenlets) -> None:
+        super().__init__()
+        self._siblings = siblings
+        self.loop = siblings.loop
+        self.threads = siblings.threads
+
+    def run(self) -> None:
+        """Call one function after the other, as the switches bring them."""
+        assert self.parent is not None
+        while len(self._siblings.idle) < MAX_IDLE:
+            self._siblings.idle.append(self)
+            function, args = self.parent.switch()
+            Context().run(function, *args)  # what it sets is not the next one's
+            del function, args  # nor kept while there is nothing to do
 
 
 class Pause:
@@ -107,18 +135,17 @@ def call_soon(function: Callable[..., object], *args: object) -> None:
         function(*args)
 
 
-async def call_from_loop(function: Callable[[], R], *, threads: Executor, is_small: bool) -> R:
+async def call_from_loop(function: Callable[[], R], *, greenlets: LoopGreenlets, is_small: bool) -> R:
     """Call a function that waits from a coroutine, which is not to be kept waiting by it.
 
     Where the coroutine is cancelled the function goes on, and `caller_is_gone` tells it.
 
     Args:
         function: what to call; it must not raise.
-        threads: where it is called if it is not small, and where it may send what would stop the loop.
+        greenlets: those of the loop; it is called in one of their threads if it is not small.
         is_small: it computes for a few milliseconds at most, and can be a greenlet of the loop.
     """
-    loop = asyncio.get_running_loop()
-    returned: asyncio.Future[R] = loop.create_future()
+    returned: asyncio.Future[R] = greenlets.loop.create_future()
 
     def call() -> R:
         caller_is_gone.set(returned.cancelled)
@@ -129,9 +156,9 @@ async def call_from_loop(function: Callable[[], R], *, threads: Executor, is_sma
             returned.set_result(result)
 
     if is_small:
-        LoopGreenlet(lambda: finish(call()), loop, threads).switch()
+        greenlets.call(lambda: finish(call()))
     else:
-        threads.submit(lambda: loop.call_soon_threadsafe(finish, call()))
+        greenlets.threads.submit(lambda: greenlets.loop.call_soon_threadsafe(finish, call()))
     return await returned
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from serving.errors import ServingError
-from serving.waiting import SMALL_BYTES, call_from_loop
+from serving.waiting import SMALL_BYTES, LoopGreenlets, call_from_loop
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +22,16 @@ _Failure = tuple[grpc.StatusCode, str]
 
 
 def make_handler(
-    answer: _Answer, request_type: Any, *, threads: Executor, is_long: bool = False
+    answer: _Answer, request_type: Any, *, greenlets: LoopGreenlets, is_long: bool = False
 ) -> grpc.RpcMethodHandler:
     """Make the handler of a method with one request and one reply.
 
     Args:
         answer: is given the request, and when its answer is of no use any more on the clock of `time.monotonic`, or
-            None; returns the reply. It is a greenlet of the event loop, unless the request is large.
+            None; returns the reply.
         request_type: the class of the request's message.
-        threads: where large requests are read and answered.
-        is_long: small ones too.
+        greenlets: where requests are read and answered; large ones in their threads.
+        is_long: small ones in their threads too.
     """
 
     async def handle(data: bytes, context: Any) -> bytes:
@@ -40,7 +39,7 @@ def make_handler(
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         reply, failure = await call_from_loop(
             lambda: _answer(answer, request_type, data, deadline_s),
-            threads=threads,
+            greenlets=greenlets,
             is_small=not is_long and len(data) <= SMALL_BYTES,
         )
         if failure:

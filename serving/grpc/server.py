@@ -23,6 +23,7 @@ from serving.grpc.service_names import MODEL_SERVICE, PREDICTION_SERVICE, descri
 from serving.liveness import Liveness
 from serving.metrics import Metrics
 from serving.repository import ModelRepository
+from serving.waiting import LoopGreenlets
 
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -102,7 +103,7 @@ class GrpcServer:
     def _make_handlers(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
         prediction = PredictionService(self._repository, self._metrics, max_bytes=self._max_message_bytes)
         models = ModelService(self._repository)
-        make = partial(make_handler, threads=self._threads)
+        make = partial(make_handler, greenlets=LoopGreenlets(self._threads))
         return {
             PREDICTION_SERVICE: {
                 "Predict": make(prediction.predict, predict_pb2.PredictRequest),

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import greenlet
 import pytest
 
-from serving.waiting import Pause, call_from_loop, caller_is_gone, end_pauses
+from serving.waiting import MAX_IDLE, LoopGreenlets, Pause, call_from_loop, caller_is_gone, end_pauses
 
 
 @pytest.mark.parametrize("is_small", [True, False])
@@ -20,7 +22,7 @@ def test_a_function_waits_while_the_loop_goes_on(is_small: bool) -> None:
         return "went on" if pauses[0].wait(60) else "timed out"
 
     async def run(pool: ThreadPoolExecutor) -> str:
-        waiting = asyncio.create_task(call_from_loop(wait, threads=pool, is_small=is_small))
+        waiting = asyncio.create_task(call_from_loop(wait, greenlets=LoopGreenlets(pool), is_small=is_small))
         while not pauses:
             await asyncio.sleep(0.001)
         end_pauses(pauses)
@@ -44,7 +46,7 @@ def test_a_function_that_nobody_waits_for_is_told_so(is_small: bool) -> None:
         told.append(is_gone())
 
     async def run(pool: ThreadPoolExecutor) -> None:
-        waiting = asyncio.create_task(call_from_loop(wait, threads=pool, is_small=is_small))
+        waiting = asyncio.create_task(call_from_loop(wait, greenlets=LoopGreenlets(pool), is_small=is_small))
         while not pauses:
             await asyncio.sleep(0.001)
         waiting.cancel()
@@ -57,3 +59,51 @@ def test_a_function_that_nobody_waits_for_is_told_so(is_small: bool) -> None:
     with ThreadPoolExecutor(1) as pool:
         asyncio.run(run(pool))
     assert told == [False, True]
+
+
+def test_a_greenlet_that_is_through_serves_again_and_keeps_nothing() -> None:
+    class Request:
+        def is_gone(self) -> bool:
+            return True
+
+    seen: list[tuple[greenlet.greenlet, bool]] = []
+
+    def answer(request: Request) -> None:
+        seen.append((greenlet.getcurrent(), caller_is_gone.get()()))
+        caller_is_gone.set(request.is_gone)
+
+    async def run(pool: ThreadPoolExecutor) -> None:
+        greenlets = LoopGreenlets(pool)
+        for _ in range(2):
+            request = Request()
+            greenlets.call(answer, request)
+            gone = weakref.ref(request)
+            del request
+            assert gone() is None
+
+    with ThreadPoolExecutor(1) as pool:
+        asyncio.run(run(pool))
+    assert seen[0][0] is seen[1][0]
+    assert not seen[1][1]
+
+
+def test_as_many_greenlets_as_wait_at_once_but_few_are_kept() -> None:
+    pauses: list[Pause] = []
+    over: list[int] = []
+
+    def wait(number: int) -> None:
+        pauses.append(Pause())
+        pauses[-1].wait()
+        over.append(number)
+
+    async def run(pool: ThreadPoolExecutor) -> int:
+        greenlets = LoopGreenlets(pool)
+        for number in range(MAX_IDLE + 10):
+            greenlets.call(wait, number)
+        assert not over
+        end_pauses(pauses)
+        return len(greenlets.idle)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert asyncio.run(run(pool)) == MAX_IDLE
+    assert over == list(range(MAX_IDLE + 10))
