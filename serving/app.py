@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -27,8 +26,6 @@ from serving.settings import Settings
 logger = logging.getLogger(__name__)
 
 MAX_KNOWN_PATHS = 256
-
-_TFS_PREDICT = re.compile(r"/v1/models/([^/:]+)[^:]*:predict")
 
 
 def create_app(settings: Settings) -> Flask:
@@ -125,11 +122,10 @@ class Service(Flask):
         asked: Request = cast(Any, request)._get_current_object()
         seconds = time.perf_counter() - context.started_s
         status = response.status_code
-        tfs_call = _TFS_PREDICT.fullmatch(asked.path)
-        model = tfs_call[1] if tfs_call else context.get("model", "")
+        model = context.get("model", "")
         if model not in self.extensions["repository"].all_names():
             model = ""  # made-up names must not become labels that stay for ever
-        elif tfs_call:
+        elif "is_tfs_predict" in context:
             code = TFS_STATUS.get(status, "INTERNAL")
             self.metrics.observe_tfs_predict(model=model, code=code, seconds=seconds, api="REST")
         route = asked.url_rule.rule if asked.url_rule else "unmatched"

@@ -72,6 +72,7 @@ def answer(_: str) -> Response:
 
 
 def _predict(call: re.Match[str]) -> Response:
+    g.model, g.is_tfs_predict = call["model"], True
     number = _version(call)
     body = _read_body()
     if quick := _predict_pixels(call, number, body):
