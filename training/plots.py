@@ -127,7 +127,7 @@ def _name_curves(axes: Axes, epoch: int, ends: Mapping[str, tuple[float, str]]) 
 def _mark_kept(
     axes: Axes, epochs: Sequence[int], best_epoch: int, curves: Mapping[str, Sequence[float]], shown: str
 ) -> None:
-    """Circle the validation's point of the kept epoch, and write its value where the curves leave most room."""
+    """Circle the validation's point of the kept epoch, and write its value as near as the curves leave room."""
     value = curves["validation"][epochs.index(best_epoch)]
     axes.plot(best_epoch, value, "o", markersize=9, markerfacecolor="none", color=INK, clip_on=False)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -139,34 +139,38 @@ def _mark_kept(
     def room(height: float) -> float:
         return min(float(np.abs(other - height).min()) for other in others) if bottom < height < top else 0.0
 
-    height = max((value + side * 0.085 * (top - bottom) for side in (-1, 1)), key=room)
+    heights = [value + side * away * (top - bottom) for away in (0.085, 0.14, 0.2) for side in (-1, 1)]
+    height = next((height for height in heights if room(height) > 0.055 * (top - bottom)), max(heights, key=room))
     note = f"kept: epoch {best_epoch}, {value:{shown}}"
     backing = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
     axes.text(best_epoch, height, note, ha=align, va="center", fontsize=7.5, bbox=backing)
 
 
 def _mark_learning_rates(axes: Axes, history: Sequence[EpochResult]) -> bool:
-    """Draw a line where the learning rate was lowered; return whether it was."""
+    """Draw a line where the learning rate was lowered, or tell of a schedule; return whether there was something."""
     drops = [(after.epoch - 0.5, after.learning_rate) for before, after in pairwise(history)
              if after.learning_rate < before.learning_rate]  # fmt: skip
+    above: Any = {"xytext": (0, 6), "textcoords": "offset points", "fontsize": 7.5}
+    if len(drops) > 2 and len(drops) == len(history) - 1:  # with every epoch: a line at each would say nothing
+        note = f"lr {_rate(history[0].learning_rate)} to {_rate(history[-1].learning_rate)}, epoch by epoch"
+        axes.annotate(note, (1, 1), xycoords="axes fraction", ha="right", **above)
+        return True
     next_label = np.inf
     for epoch, rate in reversed(drops):
         axes.axvline(epoch, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         # Where drops are crowded, the last one's rate is written: the one that training went on with.
         if next_label - epoch > 0.16 * (history[-1].epoch - history[0].epoch):
-            mantissa, exponent = f"{rate:.1e}".split("e")
-            power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
-            axes.annotate(
-                f"lr {mantissa.removesuffix('.0')}\N{MULTIPLICATION SIGN}{power}",
-                (epoch, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7.5,
-            )
+            axes.annotate(f"lr {_rate(rate)}", (epoch, 1), xycoords=("data", "axes fraction"), ha="center", **above)
             next_label = epoch
     return bool(drops)
+
+
+def _rate(learning_rate: float) -> str:
+    if learning_rate == 0:
+        return "0"
+    mantissa, exponent = f"{learning_rate:.1e}".split("e")
+    power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+    return f"{mantissa.removesuffix('.0')}\N{MULTIPLICATION SIGN}{power}"
 
 
 @in_our_style

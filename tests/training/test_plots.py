@@ -67,7 +67,8 @@ HISTORIES = {
     "two alike": make_history([1.8, 1.27]),
     "best last": make_history([1.9, 1.6, 1.3, 1.1], [1e-3, 1e-3, 1e-3, 2e-4]),
     "best first": make_history(np.linspace(1, 3, 10), [1e-3] * 3 + [2e-4] * 2 + [4e-5] * 2 + [8e-6] * 2 + [1.6e-6]),
-    "crowded": make_history(1 + np.abs(np.linspace(-1, 9, 100)), 1e-3 * 0.5 ** np.arange(100.0)),
+    "crowded": make_history(1 + np.abs(np.linspace(-1, 9, 100)), 1e-3 * 0.5 ** (np.arange(100) // 2)),
+    "schedule": make_history([1.9, 1.5, 1.3, 1.15, 1.05, 0.97, 0.9, 0.86], np.linspace(0.12, 0, 8)),
 }
 
 
@@ -85,6 +86,29 @@ def test_curves_are_readable(history, quantity):
 def test_a_lower_learning_rate_is_marked_where_it_began():
     figure = plot_curves(HISTORIES["best last"], quantity="loss", best_epoch=4)
     assert [text for text, _ in written(figure) if text.startswith("lr")] == ["lr 2×10⁻⁴"]  # noqa: RUF001
+
+
+def test_a_learning_rate_that_is_lowered_with_every_epoch_is_told_once():
+    figure = plot_curves(HISTORIES["schedule"], quantity="loss", best_epoch=8)
+    notes = [text for text, _ in written(figure) if text.startswith("lr")]
+    assert notes == ["lr 1.2×10⁻¹ to 0, epoch by epoch"]  # noqa: RUF001
+    (axes,) = figure.axes
+    assert not [line for line in axes.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2]
+
+
+@pytest.mark.parametrize("quantity", ["loss", "accuracy"])
+@pytest.mark.parametrize("name", ["two alike", "best last", "best first", "schedule"])
+def test_the_note_of_what_was_kept_covers_no_curve(name, quantity):
+    best = min(HISTORIES[name], key=lambda result: result.val_loss)
+    figure = plot_curves(HISTORIES[name], quantity=quantity, best_epoch=best.epoch)
+    (box,) = [box for text, box in written(figure) if text.startswith("kept")]
+    (axes,) = figure.axes
+    for line in axes.lines[:2]:
+        points = axes.transData.transform(np.column_stack(line.get_data()))
+        along = np.linspace(points[0, 0], points[-1, 0], 1000)
+        heights = np.interp(along, *points.T)
+        covered = (box.x0 < along) & (along < box.x1) & (box.y0 < heights) & (heights < box.y1)
+        assert not covered.any()
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 20, 21, 100, 150])
