@@ -97,10 +97,11 @@ def test_predict_calls_are_counted_under_tensorflow_serving_s_names_too(fresh: F
     client = fresh.test_client()
     image = np.zeros((1, 32, 32, 3), int).tolist()
     assert client.post("/v1/models/colours:predict", json={"instances": image}).status_code == 200
-    assert client.post("/v1/models/colours/versions/10:predict", json={"inputs": image}).status_code == 200
+    assert client.post("/V1/models/colours/versions/10:predict", json={"inputs": image}).status_code == 200
     assert client.post("/v1/models/colours:predict", json={}).status_code == 400
     assert client.post("/v1/models/invented:predict", json={}).status_code == 404
     assert client.get("/v1/models/colours").status_code == 200
+    assert client.get("/v1/models/colours:predict").status_code == 400  # which is no Predict
     text = client.get("/monitoring/prometheus/metrics").text
     assert ':tensorflow:serving:request_count{model_name="colours",status="OK"} 2\n' in text
     assert ':tensorflow:serving:request_count{model_name="colours",status="INVALID_ARGUMENT"} 1\n' in text
@@ -108,7 +109,7 @@ def test_predict_calls_are_counted_under_tensorflow_serving_s_names_too(fresh: F
     samples = read(client, "/monitoring/prometheus/metrics")
     latency = {"model_name": "colours", "API": "predict", "entrypoint": "REST"}
     assert value(samples, ":tensorflow:serving:request_latency_count", **latency) == 3
-    seconds = value(samples, "serving_request_seconds_sum", route="/v1/<rest:_>")
+    seconds = sum(value(samples, "serving_request_seconds_sum", route=f"/{v}/<rest:_>") for v in ("v1", "V1"))
     assert 0 < value(samples, ":tensorflow:serving:request_latency_sum", **latency) < seconds * 1e6
 
 
