@@ -45,8 +45,7 @@ class HttpLimits:
     access_log: bool
 
     def __post_init__(self) -> None:
-        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="request")
-        self.greenlets = LoopGreenlets(self.pool)
+        self.greenlets = LoopGreenlets(ThreadPoolExecutor(self.threads, thread_name_prefix="request"))
         self.large = asyncio.Semaphore(self.threads)
         self.connections: set[Connection] = set()
         self.is_stopping = False
@@ -230,7 +229,8 @@ class Connection(asyncio.Protocol):
         self._finish(request, self._call_app(request))
 
     async def _answer_in_thread(self, request: _Request) -> None:
-        self._finish(request, await self._loop.run_in_executor(self._shared.pool, self._call_app, request))
+        threads = self._shared.greenlets.threads
+        self._finish(request, await self._loop.run_in_executor(threads, self._call_app, request))
 
     def _call_app(self, request: _Request) -> Reply:
         caller_is_gone.set(request.environ["serving.caller_is_gone"])

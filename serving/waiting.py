@@ -2,8 +2,8 @@
 
 Small requests run as greenlets of the event loop's one thread: Flask's views stay plain functions, and to wait is to
 give way to the next request, for less than a microsecond. With a thread a request, the interpreter's lock changed hands
-five times on the way to each answer, which took longer than the answer. Large requests run in threads,
-and wait as threads do.
+five times on the way to each answer, which took longer than the answer. Large requests run in threads, and
+wait as threads do.
 """
 
 from __future__ import annotations
@@ -56,15 +56,13 @@ class LoopGreenlet(greenlet.greenlet):
 
     def __init__(self, siblings: LoopGreenlets) -> None:
         super().__init__()
-        self._siblings = siblings
-        self.loop = siblings.loop
-        self.threads = siblings.threads
+        self.siblings = siblings
 
     def run(self) -> None:
         """Call one function after the other, as the switches bring them."""
         assert self.parent is not None
-        while len(self._siblings.idle) < MAX_IDLE:
-            self._siblings.idle.append(self)
+        while len(self.siblings.idle) < MAX_IDLE:
+            self.siblings.idle.append(self)
             function, args = self.parent.switch()
             Context().run(function, *args)  # what it sets is not the next one's
             del function, args  # nor kept while there is nothing to do
@@ -89,7 +87,7 @@ class Pause:
             return self._lock.acquire(timeout=-1.0 if timeout_s is None else max(0.0, timeout_s))
         timer = None
         if timeout_s is not None and not self._over:
-            timer = self._greenlet.loop.call_later(max(0.0, timeout_s), self._greenlet.switch)
+            timer = self._greenlet.siblings.loop.call_later(max(0.0, timeout_s), self._greenlet.switch)
         while not self._over:
             assert self._greenlet.parent is not None
             self._greenlet.parent.switch()
@@ -112,7 +110,7 @@ def end_pauses(pauses: Iterable[Pause]) -> None:
         if pause._greenlet is None:
             pause._lock.release()
         else:
-            by_loop.setdefault(pause._greenlet.loop, []).append(pause)
+            by_loop.setdefault(pause._greenlet.siblings.loop, []).append(pause)
     for loop, group in by_loop.items():
         if asyncio._get_running_loop() is loop and not isinstance(greenlet.getcurrent(), LoopGreenlet):
             _end_all(group)
@@ -130,7 +128,7 @@ def call_soon(function: Callable[..., object], *args: object) -> None:
     """Call a function when the event loop has gone through the requests at hand; in a thread, at once."""
     current = greenlet.getcurrent()
     if isinstance(current, LoopGreenlet):
-        current.loop.call_soon(function, *args)
+        current.siblings.loop.call_soon(function, *args)
     else:
         function(*args)
 
@@ -168,7 +166,7 @@ def offload(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     if not isinstance(current, LoopGreenlet):
         return function(*args, **kwargs)
     pause = Pause()
-    future = current.threads.submit(function, *args, **kwargs)
+    future = current.siblings.threads.submit(function, *args, **kwargs)
     future.add_done_callback(lambda _: end_pauses([pause]))
     pause.wait()
     return future.result()

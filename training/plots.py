@@ -140,7 +140,7 @@ def _mark_kept(
         return min(float(np.abs(other - height).min()) for other in others) if bottom < height < top else 0.0
 
     heights = [value + side * away * (top - bottom) for away in (0.085, 0.14, 0.2) for side in (-1, 1)]
-    height = next((height for height in heights if room(height) > 0.055 * (top - bottom)), max(heights, key=room))
+    height = max(heights, key=lambda height: min(room(height), 0.055 * (top - bottom)))  # the first with so much
     note = f"kept: epoch {best_epoch}, {value:{shown}}"
     backing = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
     axes.text(best_epoch, height, note, ha=align, va="center", fontsize=7.5, bbox=backing)

@@ -68,6 +68,7 @@ HISTORIES = {
     "best last": make_history([1.9, 1.6, 1.3, 1.1], [1e-3, 1e-3, 1e-3, 2e-4]),
     "best first": make_history(np.linspace(1, 3, 10), [1e-3] * 3 + [2e-4] * 2 + [4e-5] * 2 + [8e-6] * 2 + [1.6e-6]),
     "crowded": make_history(1 + np.abs(np.linspace(-1, 9, 100)), 1e-3 * 0.5 ** (np.arange(100) // 2)),
+    "long schedule": make_history(1 + np.abs(np.linspace(-1, 9, 100)), 1e-3 * 0.5 ** np.arange(100.0)),
     "schedule": make_history([1.9, 1.5, 1.3, 1.15, 1.05, 0.97, 0.9, 0.86], np.linspace(0.12, 0, 8)),
 }
 
