@@ -92,6 +92,7 @@ class Page:
         self.browser = browser
         self.url = url
         browser.get(url)
+        self.wait(lambda: self.element("#status").text)  # the driver may be back before the page's script has run
 
     def element(self, selector: str) -> WebElement:
         return self.browser.find_element(By.CSS_SELECTOR, selector)
