@@ -15,9 +15,10 @@ from flask import Flask
 
 from serving.app import create_app
 from serving.errors import StartupError
-from serving.http_connection import access_logger
-from serving.http_server import listen, run_http_server
+from serving.http.protocol import HttpLimits, access_logger
+from serving.http.server import listen, run_http_server
 from serving.liveness import Liveness
+from serving.memory import MemoryBudget
 from serving.model_config import ModelsFolder
 from serving.models import name_remote_models
 from serving.repository import ModelRepository
@@ -28,6 +29,8 @@ logger = logging.getLogger("serving")
 # How long a thread computes before another may, where both want to. At Python's 5 ms the model would wait for the
 # event loop, with what it has just computed in hand, longer than a call of a small model takes.
 SWITCH_INTERVAL_S = 1e-4
+
+URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/health/ready"))
 
 
 @click.command(context_settings={"auto_envvar_prefix": "SERVING", "show_default": True})
@@ -108,6 +111,22 @@ SWITCH_INTERVAL_S = 1e-4
     default=Settings.drain_timeout_s,
     help="On SIGTERM or Ctrl-C, seconds to finish the requests accepted before it gives up on them.",
 )
+@click.option(
+    "--request-timeout-s",
+    type=float,
+    default=Settings.request_timeout_s,
+    help="Seconds for a request over HTTP; one that cannot be finished in time is refused with 503. The header "
+    "X-Request-Timeout-S shortens it.",
+)
+@click.option("--max-connections", type=int, default=Settings.max_connections, help="Most open HTTP connections.")
+@click.option("--max-rows", type=int, default=Settings.max_rows, help="Most rows (images) in one request.")
+@click.option(
+    "--memory-budget",
+    type=int,
+    default=Settings.memory_budget,
+    show_default="what the container or the machine has, less what this process occupies",
+    help="Bytes for all requests that are being read, inflated, parsed and decoded; more wait.",
+)
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default=Settings.log_level)
 @click.option("--access-log", is_flag=True, help="Log a line per request, to standard output.")
 def main(**options: Any) -> None:
@@ -172,7 +191,23 @@ def serve(app: Flask, settings: Settings, listener: socket.socket) -> NoReturn:
     )
     liveness.require(follower)
     follower.start()
-    run_http_server(app, settings, listener, on_stop=stopping.set)
+    budget: MemoryBudget = app.extensions["memory_budget"]
+    run_http_server(
+        lambda: HttpLimits(
+            app,
+            budget,
+            max_body_bytes=settings.max_request_bytes,
+            request_timeout_s=settings.request_timeout_s,
+            threads=settings.threads,
+            access_log=settings.access_log,
+            urgent_paths=URGENT_PATHS,
+        ),
+        listener,
+        max_connections=settings.max_connections,
+        drain_timeout_s=settings.drain_timeout_s,
+        on_stop=stopping.set,
+        on_second_signal=lambda number: _exit(128 + number),
+    )
     if grpc_server := app.extensions.get("grpc_server"):
         grpc_server.stop(grace_s=settings.drain_timeout_s)
     _exit(0)
@@ -219,6 +254,7 @@ def start_grpc(app: Flask, settings: Settings, address: str, stopping: threading
     server = GrpcServer(
         app.extensions["repository"],
         app.extensions["metrics"],
+        app.extensions["memory_budget"],
         app.extensions["liveness"],
         address=f"[{address}]:{settings.grpc_port}" if ":" in address else f"{address}:{settings.grpc_port}",
         threads=settings.threads,

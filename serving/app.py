@@ -17,9 +17,11 @@ from werkzeug.routing import MapAdapter
 
 from serving.errors import ServingError
 from serving.liveness import Liveness
+from serving.memory import MemoryBudget
 from serving.metrics import TFS_STATUS, Metrics
 from serving.models import make_repository
 from serving.rest import health, pages, tfserving, upload, v2
+from serving.rest.json_process import JsonProcess
 from serving.rest.responses import PlainResponse, json_response
 from serving.settings import Settings
 
@@ -39,12 +41,21 @@ def create_app(settings: Settings) -> Flask:
     """
     app = Service(__name__, static_folder=None)
     app.json = OrjsonProvider(app)
+    app.url_map.merge_slashes = False  # `//host/path` is a path that is not there, and never a redirect
+    app.url_map.strict_slashes = False
     app.config["MAX_CONTENT_LENGTH"] = settings.max_request_bytes
     metrics = app.metrics
     liveness = Liveness()
     repository = make_repository(settings, metrics, liveness)
     metrics.watch(repository)
-    app.extensions.update(settings=settings, metrics=metrics, liveness=liveness, repository=repository)
+    app.extensions.update(
+        settings=settings,
+        metrics=metrics,
+        liveness=liveness,
+        repository=repository,
+        memory_budget=MemoryBudget(settings.memory_budget),
+        json_process=JsonProcess(),
+    )
     for module in (health, upload, tfserving, v2, pages):
         app.register_blueprint(module.blueprint)
     app.register_error_handler(ServingError, _answer_serving_error)
@@ -54,7 +65,7 @@ def create_app(settings: Settings) -> Flask:
 
 
 class BoundedRequest(Request):
-    """A request whose body is here already (serving/wsgi.py), or is too long to be."""
+    """A request whose body is here already (serving/http/wsgi.py), or is too long to be."""
 
     def get_data(self, *_: Any, **__: Any) -> Any:
         """Return the body; a `RequestEntityTooLarge` where it is longer than the limit."""
@@ -105,8 +116,9 @@ class Service(Flask):
         """Match by path and method alone."""
         if request is None:
             return None
+        # No route redirects, so the Host header is not needed, whatever it holds.
         query = request.environ["QUERY_STRING"]
-        adapter = KnownPaths(self.url_map, request.host, "/", "", request.scheme, request.path, request.method, query)
+        adapter = KnownPaths(self.url_map, "localhost", "/", "", "http", request.path, request.method, query)
         adapter.known = self._known_paths
         return adapter
 

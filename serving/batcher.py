@@ -1,8 +1,11 @@
-"""Concurrent requests share calls of the model, and a lone one is not kept waiting for company.
+"""Dynamic batching: concurrent requests share calls of the model, and a lone one does not wait for company.
 
 Requests queue up. Where no call of the model runs, one begins at once, with all that have come by then; when it ends,
 the next begins with all that have come meanwhile. Batches are not padded: from 8 rows on a row costs the same whatever
 their number (0.18 to 0.20 ms for the article's network, with 8 to 64), so what is padded is paid for.
+
+Each model has two lanes with calls of their own, so that long requests (many rows, large images) do not hold up short
+ones. A request that cannot be finished before its deadline is refused at once (load shedding).
 """
 
 from __future__ import annotations
@@ -11,45 +14,54 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from serving.errors import ModelFailed, ServingError
+from serving.errors import InvalidRequest, ModelFailed, Overloaded, ServingError, TooLarge
 from serving.liveness import Liveness
 from serving.predictor import Predictor, Signature, check_inputs, deadline_exceeded
-from serving.waiting import Pause, call_soon, caller_is_gone, end_pauses, offload
+from serving.request_context import current_request
+from serving.waiting import Pause, call_soon, end_pauses
 
 # Fewer are worth a call only if no more are being read.
 FEW_ROWS = 8
 
 # Calls of a model that needs less for a few rows are not made side by side, unless whole batches wait: the core that
-# the second would take has requests to read and answers to write meanwhile.
+# the second would take has requests to read and responses to write meanwhile.
 LONG_CALL_S = 0.01
 
-# A call that takes less, for someone who asks alone, is made by whoever asks, even in the event loop's thread: to hand
-# it to another thread and its answer back takes a fifth of a millisecond. How long it will take is known from the last
-# call with rows of its shape; should it not come back at all, no more does /healthz.
+# An inline call: one that takes less, for a lone request, is made by the thread that brought it, even the event loop's:
+# to hand it to another thread and its result back takes a fifth of a millisecond. How long it will take is known from
+# the last call with rows of its shape; should it not come back at all, no more does /healthz.
 SHORT_CALL_S = 0.001
 
-# Nobody else is heard meanwhile, so one call in so many is left to another thread. Who comes during it is company, and
-# all calls are left to other threads until as many in a row have had none.
+# An inline call blocks the event loop, so every LISTEN_EVERY-th call runs in a worker thread. If a request arrives
+# meanwhile, inlining stops until LISTEN_EVERY calls in a row were uncontended.
 LISTEN_EVERY = 16
 
 MAX_SHAPES = 64  # whose calls' times are kept
+
+# Requests of more than FEW_ROWS rows that take longer, and those whose files take long to decode, use the long lane.
+LONG_REQUEST_S = 0.05
+
+# Estimates of waiting times are multiplied by this before they are compared with a deadline: a request that is finished
+# too late has taken the place of one that could have been in time.
+ESTIMATE_MARGIN = 1.25
 
 _GroupKey = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
 
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """One request, or a part of a big one, on its way through the model."""
+    """One request, or a part of a long one, on its way through the model."""
 
     key: _GroupKey  # requests with the same key can share a call
     inputs: Mapping[str, np.ndarray]
     rows: int
+    is_alone: bool  # shares its call with no other
     deadline_s: float | None
     is_abandoned: Callable[[], bool]
     pause: Pause = field(default_factory=Pause)
@@ -57,207 +69,286 @@ class _Request:
     error: Exception | None = None
 
 
+@dataclass(eq=False, slots=True)
+class _Lane:
+    """A queue with calls of its own."""
+
+    max_calls: int
+    queue: deque[_Request] = field(default_factory=deque)
+    queued_rows: int = 0
+    calls: int = 0  # that run
+    row_s: float = 0.0  # a moving average
+
+
 class Batcher:
     """A predictor that gathers concurrent calls of another one into batches.
 
     Only signatures whose inputs and outputs all have a batch axis are gathered; an error is only for the request
-    that caused it.
+    that caused it. Every batcher has threads of its own: a model that is slow holds up no other.
 
     Args:
         inner: the predictor.
-        threads: where it is called.
-        max_batch_rows: most rows in one call; larger requests are cut into several.
+        max_batch_rows: most rows in one call; larger requests are split into several.
         max_queued_rows: most rows that wait; requests beyond are refused at once.
-        concurrency: calls of the model at the same time.
+        max_request_rows: most rows of one request.
+        concurrency: calls of the model at the same time, in each lane.
         liveness: is told of every call, so that it can tell when one does not come back.
+        is_slow: tells from the inputs of a request whether they take long to decode.
+        unbatched: signatures whose rows influence each other; their requests are neither gathered nor split.
     """
 
     def __init__(
         self,
         inner: Predictor,
-        threads: Executor,
         *,
         max_batch_rows: int,
         max_queued_rows: int,
+        max_request_rows: int,
         concurrency: int,
         liveness: Liveness,
+        is_slow: Callable[[Signature, Mapping[str, np.ndarray]], bool] = lambda *_: False,
+        unbatched: Collection[str] = (),
     ) -> None:
         self._inner = inner
-        self._threads = threads
+        self._threads = ThreadPoolExecutor(2 * concurrency, thread_name_prefix="model")
         self._liveness = liveness
         self.signatures: Mapping[str, Signature] = inner.signatures
         self._gathered = {name for name, signature in inner.signatures.items() if _has_batch_axis(signature)}
+        self._gathered -= set(unbatched)
         self._max_batch_rows = max_batch_rows
         self._max_queued_rows = max_queued_rows
+        self._max_request_rows = max_request_rows
         self._concurrency = concurrency
+        self._is_slow = is_slow
         self._lock = threading.Lock()
-        self._queue: deque[_Request] = deque()
-        self._queued_rows = 0
-        self._calls = 0
+        self._short = _Lane(concurrency)
+        self._long = _Lane(max(1, concurrency - 1))
         self._few_rows_s = 0.0
         self._row_s: dict[_GroupKey, float] = {}  # of the last call
         self._is_kick_due = False
-        self._calls_alone = 0  # since someone came while one was due or ran; that sets it below 0
+        self._uncontended_calls = 0  # since a request came while a call was due or ran; that sets it below 0
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
     ) -> dict[str, np.ndarray]:
-        """As `Predictor.predict`; a ModelFailed (503) where too many wait, (504) where the deadline passes."""
-        if signature not in self._gathered:
-            return offload(self._predict_alone, signature, inputs, deadline_s)
-        check_inputs(self.signatures[signature], inputs)
-        requests = self._cut(signature, inputs, deadline_s)
-        self._enqueue(requests)
-        for request in requests:
-            self._wait(request)
-        for request in requests:
-            if request.error is not None:
-                raise request.error
-        parts = [request.outputs for request in requests if request.outputs is not None]
-        if len(parts) == 1:
-            return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        """See `Predictor.predict`.
 
-    def _predict_alone(
-        self, signature: str, inputs: Mapping[str, np.ndarray], deadline_s: float | None
-    ) -> dict[str, np.ndarray]:
-        with self._liveness.call():
-            return self._inner.predict(signature, inputs, deadline_s=deadline_s)
-
-    def _cut(self, signature: str, inputs: Mapping[str, np.ndarray], deadline_s: float | None) -> list[_Request]:
-        """Make requests of at most `max_batch_rows` rows each."""
-        rows = len(next(iter(inputs.values())))
+        Raises:
+            TooLarge: the request has more rows than are taken.
+            Overloaded: too many requests wait, or it could not be finished before the deadline.
+            ModelFailed: the deadline passed while it waited (DEADLINE_EXCEEDED), or the client disconnected.
+        """
+        described = self.signatures.get(signature)
+        if described is None or not described.inputs:
+            raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
+        check_inputs(described, inputs)
+        rows = _count_rows(described, inputs)
+        if rows > self._max_request_rows:
+            raise TooLarge(
+                f"the request has {rows:,} rows, and at most {self._max_request_rows:,} are taken (--max-rows); "
+                "send several requests"
+            )
         key = (signature, tuple((name, array.shape[1:]) for name, array in sorted(inputs.items())))
-        is_abandoned = caller_is_gone.get()
-        if rows <= self._max_batch_rows:
-            return [_Request(key, inputs, rows, deadline_s, is_abandoned)]
-        requests = []
-        for start in range(0, rows, self._max_batch_rows):
-            part = {name: array[start : start + self._max_batch_rows] for name, array in inputs.items()}
-            requests.append(_Request(key, part, min(self._max_batch_rows, rows - start), deadline_s, is_abandoned))
-        return requests
+        parts = self._split(key, inputs, rows, deadline_s)
+        is_split = signature in self._gathered and rows > self._max_batch_rows
+        predicted_s = rows * self._row_s.get(key, 0.0)
+        is_long = is_split or (rows > FEW_ROWS and predicted_s > LONG_REQUEST_S) or self._is_slow(described, inputs)
+        lane = self._long if is_long else self._short
+        self._admit(lane, rows, deadline_s)
+        outputs = list(self._run(lane, parts))
+        if len(outputs) == 1:
+            return outputs[0]
+        return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
 
-    def _enqueue(self, requests: Sequence[_Request]) -> None:
-        rows = sum(request.rows for request in requests)
-        calls = 0
+    def _split(
+        self, key: _GroupKey, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
+    ) -> Iterator[_Request]:
+        """Make requests of at most `max_batch_rows` rows each, where the signature allows."""
+        is_abandoned = current_request.get().client_disconnected
+        is_alone = key[0] not in self._gathered
+        step = rows if is_alone else self._max_batch_rows
+        if rows <= step:
+            yield _Request(key, inputs, rows, is_alone, deadline_s, is_abandoned)
+            return
+        for start in range(0, rows, step):
+            part = {name: array[start : start + step] for name, array in inputs.items()}
+            yield _Request(key, part, min(step, rows - start), is_alone, deadline_s, is_abandoned)
+
+    def _run(self, lane: _Lane, parts: Iterator[_Request]) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the outputs of each part.
+
+        Only as many parts as can run at once are in the queue, so that long requests take turns; and after a part that
+        failed no more are made.
+        """
+        waiting: deque[_Request] = deque()
+        for part in parts:
+            if len(waiting) >= lane.max_calls:
+                yield self._finish(lane, waiting)
+            waiting.append(part)
+            self._enqueue(lane, part)
+        while waiting:
+            yield self._finish(lane, waiting)
+
+    def _finish(self, lane: _Lane, waiting: deque[_Request]) -> dict[str, np.ndarray]:
+        """Wait for the first of these requests, and return its outputs; drops the others if it failed."""
+        request = waiting.popleft()
+        self._wait(lane, request)
+        if request.error is None:
+            assert request.outputs is not None
+            return request.outputs
+        for other in waiting:
+            if not self._withdraw(lane, other):
+                other.pause.wait()  # it has just been taken from the queue
+        raise request.error
+
+    def _admit(self, lane: _Lane, rows: int, deadline_s: float | None) -> None:
+        """Refuse a request for which there is no room or no time."""
         with self._lock:
-            if self._queued_rows and self._queued_rows + rows > self._max_queued_rows:
-                raise ModelFailed(
-                    f"too many requests wait for the model: {self._queued_rows} rows of at most "
+            if lane.queued_rows and lane.queued_rows + rows > self._max_queued_rows:
+                raise Overloaded(
+                    f"too many requests wait for the model: {lane.queued_rows} rows of at most "
                     f"{self._max_queued_rows}; try again later",
-                    code="UNAVAILABLE",
+                    retry_after_s=max(1, round(lane.queued_rows * lane.row_s)),
                 )
-            if self._calls or self._queue:
-                self._calls_alone = -LISTEN_EVERY
-            for request in requests:
-                self._queue.append(request)
-                self._queued_rows += request.rows
-                if self._wants_call():
-                    self._calls += 1
-                    calls += 1
-            kick = self._calls == 0 and not self._is_kick_due
+            if deadline_s is None:
+                return
+            parallel = lane.max_calls if self._few_rows_s > LONG_CALL_S else 1
+            estimate_s = ESTIMATE_MARGIN * (lane.queued_rows / parallel + rows) * lane.row_s
+            late_s = estimate_s - (deadline_s - time.monotonic())
+            if lane.queued_rows and late_s > 0:
+                raise Overloaded(
+                    f"{lane.queued_rows} rows wait for the model, so this request would take about {estimate_s:.1f} s, "
+                    f"{late_s:.1f} s more than it may; try again later",
+                    retry_after_s=max(1, math.ceil(late_s)),
+                )
+
+    def _enqueue(self, lane: _Lane, request: _Request) -> None:
+        with self._lock:
+            if lane.calls or lane.queue:
+                self._uncontended_calls = -LISTEN_EVERY
+            lane.queue.append(request)
+            lane.queued_rows += request.rows
+            is_call_due = self._wants_call(lane)
+            lane.calls += is_call_due
+            kick = lane is self._short and lane.calls == 0 and not self._is_kick_due
             self._is_kick_due |= kick
-        for _ in range(calls):
-            self._threads.submit(self._call_until_idle)
+        if is_call_due:
+            self._threads.submit(self._call_until_idle, lane)
         if kick:
             call_soon(self._begin_small_call)
 
     def _begin_small_call(self) -> None:
         """Begin a call with few rows: no more are being read just now."""
+        lane = self._short
         with self._lock:
             self._is_kick_due = False
-            if not self._queue or self._calls:
+            if not lane.queue or lane.calls:
                 return
-            self._calls += 1
-            is_alone = self._calls_alone > 0 and self._calls_alone % LISTEN_EVERY > 0
-            is_short = self._queued_rows * self._row_s.get(self._queue[0].key, math.inf) < SHORT_CALL_S
-        if is_alone and is_short:
-            if not self._call_once():
+            lane.calls += 1
+            is_uncontended = self._uncontended_calls > 0 and self._uncontended_calls % LISTEN_EVERY > 0
+            is_short = lane.queued_rows * self._row_s.get(lane.queue[0].key, math.inf) < SHORT_CALL_S
+        if is_uncontended and is_short:
+            if not self._call_once(lane):
                 return
             with self._lock:
-                if not self._queue:
-                    self._calls -= 1
+                if not lane.queue:
+                    lane.calls -= 1
                     return
-        self._threads.submit(self._call_until_idle)
+        self._threads.submit(self._call_until_idle, lane)
 
-    def _wants_call(self) -> bool:
+    def _wants_call(self, lane: _Lane) -> bool:
         """Whether to begin a call of the model, beside those that run."""
-        if self._few_rows_s > LONG_CALL_S:
-            return self._calls < self._concurrency
-        if self._calls == 0:
-            return self._queued_rows >= FEW_ROWS
-        return self._queued_rows >= self._max_batch_rows and self._calls < self._concurrency
+        if lane is self._long or self._few_rows_s > LONG_CALL_S:
+            return lane.calls < lane.max_calls
+        if lane.calls == 0:
+            return lane.queued_rows >= FEW_ROWS
+        return lane.queued_rows >= self._max_batch_rows and lane.calls < lane.max_calls
 
-    def _wait(self, request: _Request) -> None:
-        """Wait until the request is answered, or its time is up."""
+    def _wait(self, lane: _Lane, request: _Request) -> None:
+        """Wait until the request is processed, or its deadline has passed."""
         if request.pause.wait(None if request.deadline_s is None else request.deadline_s - time.monotonic()):
             return
-        with self._lock:
-            if request in self._queue:
-                self._queue.remove(request)
-                self._queued_rows -= request.rows
-                request.error = deadline_exceeded()
-                return
-        request.pause.wait()  # it had just been taken from the queue
+        if self._withdraw(lane, request):
+            request.error = deadline_exceeded()
+        else:
+            request.pause.wait()  # it has just been taken from the queue
 
-    def _call_until_idle(self) -> None:
+    def _withdraw(self, lane: _Lane, request: _Request) -> bool:
+        """Take a request from the queue; returns whether it was still there."""
+        with self._lock:
+            if request not in lane.queue:
+                return False
+            lane.queue.remove(request)
+            lane.queued_rows -= request.rows
+            return True
+
+    def _call_until_idle(self, lane: _Lane) -> None:
         """Call the model with what waits, until nothing does."""
-        while self._call_once():
+        while self._call_once(lane):
             pass
 
-    def _call_once(self) -> bool:
+    def _call_once(self, lane: _Lane) -> bool:
         """Call the model with what waits; returns False, and one call less runs, where nothing does."""
-        requests = self._take_batch()
+        requests = self._take_batch(lane)
         if not requests:
             return False
         started_s = time.perf_counter()
         with self._liveness.call():
-            self._answer(requests)
+            self._process(requests)
         call_s, rows = time.perf_counter() - started_s, sum(request.rows for request in requests)
-        # Of a full batch only the part that a few rows would take: else many clients would make any model seem slow.
-        self._few_rows_s = call_s * FEW_ROWS / max(FEW_ROWS, rows)
+        row_s = call_s / rows
+        lane.row_s = row_s if lane.row_s == 0.0 else lane.row_s + 0.2 * (row_s - lane.row_s)
+        if lane is self._short:
+            # Of a full batch only the part that a few rows would take: many clients do not make a model slow.
+            self._few_rows_s = call_s * FEW_ROWS / max(FEW_ROWS, rows)
         if len(self._row_s) >= MAX_SHAPES:
             self._row_s.clear()
-        self._row_s[requests[0].key] = call_s / rows
+        self._row_s[requests[0].key] = row_s
         end_pauses([request.pause for request in requests])
         return True
 
-    def _take_batch(self) -> list[_Request]:
+    def _take_batch(self, lane: _Lane) -> list[_Request]:
         """Take requests that fit into one call from the queue; none, and one call less runs, where it is empty."""
         chosen: list[_Request] = []
         refused: list[Pause] = []
         rows = 0
         now_s = time.monotonic()
         with self._lock:
-            are_more_to_come = self._is_kick_due and self._queued_rows < FEW_ROWS
-            while self._queue and not are_more_to_come and rows + self._queue[0].rows <= self._max_batch_rows:
-                request = self._queue[0]
+            are_more_to_come = lane is self._short and self._is_kick_due and lane.queued_rows < FEW_ROWS
+            while lane.queue and not are_more_to_come:
+                request = lane.queue[0]
                 if request.deadline_s is not None and request.deadline_s <= now_s:
                     request.error = deadline_exceeded()
                 elif request.is_abandoned():
-                    request.error = ModelFailed("whoever asked has gone", code="CANCELLED")
-                elif chosen and request.key != chosen[0].key:
-                    break  # another signature or shape: the next call's
+                    request.error = ModelFailed(
+                        "client disconnected before the request was processed", code="CANCELLED"
+                    )
+                elif chosen and (
+                    request.is_alone or request.key != chosen[0].key or rows + request.rows > self._max_batch_rows
+                ):
+                    break  # the next call's
                 else:
                     chosen.append(request)
                     rows += request.rows
                 if request.error is not None:
                     refused.append(request.pause)
-                self._queue.popleft()
-                self._queued_rows -= request.rows
+                lane.queue.popleft()
+                lane.queued_rows -= request.rows
+                if chosen and (chosen[0].is_alone or lane is self._long):
+                    break
             if chosen:
-                self._calls_alone += 1
+                self._uncontended_calls += 1
             else:
-                self._calls -= 1
+                lane.calls -= 1
         end_pauses(refused)
         return chosen
 
-    def _answer(self, requests: Sequence[_Request]) -> None:
+    def _process(self, requests: Sequence[_Request]) -> None:
         """Set the outputs or the error of every request, with one call of the model if that goes well."""
         if len(requests) > 1:
             try:
-                self._answer_together(requests)
-            except Exception:  # whose fault it is shows when each is asked alone
+                self._process_together(requests)
+            except Exception:  # which of them is at fault shows when each is processed alone
                 pass
             else:
                 return
@@ -267,7 +358,7 @@ class Batcher:
             except Exception as error:
                 request.error = error
 
-    def _answer_together(self, requests: Sequence[_Request]) -> None:
+    def _process_together(self, requests: Sequence[_Request]) -> None:
         joined = {name: np.concatenate([request.inputs[name] for request in requests]) for name in requests[0].inputs}
         outputs = self._inner.predict(requests[0].key[0], joined)
         rows = sum(request.rows for request in requests)
@@ -284,3 +375,8 @@ def _has_batch_axis(signature: Signature) -> bool:
     return bool(signature.inputs) and all(
         spec.is_batched for spec in (*signature.inputs.values(), *signature.outputs.values())
     )
+
+
+def _count_rows(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int:
+    """Return the size of the batch axis; 1 where there is none."""
+    return next((len(inputs[name]) for name, spec in signature.inputs.items() if spec.is_batched), 1)

@@ -35,11 +35,13 @@ class ServingError(Exception):
     +-- TooLarge                  413  RESOURCE_EXHAUSTED  more bytes, pixels or pictures than the service takes
     +-- UnsupportedMedia          415  INVALID_ARGUMENT    a body of a kind the route does not take
     +-- NotReady                  503  UNAVAILABLE         the model is still being loaded
+    +-- Overloaded                503  UNAVAILABLE         no memory or time for it now; a later try can succeed
     +-- ModelFailed             (any)  (any)               what TensorFlow itself, or a remote server, refused
     """
 
     status = 500
     code = "INTERNAL"
+    retry_after_s: int | None = None  # seconds after which it is worth trying again; sent as Retry-After
 
     def body(self) -> dict[str, Any]:
         """Return what the client is sent, as JSON."""
@@ -104,6 +106,17 @@ class NotReady(ServingError):
 
     status = 503
     code = "UNAVAILABLE"
+
+
+class Overloaded(ServingError):
+    """The service has no memory or time for the request just now."""
+
+    status = 503
+    code = "UNAVAILABLE"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ModelFailed(ServingError):

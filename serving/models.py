@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from serving.batcher import Batcher
@@ -15,8 +14,6 @@ from serving.model_config import ModelConfig, ModelsFolder, read_config_file
 from serving.predictor import Predictor, SavedModelPredictor
 from serving.repository import ModelRepository
 from serving.settings import Settings
-
-MODEL_THREADS = 64  # of all models together; they are made as they are needed
 
 
 def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) -> ModelRepository:
@@ -30,15 +27,12 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
 
         return RemoteRepository(settings.remote, name_remote_models(settings), wrap_predictor=metrics.time_predictor)
 
-    # One pool for all, as versions come and go. Each stays within its own `concurrency`.
-    threads = ThreadPoolExecutor(MODEL_THREADS, thread_name_prefix="model")
-
     def batch(model: str, predictor: Predictor) -> Predictor:
         return Batcher(
             metrics.time_predictor(model, predictor),
-            threads,
             max_batch_rows=settings.max_batch_size,
             max_queued_rows=settings.max_queue_size,
+            max_request_rows=settings.max_rows,
             concurrency=settings.concurrency,
             liveness=liveness,
         )

@@ -14,6 +14,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 CORES = len(os.sched_getaffinity(0))
 # A thread waits while its request's body arrives and while TensorFlow computes, so more than cores.
 DEFAULT_THREADS = min(64, 8 * CORES)
+MIN_MEMORY_BUDGET = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Settings:
     max_image_pixels: int = 50_000_000
     max_images: int = 256
     drain_timeout_s: int = 30
+    request_timeout_s: float = 30.0  # as in TensorFlow Serving
+    max_connections: int = 10_000
+    max_rows: int = 16_384
+    memory_budget: int | None = None  # bytes; None: what is free
     log_level: str = "info"
     access_log: bool = False
 
@@ -58,9 +63,13 @@ class Settings:
             ("max_image_pixels", 1, PILLOW_MAX_PIXELS),
             ("max_images", 1, 100_000),
             ("drain_timeout_s", 1, 3_600),
+            ("request_timeout_s", 0.001, 86_400),
+            ("max_connections", 1, 1_000_000),
+            ("max_rows", 1, 100_000_000),
+            ("memory_budget", MIN_MEMORY_BUDGET, 2**50),
         ):
             value = getattr(self, name)
-            if not smallest <= value <= largest:
+            if value is not None and not smallest <= value <= largest:
                 flag = name.replace("_", "-")
                 raise StartupError(f"--{flag} must be from {smallest} to {largest}, not {value}")
         if self.remote and self.model_config_file:

@@ -11,12 +11,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from contextvars import Context, ContextVar
+from contextvars import Context
 from typing import ParamSpec, TypeVar
 
 import greenlet
+
+from serving.request_context import RequestContext, current_request
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,8 +29,9 @@ MAX_IDLE = 256  # greenlets that are kept for the next requests
 
 SMALL_BYTES = 256 * 1024  # of a request: read and answered within a few milliseconds
 
-# Whether whoever sent the request being answered has gone, and no answer is wanted any more.
-caller_is_gone: ContextVar[Callable[[], bool]] = ContextVar("caller_is_gone", default=lambda: False)
+# Greenlets that are ready are run for so long at a time; then the event loop looks for new data, so that thousands of
+# requests that come at once do not keep it from health checks and new connections.
+SLICE_S = 0.004
 
 
 class LoopGreenlets:
@@ -43,6 +48,40 @@ class LoopGreenlets:
         self.loop = asyncio.get_running_loop()
         self.threads = threads
         self.idle: list[LoopGreenlet] = []
+        self._ready: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
+        self._is_drain_due = False
+        self._call_s = 0.0  # a moving average
+
+    @property
+    def queue_s(self) -> float:
+        """How long a function that is enqueued now has to wait for its turn, by estimate."""
+        return len(self._ready) * self._call_s
+
+    def enqueue(self, function: Callable[..., None], *args: object, is_urgent: bool = False) -> None:
+        """Call a function as a greenlet when its turn comes; an urgent one comes first. It must not raise."""
+        if is_urgent:
+            self._ready.appendleft((function, args))
+        else:
+            self._ready.append((function, args))
+        if not self._is_drain_due:
+            self._is_drain_due = True
+            self.loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._is_drain_due = False
+        started_s = time.perf_counter()
+        count = 0
+        while self._ready:
+            function, args = self._ready.popleft()
+            self.call(function, *args)
+            count += 1
+            elapsed_s = time.perf_counter() - started_s
+            if elapsed_s > SLICE_S:
+                break
+        self._call_s += 0.1 * (elapsed_s / count - self._call_s)
+        if self._ready and not self._is_drain_due:
+            self._is_drain_due = True
+            self.loop.call_soon(self._drain)
 
     def call(self, function: Callable[..., None], *args: object) -> None:
         """Call a function as a greenlet; returns when it has ended, or waits. It must not raise."""
@@ -133,31 +172,45 @@ def call_soon(function: Callable[..., object], *args: object) -> None:
         function(*args)
 
 
-async def call_from_loop(function: Callable[[], R], *, greenlets: LoopGreenlets, is_small: bool) -> R:
+async def call_from_loop(
+    function: Callable[[], R],
+    *,
+    greenlets: LoopGreenlets,
+    in_thread: bool = False,
+    make_context: Callable[[Callable[[], bool]], RequestContext] = lambda is_cancelled: RequestContext(
+        client_disconnected=is_cancelled
+    ),
+) -> R:
     """Call a function that waits from a coroutine, which is not to be kept waiting by it.
 
-    Where the coroutine is cancelled the function goes on, and `caller_is_gone` tells it.
+    Where the coroutine is cancelled the function goes on, and the context's `client_disconnected` tells it.
 
     Args:
         function: what to call; it must not raise.
-        greenlets: those of the loop; it is called in one of their threads if it is not small.
-        is_small: it computes for a few milliseconds at most, and can be a greenlet of the loop.
+        greenlets: those of the loop.
+        in_thread: it blocks for long, and is called in one of their threads rather than as a greenlet.
+        make_context: makes the request's context, of what tells whether the coroutine was cancelled.
     """
     returned: asyncio.Future[R] = greenlets.loop.create_future()
 
     def call() -> R:
-        caller_is_gone.set(returned.cancelled)
+        current_request.set(make_context(returned.cancelled))
         return function()
 
     def finish(result: R) -> None:
         if not returned.cancelled():
             returned.set_result(result)
 
-    if is_small:
-        greenlets.call(lambda: finish(call()))
-    else:
+    if in_thread:
         greenlets.threads.submit(lambda: greenlets.loop.call_soon_threadsafe(finish, call()))
+    else:
+        greenlets.enqueue(lambda: finish(call()))
     return await returned
+
+
+def run_sized(size_bytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function whose time grows with a size: here where that is small, else as `offload` does."""
+    return function(*args, **kwargs) if size_bytes <= SMALL_BYTES else offload(function, *args, **kwargs)
 
 
 def offload(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -2,57 +2,126 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from serving.errors import ServingError
-from serving.waiting import SMALL_BYTES, LoopGreenlets, call_from_loop
+from serving.errors import Overloaded, ServingError
+from serving.memory import TRIM_BYTES, MemoryBudget, Reservation
+from serving.request_context import RequestContext, current_request
+from serving.waiting import LoopGreenlets, call_from_loop, run_sized
 
 logger = logging.getLogger(__name__)
 
 MAX_DETAILS = 4_000  # gRPC sends them in a header, which has to stay small
 
+# How long a message may take to arrive; sooner where others wait for memory. Its length is not known before it has.
+RECEIVE_TIMEOUT_S = 30.0
+CONTENDED_TIMEOUT_S = 5.0
+
+# Memory of a message as objects, per byte: a varint of one byte becomes an integer of 8.
+OBJECT_BYTES = 8
+
 _Answer = Callable[[Any, float | None], Any]
 _Failure = tuple[grpc.StatusCode, str]
 
 
-def make_handler(
-    answer: _Answer, request_type: Any, *, greenlets: LoopGreenlets, is_long: bool = False
-) -> grpc.RpcMethodHandler:
-    """Make the handler of a method with one request and one reply.
+@dataclass(frozen=True)
+class GrpcLimits:
+    """What all methods of a server share.
 
     Args:
-        answer: is given the request, and when its answer is of no use any more on the clock of `time.monotonic`, or
-            None; returns the reply.
-        request_type: the class of the request's message.
-        greenlets: where requests are read and answered; large ones in their threads.
-        is_long: small ones in their threads too.
+        greenlets: where requests are processed.
+        budget: memory for messages.
+        max_message_bytes: the largest request. So much is reserved before a message is received, as gRPC does not tell
+            its length.
     """
 
-    async def handle(data: bytes, context: Any) -> bytes:
+    greenlets: LoopGreenlets
+    budget: MemoryBudget
+    max_message_bytes: int
+
+
+def make_handler(
+    answer: _Answer, request_type: Any, *, limits: GrpcLimits, is_long: bool = False
+) -> grpc.RpcMethodHandler:
+    """Make the handler of a method with one request and one response.
+
+    Args:
+        answer: is given the request, and its deadline on the clock of `time.monotonic` or None; returns the response.
+        request_type: the class of the request's message.
+        limits: of the server.
+        is_long: the answer blocks for long, and is given a thread.
+    """
+
+    async def handle(_: Any, context: Any) -> bytes:
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        reply, failure = await call_from_loop(
-            lambda: _answer(answer, request_type, data, deadline_s),
-            greenlets=greenlets,
-            is_small=not is_long and len(data) <= SMALL_BYTES,
-        )
-        if failure:
-            await context.abort(*failure)
-        return reply
+        body, work = Reservation(limits.budget.large_bodies), Reservation(limits.budget.work)
+        try:
+            try:
+                await body.grow_async(
+                    limits.max_message_bytes, deadline_s=deadline_s or time.monotonic() + RECEIVE_TIMEOUT_S
+                )
+                data = await _receive(context, body)
+            except ServingError as error:
+                await context.abort(getattr(grpc.StatusCode, error.code), str(error))
+            response, failure = await call_from_loop(
+                lambda: _answer(answer, request_type, data),
+                greenlets=limits.greenlets,
+                in_thread=is_long,
+                make_context=lambda is_cancelled: RequestContext(deadline_s, is_cancelled, work),
+            )
+            if failure:
+                await context.abort(*failure)
+            return response
+        finally:
+            for reservation in (body, work):
+                if reservation.held_bytes >= TRIM_BYTES:
+                    limits.greenlets.threads.submit(reservation.release)
+                else:
+                    reservation.release()
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    # By its form on the wire a method with one request is one with a stream of requests that has one; as such it can
+    # wait until there is memory for the message.
+    return grpc.stream_unary_rpc_method_handler(handle)
 
 
-def _answer(answer: _Answer, request_type: Any, data: bytes, deadline_s: float | None) -> tuple[bytes, _Failure | None]:
-    """Return the serialized reply, or how the call fails; nobody but the log sees a stack trace."""
+async def _receive(context: Any, body: Reservation) -> bytes:
+    """Receive the message; raises Overloaded where it does not arrive."""
+    reading = asyncio.ensure_future(context.read())
+    deadline_s = time.monotonic() + RECEIVE_TIMEOUT_S
+    while not (await asyncio.wait((reading,), timeout=CONTENDED_TIMEOUT_S))[0]:
+        if body.is_contended or time.monotonic() > deadline_s:
+            reading.add_done_callback(_ignore)
+            raise Overloaded("the message did not arrive in time")
+    data = reading.result()
+    if data is grpc.aio.EOF:
+        raise ServingError("the call has no message")
+    body.shrink_to(len(data))
+    message: bytes = data
+    return message
+
+
+def _ignore(reading: asyncio.Future[Any]) -> None:
+    with contextlib.suppress(asyncio.CancelledError, Exception):
+        reading.result()
+
+
+def _answer(answer: _Answer, request_type: Any, data: bytes) -> tuple[bytes, _Failure | None]:
+    """Return the serialized response, or how the call fails; nobody but the log sees a stack trace."""
+    context = current_request.get()
     try:
-        reply: bytes = answer(request_type.FromString(data), deadline_s).SerializeToString()
+        context.reserve(len(data) * OBJECT_BYTES)
+        message = run_sized(len(data), request_type.FromString, data)
+        response: bytes = answer(message, context.deadline_s).SerializeToString()
     except DecodeError:
         name = request_type.DESCRIPTOR.full_name
         return b"", (grpc.StatusCode.INTERNAL, f"the message sent is no {name}: it cannot be parsed")
@@ -61,4 +130,4 @@ def _answer(answer: _Answer, request_type: Any, data: bytes, deadline_s: float |
     except Exception:
         logger.exception("a gRPC call failed")
         return b"", (grpc.StatusCode.INTERNAL, "the service failed to answer; the reason is in its log")
-    return reply, None
+    return response, None

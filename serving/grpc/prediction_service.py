@@ -18,6 +18,7 @@ from serving.grpc.tensors import read_tensor, write_tensor
 from serving.metrics import Metrics
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
+from serving.waiting import run_sized
 
 
 class PredictionService:
@@ -79,17 +80,18 @@ class PredictionService:
         _check_names(request.inputs.keys(), signature)
         wanted = _read_filter(request.output_filter, signature)
         inputs = {
-            alias: read_tensor(tensor, name=alias, max_bytes=self._max_bytes)
+            alias: run_sized(tensor.ByteSize(), read_tensor, tensor, name=alias, max_bytes=self._max_bytes)
             for alias, tensor in request.inputs.items()
         }
         outputs = version.predictor.predict(name, inputs, deadline_s=deadline_s)
-        reply = predict_pb2.PredictResponse()
-        reply.model_spec.name = version.name
-        reply.model_spec.version.value = version.version
-        reply.model_spec.signature_name = name
+        response = predict_pb2.PredictResponse()
+        response.model_spec.name = version.name
+        response.model_spec.version.value = version.version
+        response.model_spec.signature_name = name
         for alias in wanted:
-            write_tensor(reply.outputs[alias], outputs[alias], dtype_name=signature.outputs[alias].dtype)
-        return reply
+            array, tensor = outputs[alias], response.outputs[alias]
+            run_sized(array.nbytes, write_tensor, tensor, array, dtype_name=signature.outputs[alias].dtype)
+        return response
 
 
 def resolve(repository: ModelRepository, spec: Any) -> ModelVersion:

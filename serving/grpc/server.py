@@ -16,11 +16,12 @@ from grpc_reflection.v1alpha import reflection
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_management_pb2, predict_pb2
 
 from serving.errors import ModelNotFound, StartupError
-from serving.grpc.answers import make_handler
+from serving.grpc.answers import GrpcLimits, make_handler
 from serving.grpc.model_service import ModelService
 from serving.grpc.prediction_service import PredictionService
 from serving.grpc.service_names import MODEL_SERVICE, PREDICTION_SERVICE, describe_services
 from serving.liveness import Liveness
+from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 from serving.repository import ModelRepository
 from serving.waiting import LoopGreenlets
@@ -41,6 +42,7 @@ class GrpcServer:
     Args:
         repository: the models.
         metrics: is told of every Predict.
+        budget: memory for messages.
         liveness: what the health service tells, beside the repository's readiness.
         address: "host:port".
         threads: large requests answered at the same time.
@@ -54,6 +56,7 @@ class GrpcServer:
         self,
         repository: ModelRepository,
         metrics: Metrics,
+        budget: MemoryBudget,
         liveness: Liveness,
         *,
         address: str,
@@ -62,6 +65,7 @@ class GrpcServer:
     ) -> None:
         self._repository = repository
         self._metrics = metrics
+        self._budget = budget
         self._liveness = liveness
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grpc")
         self._max_message_bytes = max_message_bytes
@@ -103,7 +107,8 @@ class GrpcServer:
     def _make_handlers(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
         prediction = PredictionService(self._repository, self._metrics, max_bytes=self._max_message_bytes)
         models = ModelService(self._repository)
-        make = partial(make_handler, greenlets=LoopGreenlets(self._threads))
+        limits = GrpcLimits(LoopGreenlets(self._threads), self._budget, self._max_message_bytes)
+        make = partial(make_handler, limits=limits)
         return {
             PREDICTION_SERVICE: {
                 "Predict": make(prediction.predict, predict_pb2.PredictRequest),

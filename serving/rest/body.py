@@ -1,12 +1,16 @@
-"""Compressed request bodies, inflated within a limit."""
+"""Compressed request bodies, inflated within limits."""
 
 from __future__ import annotations
 
 import zlib
 
 from serving.errors import TooLarge
+from serving.request_context import current_request
+from serving.rest.json_cost import JsonCost
+from serving.waiting import offload
 
 MAX_INFLATED_BYTES = 100 * 1024 * 1024  # as TensorFlow Serving has it
+_CHUNK_BYTES = 256 * 1024
 
 # zlib's window bits for the two Content-Encodings; "deflate" means zlib's own format (RFC 9110, 8.4.1.2).
 GZIP = 16 + zlib.MAX_WBITS
@@ -16,23 +20,46 @@ DEFLATE = zlib.MAX_WBITS
 def inflate(body: bytes, *, wbits: int = GZIP) -> bytes:
     """Return what a compressed body holds.
 
+    It is inflated twice: first in small pieces that are only measured, so that a body of a few kilobytes that becomes
+    a document of gigabytes is refused before there is memory for it.
+
     Args:
         body: as it was sent.
         wbits: GZIP or DEFLATE.
 
     Raises:
         ValueError: it is not compressed in this way, is cut off, or has something behind it.
-        TooLarge: it holds more than MAX_INFLATED_BYTES.
+        TooLarge: it holds more than MAX_INFLATED_BYTES, or what it holds would need more memory than there is.
+        Overloaded: there was no memory for it before the deadline.
     """
+    size, cost = offload(_measure, body, wbits)
+    context = current_request.get()
+    if context.memory is not None:
+        context.memory.check_fits(size + cost)  # what parsing will need is known already
+    context.reserve(size)
+    return offload(_inflate, body, wbits, size)
+
+
+def _measure(body: bytes, wbits: int) -> tuple[int, int]:
+    """Return the number of bytes that a body holds, and the memory that they would need as JSON."""
     inflater = zlib.decompressobj(wbits)
+    cost = JsonCost()
+    pending = body
     try:
-        inflated = inflater.decompress(body, MAX_INFLATED_BYTES)
+        while not inflater.eof:
+            chunk = inflater.decompress(pending, _CHUNK_BYTES)
+            pending = inflater.unconsumed_tail
+            if not chunk and not pending and not inflater.eof:
+                raise ValueError("it is cut off")
+            cost.add(chunk)
+            if cost.size_bytes > MAX_INFLATED_BYTES:
+                raise TooLarge(f"the compressed body is larger than {MAX_INFLATED_BYTES:,} bytes when inflated")
     except zlib.error as error:
         raise ValueError(str(error)) from error
-    if not inflater.eof and len(inflated) == MAX_INFLATED_BYTES:
-        raise TooLarge(f"the compressed body is larger than {MAX_INFLATED_BYTES:,} bytes when inflated")
-    if not inflater.eof:
-        raise ValueError("it is cut off")
     if inflater.unused_data:
         raise ValueError("something follows the compressed data")
-    return inflated
+    return cost.size_bytes, cost.total_bytes
+
+
+def _inflate(body: bytes, wbits: int, size: int) -> bytes:
+    return zlib.decompress(body, wbits, bufsize=size + 1)

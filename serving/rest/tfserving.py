@@ -7,9 +7,11 @@ are listed in docs/tensorflow-serving.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 from flask import Blueprint, Response, current_app, g, request
 from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import NotImplemented as MethodNotImplemented
@@ -19,14 +21,21 @@ from serving.errors import InvalidRequest, ModelNotFound, ServingError
 from serving.model_config import MAX_VERSION
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
+from serving.request_context import current_request
 from serving.rest.body import inflate
 from serving.rest.examples import check_examples, refusal
 from serving.rest.json_document import parse_document
 from serving.rest.json_pixels import find_pixel_input, read_pixels
+from serving.rest.json_process import LARGE_JSON_BYTES, JsonProcess
 from serving.rest.json_quoting import printable, quote_document
 from serving.rest.json_reply import encode_outputs
 from serving.rest.json_tensor import decode_inputs
 from serving.rest.responses import encoded_response, json_response
+from serving.waiting import run_sized
+
+R = TypeVar("R")
+
+JSON_ELEMENT_BYTES = 16  # of a response: a float32 with its comma
 
 blueprint = Blueprint("tfserving", __name__)
 
@@ -71,41 +80,85 @@ def answer(_: str) -> Response:
     raise InvalidRequest(f"Malformed request: {method} {path}")
 
 
+@dataclass(frozen=True)
+class PredictRequest:
+    """A predict request's JSON, read."""
+
+    signature_name: str
+    inputs: Mapping[str, np.ndarray]
+    as_rows: bool  # it came as `instances`
+
+
 def _predict(call: re.Match[str]) -> Response:
     g.model, g.is_tfs_predict = call["model"], True
     number = _version(call)
     body = _read_body()
-    if quick := _predict_pixels(call, number, body):
-        return quick
-    document = _read_document(body)
-    predictor = _resolve(call, number).predictor
-    signature = _signature(document, predictor.signatures)
-    outputs = predictor.predict(signature.name, decode_inputs(document, signature))
-    return encoded_response(encode_outputs(outputs, signature, as_rows="instances" in document))
-
-
-def _predict_pixels(call: re.Match[str], number: int | None, body: bytes) -> Response | None:
-    """Answer a request for a model of pictures that holds nothing but pixels; None where it is another."""
+    problem = None
+    signatures: Mapping[str, Signature] | None = None
     try:
         predictor = _resolve(call, number).predictor
-    except ServingError:
-        return None  # a fault of the body's is to be told first
-    spec = find_pixel_input(predictor.signatures.get(DEFAULT_SIGNATURE))
-    read = None if spec is None else read_pixels(body, spec)
-    if spec is None or read is None:
+        signatures = predictor.signatures
+    except ServingError as error:
+        problem = error  # a fault in the body is reported first
+    read = None if signatures is None else _read_pixels(body, signatures)
+    if read is None:
+        read = _parse(read_predict, body, signatures)
+    if problem or read is None:
+        raise problem or AssertionError
+    outputs = predictor.predict(read.signature_name, read.inputs, deadline_s=current_request.get().deadline_s)
+    signature = predictor.signatures[read.signature_name]
+    size = sum(array.size for array in outputs.values()) * JSON_ELEMENT_BYTES
+    return encoded_response(run_sized(size, encode_outputs, outputs, signature, as_rows=read.as_rows))
+
+
+def _read_pixels(body: bytes, signatures: Mapping[str, Signature]) -> PredictRequest | None:
+    """Read a request for a model of images that holds nothing but pixels; None where it is another."""
+    spec = find_pixel_input(signatures.get(DEFAULT_SIGNATURE))
+    if spec is None or len(body) > LARGE_JSON_BYTES:
         return None
-    images, as_rows = read
-    signature = predictor.signatures[DEFAULT_SIGNATURE]
-    outputs = predictor.predict(DEFAULT_SIGNATURE, {spec.name: images})
-    return encoded_response(encode_outputs(outputs, signature, as_rows=as_rows))
+    read = run_sized(len(body), read_pixels, body, spec)
+    return None if read is None else PredictRequest(DEFAULT_SIGNATURE, {spec.name: read[0]}, as_rows=read[1])
+
+
+def read_predict(body: bytes, signatures: Mapping[str, Signature] | None) -> PredictRequest | None:
+    """Read a predict request.
+
+    Args:
+        body: the JSON.
+        signatures: the model's; None where there is no such model, so that only the document itself is checked.
+
+    Raises:
+        InvalidRequest: it is no JSON, or does not fit the signature.
+    """
+    document = _read_document(body)
+    if signatures is None:
+        return None
+    signature = _signature(document, signatures)
+    return PredictRequest(signature.name, decode_inputs(document, signature), as_rows="instances" in document)
 
 
 def _classify_or_regress(call: re.Match[str]) -> Response:
     number = _version(call)
-    document = _read_document(_read_body())
-    check_examples(document)
+    name = _parse(read_examples, _read_body())
     predictor = _resolve(call, number).predictor
-    raise refusal(document.get("signature_name", ""), predictor.signatures, method=call["method"])
+    raise refusal(name, predictor.signatures, method=call["method"])
+
+
+def read_examples(body: bytes) -> str:
+    """Check a classify or regress request; returns the name of its signature.
+
+    Raises:
+        InvalidRequest: it is no JSON, or its `examples` are none.
+    """
+    document = _read_document(body)
+    check_examples(document)
+    name: str = document.get("signature_name", "")
+    return name
+
+
+def _parse(function: Callable[..., R], body: bytes, *args: Any) -> R:
+    process: JsonProcess = current_app.extensions["json_process"]
+    return process.parse(function, body, *args)
 
 
 def _read_document(body: bytes) -> dict[str, Any]:

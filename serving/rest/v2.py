@@ -7,6 +7,7 @@ for. docs/open-inference-protocol.md has the choices.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import Any
@@ -19,10 +20,14 @@ from serving.errors import InvalidRequest, ModelNotFound, NotReady
 from serving.liveness import Liveness
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
+from serving.request_context import current_request
+from serving.rest.json_cost import json_cost
+from serving.rest.json_process import JsonProcess
 from serving.rest.responses import PlainResponse, encoded_response
 from serving.rest.v2_request import (
     HEADER_LENGTH,
     inflate_body,
+    json_length,
     read_id,
     read_inputs,
     read_outputs,
@@ -30,6 +35,7 @@ from serving.rest.v2_request import (
     split_body,
 )
 from serving.rest.v2_tensors import datatype_of, encode_binary, encode_json, quote
+from serving.waiting import SMALL_BYTES, run_sized
 
 blueprint = Blueprint("v2", __name__, url_prefix="/v2")
 
@@ -81,7 +87,8 @@ def model_ready(model: str, version: str | None = None) -> tuple[dict[str, Any],
 def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
     """Describe a model by one of its signatures: `serving_default`, or the one in the query `signature_name`."""
     found = _resolve(model, version)
-    signature = _signature(found, request.args.get("signature_name", DEFAULT_SIGNATURE))
+    name = request.args.get("signature_name", DEFAULT_SIGNATURE)
+    signature = _signature(found.name, found.predictor.signatures, name)
     versions = (status.version for status in _repository().versions(found.name) if status.state == "AVAILABLE")
     return {
         "name": found.name,
@@ -98,14 +105,45 @@ def infer(model: str, version: str | None = None) -> Response:
     """Run a signature of a model: `serving_default`, or the one in the request's parameter `signature_name`."""
     found = _resolve(model, version)
     body = inflate_body(request.get_data(cache=False), request.headers.get("Content-Encoding", ""))
-    document, binary = split_body(body, request.headers.get(HEADER_LENGTH))
-    signature = _signature(found, read_signature_name(document))
+    read = _read_request(body, request.headers.get(HEADER_LENGTH), found)
+    signature = found.predictor.signatures[read.signature_name]
     reply = {"model_name": found.name, "model_version": str(found.version)}
-    if (identifier := read_id(document)) is not None:
-        reply["id"] = identifier
-    wanted = read_outputs(document, signature)
-    arrays = found.predictor.predict(signature.name, read_inputs(document, binary, signature))
-    return _encode_reply(reply, arrays, signature, wanted)
+    if read.identifier is not None:
+        reply["id"] = read.identifier
+    arrays = found.predictor.predict(signature.name, read.inputs, deadline_s=current_request.get().deadline_s)
+    size = sum(array.nbytes for array in arrays.values())
+    return run_sized(size, _encode_reply, reply, arrays, signature, read.outputs)
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """An inference request, read."""
+
+    signature_name: str
+    identifier: str | None
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, bool]  # wanted, and whether as binary data
+
+
+def _read_request(body: bytes, header_length: str | None, version: ModelVersion) -> InferRequest:
+    if json_length(body, header_length) <= SMALL_BYTES:  # the rest is not parsed
+        current_request.get().reserve(json_cost(body[: json_length(body, header_length)]))
+        return read_infer(body, header_length, version.name, version.predictor.signatures)
+    process: JsonProcess = current_app.extensions["json_process"]
+    return process.parse(read_infer, body, header_length, version.name, version.predictor.signatures)
+
+
+def read_infer(body: bytes, header_length: str | None, model: str, signatures: Mapping[str, Signature]) -> InferRequest:
+    """Read an inference request.
+
+    Raises:
+        InvalidRequest: it is malformed, or does not fit the signature.
+    """
+    document, binary = split_body(body, header_length)
+    signature = _signature(model, signatures, read_signature_name(document))
+    identifier = read_id(document)
+    outputs = read_outputs(document, signature)
+    return InferRequest(signature.name, identifier, read_inputs(document, binary, signature), outputs)
 
 
 def _encode_reply(
@@ -142,11 +180,11 @@ def _resolve(model: str, version: str | None) -> ModelVersion:
     return found
 
 
-def _signature(version: ModelVersion, name: str) -> Signature:
-    signature = version.predictor.signatures.get(name)
+def _signature(model: str, signatures: Mapping[str, Signature], name: str) -> Signature:
+    signature = signatures.get(name)
     if signature is None:
-        names = ", ".join(name for name, other in version.predictor.signatures.items() if other.inputs)
-        raise InvalidRequest(f"model {version.name} has no signature {quote(name)}; it has {names}")
+        names = ", ".join(name for name, other in signatures.items() if other.inputs)
+        raise InvalidRequest(f"model {model} has no signature {quote(name)}; it has {names}")
     return signature
 
 

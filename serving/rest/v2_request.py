@@ -47,13 +47,7 @@ def split_body(body: bytes, header_length: str | None) -> tuple[dict[str, Any], 
     Raises:
         InvalidRequest: the header is no length within the body, or what it measures is no JSON object.
     """
-    length = len(body)
-    if header_length is not None:
-        if not (header_length.isascii() and header_length.isdigit() and len(header_length) <= _MAX_DIGITS):
-            raise InvalidRequest(f"{HEADER_LENGTH} must be a number of bytes, not {quote(header_length)}")
-        length = int(header_length)
-        if length > len(body):
-            raise InvalidRequest(f"{HEADER_LENGTH} is {length}, but the body has {len(body)} bytes")
+    length = json_length(body, header_length)
     view = memoryview(body)
     try:
         document = orjson.loads(view[:length])
@@ -62,6 +56,22 @@ def split_body(body: bytes, header_length: str | None) -> tuple[dict[str, Any], 
     if not isinstance(document, dict):
         raise InvalidRequest(f"expected a JSON object with inputs, got {quote(document)}")
     return document, view[length:]
+
+
+def json_length(body: bytes, header_length: str | None) -> int:
+    """Return how many bytes of a body are JSON.
+
+    Raises:
+        InvalidRequest: the header is no length within the body.
+    """
+    length = len(body)
+    if header_length is not None:
+        if not (header_length.isascii() and header_length.isdigit() and len(header_length) <= _MAX_DIGITS):
+            raise InvalidRequest(f"{HEADER_LENGTH} must be a number of bytes, not {quote(header_length)}")
+        length = int(header_length)
+        if length > len(body):
+            raise InvalidRequest(f"{HEADER_LENGTH} is {length}, but the body has {len(body)} bytes")
+    return length
 
 
 def read_id(document: Mapping[str, Any]) -> str | None:

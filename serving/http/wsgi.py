@@ -1,10 +1,10 @@
-"""HTTP requests as WSGI sees them (PEP 3333): an environment for the application, and what it answers."""
+"""HTTP requests as WSGI sees them (PEP 3333): an environment for the application, and its response."""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,44 +15,32 @@ WsgiApp = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 
 
 @dataclass
-class Reply:
-    """What a WSGI application answered: "200 OK", the headers, and the whole body."""
+class Response:
+    """A WSGI application's response: "200 OK", the headers, and the whole body."""
 
     status: str
     headers: list[tuple[str, str]]
     body: bytes
 
 
-def make_environ(
-    *,
-    method: str,
-    target: bytes,
-    version: str,
-    headers: Iterable[tuple[bytes, bytes]],
-    server: tuple[str, int],
-    client: str,
-) -> Environ:
+def make_environ(scope: Mapping[str, Any]) -> Environ:
     """Make the environment of a request without a body.
 
     Args:
-        method: "GET".
-        target: path and query as they stand in the request's first line, percent-encoded.
-        version: "1.1".
-        headers: names and values in the order they came. Those with a "_" in their name are passed over, as they
-            would read like the ones with a "-".
-        server: host and port that the request came to.
-        client: the address that it came from.
+        scope: the request as ASGI describes it. Headers with a "_" in their name are dropped, as they would read like
+            the ones with a "-".
     """
-    path, _, query = target.partition(b"?")
+    path: bytes = scope["raw_path"]
+    host, port = scope["server"] or ("", 0)
     environ: Environ = {
-        "REQUEST_METHOD": method,
+        "REQUEST_METHOD": scope["method"],
         "SCRIPT_NAME": "",
         "PATH_INFO": (unquote_to_bytes(path) if b"%" in path else path).decode("latin-1"),
-        "QUERY_STRING": query.decode("latin-1"),
-        "SERVER_NAME": server[0],
-        "SERVER_PORT": str(server[1]),
-        "SERVER_PROTOCOL": "HTTP/" + version,
-        "REMOTE_ADDR": client,
+        "QUERY_STRING": scope["query_string"].decode("latin-1"),
+        "SERVER_NAME": host,
+        "SERVER_PORT": str(port),
+        "SERVER_PROTOCOL": "HTTP/" + scope["http_version"],
+        "REMOTE_ADDR": scope["client"][0] if scope["client"] else "",
         "wsgi.version": (1, 0),
         "wsgi.url_scheme": "http",
         "wsgi.input": io.BytesIO(),
@@ -62,7 +50,7 @@ def make_environ(
         "wsgi.multiprocess": False,
         "wsgi.run_once": False,
     }
-    for name, value in headers:
+    for name, value in scope["headers"]:
         if key := _environ_key(name):
             text = value.decode("latin-1")
             environ[key] = f"{environ[key]},{text}" if key in environ else text
@@ -76,20 +64,20 @@ def set_body(environ: Environ, body: bytes) -> None:
     environ.pop("HTTP_TRANSFER_ENCODING", None)
 
 
-def call_app(app: WsgiApp, environ: Environ) -> Reply:
-    """Have the application answer; raises what it raises."""
-    reply = Reply("500 INTERNAL SERVER ERROR", [], b"")
+def call_app(app: WsgiApp, environ: Environ) -> Response:
+    """Call the application; raises what it raises."""
+    response = Response("500 INTERNAL SERVER ERROR", [], b"")
 
     def start_response(status: str, headers: list[tuple[str, str]], _: Any = None) -> None:
-        reply.status, reply.headers = status, headers
+        response.status, response.headers = status, headers
 
     chunks = app(environ, start_response)
     try:
-        reply.body = b"".join(chunks)
+        response.body = b"".join(chunks)
     finally:
         if close := getattr(chunks, "close", None):
             close()
-    return reply
+    return response
 
 
 @lru_cache(maxsize=256)

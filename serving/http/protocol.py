@@ -1,0 +1,632 @@
+"""One HTTP/1.1 connection: uvicorn's protocol, with limits, and with a WSGI application in the place of an ASGI one.
+
+What comes from uvicorn: parsing (httptools), the order of pipelined requests, flow control, keep-alive. What is added:
+bounds on everything a client can send, hold or leave unread; upgrade offers are ignored; requests that arrived whole
+before a parse error are answered.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import time
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, cast
+
+import httptools
+import orjson
+from typing_extensions import override
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from serving.errors import ServingError
+from serving.http.wsgi import Response, WsgiApp, call_app, make_environ, set_body
+from serving.memory import TRIM_BYTES, MemoryBudget, Reservation
+from serving.request_context import RequestContext, current_request
+from serving.waiting import SMALL_BYTES, LoopGreenlets
+
+logger = logging.getLogger("serving")
+access_logger = logging.getLogger("serving.access")
+
+MAX_HEAD_BYTES = 64 * 1024  # of a request's first line and headers
+MAX_TRAILER_BYTES = 16 * 1024  # of trailers and chunk extensions
+PARSE_BYTES = 4 * 1024  # parsed at a time, so that one read cannot become thousands of pipelined requests
+PARSE_BODY_BYTES = 64 * 1024
+GROW_BYTES = 1024 * 1024  # steps in which an upload reserves memory
+
+HEAD_TIMEOUT_S = 10.0  # from a request's first byte to the end of its headers
+FIRST_REQUEST_TIMEOUT_S = 30.0  # on a new connection
+KEEP_ALIVE_S = 75.0  # between two requests: longer than proxies keep a connection for another
+UNREAD_TIMEOUT_S = 30.0  # a response that the client does not read
+LINGER_S = 5.0  # after a response that came before the end of the body, in which the client can read it
+DISCONNECT_AFTER_EOF_S = 1.0  # see `Connection._client_disconnected`
+CLOSE_IDLE_AFTER_S = 0.5  # at shutdown: a request that is already on its way is still answered
+
+# The slowest upload: so many bytes in each period of so many seconds. While others wait for memory, a stalled upload
+# loses its place sooner.
+UPLOAD_PERIOD_S, UPLOAD_BYTES = 10.0, 10 * 1024
+CONTENDED_PERIOD_S, CONTENDED_BYTES = 2.0, 32 * 1024
+
+TIMEOUT_HEADER = b"x-request-timeout-s"  # shortens the time that a request may take
+
+_REQUEST_LINE = re.compile(rb"[A-Za-z]+ \S+ HTTP/")
+_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
+
+
+@dataclass(eq=False)
+class HttpLimits:
+    """What all connections of a server share.
+
+    Args:
+        app: the WSGI application.
+        budget: memory for request bodies.
+        max_body_bytes: the longest body.
+        request_timeout_s: the time from the end of a request to its response.
+        threads: worker threads for what would block the event loop.
+        access_log: log a line for each request.
+        urgent_paths: answered before other requests: health checks.
+    """
+
+    app: WsgiApp
+    budget: MemoryBudget
+    max_body_bytes: int
+    request_timeout_s: float
+    threads: int
+    access_log: bool
+    urgent_paths: Collection[bytes]
+
+    def __post_init__(self) -> None:
+        self.greenlets = LoopGreenlets(ThreadPoolExecutor(self.threads, thread_name_prefix="request"))
+        self.is_stopping = False
+        self.date_header = "\r\n"  # and the empty line behind the headers; renewed every second
+
+
+class RequestFault(Exception):  # noqa: N818 - a condition, as those of serving/errors.py
+    """A request that cannot be processed; its connection is closed after the response."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Connection(HttpToolsProtocol):
+    """A connection. Small requests that have arrived whole go the short way: no task, no ASGI messages."""
+
+    def __init__(self, config: Config, server_state: ServerState, limits: HttpLimits) -> None:
+        super().__init__(config, server_state, {})
+        self.limits = limits
+        # Per-connection state
+        self._unparsed = b""  # received while earlier requests are being answered
+        self._fault: RequestFault | None = None  # to be answered after the requests before it
+        self._eof = False
+        self._idle_since_s: float | None = self.loop.time()
+        self._is_first = True
+        self._closing_since_s: float | None = None
+        self._is_lingering = False
+        self._undrained: RequestResponseCycle | None = None  # its response is written, and not yet read
+        self._undrained_since_s = 0.0
+        # Per-request state
+        self._is_feeding = False
+        self._starting: RequestResponseCycle | None = None  # its headers are complete, in the data being parsed
+        self._head_since_s: float | None = None  # while its headers arrive
+        self._head_bytes = 0
+        self._overhead_bytes = 0  # trailers and chunk extensions since the last byte of a body
+        self._fed_body_bytes = 0
+        self._reservation: Reservation | None = None  # for its body
+        self._work: Reservation | None = None  # for parsing and decoding it
+        self._period_since_s = 0.0
+        self._period_bytes = 0
+        self._has_receiver = False  # a task receives the body
+        self._waits_for_memory = False
+
+    # What the event loop calls
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self._unparsed = b""
+        self.pipeline.clear()
+        if self._undrained:
+            self._undrained = None
+            self._release()
+
+    @override
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection open for the response to a client that has closed its sending side."""
+        self._eof = True
+        if self._head_since_s is not None or self.is_idle or self.cycle.more_body:
+            return False
+        self.cycle.keep_alive = False
+        return True
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        if self._fault or self._is_lingering or self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        self._unparsed = self._unparsed + data if self._unparsed else data
+        self._parse()
+
+    @override
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._undrained_since_s = self.loop.time()
+
+    @override
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._undrained:
+            cycle, self._undrained = self._undrained, None
+            self._complete(cycle)
+
+    # Parsing
+
+    def _parse(self) -> None:
+        """Parse what has been received, until a request has to wait for the response to another."""
+        while self._unparsed and not self.pipeline and not self._fault and not self._is_lingering:
+            size = PARSE_BYTES if self.cycle is None or not self.cycle.more_body else PARSE_BODY_BYTES
+            data, self._unparsed = self._unparsed[:size], self._unparsed[size:]
+            was_head = self._head_since_s is not None
+            self._fed_body_bytes = 0
+            try:
+                self._is_feeding = True
+                self._feed(data)
+                self._check_sizes(len(data), was_head=was_head)
+            except RequestFault as fault:
+                self._refuse(fault)
+            finally:
+                self._is_feeding = False
+            if self._starting and not self._fault:
+                cycle, self._starting = self._starting, None
+                self._begin(cycle)
+        if self._unparsed:
+            self.flow.pause_reading()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # httptools takes what follows the headers for another protocol. None is supported here, so the offer is
+            # ignored (RFC 9110, section 7.8): the same headers without it are parsed again.
+            if self.parser.get_method() == b"CONNECT":
+                raise RequestFault("501 Not Implemented", "CONNECT is not a method of this server") from upgrade
+            head = self._head_without_upgrade()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self._feed(head + data[upgrade.args[0] :])
+        except httptools.HttpParserCallbackError as error:
+            cause = error.__context__ or error.__cause__
+            if isinstance(cause, RequestFault):
+                raise cause from None
+            raise RequestFault("400 Bad Request", f"the request cannot be parsed: {cause or error}") from error
+        except httptools.HttpParserInvalidMethodError as error:
+            if _REQUEST_LINE.match(data):
+                raise RequestFault("501 Not Implemented", "this method is not one of HTTP's") from error
+            raise RequestFault("400 Bad Request", "expected a request line: METHOD path HTTP/1.1") from error
+        except httptools.HttpParserError as error:
+            raise RequestFault("400 Bad Request", f"the request cannot be parsed as HTTP/1.1: {error}") from error
+
+    def _head_without_upgrade(self) -> bytes:
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
+
+    def _check_sizes(self, fed_bytes: int, *, was_head: bool) -> None:
+        if self._head_since_s is not None and was_head:
+            self._head_bytes += fed_bytes
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise RequestFault(
+                "431 Request Header Fields Too Large", f"the headers are longer than {MAX_HEAD_BYTES:,} bytes"
+            )
+        if self._head_since_s is None and self.cycle is not None and self.cycle.more_body:
+            self._overhead_bytes = 0 if self._fed_body_bytes else self._overhead_bytes + fed_bytes
+            if self._overhead_bytes > MAX_TRAILER_BYTES:
+                raise RequestFault(
+                    "431 Request Header Fields Too Large", f"the trailers are longer than {MAX_TRAILER_BYTES:,} bytes"
+                )
+
+    @override
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._idle_since_s = None
+        self._head_since_s = self.loop.time()
+        self._head_bytes = 0
+        self._overhead_bytes = 0
+
+    @override
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+        self._count_head(len(url))
+
+    @override
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_since_s is None:
+            return  # a trailer, which nothing here reads
+        super().on_header(name, value)
+        self._count_head(len(name) + len(value) + 4)
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise RequestFault(
+                "431 Request Header Fields Too Large", f"the headers are longer than {MAX_HEAD_BYTES:,} bytes"
+            )
+
+    @override
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # parsed again without the offer
+        self._check_host()
+        self.url = _origin_form(self.url)
+        super().on_headers_complete()
+        self._head_since_s = None
+        self.cycle.keep_alive = self.parser.should_keep_alive()
+
+    def _check_host(self) -> None:
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if self.parser.get_http_version() == "1.1" and len(hosts) != 1:
+            raise RequestFault("400 Bad Request", f"HTTP/1.1 needs exactly one Host header, got {len(hosts)}")
+        if len(hosts) > 1 or not all(_HOST.fullmatch(host.strip()) for host in hosts):
+            raise RequestFault("400 Bad Request", "the Host header is not a host name")
+
+    @override
+    def on_body(self, body: bytes) -> None:
+        self._fed_body_bytes += len(body)
+        self._period_bytes += len(body)
+        super().on_body(body)
+
+    @override
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    @override
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if not self.pipeline and not self._unparsed:
+            self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+
+    # Requests
+
+    @override
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Begin with a request, once what has been received of it is parsed."""
+        if self._is_feeding:
+            self._starting = cycle
+        else:
+            self._begin(cycle)
+
+    def _begin(self, cycle: RequestResponseCycle) -> None:
+        if not cycle.more_body and len(cycle.body) <= SMALL_BYTES:
+            self._reservation = Reservation(self.limits.budget.small_bodies)
+            if not cycle.body or self._reservation.try_grow(len(cycle.body)):
+                body = bytes(cycle.body)
+                cycle.body = bytearray()  # uvicorn keeps it until the connection's next request
+                self._dispatch(cycle, body)
+                return
+        task = self.loop.create_task(self._receive(cycle))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _receive(self, cycle: RequestResponseCycle) -> None:
+        """Receive a body that is large or has not yet arrived, within the memory budget."""
+        self._has_receiver = True
+        self._period_since_s, self._period_bytes = self.loop.time(), 0
+        try:
+            body = await self._receive_body(cycle)
+        except ServingError as error:
+            self._send_error(cycle, error)
+        except RequestFault as fault:
+            cycle.keep_alive = False
+            self._write(cycle, _fault_response(fault))
+        else:
+            if body is None:  # disconnected
+                self._release()
+            else:
+                self._dispatch(cycle, body)
+        finally:
+            self._has_receiver = False
+
+    async def _receive_body(self, cycle: RequestResponseCycle) -> bytes | None:
+        """Return the body; empty where it is too long, which the application is told; None if the client disconnects.
+
+        Raises:
+            RequestFault: the client sends too slowly.
+            ServingError: there is no memory for it.
+        """
+        declared = _content_length(cycle)
+        if (declared or 0) > self.limits.max_body_bytes:
+            cycle.keep_alive = False
+            return b""
+        budget = self.limits.budget
+        self._reservation = Reservation(budget.small_bodies)
+        is_small = True
+        received = io.BytesIO()  # gives its bytes away without a copy
+        while cycle.more_body or cycle.body:
+            message = cast(dict[str, Any], await cycle.receive())
+            if message["type"] == "http.disconnect":
+                if self._fault and not cycle.disconnected:
+                    raise self._fault
+                return None
+            size = received.tell() + len(message["body"])
+            if size > self.limits.max_body_bytes:
+                cycle.keep_alive = False
+                cast(Any, cycle.scope["headers"]).append((b"content-length", str(size).encode()))
+                return b""
+            if size > self._reservation.held_bytes:
+                if is_small and max(size, declared or 0) > SMALL_BYTES:
+                    is_small = False
+                    self._release()
+                    self._reservation = Reservation(budget.large_bodies)
+                held = self._reservation.held_bytes
+                step = size if is_small else min(size + GROW_BYTES, max(size, declared or size))
+                await self._wait_for_memory(step - held)
+            received.write(message["body"])
+        return received.getvalue()
+
+    async def _wait_for_memory(self, more_bytes: int) -> None:
+        assert self._reservation
+        self._waits_for_memory = True
+        try:
+            deadline_s = time.monotonic() + self.limits.request_timeout_s
+            await self._reservation.grow_async(more_bytes, deadline_s=deadline_s)
+        finally:
+            self._waits_for_memory = False
+            self._period_since_s, self._period_bytes = self.loop.time(), 0
+
+    def _dispatch(self, cycle: RequestResponseCycle, body: bytes) -> None:
+        """Have the application respond, in the order in which requests have come."""
+        arrived_s = time.monotonic()
+        timeout_s = self.limits.request_timeout_s
+        for name, value in cycle.scope["headers"]:
+            if name == TIMEOUT_HEADER:
+                timeout_s = min(timeout_s, _seconds(value))
+        self._work = Reservation(self.limits.budget.work)
+        context = RequestContext(
+            deadline_s=arrived_s + timeout_s,
+            client_disconnected=lambda: self._client_disconnected(arrived_s),
+            memory=self._work,
+        )
+        greenlets = self.limits.greenlets
+        is_urgent = cycle.scope["raw_path"] in self.limits.urgent_paths
+        if not is_urgent and (late_s := greenlets.queue_s - timeout_s) > 0:
+            self._write(cycle, _overloaded(late_s))
+        else:
+            greenlets.enqueue(self._respond, cycle, body, context, is_urgent=is_urgent)
+
+    def _client_disconnected(self, arrived_s: float) -> bool:
+        """Whether the client is gone.
+
+        One that has only closed its sending side looks the same, and gets its response if that does not take long.
+        """
+        return self.transport.is_closing() or (self._eof and time.monotonic() - arrived_s > DISCONNECT_AFTER_EOF_S)
+
+    def _respond(self, cycle: RequestResponseCycle, body: bytes, context: RequestContext) -> None:
+        current_request.set(context)
+        environ = make_environ(cycle.scope)
+        if body:
+            set_body(environ, body)
+        del body
+        try:
+            response = call_app(self.limits.app, environ)
+        except Exception:  # the application has handled its own errors already
+            logger.exception("the application failed")
+            response = Response("500 Internal Server Error", [], b"")
+        del environ
+        self._write(cycle, response)
+
+    def _send_error(self, cycle: RequestResponseCycle, error: ServingError) -> None:
+        headers = [("Content-Type", "application/json")]
+        if error.retry_after_s is not None:
+            headers.append(("Retry-After", str(error.retry_after_s)))
+        reason = {413: "Content Too Large", 503: "Service Unavailable"}.get(error.status, "Error")
+        cycle.keep_alive = False
+        self._write(cycle, Response(f"{error.status} {reason}", headers, orjson.dumps(error.body())))
+
+    # Responses
+
+    def _write(self, cycle: RequestResponseCycle, response: Response) -> None:
+        if self.limits.access_log:
+            self._log(cycle, response)
+        if self.transport.is_closing():
+            self._release()
+            return
+        cycle.keep_alive = cycle.keep_alive and not self.limits.is_stopping and not self._eof
+        if cycle.more_body:  # refused before its end
+            cycle.keep_alive = False
+        self.transport.write(self._encode(cycle, response))
+        cycle.response_started = True
+        if self.flow.write_paused:
+            self._undrained = cycle
+        else:
+            self._complete(cycle)
+
+    def _encode(self, cycle: RequestResponseCycle, response: Response) -> bytes:
+        head = [f"HTTP/1.1 {response.status}\r\n"]
+        has_length = False
+        for name, value in response.headers:
+            head.append(f"{name}: {value}\r\n")
+            has_length = has_length or name == "Content-Length"
+        if not has_length:
+            head.append(f"content-length: {len(response.body)}\r\n")
+        if not cycle.keep_alive:
+            head.append("connection: close\r\n")
+        elif cycle.scope["http_version"] == "1.0":
+            head.append("connection: keep-alive\r\n")
+        head.append(self.limits.date_header)
+        encoded = "".join(head).encode("latin-1")
+        return encoded if cycle.scope["method"] == "HEAD" else encoded + response.body
+
+    def _complete(self, cycle: RequestResponseCycle) -> None:
+        """Finish a request whose response is written: close the connection, or go on with the next request."""
+        self._release()
+        cycle.response_complete = True
+        cycle.message_event.set()
+        self._is_first = False
+        self._idle_since_s = self.loop.time()
+        if self.transport.is_closing():
+            return
+        if not cycle.keep_alive:
+            self._close(linger=cycle.more_body)
+            return
+        has_next = bool(self.pipeline)
+        self.on_response_complete()
+        if has_next:
+            return
+        if self._fault:
+            self._refuse(self._fault)
+        elif self._unparsed and not self._is_feeding:
+            self.loop.call_soon(self._parse)
+
+    def _log(self, cycle: RequestResponseCycle, response: Response) -> None:
+        scope = cycle.scope
+        target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+        client = scope["client"][0] if scope["client"] else "-"
+        line = f"{scope['method']} {target.decode('latin-1')} HTTP/{scope['http_version']}"
+        access_logger.info('%s "%s" %s', client, line, response.status[:3])
+
+    def _refuse(self, fault: RequestFault) -> None:
+        """Respond to what cannot be parsed, after the requests before it, and close the connection."""
+        self._fault = fault
+        self._unparsed = b""
+        self._starting = None
+        self.flow.pause_reading()
+        broken = self.cycle if self.cycle and self.cycle.more_body else None  # the request that was being parsed
+        if broken:
+            broken.response_complete = True
+            if self.pipeline and self.pipeline[0][0] is broken:
+                self.pipeline.popleft()
+                return  # responded to when the requests before it are
+            if self._has_receiver:
+                broken.message_event.set()  # wakes `receive`; the task then raises the fault
+                return
+        elif self.cycle and not self.cycle.response_complete:
+            return
+        self.transport.write(
+            b"HTTP/1.1 %b\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+            % (fault.status.encode(), len(body := _error_body(str(fault))), body)
+        )
+        self._close(linger=True)
+
+    def _close(self, *, linger: bool = False) -> None:
+        """Close the connection; with `linger`, once the client has had time to read the response.
+
+        Closing while unread data come would reset the connection, and take the response from the client.
+        """
+        self._closing_since_s = self.loop.time()
+        if not linger or self._eof:
+            self.transport.close()
+            return
+        self._is_lingering = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _release(self) -> None:
+        for reservation in (self._reservation, self._work):
+            if reservation and reservation.held_bytes >= TRIM_BYTES:
+                self.limits.greenlets.threads.submit(reservation.release)
+            elif reservation:
+                reservation.release()
+        self._reservation = self._work = None
+
+    # Time limits
+
+    def check_timeouts(self, now_s: float) -> None:
+        """End what takes too long; called every second."""
+        if self._closing_since_s is not None:
+            if now_s - self._closing_since_s > UNREAD_TIMEOUT_S:
+                self.transport.abort()
+        elif self.flow.write_paused:
+            if now_s - self._undrained_since_s > UNREAD_TIMEOUT_S:
+                self.transport.abort()
+        elif self._head_since_s is not None:
+            if now_s - self._head_since_s > HEAD_TIMEOUT_S and (self.cycle is None or self.cycle.response_complete):
+                self._refuse(RequestFault("408 Request Timeout", f"the headers took longer than {HEAD_TIMEOUT_S} s"))
+        elif self._idle_since_s is not None:
+            limit_s = FIRST_REQUEST_TIMEOUT_S if self._is_first else KEEP_ALIVE_S
+            if now_s - self._idle_since_s > limit_s and self.is_idle:
+                self._close()
+        elif self._has_receiver and not self._waits_for_memory:
+            self._check_upload_rate(now_s)
+
+    def _check_upload_rate(self, now_s: float) -> None:
+        period_s, least = UPLOAD_PERIOD_S, UPLOAD_BYTES
+        if self._reservation and self._reservation.is_contended:
+            period_s, least = CONTENDED_PERIOD_S, CONTENDED_BYTES
+        if now_s - self._period_since_s < period_s:
+            return
+        if self._period_bytes < least:
+            self._refuse(RequestFault("408 Request Timeout", f"fewer than {least:,} bytes came in {period_s:.0f} s"))
+        self._period_since_s, self._period_bytes = now_s, 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being received or processed."""
+        return self._head_since_s is None and (self.cycle is None or self.cycle.response_complete)
+
+    @property
+    def has_responded(self) -> bool:
+        """Whether the connection has been of use."""
+        return not self._is_first
+
+    @property
+    def idle_since_s(self) -> float:
+        """When the last response was written, or the connection made, on the loop's clock."""
+        return self._idle_since_s or 0.0
+
+    @override
+    def shutdown(self) -> None:
+        """Close the connection after the current response; an idle one after a short delay."""
+        if self.is_idle:
+            self.loop.call_later(CLOSE_IDLE_AFTER_S, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if self.is_idle and not self.transport.is_closing():
+            self._close()
+
+
+def _content_length(cycle: RequestResponseCycle) -> int | None:
+    for name, value in cycle.scope["headers"]:
+        if name == b"content-length":
+            return int(value)
+    return None
+
+
+def _seconds(value: bytes) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        return float("inf")
+    return max(0.0, seconds) if seconds == seconds else float("inf")
+
+
+def _origin_form(target: bytes) -> bytes:
+    """Strip scheme and host (absolute form), and any fragment."""
+    target = target.partition(b"#")[0]
+    if target.startswith(b"/"):
+        return target
+    _, found, rest = target.partition(b"://")
+    return b"/" + rest.partition(b"/")[2] if found else target
+
+
+def _error_body(message: str) -> bytes:
+    return orjson.dumps({"error": message})
+
+
+def _fault_response(fault: RequestFault) -> Response:
+    return Response(fault.status, [("Content-Type", "application/json")], _error_body(str(fault)))
+
+
+def _overloaded(late_s: float) -> Response:
+    message = "too many requests wait, and this one could not be answered in time; try again later"
+    headers = [("Content-Type", "application/json"), ("Retry-After", str(max(1, round(late_s))))]
+    return Response("503 Service Unavailable", headers, _error_body(message))

@@ -1,0 +1,56 @@
+"""What every protocol knows of the request being processed, for the code that works on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from serving.errors import ModelFailed
+
+if TYPE_CHECKING:
+    from serving.memory import Reservation
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RequestContext:
+    """One request.
+
+    Args:
+        deadline_s: when the response is of no use any more, on the clock of `time.monotonic`; None: never.
+        client_disconnected: true once the client has closed its connection, so the request can be dropped.
+        memory: what it holds for parsing and decoding; released by the protocol when the response is sent. None:
+            nobody counts.
+    """
+
+    deadline_s: float | None = None
+    client_disconnected: Callable[[], bool] = lambda: False
+    memory: Reservation | None = None
+
+    def reserve(self, size_bytes: int) -> None:
+        """Reserve memory for the next step; waits until there is some.
+
+        Raises:
+            TooLarge: the service could never have so much for one request.
+            Overloaded: it was not there before the deadline.
+            ModelFailed: nobody waits for the response any more.
+        """
+        if self.memory is not None and not self.memory.try_grow(size_bytes):
+            self.memory.grow(size_bytes, deadline_s=self.deadline_s)
+            self.check()
+
+    def check(self) -> None:
+        """Raise an error if nobody waits for the response any more; called before each long step.
+
+        Raises:
+            ModelFailed: the client disconnected (CANCELLED), or the deadline has passed (DEADLINE_EXCEEDED).
+        """
+        if self.client_disconnected():
+            raise ModelFailed("client disconnected before the request was processed", code="CANCELLED")
+        if self.deadline_s is not None and time.monotonic() >= self.deadline_s:
+            raise ModelFailed("the deadline passed before the model could answer", code="DEADLINE_EXCEEDED")
+
+
+current_request: ContextVar[RequestContext] = ContextVar("current_request", default=RequestContext())  # noqa: B039

@@ -1,0 +1,169 @@
+"""Large JSON documents are parsed in a process of their own.
+
+Parsing holds the interpreter's lock: 26 MB would stop every other request for 1.5 s. The process is started when the
+first large document comes, parses one at a time, and ends when its standard input does, even if the service is killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import select
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, ParamSpec, TypeVar
+
+from serving.errors import Overloaded, ServingError
+from serving.memory import Pool, return_freed_memory
+from serving.request_context import RequestContext, current_request
+from serving.rest.json_cost import json_cost
+from serving.waiting import SMALL_BYTES, offload
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+LARGE_JSON_BYTES = 1024 * 1024  # parsed within 60 ms; more is left to the process
+
+_LENGTH = struct.Struct("<Q")
+_POLL_S = 0.25  # how often a client that has disconnected is noticed
+_NICENESS = 5  # whoever sends little comes first
+
+
+class JsonProcess:
+    """The process, and the order in which requests have it."""
+
+    def __init__(self) -> None:
+        self._turns = Pool("JSON parser for large documents", 1)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def parse(self, function: Callable[..., R], body: bytes, *args: Any) -> R:
+        """Call a parser on a document: here if it is small, else where it keeps nobody waiting.
+
+        Memory for the document's objects is reserved first.
+
+        Args:
+            function: a function of a module; called with `body` and `args`. What it raises comes back if it is a
+                ServingError.
+            body: the document.
+            args: its other arguments, and like its result something that can be pickled.
+
+        Raises:
+            TooLarge: there could never be enough memory for it.
+            Overloaded: there was no memory or no turn for it before the deadline.
+            ModelFailed: the client disconnected, or the deadline passed.
+        """
+        context = current_request.get()
+        if len(body) <= SMALL_BYTES:
+            context.reserve(json_cost(body))
+            return function(body, *args)
+        context.reserve(offload(json_cost, body))
+        if len(body) <= LARGE_JSON_BYTES:
+            return offload(function, body, *args)
+        with self._turns.reserve(1, deadline_s=context.deadline_s):
+            context.check()
+            kind, value = offload(self._call, context, function, body, args)
+        if kind == "error":
+            raise value
+        result: R = value
+        return result
+
+    def _call(
+        self, context: RequestContext, function: Callable[..., object], body: bytes, args: tuple[Any, ...]
+    ) -> tuple[str, Any]:
+        """Have the process parse; ends it where the client or the time is gone."""
+        process = self._running()
+        assert process.stdin
+        assert process.stdout
+        try:
+            _write(process.stdin, [pickle.dumps((function, args)), body])
+            while not select.select([process.stdout], [], [], _POLL_S)[0]:
+                context.check()
+            answer, *buffers = _read(process.stdout)
+            reply: tuple[str, Any] = pickle.loads(answer, buffers=buffers)
+        except (OSError, EOFError) as error:
+            self._end()
+            logger.error("the process that parses large JSON documents has ended")
+            raise Overloaded("the document could not be parsed, as the parser ran out of memory; send less") from error
+        except BaseException:
+            self._end()
+            raise
+        return reply
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            package = Path(__file__).parents[2]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])},
+                start_new_session=True,  # Ctrl-C is for the service, which ends it
+            )
+        return self._process
+
+    def _end(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
+    """Parse what comes until the end of the input."""
+    os.nice(_NICENESS)
+    while True:
+        try:
+            call, body = _read(requests)
+        except EOFError:
+            return
+        function, args = pickle.loads(call)
+        buffers: list[pickle.PickleBuffer] = []
+        try:
+            reply: tuple[str, Any] = ("result", function(bytes(body), *args))
+        except ServingError as error:
+            reply = ("error", error)
+        except Exception as error:
+            reply = ("error", ServingError(f"the document could not be parsed ({type(error).__name__})"))
+        del body
+        answer = pickle.dumps(reply, protocol=5, buffer_callback=buffers.append)
+        del reply
+        _write(replies, [answer, *(buffer.raw() for buffer in buffers)])
+        buffers.clear()
+        return_freed_memory()
+
+
+def _write(stream: IO[bytes], parts: list[Any]) -> None:
+    stream.write(_LENGTH.pack(len(parts)))
+    for part in parts:
+        stream.write(_LENGTH.pack(len(part)))
+        stream.write(part)
+    stream.flush()
+
+
+def _read(stream: IO[bytes]) -> list[bytearray]:
+    (count,) = _LENGTH.unpack(_read_exactly(stream, _LENGTH.size))
+    return [_read_exactly(stream, _LENGTH.unpack(_read_exactly(stream, _LENGTH.size))[0]) for _ in range(count)]
+
+
+def _read_exactly(stream: IO[bytes], size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = stream.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return data
+
+
+if __name__ == "__main__":
+    # The module under its own name, so that what is pickled here and there is of the same classes.
+    from serving.rest import json_process
+
+    json_process.serve(sys.stdin.buffer, sys.stdout.buffer)
