@@ -40,7 +40,7 @@ class Response:
 class Client:
     """One TCP connection. Closed at the end of its `with` block."""
 
-    def __init__(self, port: int, *, timeout_s: float = 20, receive_buffer: int | None = None) -> None:
+    def __init__(self, port: int, *, timeout_s: float = 10, receive_buffer: int | None = None) -> None:
         self.socket = socket.socket()
         self.socket.settimeout(timeout_s)
         if receive_buffer is not None:
