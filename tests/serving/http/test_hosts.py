@@ -15,17 +15,19 @@ PATHS = [
     "/healthz",
     "/readyz",
     "/metrics",
-    "/docs",
-    "/openapi.json",
     "/predict",
     "/v1/models/colours",
     "/v1/models/colours/",
     "/v2",
     "/v2/",
     "/v2/models/colours/",
+    "/v2//",
+    "/v2/models//colours",
     "//healthz",
     "/static/page.css",
+    "//static//page.css",
     "/nowhere",
+    "//nowhere//",
     "*",
 ]
 REFUSED = {
@@ -87,16 +89,16 @@ def _serves_all_the_while(server: Server) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("lines", REFUSED.values(), ids=REFUSED)
-@pytest.mark.parametrize("path", ["/", "/healthz", "/nowhere", "http://x/healthz"])
-@pytest.mark.parametrize("method", [b"GET", b"HEAD", b"OPTIONS", b"POST"])
-def test_http_1_1_has_exactly_one_host(server: Server, method: bytes, path: str, lines: bytes) -> None:
-    with Client(server.port) as client:
-        client.send(get(path, lines, method))
-        response = client.read(method.decode())
-        assert (response.status, response.closes) == (400, True), response
-        if method != b"HEAD":
-            assert "Host" in error_of(response)
-        assert client.read_to_end() == b""
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "POST"])
+def test_http_1_1_has_exactly_one_host(server: Server, method: str, lines: bytes) -> None:
+    for path in ("/", "/healthz", "/nowhere", "http://x/healthz"):
+        with Client(server.port) as client:
+            client.send(get(path, lines, method.encode()))
+            response = client.read(method)
+            assert (response.status, response.closes) == (400, True), (path, response)
+            if method != "HEAD":
+                assert "Host" in error_of(response)
+            assert client.read_to_end() == b""
 
 
 @pytest.mark.parametrize("path", ["/healthz", "http://x/healthz", "http://x:80/healthz"])
@@ -105,13 +107,13 @@ def test_http_1_0_needs_no_host(server: Server, path: str) -> None:
     assert request(server, get(path, b"Host: x\r\n", version=b"1.0")).body == ALIVE
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("host", STRANGE.values(), ids=STRANGE)
-def test_a_strange_host_is_no_fault_of_the_server(server: Server, host: bytes, path: str) -> None:
-    for version in (b"1.1", b"1.0"):
-        response = request(server, get(path, b"Host: " + host + b"\r\n", version=version))
-        assert response.status < 500, response
-        assert "location" not in response.headers or response.headers["location"].isprintable()
+def test_a_strange_host_is_no_fault_of_the_server(server: Server, host: bytes) -> None:
+    for path in PATHS:
+        for version in (b"1.1", b"1.0"):
+            response = request(server, get(path, b"Host: " + host + b"\r\n", version=version))
+            assert response.status < 500, (path, response)
+            assert response.headers.get("location", "/").isprintable()
 
 
 @pytest.mark.parametrize("host", [b"a..b", b"[", b"a b", b"xn--\xff", b"user:secret@a"])
@@ -138,6 +140,7 @@ ELSEWHERE = [
     "/%5c%5cevil.example/healthz",
     "/%2fevil.example",
     "/%2f%2fevil.example/healthz",
+    "/v2/..//evil.example//",
     "/.//evil.example",
     "/..//evil.example",
     "/%09/evil.example",
@@ -150,7 +153,9 @@ ELSEWHERE = [
     "//healthz",
     "//user@evil.example/healthz",
     "//healthz@evil.example",
-    "//docs/",
+    "//v2/models//colours",
+    "//evil.example//v2//",
+    "//static//..//evil.example",
     "//v1//models//colours",
     "/v1//models/colours",
     "/v1/models//colours",
@@ -160,7 +165,7 @@ ELSEWHERE = [
     "//?url=//evil.example",
     "//static//page.css",
     "http://evil.example//healthz",
-    "http://evil.example/docs/",
+    "http://evil.example/v2//",
     "http://evil.example",
     "https:evil.example",
     "http:///evil.example",
@@ -168,16 +173,16 @@ ELSEWHERE = [
 
 
 @pytest.mark.parametrize("path", ELSEWHERE)
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
-def test_no_path_leads_to_another_host(server: Server, method: str, path: str) -> None:
+def test_no_path_leads_to_another_host(server: Server, path: str) -> None:
     lines = b"Host: here.example:8501\r\nContent-Length: 0\r\nConnection: close\r\n"
-    with Client(server.port) as client:
-        client.send(get(path, lines, method.encode()))
-        response = client.read(method)
-        assert client.read_to_end() == b""
-    assert response.status < 500, response
-    check_location(response)
-    assert "set-cookie" not in response.headers
+    for method in ("GET", "HEAD", "POST", "OPTIONS"):
+        with Client(server.port) as client:
+            client.send(get(path, lines, method.encode()))
+            response = client.read(method)
+            assert client.read_to_end() == b""
+        assert response.status < 500, (method, response)
+        check_location(response)
+        assert "set-cookie" not in response.headers
 
 
 def check_location(response: Response) -> None:
