@@ -68,19 +68,16 @@ class LoopGreenlets:
             self.loop.call_soon(self._drain)
 
     def _drain(self) -> None:
-        self._is_drain_due = False
         started_s = time.perf_counter()
-        count = 0
-        while self._ready:
+        count, elapsed_s = 0, 0.0
+        while self._ready and elapsed_s <= SLICE_S:
             function, args = self._ready.popleft()
             self.call(function, *args)
             count += 1
             elapsed_s = time.perf_counter() - started_s
-            if elapsed_s > SLICE_S:
-                break
         self._call_s += 0.1 * (elapsed_s / count - self._call_s)
-        if self._ready and not self._is_drain_due:
-            self._is_drain_due = True
+        self._is_drain_due = bool(self._ready)
+        if self._ready:
             self.loop.call_soon(self._drain)
 
     def call(self, function: Callable[..., None], *args: object) -> None:

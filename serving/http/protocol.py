@@ -14,12 +14,14 @@ import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http import HTTPMethod
 from typing import Any, cast
 
 import httptools
 import orjson
 from typing_extensions import override
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -42,7 +44,8 @@ HEAD_TIMEOUT_S = 10.0  # from a request's first byte to the end of its headers
 FIRST_REQUEST_TIMEOUT_S = 30.0  # on a new connection
 KEEP_ALIVE_S = 75.0  # between two requests: longer than proxies keep a connection for another
 UNREAD_TIMEOUT_S = 30.0  # a response that the client does not read
-LINGER_S = 5.0  # after a response that came before the end of the body, in which the client can read it
+# After a response that came before the end of the body, so that the client can read it.
+LINGER_S, LINGER_BYTES = 5.0, 16 * 1024 * 1024
 DISCONNECT_AFTER_EOF_S = 1.0  # see `Connection._client_disconnected`
 CLOSE_IDLE_AFTER_S = 0.5  # at shutdown: a request that is already on its way is still answered
 
@@ -53,8 +56,9 @@ CONTENDED_PERIOD_S, CONTENDED_BYTES = 2.0, 32 * 1024
 
 TIMEOUT_HEADER = b"x-request-timeout-s"  # shortens the time that a request may take
 
-_REQUEST_LINE = re.compile(rb"[A-Za-z]+ \S+ HTTP/")
-_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
+_REQUEST_LINE = re.compile(rb"(?:\A|\r\n)([A-Z-]+) \S+ HTTP/1\.[01]\r\n")
+_METHODS = frozenset(method.encode() for method in HTTPMethod)
+_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
 
 
 @dataclass(eq=False)
@@ -107,6 +111,7 @@ class Connection(HttpToolsProtocol):
         self._is_first = True
         self._closing_since_s: float | None = None
         self._is_lingering = False
+        self._lingered_bytes = 0
         self._undrained: RequestResponseCycle | None = None  # its response is written, and not yet read
         self._undrained_since_s = 0.0
         # Per-request state
@@ -146,6 +151,10 @@ class Connection(HttpToolsProtocol):
 
     @override
     def data_received(self, data: bytes) -> None:
+        if self._is_lingering:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > LINGER_BYTES:
+                self.transport.abort()
         if self._fault or self._is_lingering or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
@@ -167,7 +176,9 @@ class Connection(HttpToolsProtocol):
     # Parsing
 
     def _parse(self) -> None:
-        """Parse what has been received, until a request has to wait for the response to another."""
+        """Parse what was received, until a request has to wait for the response to another."""
+        if self.transport.is_closing():
+            return
         while self._unparsed and not self.pipeline and not self._fault and not self._is_lingering:
             size = PARSE_BYTES if self.cycle is None or not self.cycle.more_body else PARSE_BODY_BYTES
             data, self._unparsed = self._unparsed[:size], self._unparsed[size:]
@@ -181,11 +192,14 @@ class Connection(HttpToolsProtocol):
                 self._refuse(fault)
             finally:
                 self._is_feeding = False
-            if self._starting and not self._fault:
+            if self._starting:
                 cycle, self._starting = self._starting, None
                 self._begin(cycle)
-        if self._unparsed:
+        is_full = self.cycle is not None and self.cycle.more_body and len(self.cycle.body) > HIGH_WATER_LIMIT
+        if self._unparsed or self.pipeline or self._fault or is_full:
             self.flow.pause_reading()
+        else:
+            self.flow.resume_reading()
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -205,11 +219,11 @@ class Connection(HttpToolsProtocol):
                 raise cause from None
             raise RequestFault("400 Bad Request", f"the request cannot be parsed: {cause or error}") from error
         except httptools.HttpParserInvalidMethodError as error:
-            if _REQUEST_LINE.match(data):
+            if any(line[1] not in _METHODS for line in _REQUEST_LINE.finditer(data)):
                 raise RequestFault("501 Not Implemented", "this method is not one of HTTP's") from error
-            raise RequestFault("400 Bad Request", "expected a request line: METHOD path HTTP/1.1") from error
+            raise RequestFault("400 Bad Request", "expected a request line: a method, a path and the version of HTTP") from error
         except httptools.HttpParserError as error:
-            raise RequestFault("400 Bad Request", f"the request cannot be parsed as HTTP/1.1: {error}") from error
+            raise RequestFault("400 Bad Request", f"the request cannot be parsed: {error}") from error
 
     def _head_without_upgrade(self) -> bytes:
         lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
@@ -261,6 +275,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # parsed again without the offer
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            raise RequestFault("505 HTTP Version Not Supported", "this server takes the versions 1.0 and 1.1 of HTTP")
         self._check_host()
         self.url = _origin_form(self.url)
         super().on_headers_complete()
@@ -270,7 +286,7 @@ class Connection(HttpToolsProtocol):
     def _check_host(self) -> None:
         hosts = [value for name, value in self.headers if name == b"host"]
         if self.parser.get_http_version() == "1.1" and len(hosts) != 1:
-            raise RequestFault("400 Bad Request", f"HTTP/1.1 needs exactly one Host header, got {len(hosts)}")
+            raise RequestFault("400 Bad Request", f"expected exactly one Host header, got {len(hosts)}")
         if len(hosts) > 1 or not all(_HOST.fullmatch(host.strip()) for host in hosts):
             raise RequestFault("400 Bad Request", "the Host header is not a host name")
 
@@ -478,11 +494,9 @@ class Connection(HttpToolsProtocol):
             return
         has_next = bool(self.pipeline)
         self.on_response_complete()
-        if has_next:
-            return
-        if self._fault:
+        if self._fault and not has_next:
             self._refuse(self._fault)
-        elif self._unparsed and not self._is_feeding:
+        elif self._unparsed:
             self.loop.call_soon(self._parse)
 
     def _log(self, cycle: RequestResponseCycle, response: Response) -> None:
@@ -496,10 +510,11 @@ class Connection(HttpToolsProtocol):
         """Respond to what cannot be parsed, after the requests before it, and close the connection."""
         self._fault = fault
         self._unparsed = b""
-        self._starting = None
         self.flow.pause_reading()
         broken = self.cycle if self.cycle and self.cycle.more_body else None  # the request that was being parsed
         if broken:
+            if self._starting is broken:
+                self._starting = None
             broken.response_complete = True
             if self.pipeline and self.pipeline[0][0] is broken:
                 self.pipeline.popleft()
@@ -509,9 +524,10 @@ class Connection(HttpToolsProtocol):
                 return
         elif self.cycle and not self.cycle.response_complete:
             return
+        body = _error_body(str(fault))
         self.transport.write(
             b"HTTP/1.1 %b\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
-            % (fault.status.encode(), len(body := _error_body(str(fault))), body)
+            % (fault.status.encode(), len(body), b"" if self.parser.get_method() == b"HEAD" else body)
         )
         self._close(linger=True)
 

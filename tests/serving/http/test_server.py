@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import uvloop
 
-from serving.http_server import Acceptor, listen
+from serving.http.server import Acceptor, listen
 from tests.serving.conftest import Server, picture
 
 MAX_BYTES = 2_000_000
