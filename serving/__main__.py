@@ -57,6 +57,13 @@ URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/hea
     help="A model to ask it for; may be repeated.  [default: the names in --models-dir]",
 )
 @click.option(
+    "--require-model",
+    "require_models",
+    multiple=True,
+    envvar="SERVING_REQUIRE_MODEL",
+    help="A model without which the service is not ready; may be repeated.  [default: any one model is enough]",
+)
+@click.option(
     "--poll-interval-s",
     type=float,
     default=Settings.poll_interval_s,
@@ -144,7 +151,7 @@ def main(**options: Any) -> None:
         if settings.remote:
             name_remote_models(settings)
         elif not settings.model_config_file:
-            ModelsFolder(settings.models_dir)  # there has to be a model
+            ModelsFolder(settings.models_dir)  # there has to be a folder; models may come later
         listener = open_port(settings.host, settings.rest_port, flag="--rest-port")
         if settings.grpc_port:
             open_port(settings.host, settings.grpc_port, flag="--grpc-port").close()  # gRPC opens its own
@@ -214,18 +221,20 @@ def serve(app: Flask, settings: Settings, listener: socket.socket) -> NoReturn:
 
 
 def follow_models(app: Flask, settings: Settings, address: str, stopping: threading.Event) -> None:
-    """Load the app's models, end the process where not one can be served, and follow what becomes of them.
+    """Load the app's models, and poll for what becomes of them. Models that cannot be loaded are tried again.
 
     Meanwhile the app answers over HTTP already: that it is alive, and not ready. Over gRPC it does so as soon as
     TensorFlow, which the messages come with, is imported.
     """
     repository: ModelRepository = app.extensions["repository"]
+    names = ", ".join(repository.all_names())
+    waiting = f"waiting for a model: <name>/<version>/saved_model.pb in {settings.models_dir}"
     logger.info(
-        "listening on http://%s:%d%s, loading %s",
+        "listening on http://%s:%d%s, %s",
         settings.host,
         settings.rest_port,
         f" and for gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else "",
-        ", ".join(repository.all_names()),
+        f"loading {names}" if names else waiting,
     )
     try:
         if settings.grpc_port:

@@ -182,7 +182,10 @@ class OrjsonProvider(JSONProvider):
 
 
 def _answer_serving_error(error: ServingError) -> Response:
-    return json_response(error.body(), status=error.status)
+    response = json_response(error.body(), status=error.status)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    return response
 
 
 def _answer_http_error(error: HTTPException) -> Response | HTTPException:

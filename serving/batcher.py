@@ -113,8 +113,7 @@ class Batcher:
         self._threads = ThreadPoolExecutor(2 * concurrency, thread_name_prefix="model")
         self._liveness = liveness
         self.signatures: Mapping[str, Signature] = inner.signatures
-        self._gathered = {name for name, signature in inner.signatures.items() if _has_batch_axis(signature)}
-        self._gathered -= set(unbatched)
+        self._gathered = {name for name, signature in inner.signatures.items() if signature.is_batched} - {*unbatched}
         self._max_batch_rows = max_batch_rows
         self._max_queued_rows = max_queued_rows
         self._max_request_rows = max_request_rows
@@ -369,12 +368,6 @@ class Batcher:
             end = start + request.rows
             request.outputs = {name: array[start:end] for name, array in outputs.items()}
             start = end
-
-
-def _has_batch_axis(signature: Signature) -> bool:
-    return bool(signature.inputs) and all(
-        spec.is_batched for spec in (*signature.inputs.values(), *signature.outputs.values())
-    )
 
 
 def _count_rows(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int:

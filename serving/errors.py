@@ -37,11 +37,14 @@ class ServingError(Exception):
     +-- NotReady                  503  UNAVAILABLE         the model is still being loaded
     +-- Overloaded                503  UNAVAILABLE         no memory or time for it now; a later try can succeed
     +-- ModelFailed             (any)  (any)               what TensorFlow itself, or a remote server, refused
+    +-- InvalidBackendResponse    502  INTERNAL            a remote server's response cannot be used
+
+    `retry_after_s` is the `Retry-After` header of the response: set where the same request can succeed later.
     """
 
     status = 500
     code = "INTERNAL"
-    retry_after_s: int | None = None  # seconds after which it is worth trying again; sent as Retry-After
+    retry_after_s: int | None = None
 
     def body(self) -> dict[str, Any]:
         """Return what the client is sent, as JSON."""
@@ -102,10 +105,11 @@ class UnsupportedMedia(ServingError):
 
 
 class NotReady(ServingError):
-    """The model is still being loaded and warmed up; asking again later will work."""
+    """The model is still being loaded, or the server that has it cannot be reached; retrying later can work."""
 
     status = 503
     code = "UNAVAILABLE"
+    retry_after_s = 1
 
 
 class Overloaded(ServingError):
@@ -126,6 +130,14 @@ class ModelFailed(ServingError):
         super().__init__(message)
         self.code = code
         self.status = HTTP_STATUS_OF_CODE.get(code, 500)
+        if code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
+            self.retry_after_s = 1
+
+
+class InvalidBackendResponse(ServingError):
+    """The response of a remote server is malformed, or does not fit the model's signature."""
+
+    status = 502
 
 
 class ModelLoadError(Exception):

@@ -233,7 +233,17 @@ class _RepositoryCollector(Collector):
             "1 for a version that could not be loaded, with TensorFlow's code for the reason.",
             labels=["model", "version", "code"],
         )
-        ready = GaugeMetricFamily("serving_ready", "1 when every model is loaded and warmed up.")
+        warnings = GaugeMetricFamily(
+            "serving_model_version_warning",
+            "1 for a version that is served with a limitation: model_info, warmup, dependent_rows or folder.",
+            labels=["model", "version", "kind"],
+        )
+        folders = GaugeMetricFamily(
+            "serving_folder_unreadable",
+            "1 for a folder that cannot be read: of a model, or without one the models folder.",
+            labels=["model", "path"],
+        )
+        ready = GaugeMetricFamily("serving_ready", "1 when at least one model and all required ones can be used.")
         ready.add_metric([], float(self._repository.ready))
         for version in self._repository.all_versions():
             labels = [version.name, str(version.version)]
@@ -241,7 +251,11 @@ class _RepositoryCollector(Collector):
             warmups.add_metric(labels, version.warmup_records)
             if version.error_code != "OK":
                 errors.add_metric([*labels, version.error_code], 1)
-        return [ready, states, errors, warmups]
+            for kind in version.warnings:
+                warnings.add_metric([*labels, kind], 1)
+        for problem in self._repository.folder_problems:
+            folders.add_metric([problem.model or "", problem.path], 1)
+        return [ready, states, errors, warnings, folders, warmups]
 
 
 def _escape(label: str) -> str:

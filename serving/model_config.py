@@ -5,8 +5,11 @@ After `config/model_server_config.proto` and `sources/storage_path/file_system_s
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,61 +36,98 @@ class VersionPolicy:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model: its name, the folder of its versions, the policy that chooses among them, and names for some."""
+    """One model: its name, the folder of its versions, the policy that chooses among them, and names for some.
+
+    A `discovered` one is a subfolder of the models folder that no configuration names. If it cannot be read, it may
+    be no model at all: `lost+found`, for example.
+    """
 
     name: str
     base_path: Path
     policy: VersionPolicy = VersionPolicy()
     labels: Mapping[str, int] = field(default_factory=dict)
+    discovered: bool = False
+
+
+class Volumes:
+    """Remembers the volume (device) of each folder, to tell an unmounted volume from a folder that was emptied."""
+
+    def __init__(self) -> None:
+        self._devices: dict[Path, int] = {}
+
+    def check(self, path: Path, *, is_empty: bool) -> None:
+        """Compare a folder's volume with the one that its content was on.
+
+        Raises:
+            OSError: the folder is empty, and on another volume than before.
+        """
+        device = path.stat().st_dev
+        if not is_empty:
+            self._devices[path] = device
+        elif self._devices.get(path, device) != device:
+            raise OSError(errno.ENODEV, "it is empty, and its volume is not mounted any more", str(path))
 
 
 class ModelsFolder:
     """Every model under a folder, `<name>/<version>/saved_model.pb`, as it is when asked; the newest version of each.
 
+    It may be empty, or unreadable, at first.
+
     Raises:
-        StartupError: there is no such folder, or no model in it.
+        StartupError: there is no such folder, or it is the folder of one model.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        if not path.is_dir():
+        self._volumes = Volumes()
+        try:
+            if not stat.S_ISDIR(path.stat().st_mode):
+                raise StartupError(f"{path} is not a folder; name the folder of the models with --models-dir")
+            has_models = any(has_versions(config) for config in self())
+            if not has_models and any(version_number(child.name) is not None for child in _visible_folders(path)):
+                raise StartupError(f"{path} looks like one model, with its versions; name the folder above it")
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise StartupError(
                 f"there is no models folder {path}; train and export a model first, "
                 "or name another folder with --models-dir"
-            )
-        if not self():
-            alone = any(version_number(child.name) is not None for child in _visible_folders(path))
-            raise StartupError(
-                f"{path} looks like one model, with its versions; name the folder above it"
-                if alone
-                else f"no model in {path}: expected <name>/<version>/saved_model.pb, the version a number"
-            )
+            ) from error
+        except OSError as error:
+            logger.warning("%s", describe_unreadable(path, error))
 
     def __call__(self) -> list[ModelConfig]:
-        """List the models there are now, in alphabetical order.
+        """List the models there are now, in alphabetical order, and the subfolders that cannot be read.
 
         Raises:
-            OSError: the folder is there and cannot be read.
+            OSError: the folder is gone, cannot be read, or its volume is not mounted any more.
         """
+        folders = _visible_folders(self._path)
+        self._volumes.check(self._path, is_empty=not folders)
+        configs: dict[str, ModelConfig] = {}
+        for folder in folders:
+            if self._may_be_model(folder):
+                name = printable(folder.name)
+                configs.setdefault(name, ModelConfig(name=name, base_path=folder, discovered=True))
+        return list(configs.values())
+
+    def _may_be_model(self, folder: Path) -> bool:
         try:
-            folders = _visible_folders(self._path)
+            versions = find_versions(folder)
+            self._volumes.check(folder, is_empty=not versions)
         except FileNotFoundError:
-            return []
-        return [ModelConfig(name=folder.name, base_path=folder) for folder in folders if find_versions(folder)]
+            return folder.is_symlink()  # whose target may come back; else it has just been deleted
+        except OSError:
+            return True
+        return bool(versions)
 
 
 def find_versions(base_path: Path) -> dict[int, Path]:
-    """List the versions of a model: every child folder whose name is a number; none where there is no such folder.
+    """List the versions of a model: every child folder whose name is a number.
 
     Raises:
-        OSError: the folder is there and cannot be read.
+        OSError: the folder does not exist or cannot be read.
     """
     found: dict[int, Path] = {}
-    try:
-        folders = _visible_folders(base_path)
-    except FileNotFoundError:
-        return {}
-    for path in folders:
+    for path in _visible_folders(base_path):
         number = version_number(path.name)
         if number is None:
             continue
@@ -96,6 +136,29 @@ def find_versions(base_path: Path) -> dict[int, Path]:
             continue
         found[number] = path
     return found
+
+
+def has_versions(config: ModelConfig) -> bool:
+    """Whether a model's folder can be read and has a version in it."""
+    try:
+        return bool(find_versions(config.base_path))
+    except OSError:
+        return False
+
+
+def describe_unreadable(path: Path, error: OSError) -> str:
+    """Say in a sentence why a folder cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return printable(f"{path} does not exist")
+    return printable(f"{path} cannot be read: {error.strerror or error}")
+
+
+def printable(text: str) -> str:
+    """Return text as valid Unicode, with bytes of file names that are not UTF-8, and lone surrogates, escaped."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def version_number(name: str) -> int | None:
@@ -172,4 +235,13 @@ def _read_policy(model: Any) -> VersionPolicy:
 
 
 def _visible_folders(path: Path) -> list[Path]:
-    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    """List the subfolders, symbolic links without a target included: that may come back."""
+    with os.scandir(path) as entries:
+        return sorted(Path(entry) for entry in entries if not entry.name.startswith(".") and _may_be_folder(entry))
+
+
+def _may_be_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return stat.S_ISDIR(entry.stat().st_mode)
+    except OSError:
+        return entry.is_symlink() or entry.is_dir(follow_symlinks=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+    def batch(model: str, predictor: Predictor, unbatched: Collection[str]) -> Predictor:
 from functools import partial
 
 from serving.batcher import Batcher
@@ -10,9 +10,10 @@ from serving.errors import StartupError
 from serving.liveness import Liveness
 from serving.local import LocalRepository
 from serving.metrics import Metrics
-from serving.model_config import ModelConfig, ModelsFolder, read_config_file
+from serving.model_config import ModelConfig, ModelsFolder, has_versions, read_config_file
 from serving.predictor import Predictor, SavedModelPredictor
 from serving.repository import ModelRepository
+from serving.row_independence import find_dependent_signatures
 from serving.settings import Settings
 
 
@@ -20,14 +21,19 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
     """Make the repository of the models; none is loaded yet.
 
     Raises:
-        StartupError: there is no model to serve.
+        StartupError: there is no models folder, or the model config cannot be used.
     """
     if settings.remote:
         from serving.remote import RemoteRepository
 
-        return RemoteRepository(settings.remote, name_remote_models(settings), wrap_predictor=metrics.time_predictor)
+        return RemoteRepository(
+            settings.remote,
+            name_remote_models(settings),
+            required=settings.require_models,
+            wrap_predictor=metrics.time_predictor,
+        )
 
-    def batch(model: str, predictor: Predictor) -> Predictor:
+    def batch(model: str, predictor: Predictor, unbatched: Collection[str]) -> Predictor:
         return Batcher(
             metrics.time_predictor(model, predictor),
             max_batch_rows=settings.max_batch_size,
@@ -35,6 +41,7 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
             max_request_rows=settings.max_rows,
             concurrency=settings.concurrency,
             liveness=liveness,
+            unbatched=unbatched,
         )
 
     if settings.model_config_file:
@@ -43,20 +50,29 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
     else:
         configs = ModelsFolder(settings.models_dir)
     load = partial(SavedModelPredictor, intra_op_threads=settings.intra_op_threads)
-    return LocalRepository(configs, load_predictor=load, wrap_predictor=batch)
+    return LocalRepository(
+        configs,
+        required=settings.require_models,
+        load_predictor=load,
+        find_dependent=find_dependent_signatures,
+        wrap_predictor=batch,
+    )
 
 
 def name_remote_models(settings: Settings) -> tuple[str, ...]:
     """Return the models to ask the remote server for: those named, else those in the folder that both can see.
 
     Raises:
-        StartupError: none is named, and there is no such folder.
+        StartupError: none is named, and there is no such folder, or no model in it.
     """
     if settings.remote_models:
         return settings.remote_models
     try:
-        return tuple(config.name for config in ModelsFolder(settings.models_dir)())
-    except StartupError as error:
+        names = tuple(config.name for config in ModelsFolder(settings.models_dir)() if has_versions(config))
+        if not names:
+            raise StartupError(f"no model in {settings.models_dir}")
+        return names
+    except (OSError, StartupError) as error:
         raise StartupError(
             f"which models to ask {settings.remote} for? It cannot list them: name each with --remote-model ({error})"
         ) from error

@@ -63,6 +63,10 @@ class TensorSpec:
         """Whether its first axis is the batch: present, and of any size."""
         return bool(self.shape) and self.shape is not None and self.shape[0] is None
 
+    def fits(self, array: np.ndarray) -> bool:
+        """Whether an array has its dtype and shape."""
+        return array.dtype == self.numpy_dtype and _fits(array.shape, self.shape)
+
     def __str__(self) -> str:
         """As people write it: `uint8 (n, 32, 32, 3)`."""
         dtype = self.dtype.removeprefix("DT_").lower()
@@ -77,6 +81,11 @@ class Signature:
     method_name: str  # "tensorflow/serving/predict"
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether all its inputs and outputs have a batch axis."""
+        return bool(self.inputs) and all(spec.is_batched for spec in (*self.inputs.values(), *self.outputs.values()))
 
 
 class Predictor(Protocol):
@@ -131,8 +140,13 @@ class SavedModelPredictor:
                 tf.compat.v1.saved_model.load(self._session, ["serve"], str(path))
             self._calls = {name: self._make_call(signature) for name, signature in self.signatures.items()}
         except tf.errors.OpError as error:
+            self._session.close()
             raise ModelLoadError(f"cannot load {path}: {_reason(error)}", code=_code_name(error)) from error
+        except MemoryError as error:
+            self._session.close()
+            raise ModelLoadError(f"not enough memory to load {path}", code="RESOURCE_EXHAUSTED") from error
         except Exception as error:  # a damaged graph fails in every part of the loader
+            self._session.close()
             raise ModelLoadError(f"cannot load {path}: {_reason(error)}") from error
 
     def _make_call(self, signature: Signature) -> Callable[..., list[Any]] | None:
@@ -230,6 +244,8 @@ def read_signatures(path: Path) -> dict[str, Signature]:
 
     file = path / "saved_model.pb"
     try:
+        if file.exists() and not file.is_file():
+            raise ModelLoadError(f"{file} is not a regular file", code="FAILED_PRECONDITION")
         saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
     except FileNotFoundError as error:
         raise ModelLoadError(f"no saved_model.pb in {path}", code="NOT_FOUND") from error
@@ -241,15 +257,24 @@ def read_signatures(path: Path) -> dict[str, Signature]:
     if not graphs:
         raise ModelLoadError(f'{file} holds no graph tagged "serve"', code="NOT_FOUND")
 
-    return read_signature_defs(graphs[0].signature_def)
+    try:
+        return read_signature_defs(graphs[0].signature_def)
+    except ValueError as error:
+        raise ModelLoadError(f"{file}: {error}", code="INVALID_ARGUMENT") from error
 
 
 def read_signature_defs(definitions: Mapping[str, Any]) -> dict[str, Signature]:
-    """Read SignatureDef messages, as a model's metadata or a saved_model.pb holds them."""
+    """Read SignatureDef messages, as a model's metadata or a saved_model.pb holds them.
+
+    Raises:
+        ValueError: an input or output has a dtype that this version of TensorFlow does not know.
+    """
     from tensorflow.core.framework import types_pb2
 
-    def describe(key: str, tensor: Any) -> TensorSpec:
+    def describe(signature: str, key: str, tensor: Any) -> TensorSpec:
         shape = tensor.tensor_shape
+        if tensor.dtype not in types_pb2.DataType.values():
+            raise ValueError(f'signature "{signature}": {key} has the unknown dtype {tensor.dtype}')
         return TensorSpec(
             name=key,
             dtype=types_pb2.DataType.Name(tensor.dtype),
@@ -261,8 +286,8 @@ def read_signature_defs(definitions: Mapping[str, Any]) -> dict[str, Signature]:
         name: Signature(
             name=name,
             method_name=definition.method_name,
-            inputs={key: describe(key, tensor) for key, tensor in sorted(definition.inputs.items())},
-            outputs={key: describe(key, tensor) for key, tensor in sorted(definition.outputs.items())},
+            inputs={key: describe(name, key, tensor) for key, tensor in sorted(definition.inputs.items())},
+            outputs={key: describe(name, key, tensor) for key, tensor in sorted(definition.outputs.items())},
         )
         for name, definition in sorted(definitions.items())
     }
@@ -283,7 +308,7 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None
     rows: dict[str, int] = {}
     for name, spec in expected.items():
         array = inputs[name]
-        if array.dtype != spec.numpy_dtype or not _fits(array.shape, spec.shape):
+        if not spec.fits(array):
             raise InvalidRequest(f"input {name}: expected {spec}, got {_dtype_text(array)} {_shape_text(array.shape)}")
         if spec.is_batched:
             rows[name] = array.shape[0]
@@ -340,6 +365,8 @@ def _answer_for(error: Any) -> ServingError:
 
 def _code_name(error: Any) -> str:
     """CamelCase of the exception's class to the status API's code: NotFoundError -> NOT_FOUND."""
+    if not type(error).__name__.endswith("Error") or type(error).__name__ == "OpError":
+        return "UNKNOWN"
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).upper()
 
 

@@ -6,7 +6,9 @@ The same service stands in front: pages, uploads, limits, metrics and dialects; 
 from __future__ import annotations
 
 import logging
+import math
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,9 +25,10 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from serving.errors import InvalidRequest, ModelFailed, ModelNotFound, ServingError
+from serving.errors import InvalidBackendResponse, InvalidRequest, ModelFailed, ModelNotFound, NotReady, ServingError
 from serving.grpc.tensors import read_tensor, write_tensor
-from serving.model_config import ModelConfig
+from serving.model_config import ModelConfig, printable
+from serving.model_info import read_label_names
 from serving.predictor import NUMPY_DTYPES, Predictor, Signature, TensorSpec, check_inputs, read_signature_defs
 from serving.repository import ModelRepository, ModelVersion, VersionStatus
 from serving.waiting import offload
@@ -37,7 +40,9 @@ LOOK_TIMEOUT_S = 5.0
 MAX_REPLY_BYTES = 1024 * 1024 * 1024
 ATTEMPTS = 3
 
-LABELS_SIGNATURE = "labels"  # class_id to label, in the models that this project exports
+# "Task size 65 is larger than maximum input batch size 64": what a server with batching says of too many rows.
+_BATCH_LIMIT = re.compile(r"larger than maximum (?:input )?batch size (\d+)")
+_UNREADABLE = "Exception deserializing response!"  # gRPC's details where a response is no message of its type
 
 
 class RemoteRepository(ModelRepository):
@@ -46,6 +51,7 @@ class RemoteRepository(ModelRepository):
     Args:
         address: the server's gRPC address, "host:port".
         names: the models to ask it for; its API cannot list them.
+        required: the models without which the repository is not ready.
         wrap_predictor: what requests go through instead of the predictor itself. It is given the model's name.
     """
 
@@ -54,12 +60,15 @@ class RemoteRepository(ModelRepository):
         address: str,
         names: Sequence[str],
         *,
+        required: Sequence[str] = (),
         wrap_predictor: Callable[[str, Predictor], Predictor] = lambda _, predictor: predictor,
     ) -> None:
-        super().__init__(names)
+        super().__init__(map(printable, names), required=required)
         self._address = address
         self._wrap_predictor = wrap_predictor
-        self._problems: dict[str, str] = {}
+        self._problems: dict[
+            str, tuple[type[ServingError], str]
+        ] = {}  # why a model could not be asked for at the last poll
         # One channel, kept: gRPC reconnects it by itself, and keep-alive notices a server that is gone.
         self._channel = grpc.insecure_channel(
             address,
@@ -75,27 +84,53 @@ class RemoteRepository(ModelRepository):
         self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)
 
-    def load(self) -> None:
-        """Look for the models once. That the server is away is no reason to end: it may come."""
-        self.update()
-        self._loaded = True
-
     def reload(self, configs: Sequence[ModelConfig]) -> None:  # noqa: ARG002
         """As `ModelRepository.reload`: a ModelFailed, for what is served is decided at the server."""
         raise ModelFailed(
             f"this service has no models of its own; send the configuration to {self._address}", code="UNIMPLEMENTED"
         )
 
+    def resolve(self, name: str, *, version: int | None = None, label: str | None = None) -> ModelVersion:
+        """As `ModelRepository.resolve`.
+
+        Raises:
+            NotReady: the server cannot be reached.
+            InvalidBackendResponse: its description of the model cannot be used.
+        """
+        try:
+            return super().resolve(name, version=version, label=label)
+        except ModelNotFound:
+            self._raise_problem(name)
+            raise
+
+    def versions(self, name: str) -> list[VersionStatus]:
+        """As `ModelRepository.versions`; raises as `resolve` does where the server's state is not known."""
+        if name not in self._available:
+            self._raise_problem(name)
+        return super().versions(name)
+
+    def problem(self, name: str) -> str:
+        """As `ModelRepository.problem`."""
+        return self._problems[name][1] if name in self._problems else super().problem(name)
+
+    def _raise_problem(self, name: str) -> None:
+        if (problem := self._problems.get(name)) is not None:
+            kind, message = problem
+            raise kind(message)
+
     def _look(self) -> None:
         for name in self._names:
             try:
                 self._update_model(name)
             except grpc.RpcError as error:
-                self._report(name, _message(error, self._address))
+                unreachable = error.code() != grpc.StatusCode.NOT_FOUND
+                message = _message(error, self._address)
+                self._report(name, NotReady if unreachable else ModelNotFound, message)
                 if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE):
                     self._unload(name, keep=set())
-            except InvalidRequest as error:
-                self._report(name, f"the reply of {self._address} cannot be used: {error}")
+            except Exception as error:  # whatever it sent: other models are asked for all the same
+                message = f"the response of TensorFlow Serving at {self._address} cannot be used: {error}"
+                self._report(name, InvalidBackendResponse, message)
             else:
                 self._problems.pop(name, None)
 
@@ -121,20 +156,19 @@ class RemoteRepository(ModelRepository):
         reply = self._prediction.GetModelMetadata(request, timeout=LOOK_TIMEOUT_S)
         described = get_model_metadata_pb2.SignatureDefMap()
         if not reply.metadata["signature_def"].Unpack(described):
-            raise InvalidRequest("it does not describe the model's signatures")
+            raise ValueError("it does not describe the model's signatures")
         signatures = read_signature_defs(described.signature_def)
         predictor = RemotePredictor(self._prediction, name, version, signatures, address=self._address)
-        card = _read_class_names(predictor)
-        self._serve(ModelVersion(name, version, self._wrap_predictor(name, predictor), card))
+        names = read_label_names(predictor)  # the model info stays on the server's disk
+        info = {"class_names": names} if names else None
+        self._serve(ModelVersion(name, version, self._wrap_predictor(name, predictor), info))
         logger.info("%s version %d is available at %s", name, version, self._address)
 
-    def _report(self, name: str, problem: str) -> None:
+    def _report(self, name: str, kind: type[ServingError], message: str) -> None:
+        problem = kind, printable(message)
         if self._problems.get(name) != problem:
-            logger.warning("model %s: %s", name, problem)
+            logger.warning("model %s: %s", name, problem[1])
         self._problems[name] = problem
-
-    def _problem(self, name: str) -> str:
-        return self._problems.get(name) or super()._problem(name)
 
 
 class RemotePredictor:
@@ -156,6 +190,7 @@ class RemotePredictor:
         self._model = model
         self._version = version
         self._address = address
+        self._max_rows: float = math.inf  # of one request, as far as the server has said
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
@@ -163,18 +198,60 @@ class RemotePredictor:
         """As `Predictor.predict`; the time that remains until the deadline is the server's too."""
         if signature not in self.signatures:
             raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
-        specs = self.signatures[signature].inputs
-        check_inputs(self.signatures[signature], inputs)
+        described = self.signatures[signature]
+        check_inputs(described, inputs)
+        deadline_s = deadline_s or time.monotonic() + CALL_TIMEOUT_S
+        return offload(self._predict_rows, described, inputs, deadline_s)
+
+    def _predict_rows(
+        self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float
+    ) -> dict[str, np.ndarray]:
+        """Send a request, in parts where the server takes fewer rows at a time."""
+        rows = len(next(iter(inputs.values()))) if signature.is_batched else 1
+        if rows <= self._max_rows:
+            try:
+                return self._predict_once(signature, inputs, deadline_s)
+            except InvalidRequest as error:
+                limit = _BATCH_LIMIT.search(str(error))
+                if limit is None or not 0 < int(limit[1]) < rows:
+                    raise
+                self._max_rows = int(limit[1])
+                logger.info("model %s takes at most %d rows at a time", self._model, self._max_rows)
+        size = int(self._max_rows)
+        parts = [
+            self._predict_rows(
+                signature, {name: array[start : start + size] for name, array in inputs.items()}, deadline_s
+            )
+            for start in range(0, rows, size)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _predict_once(
+        self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float
+    ) -> dict[str, np.ndarray]:
         request = predict_pb2.PredictRequest()
         request.model_spec.name = self._model
         request.model_spec.version.value = self._version
-        request.model_spec.signature_name = signature
+        request.model_spec.signature_name = signature.name
         for name, array in inputs.items():
-            _write_input(request.inputs[name], array, specs[name])
-        reply = offload(self._send, request, deadline_s or time.monotonic() + CALL_TIMEOUT_S)
-        return {
-            name: read_tensor(tensor, name=name, max_bytes=MAX_REPLY_BYTES) for name, tensor in reply.outputs.items()
-        }
+            _write_input(request.inputs[name], array, signature.inputs[name])
+        reply = self._send(request, deadline_s)
+        rows = len(next(iter(inputs.values()))) if signature.is_batched else None
+        return {name: self._read_output(reply.outputs, spec, rows=rows) for name, spec in signature.outputs.items()}
+
+    def _read_output(self, outputs: Mapping[str, Any], spec: TensorSpec, *, rows: int | None) -> np.ndarray:
+        """Return an output as the signature describes it, with as many rows as the inputs have."""
+        problem = f"the response of TensorFlow Serving at {self._address} cannot be used: output {spec.name}"
+        if spec.name not in outputs:
+            raise InvalidBackendResponse(f"{problem} is missing")
+        try:
+            array = read_tensor(outputs[spec.name], name=spec.name, max_bytes=MAX_REPLY_BYTES)
+        except (ServingError, ValueError, TypeError, OverflowError, MemoryError) as error:
+            raise InvalidBackendResponse(f"{problem}: {error}") from error
+        if not spec.fits(array) or (rows is not None and len(array) != rows):
+            expected = f"{spec}" if rows is None else f"{spec} of {rows} rows"
+            raise InvalidBackendResponse(f"{problem}: expected {expected}, got {array.dtype} {array.shape}")
+        return array
 
     def _send(self, request: Any, deadline_s: float) -> Any:
         """Send a request, again if it was not taken: predicting changes nothing, so that is safe."""
@@ -190,21 +267,6 @@ class RemotePredictor:
         raise AssertionError("the last attempt returns or raises")
 
 
-def _read_class_names(predictor: RemotePredictor) -> dict[str, Any] | None:
-    """Ask a model for the labels of its classes, in the place of the card that stays on the server's disk."""
-    default = predictor.signatures.get("serving_default")
-    lookup = predictor.signatures.get(LABELS_SIGNATURE)
-    shape = default.outputs["probabilities"].shape if default and "probabilities" in default.outputs else None
-    if not lookup or not shape or shape[-1] is None or lookup.inputs.keys() != {"class_id"}:
-        return None
-    try:
-        outputs = predictor.predict(LABELS_SIGNATURE, {"class_id": np.arange(shape[-1], dtype=np.int64)})
-    except ServingError as error:
-        logger.warning("the labels of the classes cannot be had, so their numbers are shown: %s", error)
-        return None
-    return {"class_names": [label.decode("utf-8", errors="replace") for label in outputs["label"]]}
-
-
 def _write_input(tensor: Any, array: np.ndarray, spec: TensorSpec) -> None:
     dtype = NUMPY_DTYPES[spec.dtype]
     if spec.dtype == "DT_STRING":
@@ -218,6 +280,8 @@ def _write_input(tensor: Any, array: np.ndarray, spec: TensorSpec) -> None:
 
 def _answer_for(error: Any, address: str) -> ServingError:
     message = _message(error, address)
+    if error.code() == grpc.StatusCode.INTERNAL and error.details() == _UNREADABLE:
+        return InvalidBackendResponse(f"the response of TensorFlow Serving at {address} cannot be parsed")
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
             return InvalidRequest(message)

@@ -1,4 +1,4 @@
-"""The versions that can answer: handed out, shown, and unloaded when nobody needs them any more."""
+"""Registry of the loaded model versions: hands them out, reports their state, and unloads them after their last use."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from serving.errors import InvalidRequest, ModelNotFound, NotReady, StartupError
-from serving.model_config import ModelConfig
+from serving.errors import HTTP_STATUS_OF_CODE, InvalidRequest, ModelNotFound, NotReady
+from serving.model_config import ModelConfig, printable
 from serving.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
 MAX_ENDED = 20  # versions of a model that are shown after their end
+MAX_MESSAGE = 2_000  # characters of an error that are shown
+CODES = {*HTTP_STATUS_OF_CODE, "OK", "UNKNOWN", "INTERNAL", "DATA_LOSS"}  # of the status API
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +31,17 @@ class ModelVersion:
     name: str
     version: int
     predictor: Predictor
-    card: dict[str, Any] | None  # assets.extra/model.json, shown where it exists, never needed
+    card: dict[str, Any] | None  # the model info, as serving/model_info.py reads it: shown, never needed to serve
 
 
 @dataclass(frozen=True)
 class VersionStatus:
-    """What became of a version, in the words of TensorFlow Serving's status API."""
+    """What became of a version, in the words of TensorFlow Serving's status API.
+
+    A version that is served with a limitation is AVAILABLE and OK, with the limitation as its message. `warnings`
+    are the kinds of limitation: "model_info" (model.json cannot be used), "warmup" (the warm-up records that came
+    later cannot be replayed), "dependent_rows" (requests are not batched), "folder" (it cannot be read any more).
+    """
 
     name: str
     version: int
@@ -42,26 +49,38 @@ class VersionStatus:
     error_code: str = "OK"
     error_message: str = ""
     warmup_records: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FolderProblem:
+    """A folder that cannot be read: of one model, or with `model` None the models folder. Loaded models stay."""
+
+    path: str
+    model: str | None
+    error: str
 
 
 class ModelRepository(ABC):
-    """Knows the versions that answer, and hands them out. Where they come from is its subclasses' affair.
+    """Registry of the versions that can be used. Where they come from is decided by the subclasses.
 
     One thread at a time changes what is served; any number may read it meanwhile.
 
     Args:
-        names: the models without which the repository is not ready.
+        names: the models to serve, as far as they are known.
+        required: the models without which the repository is not ready.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._awaited = frozenset(names)
+    def __init__(self, names: Iterable[str], *, required: Iterable[str] = ()) -> None:
+        self._required = tuple(required)
         self._changing = threading.Lock()
         self._loaded = False
         # Read without the lock, so never changed in place: replaced whole.
-        self._names = tuple(sorted(self._awaited))
+        self._names = tuple(sorted(names))
         self._available: dict[str, dict[int, ModelVersion]] = {}
         self._labels: dict[str, dict[str, int]] = {}
         self._statuses: dict[str, dict[int, VersionStatus]] = {}
+        self._folder_problems: tuple[FolderProblem, ...] = ()
         self._released: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
 
     @abstractmethod
@@ -115,50 +134,70 @@ class ModelRepository(ABC):
         Raises:
             ModelNotFound: there is no model of that name.
         """
-        statuses = self._statuses.get(name)
-        if not statuses:
-            raise ModelNotFound(f"Could not find any versions of model {name}")
-        return [statuses[version] for version in sorted(statuses, reverse=True)]
+        versions = self._list_versions(name)
+        if not versions:
+            reason = self._folder_problem(name)
+            raise ModelNotFound(f"Could not find any versions of model {name}{f': {reason}' if reason else ''}")
+        return versions
 
     def all_versions(self) -> list[VersionStatus]:
         """List the versions of every model that is to be served, those that were tried or wait to be."""
-        statuses = self._statuses
-        return [
-            statuses[name][version] for name in self.all_names() for version in sorted(statuses.get(name, {}))[::-1]
-        ]
+        return [version for name in self.all_names() for version in self._list_versions(name)]
+
+    def _list_versions(self, name: str) -> list[VersionStatus]:
+        statuses = self._statuses.get(name, {})
+        return [self._with_folder_problem(statuses[version]) for version in sorted(statuses, reverse=True)]
+
+    @property
+    def folder_problems(self) -> Sequence[FolderProblem]:
+        """The folders that cannot be read at the moment."""
+        return self._folder_problems
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to answer with, and nothing missing that was there at the start."""
+        """Whether every model had its first load attempt, and the required ones and at least one are available."""
         return self.not_ready_because is None
 
     @property
     def not_ready_because(self) -> str | None:
         """Why the repository is not ready, in a sentence; None when it is.
 
-        A model that came later and cannot be loaded does not take a service out of use that was serving others.
+        One model that cannot be loaded does not take the service out of use that serves others, unless it is
+        required.
         """
-        missing = sorted(name for name in self._awaited if name in self._names and name not in self._available)
         if not self._loaded:
-            return f"loading {', '.join(missing)}" if missing else "loading"
+            missing = sorted({*self._names, *self._required} - self._available.keys())
+            return printable(f"loading {', '.join(missing)}" if missing else "loading")
+        missing = [name for name in self._required if name not in self._available]
+        if not missing and not self._available:
+            missing = list(self._names)
         if missing:
-            return "; ".join(f"{name}: {self._problem(name)}" for name in missing)
-        return None if self._available else "there is no model to answer with"
+            return printable("; ".join(f"{name}: {self.problem(name)}" for name in missing))
+        if self._available:
+            return None
+        reasons = [problem.error for problem in self._folder_problems]
+        return "; ".join(["there is no model to answer with", *reasons])
 
-    def _problem(self, name: str) -> str:
+    def problem(self, name: str) -> str:
+        """Return why a model has no version that can be used."""
         statuses = sorted(self._statuses.get(name, {}).values(), key=lambda status: -status.version)
-        return next((status.error_message for status in statuses if status.error_message), "no version to serve")
+        errors = (status.error_message for status in statuses if status.error_message)
+        return next(errors, None) or self._folder_problem(name) or "no version to serve"
+
+    def _folder_problem(self, name: str) -> str | None:
+        return next((problem.error for problem in self._folder_problems if problem.model in (name, None)), None)
+
+    def _with_folder_problem(self, status: VersionStatus) -> VersionStatus:
+        problem = self._folder_problem(status.name)
+        if problem is None or status.state != "AVAILABLE":
+            return status
+        message = "; ".join(filter(None, (status.error_message, f"{problem}; this version stays loaded")))
+        return replace(status, error_message=message, warnings=(*status.warnings, "folder"))
 
     def load(self) -> None:
-        """Load what is to be served, for the first time.
-
-        Raises:
-            StartupError: not one model could be loaded.
-        """
+        """Try to load what is to be served, for the first time."""
         self.update()
         self._loaded = True
-        if not self._available:
-            raise StartupError(f"no model could be loaded: {self.not_ready_because}")
 
     def update(self) -> None:
         """Bring what is served up to date."""
@@ -168,22 +207,40 @@ class ModelRepository(ABC):
     def watch(self, interval_s: float) -> NoReturn:
         """Bring what is served up to date every so many seconds; does not return."""
         next_look_s = time.monotonic() + interval_s
+        reason = self.not_ready_because
         while True:
             try:
                 released = self._released.get(timeout=max(0.0, next_look_s - time.monotonic()))
             except queue.Empty:
-                try:
+                released = None
+            try:
+                if released is not None:
+                    self._finish_unloading(*released)
+                else:
                     self.update()
-                except Exception:  # whatever a look meets, there has to be a next one
-                    logger.exception("the models could not be looked at")
+            except Exception:  # keep polling, whatever this poll raised
+                logger.exception("the models could not be updated")
+            if released is None:
                 next_look_s = time.monotonic() + interval_s
+                reason = self._log_readiness(reason)
+
+    def _log_readiness(self, before: str | None) -> str | None:
+        reason = self.not_ready_because
+        if reason != before:
+            if reason is None:
+                logger.info("ready")
             else:
-                self._finish_unloading(*released)
+                logger.error("not ready: %s", reason)
+        return reason
 
     def _serve(self, loaded: ModelVersion) -> None:
         """Hand out a version from now on."""
         # Called when the last request that uses it is done, in whatever thread that is: only a note is left then.
         weakref.finalize(loaded.predictor, self._released.put, (loaded.name, loaded.version)).atexit = False
+        self._replace(loaded)
+
+    def _replace(self, loaded: ModelVersion) -> None:
+        """Hand out a version in place of the one of the same number, or add it."""
         versions = {**self._available.get(loaded.name, {}), loaded.version: loaded}
         self._available = {**self._available, loaded.name: versions}
 
@@ -193,7 +250,8 @@ class ModelRepository(ABC):
         if gone := available.keys() - keep:
             for version in gone:
                 logger.info("unloading %s version %d", name, version)
-                self._show(replace(self._statuses[name][version], state="UNLOADING"))
+                status = self._statuses[name][version]
+                self._show(replace(status, state="UNLOADING", error_code="OK", error_message="", warnings=()))
             kept = {version: loaded for version, loaded in available.items() if version in keep}
             others = {other: versions for other, versions in self._available.items() if other != name}
             self._available = {**others, name: kept} if kept else others
@@ -205,7 +263,19 @@ class ModelRepository(ABC):
             if status.state == "UNLOADING":  # else it has been loaded again since
                 self._show(replace(status, state="END"))
 
+    def _set_folder_problems(self, problems: Sequence[FolderProblem]) -> None:
+        """Report the folders that cannot be read; each is logged when that begins and when it ends."""
+        before, now = set(self._folder_problems), set(problems)
+        for problem in sorted(now - before, key=lambda problem: problem.path):
+            logger.error("%s; what is loaded from it stays served", problem.error)
+        for path in sorted({problem.path for problem in before} - {problem.path for problem in now}):
+            logger.info("%s is no longer a problem", path)
+        self._folder_problems = tuple(problems)
+
     def _show(self, status: VersionStatus) -> None:
+        message = printable(status.error_message)[:MAX_MESSAGE]
+        code = status.error_code if status.error_code in CODES else "UNKNOWN"
+        status = replace(status, error_message=message, error_code=code)
         statuses = {**self._statuses.get(status.name, {}), status.version: status}
         for version in sorted(version for version, other in statuses.items() if other.state == "END")[:-MAX_ENDED]:
             del statuses[version]

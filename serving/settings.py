@@ -29,6 +29,7 @@ class Settings:
     model_config_file: Path | None = None
     remote: str | None = None
     remote_models: tuple[str, ...] = ()
+    require_models: tuple[str, ...] = ()
     poll_interval_s: float = 1.0
     host: str = "127.0.0.1"
     rest_port: int = 8501

@@ -5,6 +5,7 @@ The file and its limit are TensorFlow Serving's (`servables/tensorflow/saved_mod
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,25 @@ def replay_warmup_records(path: Path, predictor: Predictor) -> int:
     Raises:
         ModelLoadError: a record is damaged, not a predict request, or fails, or there are too many.
     """
+    count = 0
+    for signature, inputs in read_warmup_records(path):
+        try:
+            predictor.predict(signature, inputs)
+        except (ServingError, TypeError, ValueError) as error:
+            raise _failed(path, count, error) from error
+        count += 1
+    return count
+
+
+def read_warmup_records(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Read the signature and the inputs of every record of a version's warm-up file; none where there is no file.
+
+    Raises:
+        ModelLoadError: a record is damaged or not a predict request, or there are too many.
+    """
     file = path / WARMUP_FILE
     if not file.is_file():
-        return 0
+        return
     import tensorflow as tf
     from google.protobuf.message import DecodeError
     from tensorflow_serving.apis import prediction_log_pb2
@@ -46,12 +63,16 @@ def replay_warmup_records(path: Path, predictor: Predictor) -> int:
                 raise ModelLoadError(f"warm-up record {count} of {file} is no predict request", code="UNIMPLEMENTED")
             request = log.predict_log.request
             inputs: dict[str, np.ndarray] = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
-            predictor.predict(request.model_spec.signature_name or DEFAULT_SIGNATURE, inputs)
+            yield request.model_spec.signature_name or DEFAULT_SIGNATURE, inputs
             count += 1
     except tf.errors.DataLossError as error:
         raise ModelLoadError(f"{file} is damaged after {count} records", code="DATA_LOSS") from error
     except DecodeError as error:
         raise ModelLoadError(f"warm-up record {count} of {file} is damaged", code="DATA_LOSS") from error
-    except (ServingError, TypeError, ValueError) as error:
-        raise ModelLoadError(f"warm-up record {count} of {file} fails: {error}", code="INVALID_ARGUMENT") from error
-    return count
+    except (TypeError, ValueError) as error:
+        raise _failed(path, count, error) from error
+
+
+def _failed(path: Path, count: int, error: Exception) -> ModelLoadError:
+    message = f"warm-up record {count} of {path / WARMUP_FILE} fails: {error}"
+    return ModelLoadError(message, code="INVALID_ARGUMENT")

@@ -23,7 +23,10 @@ def healthz() -> tuple[dict[str, Any], int]:
 
 @blueprint.get("/readyz")
 def readyz() -> tuple[dict[str, Any], int]:
-    """Answer whether every model is loaded and warmed up; 503 with the reason while one is not."""
+    """Return 200 when at least one model and all required ones are loaded and warmed up, else 503 with the reason.
+
+    `models` has every version that was tried, with its `error`; `problems` the folders that cannot be read.
+    """
     repository: ModelRepository = current_app.extensions["repository"]
     reason = repository.not_ready_because
     models = [
@@ -36,7 +39,11 @@ def readyz() -> tuple[dict[str, Any], int]:
         }
         for version in repository.all_versions()
     ]
-    return {"ready": reason is None, "reason": reason, "models": models}, 200 if reason is None else 503
+    problems = [
+        {"path": problem.path, "model": problem.model, "error": problem.error} for problem in repository.folder_problems
+    ]
+    body = {"ready": reason is None, "reason": reason, "models": models, "problems": problems}
+    return body, 200 if reason is None else 503
 
 
 @blueprint.get("/metrics")

@@ -6,7 +6,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, render_template
 
-from serving.errors import InvalidRequest, ModelNotFound, NotReady
+from serving.errors import ModelNotFound, NotReady, ServingError
 from serving.predictor import DEFAULT_SIGNATURE
 from serving.repository import ModelRepository, ModelVersion
 from serving.rest.upload import class_names, picture_size
@@ -52,15 +52,18 @@ def models() -> list[dict[str, Any]]:
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """Describe every model found on disk, in alphabetical order.
+    """Describe every model, in alphabetical order, then the folders that may be models and cannot be read.
 
     Returns:
         For each model its `name`, whether it is `loading`, and its `problem`: None, or why it cannot take pictures.
         Where there is no problem, also its `version`, `height` and `width` in pixels, `class_names`, and what its
-        card says of it, None where it does not: `dataset` (a name) and `test_accuracy` (0 to 1).
+        model info says of it, None where it does not: `dataset` (a name) and `test_accuracy` (0 to 1).
     """
     repository: ModelRepository = current_app.extensions["repository"]
-    return [_describe(repository, name) for name in repository.all_names()]
+    names = repository.all_names()
+    described = [_describe(repository, name) for name in names]
+    unreadable = (problem for problem in repository.folder_problems if problem.model not in (None, *names))
+    return described + [{"name": each.model, "loading": False, "problem": each.error} for each in unreadable]
 
 
 def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
@@ -69,9 +72,9 @@ def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
         height, width = picture_size(version.predictor, model=name)
     except NotReady as error:
         return {"name": name, "loading": True, "problem": str(error)}
-    except ModelNotFound as error:
-        return {"name": name, "loading": False, "problem": _why_missing(repository, name) or str(error)}
-    except InvalidRequest as error:
+    except ModelNotFound:
+        return {"name": name, "loading": False, "problem": repository.problem(name)}
+    except ServingError as error:
         return {"name": name, "loading": False, "problem": str(error)}
     return {
         "name": name,
@@ -84,10 +87,6 @@ def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
         "dataset": _look_up(version.card, "dataset", "name", kind=str),
         "test_accuracy": _look_up(version.card, "test", "accuracy", kind=float),
     }
-
-
-def _why_missing(repository: ModelRepository, name: str) -> str | None:
-    return next((version.error_message for version in repository.versions(name) if version.error_message), None)
 
 
 def _class_names(version: ModelVersion) -> list[str]:
