@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +42,15 @@ def read_model_info(path: Path) -> ModelInfo:
     """Read `assets.extra/model.json` of a version, whatever is in it."""
     file = path / INFO_FILE
     try:
-        if not file.exists():
-            return ModelInfo(None)
-        if not file.is_file():
+        if not stat.S_ISREG(file.stat().st_mode):  # to open a pipe would wait for a writer
             return ModelInfo(None, f"{file} is not a regular file")
         with file.open("rb") as stream:
             text = stream.read(MAX_INFO_BYTES + 1)
         if len(text) > MAX_INFO_BYTES:
             return ModelInfo(None, f"{file} is larger than {MAX_INFO_BYTES:,} bytes")
         document = json.loads(text)
+    except FileNotFoundError:
+        return ModelInfo(None)
     except OSError as error:
         return ModelInfo(None, f"{file} cannot be read: {error.strerror or error}")
     except RecursionError:

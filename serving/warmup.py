@@ -5,6 +5,7 @@ The file and its limit are TensorFlow Serving's (`servables/tensorflow/saved_mod
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,8 +48,13 @@ def read_warmup_records(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]
         ModelLoadError: a record is damaged or not a predict request, or there are too many.
     """
     file = path / WARMUP_FILE
-    if not file.is_file():
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ModelLoadError(f"{file} is not a regular file", code="FAILED_PRECONDITION")
+    except FileNotFoundError:
         return
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {file}: {error.strerror or error}") from error
     import tensorflow as tf
     from google.protobuf.message import DecodeError
     from tensorflow_serving.apis import prediction_log_pb2
@@ -67,6 +73,8 @@ def read_warmup_records(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]
             count += 1
     except tf.errors.DataLossError as error:
         raise ModelLoadError(f"{file} is damaged after {count} records", code="DATA_LOSS") from error
+    except tf.errors.OpError as error:
+        raise ModelLoadError(f"cannot read {file}: {error}") from error
     except DecodeError as error:
         raise ModelLoadError(f"warm-up record {count} of {file} is damaged", code="DATA_LOSS") from error
     except (TypeError, ValueError) as error:

@@ -58,6 +58,7 @@ def test_help_names_every_setting() -> None:
         "--drain-timeout-s",
         "--log-level",
         "--access-log",
+        "--require-model",
     ):
         assert option in text
     assert "8501" in text
@@ -65,8 +66,6 @@ def test_help_names_every_setting() -> None:
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path, models_dir: Path) -> None:
     assert "there is no models folder" in refusal("--models-dir", str(tmp_path / "nowhere"))
-    (tmp_path / "empty").mkdir()
-    assert "no model in" in refusal("--models-dir", str(tmp_path / "empty"))
     assert "--rest-port must be from 1 to 65535" in refusal("--rest-port", "0")
     assert "cannot listen on 192.0.2.1:8501" in refusal("--models-dir", str(models_dir), "--host", "192.0.2.1")
     assert "not a valid integer" in refusal("--threads", "many", code=2)
@@ -87,13 +86,41 @@ def test_a_port_in_use_is_told(models_dir: Path) -> None:
     assert "Address already in use" in output
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server(models_dir: Path, start_server: StartServer) -> None:
+def test_without_a_model_it_waits_for_one_and_says_so(
+    tmp_path: Path, colours: Path, adder: Path, start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVING_REQUIRE_MODEL", "colours")
+    models_dir = tmp_path / "empty"
+    models_dir.mkdir()
+    server = start_server(models_dir, "--poll-interval-s", "0.1", "--require-model", "colours")
+    server.wait_until(lambda: "not ready:" in server.log)
+    assert server.wait_for("/readyz", 503).json()["reason"] == "colours: no version to serve"
+    assert f"waiting for a model: <name>/<version>/saved_model.pb in {models_dir}" in server.log
+    # Broken at first: it stays up, and is ready when the files are mended.
+    shutil.copytree(colours, models_dir / "colours" / "1", ignore=shutil.ignore_patterns("variables"))
+    server.wait_until(lambda: "not ready: colours: cannot load" in server.log)
+    shutil.copytree(adder, models_dir / "adder" / "1")
+    server.wait_for("/v2/models/adder/ready")
+    assert httpx.get(server.url + "/readyz").status_code == 503  # the other one is required
+    shutil.copytree(colours / "variables", models_dir / "colours" / "1" / "variables")
+    server.wait_for("/readyz")
+    assert httpx.post(server.url + "/predict?model=colours", **IMAGE).json()["predictions"][0]["label"] == "blue"
+    assert server.stop() == 0
+    assert "Traceback" not in server.log
+
+
+def test_a_start_with_broken_models_only_is_mended_by_their_files(
+    models_dir: Path, colours: Path, start_server: StartServer
+) -> None:
     for version in ("2", "10"):
         (models_dir / "colours" / version / "saved_model.pb").write_bytes(b"\xff garbage")
-    server = start_server(models_dir)
-    assert server.process.wait(timeout=60) == 1
-    assert "Error: no model could be loaded: colours: Can't parse" in server.log
-    assert server.log.count("Error:") == 1
+    server = start_server(models_dir, "--poll-interval-s", "0.1")
+    server.wait_until(lambda: "not ready:" in server.log)
+    assert "colours: Can't parse" in server.wait_for("/readyz", 503).json()["reason"]
+    assert httpx.get(server.url + "/healthz").status_code == 200
+    shutil.copy(colours / "saved_model.pb", models_dir / "colours" / "10")
+    server.wait_for("/readyz")
+    assert server.stop() == 0
     assert "Traceback" not in server.log
 
 
@@ -172,8 +199,8 @@ def test_one_bad_model_leaves_the_rest_serving_and_broken_bytes_do_no_harm(
     shutil.copytree(adder, models_dir / "adder" / "1")
     (models_dir / "adder" / "1" / "saved_model.pb").write_bytes(b"")
     server = start_server(models_dir, "--access-log", "--max-request-bytes", "100000")
-    server.wait_until(lambda: "not ready:" in server.log)
-    assert "adder: " in server.wait_for("/readyz", 503).json()["reason"]
+    (broken,) = (model for model in server.wait_for("/readyz").json()["models"] if model["name"] == "adder")
+    assert broken["error"]
     url = server.url + "/predict?model=colours"
     assert httpx.post(url, **IMAGE).json()["predictions"][0]["label"] == "blue"
 

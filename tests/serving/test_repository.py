@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -81,28 +82,60 @@ def test_one_broken_model_of_several_leaves_the_others_serving(models_dir: Path,
     repository = load(models_dir)
     assert repository.names() == ["adder"]
     assert repository.all_names() == ["adder", "colours"]
-    assert not repository.ready
-    assert "colours: Can't parse" in str(repository.not_ready_because)
+    assert repository.ready
+    assert "Can't parse" in repository.problem("colours")
     with pytest.raises(ModelNotFound):
         repository.resolve("colours")
     assert repository.resolve("adder").version == 1
 
 
-def test_without_a_single_good_model_loading_fails(models_dir: Path) -> None:
+def test_without_a_single_good_model_it_is_not_ready_until_one_is_mended(models_dir: Path, colours: Path) -> None:
     for version in (2, 10):
         break_version(models_dir, "colours", version)
-    with pytest.raises(StartupError, match="no model could be loaded: colours: Can't parse"):
-        load(models_dir)
+    repository = load(models_dir)
+    assert not repository.ready
+    assert "colours: Can't parse" in str(repository.not_ready_because)
+    shutil.copy(colours / "saved_model.pb", models_dir / "colours" / "10")
+    repository.update()
+    assert repository.ready
+
+
+def test_a_required_model_has_to_be_available(models_dir: Path, adder: Path) -> None:
+    repository = LocalRepository(ModelsFolder(models_dir), required=["colours", "adder"])
+    assert repository.not_ready_because == "loading adder, colours"
+    repository.load()
+    assert repository.not_ready_because == "adder: no version to serve"
+    shutil.copytree(adder, models_dir / "adder" / "1")
+    repository.update()
+    assert repository.ready
+    shutil.rmtree(models_dir / "colours")
+    repository.update()
+    assert "colours: " in str(repository.not_ready_because)
 
 
 @pytest.mark.parametrize(
     ("folder", "message"),
-    [("nowhere", "there is no models folder"), ("empty", "no model in"), ("models/colours", "the folder above")],
+    [
+        ("nowhere", "there is no models folder"),
+        ("file", "is not a folder"),
+        ("file/models", "there is no models folder"),
+        ("models/colours", "the folder above"),
+    ],
 )
-def test_folders_without_models_are_refused_at_once(models_dir: Path, folder: str, message: str) -> None:
-    (models_dir.parent / "empty" / "name" / "no-version").mkdir(parents=True)
+def test_what_cannot_be_a_models_folder_is_refused_at_once(models_dir: Path, folder: str, message: str) -> None:
+    (models_dir.parent / "file").touch()
     with pytest.raises(StartupError, match=message):
         ModelsFolder(models_dir.parent / folder)
+
+
+def test_an_empty_models_folder_is_waited_for(tmp_path: Path, colours: Path) -> None:
+    (tmp_path / "name" / "no-version").mkdir(parents=True)
+    repository = load(tmp_path)
+    assert (repository.all_names(), repository.ready) == ([], False)
+    assert repository.not_ready_because == "there is no model to answer with"
+    shutil.copytree(colours, tmp_path / "name" / "1")
+    repository.update()
+    assert (repository.all_names(), repository.ready) == (["name"], True)
 
 
 def test_nothing_is_answered_until_the_warm_up_is_done(models_dir: Path) -> None:
@@ -142,7 +175,7 @@ def test_requests_go_through_the_wrapper_and_warm_up_does_not(models_dir: Path) 
 
     wrapped: list[str] = []
 
-    def wrap(name: str, predictor: Predictor) -> Predictor:
+    def wrap(name: str, predictor: Predictor, _: Collection[str]) -> Predictor:
         wrapped.append(name)
         return predictor
 

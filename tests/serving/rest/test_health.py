@@ -19,6 +19,7 @@ def test_a_loaded_service_is_alive_and_ready(client: FlaskClient) -> None:
         "ready": True,
         "reason": None,
         "models": [{"name": "colours", "version": 7, "state": "AVAILABLE", "warmup_records": 2, "error": None}],
+        "problems": [],
     }
 
 
@@ -34,16 +35,16 @@ def test_a_service_that_has_not_loaded_is_alive_and_not_ready(models_dir: Path) 
     assert "still being loaded" in refused.text
 
 
-def test_one_model_that_failed_makes_it_not_ready_and_says_why(models_dir: Path, adder: Path) -> None:
+def test_one_model_that_failed_is_shown_and_leaves_the_others_ready(models_dir: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
     for version in ("2", "10"):
         (models_dir / "colours" / version / "saved_model.pb").write_bytes(b"\xff")
     app = create_app(Settings(models_dir=models_dir))
     app.extensions["repository"].load()
     response = app.test_client().get("/readyz")
-    assert response.status_code == 503
+    assert response.status_code == 200
     assert response.json is not None
-    assert "colours: Can't parse" in response.json["reason"]
+    assert response.json["reason"] is None
     states = {(m["name"], m["version"]): (m["state"], m["error"]) for m in response.json["models"]}
     assert states["adder", 1] == ("AVAILABLE", None)
     assert states["colours", 10][0] == "END"
@@ -51,6 +52,11 @@ def test_one_model_that_failed_makes_it_not_ready_and_says_why(models_dir: Path,
     assert 'serving_model_version_state{model="colours",state="END",version="10"} 1.0' in (
         app.test_client().get("/metrics").text
     )
+    app = create_app(Settings(models_dir=models_dir, require_models=("colours",)))
+    app.extensions["repository"].load()
+    response = app.test_client().get("/readyz")
+    assert (response.status_code, (response.json or {})["ready"]) == (503, False)
+    assert "colours: Can't parse" in (response.json or {})["reason"]
 
 
 def test_a_process_that_only_a_restart_can_mend_says_so(app: Flask) -> None:

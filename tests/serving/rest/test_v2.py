@@ -145,11 +145,11 @@ def test_before_its_models_are_loaded_it_is_live_and_not_ready(models_dir: Path)
     assert "still being loaded" in error(post(client, "colours", SUM), 503)
 
 
-def test_a_model_that_failed_to_load_makes_the_server_not_ready(models_dir: Path, adder: Path) -> None:
+def test_a_required_model_that_failed_to_load_makes_the_server_not_ready(models_dir: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
     for version in ("2", "10"):
         (models_dir / "colours" / version / "saved_model.pb").write_bytes(b"\xff")
-    app = create_app(Settings(models_dir=models_dir))
+    app = create_app(Settings(models_dir=models_dir, require_models=("colours",)))
     app.extensions["repository"].load()
     client = app.test_client()
     response = client.get("/v2/health/ready")
