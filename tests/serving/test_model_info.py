@@ -64,7 +64,18 @@ def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, text: bytes) -> 
     [
         *(
             ("class_names", value, "class_names must")
-            for value in (3, "ab", {"0": "a"}, [{"name": "a"}], [["a"], "b"], [None], [True], ["a", "a"], [1.5], [1, "1"])
+            for value in (
+                3,
+                "ab",
+                {"0": "a"},
+                [{"name": "a"}],
+                [["a"], "b"],
+                [None],
+                [True],
+                ["a", "a"],
+                [1.5],
+                [1, "1"],
+            )
         ),
         *(("dataset", value, "dataset must be an object") for value in ("paint", 1, ["name"], True)),
         *(("dataset", {"name": value}, "dataset.name must") for value in (1, [], {}, True)),
