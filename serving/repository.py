@@ -269,7 +269,7 @@ class ModelRepository(ABC):
         for problem in sorted(now - before, key=lambda problem: problem.path):
             logger.error("%s; what is loaded from it stays served", problem.error)
         for path in sorted({problem.path for problem in before} - {problem.path for problem in now}):
-            logger.info("%s is no longer a problem", path)
+            logger.warning("%s can be read again, or is not needed any more", path)
         self._folder_problems = tuple(problems)
 
     def _show(self, status: VersionStatus) -> None:

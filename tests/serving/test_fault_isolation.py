@@ -259,16 +259,16 @@ FOLDERS: dict[str, tuple[bytes, Callable[[Path], object]]] = {
 
 
 @pytest.fixture
-def as_user(tmp_path: Path) -> Iterator[None]:
+def as_user(models_dir: Path) -> Iterator[None]:
     """Permissions hold for root too: run as nobody, who owns the test's folder."""
     if os.geteuid() != 0:
         yield
         return
-    above = [folder for folder in tmp_path.parents if folder.is_relative_to(tempfile.gettempdir())]
+    above = [folder for folder in models_dir.parents if folder.is_relative_to(tempfile.gettempdir())]
     modes = {folder: stat.S_IMODE(folder.stat().st_mode) for folder in above}
     for folder, mode in modes.items():
         folder.chmod(mode | 0o011)
-    for path in (tmp_path, *tmp_path.rglob("*")):
+    for path in (models_dir.parent, *models_dir.parent.rglob("*")):
         os.chown(path, 65534, 65534)
     os.seteuid(65534)
     yield
@@ -277,10 +277,11 @@ def as_user(tmp_path: Path) -> Iterator[None]:
         folder.chmod(mode)
 
 
+@pytest.mark.usefixtures("as_user")
 @pytest.mark.parametrize("when", ["at the start", "later"])
 @pytest.mark.parametrize("case", FOLDERS)
 def test_only_the_faulty_folder_is_reported(
-    models_dir: Path, as_user: None, case: str, when: str, caplog: pytest.LogCaptureFixture
+    models_dir: Path, case: str, when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     name, make = FOLDERS[case]
     folder = Path(os.fsdecode(os.fsencode(models_dir) + b"/" + name))
@@ -328,7 +329,8 @@ def test_only_the_faulty_folder_is_reported(
             folder.chmod(0o755)
 
 
-def test_a_version_that_may_not_be_read_is_served_once_it_may(models_dir: Path, as_user: None) -> None:
+@pytest.mark.usefixtures("as_user")
+def test_a_version_that_may_not_be_read_is_served_once_it_may(models_dir: Path) -> None:
     """Neither times nor sizes change with permissions: the change time does."""
     file = models_dir / "colours" / "10" / "saved_model.pb"
     file.chmod(0)
