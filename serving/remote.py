@@ -138,15 +138,22 @@ class RemoteRepository(ModelRepository):
         request = get_model_status_pb2.GetModelStatusRequest()
         request.model_spec.name = name
         reply = self._models.GetModelStatus(request, timeout=LOOK_TIMEOUT_S)
-        available = set()
-        for status in reply.model_version_status:
-            state = get_model_status_pb2.ModelVersionStatus.State.Name(status.state)
-            if state == "AVAILABLE":
-                available.add(status.version)
-                if status.version not in self._available.get(name, {}):
-                    self._serve_version(name, status.version)
-            code = error_codes_pb2.Code.Name(status.status.error_code)
-            self._show(VersionStatus(name, status.version, state, code, status.status.error_message))
+        states = get_model_status_pb2.ModelVersionStatus.State
+        statuses = [
+            VersionStatus(
+                name,
+                status.version,
+                states.Name(status.state),
+                error_codes_pb2.Code.Name(status.status.error_code),
+                status.status.error_message,
+            )
+            for status in reply.model_version_status
+        ]
+        available = {status.version for status in statuses if status.state == "AVAILABLE"}
+        for version in available - self._available.get(name, {}).keys():
+            self._serve_version(name, version)
+        for status in statuses:
+            self._show(status)
         self._unload(name, keep=available)
 
     def _serve_version(self, name: str, version: int) -> None:

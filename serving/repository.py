@@ -132,10 +132,13 @@ class ModelRepository(ABC):
         Older versions that were never needed stay out, as TensorFlow Serving's default policy has it.
 
         Raises:
-            ModelNotFound: there is no model of that name.
+            NotReady: nothing is known of the model yet.
+            ModelNotFound: there is no model of that name, or no version of it.
         """
         versions = self._list_versions(name)
         if not versions:
+            if not self._loaded and name in self._names:
+                raise NotReady(f"model {name} is still being loaded; try again in a few seconds")
             reason = self._folder_problem(name)
             raise ModelNotFound(f"Could not find any versions of model {name}{f': {reason}' if reason else ''}")
         return versions
@@ -250,7 +253,7 @@ class ModelRepository(ABC):
         if gone := available.keys() - keep:
             for version in gone:
                 logger.info("unloading %s version %d", name, version)
-                status = self._statuses[name][version]
+                status = self._statuses.get(name, {}).get(version, VersionStatus(name, version))
                 self._show(replace(status, state="UNLOADING", error_code="OK", error_message="", warnings=()))
             kept = {version: loaded for version, loaded in available.items() if version in keep}
             others = {other: versions for other, versions in self._available.items() if other != name}

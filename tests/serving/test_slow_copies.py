@@ -1,0 +1,204 @@
+"""Versions that are copied into place file by file, slower than they are polled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from serving.app import create_app
+from serving.local import LocalRepository
+from serving.model_config import ModelsFolder
+from serving.predictor import SavedModelPredictor
+from serving.settings import Settings
+from tests.serving.conftest import Server
+from tests.serving.saved_models import write_warmup_records
+
+INFO = {"class_names": ["red", "green", "blue"]}
+
+
+@pytest.fixture
+def version(models_dir: Path) -> Path:
+    """Version 11, to be filled."""
+    path = models_dir / "colours" / "11"
+    path.mkdir()
+    return path
+
+
+def test_every_step_of_a_copy(models_dir: Path, version: Path, colours: Path) -> None:
+    repository = LocalRepository(ModelsFolder(models_dir))
+    repository.load()
+
+    def poll() -> tuple[int, str, int]:
+        repository.update()
+        status = repository.versions("colours")[0]
+        assert status.version == 11
+        return repository.resolve("colours").version, status.state, status.warmup_records
+
+    assert poll() == (10, "END", 0)
+    pb = (colours / "saved_model.pb").read_bytes()
+    for part in (0, 1, len(pb) // 2, len(pb) - 1):
+        (version / "saved_model.pb").write_bytes(pb[:part])
+        assert poll() == (10, "END", 0)
+    shutil.copy(colours / "saved_model.pb", version)
+    assert poll() == (10, "END", 0)
+    (version / "variables").mkdir()
+    assert poll() == (10, "END", 0)
+    shutil.copy(colours / "variables" / "variables.index", version / "variables")
+    assert poll() == (10, "END", 0)
+    data = (colours / "variables" / "variables.data-00000-of-00001").read_bytes()
+    (version / "variables" / "variables.data-00000-of-00001").write_bytes(data[: len(data) // 2])
+    assert poll() == (10, "END", 0)
+    (version / "variables" / "variables.data-00000-of-00001").write_bytes(data)
+    assert poll() == (11, "AVAILABLE", 0)
+    assert repository.resolve("colours").card is None
+
+    held = repository.resolve("colours").predictor
+    (version / "assets.extra").mkdir()
+    assert poll() == (11, "AVAILABLE", 0)
+    info = version / "assets.extra" / "model.json"
+    info.write_text('{"class_names": ["red",')
+    assert poll() == (11, "AVAILABLE", 0)
+    assert "not valid JSON" in repository.versions("colours")[0].error_message
+    info.write_text(json.dumps(INFO))
+    assert poll() == (11, "AVAILABLE", 0)
+    assert repository.resolve("colours").card == INFO
+    assert repository.versions("colours")[0].error_message == ""
+    warmup = "assets.extra/tf_serving_warmup_requests"
+    (version / warmup).write_bytes((colours / warmup).read_bytes()[:-5])
+    assert poll() == (11, "AVAILABLE", 0)
+    assert "damaged" in repository.versions("colours")[0].error_message
+    assert repository.versions("colours")[0].warnings == ("warmup",)
+    info.write_text(json.dumps({"class_names": ["a", "b", "c"]}))
+    assert poll() == (11, "AVAILABLE", 0)
+    assert repository.versions("colours")[0].warnings == ("warmup",)  # another file does not mend it
+    shutil.copy(colours / warmup, version / warmup)
+    assert poll() == (11, "AVAILABLE", 2)
+    assert repository.versions("colours")[0].error_message == ""
+    assert repository.resolve("colours").card == {"class_names": ["a", "b", "c"]}
+    assert repository.resolve("colours").predictor is held
+
+
+def test_the_records_are_replayed_once_when_they_arrive(models_dir: Path, colours: Path) -> None:
+    calls: list[int] = []
+
+    class Counted(SavedModelPredictor):
+        def predict(self, signature: str, inputs: dict[str, np.ndarray], **_: object) -> dict[str, np.ndarray]:
+            calls.append(len(inputs["images"]))
+            return super().predict(signature, inputs)
+
+    extra = models_dir / "colours" / "10" / "assets.extra"
+    shutil.rmtree(extra)
+    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=Counted)
+    repository.load()
+    assert calls == []
+    shutil.copytree(colours / "assets.extra", extra)
+    for _ in range(3):
+        repository.update()
+    assert calls == [1, 3]
+    assert repository.versions("colours")[0].warmup_records == 2
+
+
+def test_records_that_arrive_later_show_what_must_not_be_batched(tmp_path: Path) -> None:
+    """The made-up rows are refused, so only the records can tell."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, "images")])
+    def parse(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        values = tf.io.parse_example(images, {"v": tf.io.FixedLenFeature([1], tf.float32)})["v"]
+        return {"y": values - tf.reduce_mean(values)}
+
+    version = tmp_path / "coupled" / "1"
+    tf.saved_model.save(tf.Module(), str(version), signatures=parse)
+    app = create_app(Settings(models_dir=tmp_path))
+    repository = app.extensions["repository"]
+    repository.load()
+    assert repository.versions("coupled")[0].warnings == ()
+    assert "serving_default" in repository.resolve("coupled").predictor._gathered
+    values = [tf.train.Feature(float_list={"value": [float(i)]}) for i in range(3)]
+    examples = [tf.train.Example(features=tf.train.Features(feature={"v": value})) for value in values]
+    write_warmup_records(version, [tf.constant([example.SerializeToString() for example in examples])])
+    repository.update()
+    assert repository.versions("coupled")[0].warnings == ("dependent_rows",)
+    assert repository.resolve("coupled").predictor._gathered == set()
+    assert repository.versions("coupled")[0].state == "AVAILABLE"
+
+
+def save_labelled(path: Path, labels: list[str]) -> None:
+    class Labelled(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec((None, 4, 4, 3), tf.uint8, "images")])
+        def classify(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+            rows = tf.shape(images)[0]
+            return {
+                "probabilities": tf.ensure_shape(tf.tile([[0.75, 0.25]], [rows, 1]), (None, 2)),
+                "class_id": tf.zeros([rows], tf.int64),
+                "label": tf.fill([rows], "ham"),
+            }
+
+        @tf.function(input_signature=[tf.TensorSpec((None,), tf.int64, "class_id")])
+        def labels(self, class_id: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"label": tf.gather(tf.constant(labels), class_id)}
+
+    model = Labelled()
+    tf.saved_model.save(model, str(path), signatures={"serving_default": model.classify, "labels": model.labels})
+
+
+def test_the_classes_are_named_by_the_signature_where_there_is_no_info(tmp_path: Path) -> None:
+    version = tmp_path / "food" / "1"
+    save_labelled(version, ["ham", "eggs"])
+    app = create_app(Settings(models_dir=tmp_path))
+    repository = app.extensions["repository"]
+    repository.load()
+
+    def class_names() -> list[str]:
+        return (app.test_client().get("/models.json").json or [])[0]["class_names"]
+
+    assert class_names() == ["ham", "eggs"]
+    (version / "assets.extra").mkdir()
+    info = version / "assets.extra" / "model.json"
+    for text, names in (
+        ('{"class_names": ["Schinken", "Eier"]}', ["Schinken", "Eier"]),
+        ('{"dataset": {"name": "food"}}', ["ham", "eggs"]),
+        ('{"class_names": [{}]}', ["ham", "eggs"]),
+        ("[" * 100_000, ["ham", "eggs"]),
+    ):
+        info.write_text(text)
+        repository.update()
+        assert class_names() == names
+
+
+@pytest.mark.parametrize("labels", [["ham"], ["ham", "ham"], ["\x00", ""]])
+def test_a_labels_signature_of_any_kind_does_no_harm(tmp_path: Path, labels: list[str]) -> None:
+    save_labelled(tmp_path / "food" / "1", labels)
+    app = create_app(Settings(models_dir=tmp_path))
+    app.extensions["repository"].load()
+    assert app.extensions["repository"].ready
+    (model,) = app.test_client().get("/models.json").json or []
+    assert len(model["class_names"]) == 2
+    assert app.test_client().get("/").status_code == 200
+
+
+def test_the_process_shows_the_info_that_arrives(
+    models_dir: Path, version: Path, colours: Path, start_server: Callable[..., Server]
+) -> None:
+    server = start_server(models_dir, "--poll-interval-s", "0.05")
+    server.wait_for("/readyz")
+    for name in ("saved_model.pb", "variables", "assets.extra"):
+        server.wait_until(lambda: "version 11" in server.log)
+        if (colours / name).is_dir():
+            shutil.copytree(colours / name, version / name)
+        else:
+            shutil.copy(colours / name, version)
+
+    def described() -> tuple[int, list[str]]:
+        (model,) = httpx.get(server.url + "/models.json").json()
+        return model["version"], model["class_names"]
+
+    server.wait_until(lambda: described() == (11, INFO["class_names"]))
+    server.wait_until(lambda: httpx.get(server.url + "/readyz").json()["models"][0]["warmup_records"] == 2)
+    assert server.stop() == 0
