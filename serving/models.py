@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-    def batch(model: str, predictor: Predictor, unbatched: Collection[str]) -> Predictor:
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from serving.batcher import Batcher

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import time
 from collections.abc import Collection
@@ -221,7 +222,7 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserInvalidMethodError as error:
             if any(line[1] not in _METHODS for line in _REQUEST_LINE.finditer(data)):
                 raise RequestFault("501 Not Implemented", "this method is not one of HTTP's") from error
-            raise RequestFault("400 Bad Request", "expected a request line: a method, a path and the version of HTTP") from error
+            raise RequestFault("400 Bad Request", "expected a method, a path and a version of HTTP") from error
         except httptools.HttpParserError as error:
             raise RequestFault("400 Bad Request", f"the request cannot be parsed: {error}") from error
 
@@ -341,7 +342,7 @@ class Connection(HttpToolsProtocol):
             self._send_error(cycle, error)
         except RequestFault as fault:
             cycle.keep_alive = False
-            self._write(cycle, _fault_response(fault))
+            self._write(cycle, _error_response(fault.status, str(fault)))
         else:
             if body is None:  # disconnected
                 self._release()
@@ -403,7 +404,11 @@ class Connection(HttpToolsProtocol):
         timeout_s = self.limits.request_timeout_s
         for name, value in cycle.scope["headers"]:
             if name == TIMEOUT_HEADER:
-                timeout_s = min(timeout_s, _seconds(value))
+                if (seconds := _read_seconds(value)) is None:
+                    message = f"expected seconds in the header X-Request-Timeout-S, such as 0.5, got {value[:40]!r}"
+                    self._write(cycle, _error_response("400 Bad Request", message))
+                    return
+                timeout_s = min(timeout_s, seconds)
         self._work = Reservation(self.limits.budget.work)
         context = RequestContext(
             deadline_s=arrived_s + timeout_s,
@@ -617,12 +622,12 @@ def _content_length(cycle: RequestResponseCycle) -> int | None:
     return None
 
 
-def _seconds(value: bytes) -> float:
+def _read_seconds(value: bytes) -> float | None:
     try:
         seconds = float(value)
     except ValueError:
-        return float("inf")
-    return max(0.0, seconds) if seconds == seconds else float("inf")
+        return None
+    return seconds if 0.0 < seconds < math.inf else None
 
 
 def _origin_form(target: bytes) -> bytes:
@@ -638,11 +643,12 @@ def _error_body(message: str) -> bytes:
     return orjson.dumps({"error": message})
 
 
-def _fault_response(fault: RequestFault) -> Response:
-    return Response(fault.status, [("Content-Type", "application/json")], _error_body(str(fault)))
+def _error_response(status: str, message: str) -> Response:
+    return Response(status, [("Content-Type", "application/json")], _error_body(message))
 
 
 def _overloaded(late_s: float) -> Response:
     message = "too many requests wait, and this one could not be answered in time; try again later"
-    headers = [("Content-Type", "application/json"), ("Retry-After", str(max(1, round(late_s))))]
-    return Response("503 Service Unavailable", headers, _error_body(message))
+    response = _error_response("503 Service Unavailable", message)
+    response.headers.append(("Retry-After", str(max(1, round(late_s)))))
+    return response

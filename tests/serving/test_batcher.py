@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from serving.batcher import LISTEN_EVERY, Batcher
-from serving.errors import InvalidRequest, ModelFailed
+from serving.errors import InvalidRequest, ModelFailed, Overloaded
 from serving.liveness import Liveness
 from serving.predictor import Signature, TensorSpec
-from serving.waiting import caller_is_gone
+from serving.request_context import RequestContext, current_request
 
 
 class Doubler:
@@ -47,8 +47,8 @@ class Doubler:
 
 
 def batch(model: Doubler, liveness: Liveness | None = None, **limits: int) -> Batcher:
-    settings = {"max_batch_rows": 8, "max_queued_rows": 100, "concurrency": 1, **limits}
-    return Batcher(model, ThreadPoolExecutor(8), liveness=liveness or Liveness(), **settings)
+    settings = {"max_batch_rows": 8, "max_queued_rows": 100, "max_request_rows": 1_000, "concurrency": 1, **limits}
+    return Batcher(model, liveness=liveness or Liveness(), **settings)
 
 
 def rows(*values: float) -> dict[str, np.ndarray]:
@@ -77,7 +77,7 @@ def together(batcher: Batcher, model: Doubler, requests: list[tuple[str, dict[st
         answers = []
         for queued, (signature, inputs) in enumerate(requests, start=1):
             answers.append(pool.submit(ask, signature, inputs))
-            wait_until(lambda queued=queued: len(batcher._queue) == queued or answers[-1].done())
+            wait_until(lambda queued=queued: len(batcher._short.queue) == queued or answers[-1].done())
         model.gate.set()
         assert first.result() == [0]
         return [answer.result() for answer in answers]
@@ -94,7 +94,7 @@ def test_short_calls_are_made_by_whoever_asks_once_they_are_known_to_be_short() 
     batcher = batch(model)
     for _ in range(20):
         assert batcher.predict("double", rows(1))["y"].tolist() == [[2]]
-        wait_until(lambda: batcher._calls == 0)  # else the next would come while the thread still looks for it
+        wait_until(lambda: batcher._short.calls == 0)  # else the next would come while the thread still looks for it
     assert model.threads[0] != threading.get_ident()
     assert model.threads.count(threading.get_ident()) > 10
     # What is known of a signature and a shape says nothing of others.
@@ -114,12 +114,12 @@ def test_who_asks_alone_is_heard_by_another_thread_now_and_then_and_company_alwa
         before = len(model.threads)
         for _ in range(times):
             batcher.predict("double", rows(1))
-            wait_until(lambda: batcher._calls == 0)
+            wait_until(lambda: batcher._short.calls == 0)
         return [call for call, thread in enumerate(model.threads[before:]) if thread != threading.get_ident()]
 
     assert ask(2 * LISTEN_EVERY + 1) == [0, LISTEN_EVERY, 2 * LISTEN_EVERY]
     together(batcher, model, [("double", rows(1))])
-    wait_until(lambda: batcher._calls == 0)
+    wait_until(lambda: batcher._short.calls == 0)
     assert ask(LISTEN_EVERY + 2) == list(range(LISTEN_EVERY))
 
 
@@ -193,7 +193,7 @@ def test_beyond_the_queue_requests_are_refused_at_once() -> None:
     model = Doubler()
     answers = together(batch(model, max_queued_rows=3), model, [("double", rows(v)) for v in (1, 2, 3, 4)])
     assert answers[:3] == [[2], [4], [6]]
-    assert isinstance(answers[3], ModelFailed)
+    assert isinstance(answers[3], Overloaded)
     assert (answers[3].code, answers[3].status) == ("UNAVAILABLE", 503)
 
 
@@ -245,17 +245,17 @@ def test_who_has_gone_is_not_predicted_for() -> None:
     model.gate.clear()
 
     def ask_and_go() -> None:
-        caller_is_gone.set(lambda: True)
+        current_request.set(RequestContext(client_disconnected=lambda: True))
         batcher.predict("double", rows(2))
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(batcher.predict, "double", rows(1))
         wait_until(lambda: bool(model.calls))
         gone = pool.submit(ask_and_go)
-        wait_until(lambda: bool(batcher._queue))
+        wait_until(lambda: bool(batcher._short.queue))
         model.gate.set()
         assert first.result()["y"].tolist() == [[2]]
-        with pytest.raises(ModelFailed, match="has gone"):
+        with pytest.raises(ModelFailed, match="client disconnected"):
             gone.result()
     assert model.calls == [1]
 
@@ -270,8 +270,8 @@ def test_nothing_is_mixed_up_or_lost_under_load() -> None:
 
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(ask, range(3_000)))
-    assert not batcher._queue
-    assert batcher._queued_rows == batcher._calls == 0
+    assert not batcher._short.queue
+    assert batcher._short.queued_rows == batcher._short.calls == batcher._long.calls == 0
     assert max(model.calls) <= 8
 
 

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import greenlet
 import pytest
 
-from serving.waiting import MAX_IDLE, LoopGreenlets, Pause, call_from_loop, caller_is_gone, end_pauses
+from serving.request_context import RequestContext, current_request
+from serving.waiting import MAX_IDLE, LoopGreenlets, Pause, call_from_loop, end_pauses
 
 
-@pytest.mark.parametrize("is_small", [True, False])
-def test_a_function_waits_while_the_loop_goes_on(is_small: bool) -> None:
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_function_waits_while_the_loop_goes_on(in_thread: bool) -> None:
     pauses: list[Pause] = []
     threads: list[int] = []
 
@@ -22,7 +23,7 @@ def test_a_function_waits_while_the_loop_goes_on(is_small: bool) -> None:
         return "went on" if pauses[0].wait(60) else "timed out"
 
     async def run(pool: ThreadPoolExecutor) -> str:
-        waiting = asyncio.create_task(call_from_loop(wait, greenlets=LoopGreenlets(pool), is_small=is_small))
+        waiting = asyncio.create_task(call_from_loop(wait, greenlets=LoopGreenlets(pool), in_thread=in_thread))
         while not pauses:
             await asyncio.sleep(0.001)
         end_pauses(pauses)
@@ -30,23 +31,23 @@ def test_a_function_waits_while_the_loop_goes_on(is_small: bool) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         assert asyncio.run(run(pool)) == "went on"
-    assert (threads == [threading.get_ident()]) is is_small
+    assert (threads == [threading.get_ident()]) is not in_thread
 
 
-@pytest.mark.parametrize("is_small", [True, False])
-def test_a_function_that_nobody_waits_for_is_told_so(is_small: bool) -> None:
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_function_that_nobody_waits_for_is_told_so(in_thread: bool) -> None:
     pauses: list[Pause] = []
     told: list[bool] = []
 
     def wait() -> None:
-        is_gone = caller_is_gone.get()
+        is_gone = current_request.get().client_disconnected
         told.append(is_gone())
         pauses.append(Pause())
         pauses[0].wait(60)
         told.append(is_gone())
 
     async def run(pool: ThreadPoolExecutor) -> None:
-        waiting = asyncio.create_task(call_from_loop(wait, greenlets=LoopGreenlets(pool), is_small=is_small))
+        waiting = asyncio.create_task(call_from_loop(wait, greenlets=LoopGreenlets(pool), in_thread=in_thread))
         while not pauses:
             await asyncio.sleep(0.001)
         waiting.cancel()
@@ -69,8 +70,8 @@ def test_a_greenlet_that_is_through_serves_again_and_keeps_nothing() -> None:
     seen: list[tuple[greenlet.greenlet, bool]] = []
 
     def answer(request: Request) -> None:
-        seen.append((greenlet.getcurrent(), caller_is_gone.get()()))
-        caller_is_gone.set(request.is_gone)
+        seen.append((greenlet.getcurrent(), current_request.get().client_disconnected()))
+        current_request.set(RequestContext(client_disconnected=request.is_gone))
 
     async def run(pool: ThreadPoolExecutor) -> None:
         greenlets = LoopGreenlets(pool)
