@@ -5,6 +5,7 @@ The limit includes swap where the kernel counts swap, so that a process over its
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -81,10 +82,8 @@ class MemoryCgroup:
         until_s = time.monotonic() + 10
         while True:
             for pid in (self.path / "cgroup.procs").read_text().split():
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             try:
                 self.path.rmdir()
                 return
