@@ -12,10 +12,10 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 TIMEOUT_S = 60
 NICENESS = 10
@@ -151,24 +151,29 @@ def send_at_once(server: Server, calls: Sequence[Call]) -> list[Outcome]:
         return list(pool.map(lambda call: send(server, call), calls))
 
 
-def run_attack(name: str, server: Server, seconds: float) -> list[Outcome]:
-    """Send the calls of an attack at once, and again until so many seconds have passed."""
+def run_attacks(names: Sequence[str], server: Server, seconds: float) -> dict[str, list[Outcome]]:
+    """Make all attacks at the same time, each again until so many seconds have passed."""
     from benchmarks.attacks import ATTACKS
 
-    outcomes: list[Outcome] = []
     until_s = time.monotonic() + seconds
-    while True:
-        outcomes += ATTACKS[name](server)
-        if time.monotonic() >= until_s:
-            return outcomes
+
+    def run(name: str) -> list[Outcome]:
+        outcomes = ATTACKS[name](server)
+        while time.monotonic() < until_s:
+            outcomes += ATTACKS[name](server)
+        return outcomes
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        return dict(zip(names, pool.map(run, names), strict=True))
 
 
-def prepare_attack(name: str, server: Server) -> None:
-    """Make the bodies of an attack, which may take a second."""
+def prepare_attacks(names: Sequence[str], server: Server) -> None:
+    """Make the bodies of attacks, which takes up to seconds."""
     from benchmarks.attacks import CALLS, make_calls
 
-    if name in CALLS:
-        make_calls(name, server)
+    for name in names:
+        if name in CALLS:
+            make_calls(name, server)
 
 
 def count_outcomes(outcomes: Iterable[Outcome]) -> dict[str, int]:
@@ -180,20 +185,19 @@ def count_outcomes(outcomes: Iterable[Outcome]) -> dict[str, int]:
 
 
 class HostileProcess:
-    """A process of low priority that runs attacks, several at a time."""
+    """A process of low priority that makes attacks."""
 
-    def __init__(self, workers: int = 1) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=os.nice, initargs=(NICENESS,))
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=os.nice, initargs=(NICENESS,))
 
-    def prepare(self, name: str, server: Server) -> None:
-        self._pool.submit(prepare_attack, name, server).result()
+    def prepare(self, names: Sequence[str], server: Server) -> None:
+        """Make the bodies, so that `start` sends them at once."""
+        self._pool.submit(prepare_attacks, tuple(names), server).result()
 
-    def start(self, name: str, server: Server, seconds: float = 0) -> Future[list[Outcome]]:
-        return self._pool.submit(run_attack, name, server, seconds)
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        return self._pool.submit(function, *args)
+    def start(self, names: Sequence[str], server: Server, *, seconds: float = 0) -> Future[dict[str, list[Outcome]]]:
+        """Make all attacks at the same time, each at least once and again until so many seconds have passed."""
+        return self._pool.submit(run_attacks, tuple(names), server, seconds)
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Well-behaved clients in a process of their own, which send small requests at fixed times and note how long each takes.
+"""Well-behaved clients in a process of their own: they send small requests at fixed times and note the latencies.
 
 A latency counts from when the request was due, so that a server that stops for a second delays all requests due in it.
 The process is not the one that misbehaves, so that what is measured is the server's delay and not the other client's.
@@ -34,7 +34,7 @@ LARGE_ROWS = 48  # more than 256 KB of JSON
 
 @dataclass(frozen=True)
 class Sample:
-    """One request: when it was due, how long it took from then on, and what was wrong with its response, if anything."""
+    """One request: when it was due, how long it took from then on, and what was wrong with its response."""
 
     kind: str
     due_s: float  # on the clock of time.monotonic
@@ -132,9 +132,8 @@ def make_http_client(url: str, kind: str, model: str, expect: bytes) -> Callable
     image = payloads.make_small_image()
     red = b"[" + b",".join([b"[" + b",".join([b"[255,0,0]"] * 32) + b"]"] * 32) + b"]"
     pixels = b"\xff\0\0" * 32 * 32
-    head = (
-        b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1,32,32,3],"parameters":{"binary_data_size":3072}}]}'
-    )
+    tensor = b'{"name":"images","datatype":"UINT8","shape":[1,32,32,3],"parameters":{"binary_data_size":3072}}'
+    head = b'{"inputs":[%s]}' % tensor
     json_kind = {"Content-Type": "application/json"}
     v2_headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
     requests: dict[str, tuple[str, str, bytes, dict[str, str]]] = {

@@ -20,8 +20,7 @@ RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: close() sends RST
 
 
 def _connect(server: Server) -> socket.socket:
-    connection = socket.create_connection(server.http_address, timeout=10)
-    return connection
+    return socket.create_connection(server.http_address, timeout=10)
 
 
 def _head(server: Server, length: int) -> bytes:

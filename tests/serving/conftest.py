@@ -22,6 +22,7 @@ from PIL import Image
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from benchmarks import memory_cgroup
 from serving.app import create_app
 from serving.settings import Settings
 from tests.serving import saved_models
@@ -151,3 +152,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         if server.process.poll() is None:
             server.process.kill()  # its worker ends with it
             server.process.wait()
+
+
+_NO_CGROUPS = memory_cgroup.why_unavailable()
+requires_cgroups = pytest.mark.skipif(_NO_CGROUPS is not None, reason=f"needs memory cgroups: {_NO_CGROUPS}")
