@@ -14,8 +14,8 @@ GZIP = {**JSON, "Content-Encoding": "gzip"}
 DEFLATE = {**JSON, "Content-Encoding": "deflate"}
 PNG = {"Content-Type": "image/png"}
 JPEG = {"Content-Type": "image/jpeg"}
-REFUSED = frozenset({"400", "413"})
-REFUSED_GRPC = frozenset({"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"})
+REFUSED = frozenset({"400", "413", "503"})
+REFUSED_GRPC = frozenset({"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"})
 SERVED_OR_LATE = frozenset({"200", "503"})
 INFLATED_BYTES = 94_000_000  # of 91 KB
 
@@ -162,7 +162,7 @@ def images_20_000(server: Server) -> list[Call]:
 
 
 def wide_replies(server: Server) -> list[Call]:
-    body = payloads.make_v1_json(b"[" + b",".join([b"[1]"] * 8) + b"]")
+    body = payloads.make_v1_json(b"[" + b",".join([b"[1]"] * 40) + b"]")  # ten million numbers
     return [HttpCall(f"/v1/models/{server.wide_model}:predict", body, JSON)]
 
 
@@ -176,10 +176,10 @@ def scan_bombs(server: Server) -> list[Call]:
 
 
 def slow_calls(server: Server) -> list[Call]:
-    """Twenty large requests to the slow model, each as slow as any."""
-    row = b"[" + b",".join([b"0.125"] * 60_000) + b"]"  # more than 256 KB
-    body = payloads.make_v1_json(b"[" + row + b"]")
-    return [HttpCall(f"/v1/models/{server.slow_model}:predict", body, JSON) for _ in range(20)]
+    """Twenty large requests to the slow model, each of another shape, so that no two can share a call."""
+    rows = [b"[" + b",".join([b"0.125"] * (60_000 + number)) + b"]" for number in range(20)]  # more than 256 KB
+    path = f"/v1/models/{server.slow_model}:predict"
+    return [HttpCall(path, payloads.make_v1_json(b"[" + row + b"]"), JSON) for row in rows]
 
 
 def unbatched_calls(server: Server) -> list[Call]:

@@ -92,9 +92,14 @@ class ProbeProcess:
                 raise RuntimeError(f"the probe ended with {self._process.returncode}")
             time.sleep(0.05)
 
-    def read(self, since_s: float, until_s: float | None = None) -> dict[str, Latencies]:
+    def read_finished(self, since_s: float) -> dict[str, Latencies]:
+        """Return the requests due since then that have their responses already, by kind."""
+        self._read_log()
+        kinds = {sample.kind for sample in self._samples}
+        return {k: Latencies(k, [s for s in self._samples if s.kind == k and s.due_s >= since_s]) for k in kinds}
+
+    def read(self, since_s: float, until_s: float) -> dict[str, Latencies]:
         """Return the requests that were due in a window of `time.monotonic`, by kind, once all have their responses."""
-        until_s = time.monotonic() if until_s is None else until_s
         give_up_s = time.monotonic() + TIMEOUT_S + 5
         while True:
             self._read_log()
