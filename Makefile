@@ -30,7 +30,7 @@ GRPC ?=
 IMAGE ?=
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client bench-train bench-lean check format lock clean
+.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client bench-train bench-lean bench-soak check format lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -82,6 +82,9 @@ bench-train: $(INSTALLED)  ## the article's own code, the loops and airbench: ti
 
 bench-lean: $(INSTALLED)  ## exported models beside the same networks saved as they are
 	@$(BIN)/python -m benchmarks.lean
+
+bench-soak: $(INSTALLED)  ## ten minutes of hostile and normal traffic under 2 GiB (needs Linux memory cgroups: root, or delegation)
+	@$(BIN)/python -m benchmarks.soak
 
 check: $(INSTALLED)  ## lint, format and types
 	@$(BIN)/ruff check .

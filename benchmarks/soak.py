@@ -1,7 +1,7 @@
 """`make bench-soak`: minutes of hostile and normal traffic at the same time, on the service under a memory limit.
 
-The attacks take turns, several at a time, in a random order that `--seed` fixes. After each round all of them pause, and
-the memory that is resident then is compared. Well-behaved clients send small requests all the time.
+The attacks take turns, several at a time, in a random order that `--seed` fixes. After each round all of them pause,
+and the memory that is resident then is compared. Well-behaved clients send small requests all the time.
 """
 
 from __future__ import annotations
