@@ -59,9 +59,9 @@ class Soak:
         self.record = Record()
 
     def run(self, *, seconds: float, slice_s: float, at_once: int, seed: int) -> bool:
-        """Make all attacks in turn, again and again; returns whether the service lived through it."""
+        """Make all attacks in turn, each at least once, until the time is up; returns whether the service is alive."""
         for names in draw_groups(at_once, seed):
-            if time.monotonic() - self._started_s >= seconds:
+            if self.record.resting_mb and time.monotonic() - self._started_s >= seconds:
                 break
             if not names:
                 alive = self._rest()

@@ -25,7 +25,7 @@ LARGE_MAX_P95_S = 0.5
 LARGE_MAX_S = 2.0
 
 # How long each attack goes on. A single delay of half a second is then more than 5 % of the samples.
-ATTACK_S = 2.5
+ATTACK_S = 2.0
 
 SLOW_CALL_S = 0.4
 

@@ -23,6 +23,7 @@ ROW_S = 0.005
 TIMEOUT_S = 1.0
 FACTOR = 4
 OVERLOAD_S = 6.0
+FULL_S = 2.0
 # Of the throughput of a closed loop. 90 % is the aim; the rest is the noise of a machine with few cores.
 MIN_GOODPUT = 0.8
 CONNECTIONS = 32
@@ -95,10 +96,10 @@ class Measured:
 async def measure(service: Service, headers: Mapping[str, str]) -> Measured:
     load = Load(service, headers)
     await load.run_closed_loop(connections=1, seconds=0.5)
-    alone = await load.run_closed_loop(connections=1, seconds=2)
-    full = await load.run_closed_loop(connections=CONNECTIONS, seconds=3)
+    alone = await load.run_closed_loop(connections=1, seconds=1)
+    full = await load.run_closed_loop(connections=CONNECTIONS, seconds=FULL_S)
     assert {reply.status for reply in [*alone, *full]} == {200}, "refused although the load is no more than it can do"
-    per_s = len(full) / 3
+    per_s = len(full) / FULL_S
     overload = await load.run_open_loop(per_s=FACTOR * per_s, seconds=OVERLOAD_S)
     return Measured(percentile([reply.seconds for reply in alone], 99), per_s, overload)
 
