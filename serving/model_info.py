@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 INFO_FILE = Path("assets.extra", "model.json")
 MAX_INFO_BYTES = 16 * 1024 * 1024
-MAX_CLASSES = 1_000_000
+MAX_CLASSES = 100_000
 LABELS_SIGNATURE = "labels"  # class_id to label, in the models that this project exports
 
 
@@ -75,6 +75,8 @@ def _read_class_names(document: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(names, list) or not all(isinstance(n, str | int) and not isinstance(n, bool) for n in names):
         raise ValueError("class_names must be a list of strings")
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"class_names must have at most {MAX_CLASSES:,} entries")
     names = [printable(str(name)) for name in names]
     if len(set(names)) < len(names):
         raise ValueError("class_names must differ from each other")

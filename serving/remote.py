@@ -214,7 +214,7 @@ class RemotePredictor:
         self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float
     ) -> dict[str, np.ndarray]:
         """Send a request, in parts where the server takes fewer rows at a time."""
-        rows = len(next(iter(inputs.values()))) if signature.is_batched else 1
+        rows = _count_rows(signature, inputs) or 1
         if rows <= self._max_rows:
             try:
                 return self._predict_once(signature, inputs, deadline_s)
@@ -231,6 +231,11 @@ class RemotePredictor:
             )
             for start in range(0, rows, size)
         ]
+        if any(array.ndim == 0 for part in parts for array in part.values()):
+            raise InvalidRequest(
+                f"TensorFlow Serving at {self._address} takes at most {size} rows at a time, and the outputs of "
+                f'signature "{signature.name}" cannot be joined; send fewer'
+            )
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _predict_once(
@@ -243,7 +248,7 @@ class RemotePredictor:
         for name, array in inputs.items():
             _write_input(request.inputs[name], array, signature.inputs[name])
         reply = self._send(request, deadline_s)
-        rows = len(next(iter(inputs.values()))) if signature.is_batched else None
+        rows = _count_rows(signature, inputs)
         return {name: self._read_output(reply.outputs, spec, rows=rows) for name, spec in signature.outputs.items()}
 
     def _read_output(self, outputs: Mapping[str, Any], spec: TensorSpec, *, rows: int | None) -> np.ndarray:
@@ -255,6 +260,7 @@ class RemotePredictor:
             array = read_tensor(outputs[spec.name], name=spec.name, max_bytes=MAX_REPLY_BYTES)
         except (ServingError, ValueError, TypeError, OverflowError, MemoryError) as error:
             raise InvalidBackendResponse(f"{problem}: {error}") from error
+        rows = rows if spec.is_batched else None
         if not spec.fits(array) or (rows is not None and len(array) != rows):
             expected = f"{spec}" if rows is None else f"{spec} of {rows} rows"
             raise InvalidBackendResponse(f"{problem}: expected {expected}, got {array.dtype} {array.shape}")
@@ -272,6 +278,13 @@ class RemotePredictor:
                     raise _answer_for(error, self._address) from error
                 time.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
+
+
+def _count_rows(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int | None:
+    """Return the number of rows of a request; None where not all inputs have a batch axis."""
+    if not inputs or not all(spec.is_batched for spec in signature.inputs.values()):
+        return None
+    return len(next(iter(inputs.values())))
 
 
 def _write_input(tensor: Any, array: np.ndarray, spec: TensorSpec) -> None:

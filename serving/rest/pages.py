@@ -7,6 +7,7 @@ from typing import Any
 from flask import Blueprint, Response, current_app, render_template
 
 from serving.errors import ModelNotFound, NotReady, ServingError
+from serving.model_info import MAX_CLASSES
 from serving.predictor import DEFAULT_SIGNATURE
 from serving.repository import ModelRepository, ModelVersion
 from serving.rest.upload import class_names, picture_size
@@ -93,7 +94,7 @@ def _class_names(version: ModelVersion) -> list[str]:
     """Return the names of the classes; none where neither the signature nor the card tells how many there are."""
     shape = version.predictor.signatures[DEFAULT_SIGNATURE].outputs["probabilities"].shape
     count = None if shape is None else shape[1]
-    if count is None:
+    if count is None or count > MAX_CLASSES:  # a signature may say anything
         count = len(_look_up(version.card, "class_names", kind=list) or [])
     return class_names(version.card, count=count)
 

@@ -98,6 +98,12 @@ def test_a_pod_is_given_longer_than_the_service_takes_to_stop() -> None:
     assert int(COMPOSE["services"]["service"]["stop_grace_period"].rstrip("s")) > Settings.drain_timeout_s
 
 
+def test_a_pod_without_models_waits_for_them_and_is_not_restarted() -> None:
+    probes = DEPLOYMENTS["image-classifier"]["spec"]["template"]["spec"]["containers"][0]
+    paths = {name: probe["httpGet"]["path"] for name, probe in probes.items() if name.endswith("Probe")}
+    assert paths == {"startupProbe": "/healthz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"}
+
+
 def test_the_inference_service_is_a_pod_that_kserve_takes() -> None:
     assert (KSERVE["apiVersion"], KSERVE["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
     predictor = dict(KSERVE["spec"]["predictor"])

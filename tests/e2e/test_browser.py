@@ -313,3 +313,18 @@ def test_pasted_and_dropped_pictures_count_as_chosen_ones(page: Page) -> None:
     page.element("#clear").click()
     assert page.browser.find_elements(By.CSS_SELECTOR, ".card") == []
     assert page.browser.switch_to.active_element == page.element("#file-choice")
+
+
+def test_without_a_model_the_page_says_so(browser: Chrome, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    server = Server(tmp_path / "models", tmp_path / "log")
+    try:
+        server.wait_for("/readyz", 503)
+        page = Page(browser, server.url + "/")
+        assert page.element("h1").text == "No model yet"
+        assert "The service has no model so far" in page.element("#model-problem").text
+        assert script_errors(browser) == []
+        assert server.stop() == 0
+    finally:
+        server.process.kill()
+        server.process.wait()

@@ -89,6 +89,10 @@ NOT_SERVED: dict[str, tuple[Fault, str]] = {
         "damaged",
     ),
     "loop as the version": (lambda v: replace_file(v.name, lambda p: p.symlink_to(p))(v.parent), "symbolic links"),
+    "more nodes than there are": (
+        edit_signature(lambda s: setattr(s.outputs["label"], "name", "label:9")),
+        "cannot load",
+    ),
     "nothing in the version": (lambda v: replace_file(v.name, Path.mkdir)(v.parent), "no saved_model.pb"),
 }
 SERVED_WITHOUT_INFO: dict[str, tuple[Fault, str]] = {
@@ -166,6 +170,16 @@ def test_only_the_faulty_model_is_reported(models_dir: Path, colours: Path, case
         assert (shown["state"], described["problem"]) == ("AVAILABLE", None)
         assert repository.resolve("alpha").predictor.predict("serving_default", IMAGE)["class_id"].shape == (1,)
         assert 'serving_model_version_warning{kind="model_info",model="alpha",version="1"} 1.0' in metrics
+
+
+def test_a_signature_with_more_classes_than_memory_does_no_harm(models_dir: Path, colours: Path) -> None:
+    def edit(signature: Any) -> None:
+        signature.outputs["probabilities"].tensor_shape.dim[1].size = 10**12
+
+    add_faulty(models_dir, colours, edit_signature(edit))
+    app = create_app(Settings(models_dir=models_dir))
+    app.extensions["repository"].load()
+    assert_pages(app)
 
 
 def test_known_dtypes_without_arrays_do_no_harm_to_others(models_dir: Path, colours: Path) -> None:
@@ -327,6 +341,41 @@ def test_only_the_faulty_folder_is_reported(
     finally:
         if folder.is_dir() and not folder.is_symlink():
             folder.chmod(0o755)
+
+
+@pytest.mark.usefixtures("as_user")
+def test_a_version_that_cannot_be_listed_is_reported(models_dir: Path) -> None:
+    version, assets = models_dir / "colours" / "11", models_dir / "colours" / "10" / "assets.extra"
+    make_unlistable(version)
+    make_unlistable(models_dir / "colours" / "lost+found")
+    app = create_app(Settings(models_dir=models_dir))
+    repository = app.extensions["repository"]
+    repository.load()
+    assert (repository.resolve("colours").version, repository.folder_problems) == (10, ())
+    assert "Permission denied" in repository.versions("colours")[0].error_message
+    assets.chmod(0)
+    repository.update()
+    assert repository.resolve("colours").version == 10
+    assert repository.versions("colours")[1].warnings == ("model_info", "warmup")
+    assert_pages(app)
+    for path in (version, assets, models_dir / "colours" / "lost+found"):
+        path.chmod(0o755)
+    repository.update()
+    assert repository.versions("colours")[1].warnings == ()
+
+
+@pytest.mark.usefixtures("as_user")
+def test_a_models_folder_that_cannot_be_listed_at_the_start_is_waited_for(models_dir: Path) -> None:
+    models_dir.chmod(0)
+    app = create_app(Settings(models_dir=models_dir))
+    repository = app.extensions["repository"]
+    repository.load()
+    assert f"{models_dir} cannot be read: Permission denied" in str(repository.not_ready_because)
+    for page in ("/metrics", "/models.json", "/", "/healthz"):
+        assert app.test_client().get(page).status_code == 200
+    models_dir.chmod(0o755)
+    repository.update()
+    assert repository.ready
 
 
 @pytest.mark.usefixtures("as_user")

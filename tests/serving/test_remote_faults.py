@@ -147,6 +147,24 @@ def v2_request(rows: int) -> dict[str, Any]:
     return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, 2], "data": [1.0] * 2 * rows}]}
 
 
+def test_outputs_that_cannot_be_joined_are_refused(backend: Backend) -> None:
+    def without_rows(definition: Any) -> None:
+        for name, array in (("y", np.float32(1)), ("k", np.int64(1))):
+            definition.outputs[name].tensor_shape.Clear()
+            edits.append(set_output(name, array))
+
+    edits: list[Callable[[Any], None]] = []
+    backend.edit_metadata = without_rows
+    backend.edit_reply = lambda reply: [edit(reply) for edit in edits] and None
+    backend.limit = 4
+    app = make_app(backend.address)
+    app.extensions["repository"].load()
+    assert ask(app.test_client(), 4).json == {"outputs": {"y": 1.0, "k": 1}}
+    for _ in range(2):
+        answer = ask(app.test_client(), 5)
+        assert (answer.status_code, "send fewer" in (answer.json or {})["error"]) == (400, True)
+
+
 @pytest.mark.parametrize(
     "refusal",
     [

@@ -9,10 +9,16 @@ const LONGEST_PAUSE_MS = 5_000;
 const COPIED_MS = 2_000;
 const HEADLINES = { 400: "Not read", 404: "No such model", 413: "Too large", 415: "Not read" };
 
+const NO_MODEL = {
+  name: "No model yet",
+  loading: false,
+  problem: "The service has no model so far. Reload this page when there is one in its models folder.",
+};
+
 const at = (id) => document.getElementById(id);
 
 let models = JSON.parse(at("models").textContent);
-let model = models.find(({ problem }) => problem === null) ?? models[0];
+let model = models.find(({ problem }) => problem === null) ?? models[0] ?? NO_MODEL;
 let cards = [];
 const queue = new Queue(untilAvailable);
 
@@ -62,7 +68,7 @@ function showClassNames(all) {
 
 async function refreshModels() {
   models = await describeModels();
-  model = models.find(({ name }) => name === model.name) ?? models[0];
+  model = models.find(({ name }) => name === model.name) ?? models[0] ?? NO_MODEL;
   showModel();
 }
 
