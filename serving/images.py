@@ -8,12 +8,18 @@ keep their high byte, a palette is expanded, grey is repeated.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
-from PIL import BmpImagePlugin, ExifTags, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin
+from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin
 from PIL import WebPImagePlugin as WebpImagePlugin
 
+from serving.decode_cost import is_quick
 from serving.errors import InvalidRequest, TooLarge
+from serving.exif import read_orientation
+from serving.image_formats import jpeg, png
+from serving.image_formats.header import ImageHeader
+from serving.image_header import ImageLimits, check_image, read_header
 from serving.waiting import offload
 
 # Importing the plugins registers their formats, so that the first request need not look for them.
@@ -29,7 +35,7 @@ FORMATS = tuple(
 )
 PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond it Pillow itself refuses
 
-LARGE_PIXELS = 256 * 1024  # a picture of more takes milliseconds
+STRIP_PIXELS = 1 << 20  # converted at once where numpy does it, so that its copies stay small
 
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,33 +48,52 @@ _TRANSPOSITIONS = {
 }
 
 
-def read_image(data: bytes, *, size: tuple[int, int], max_image_pixels: int) -> np.ndarray:
+def read_image(data: bytes, *, size: tuple[int, int], limits: ImageLimits) -> np.ndarray:
     """Decode one picture, upright, at a model's input size.
 
     Args:
         data: a JPEG, PNG, WebP, BMP or GIF file; of an animation the first frame is taken.
         size: (height, width) of the result. A picture of another size is resized, without keeping its
             proportions, by antialiased bilinear interpolation.
-        max_image_pixels: how many pixels the picture may have before resizing.
+        limits: how large the picture may be before resizing.
 
     Returns:
         uint8 array of shape (height, width, 3), RGB.
 
     Raises:
         InvalidRequest: the data is no such file, is damaged or is cut off.
-        TooLarge: the header announces more pixels than allowed; nothing is decoded.
+        TooLarge: the header announces a larger picture than allowed; nothing is decoded.
     """
-    image = open_image(data, max_image_pixels=max_image_pixels)
-    if image.width * image.height > LARGE_PIXELS:
-        return offload(_decode, image, size)
-    return _decode(image, size)
+    header = check_file(data, limits)
+    if is_quick(header, len(data)):
+        return _decode(data, header, size)
+    return offload(_decode, data, header, size)
 
 
-def _decode(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def check_file(data: bytes, limits: ImageLimits) -> ImageHeader:
+    """Read the header of an uploaded picture and check it against the limits, without Pillow.
+
+    Raises:
+        InvalidRequest: the data is not a picture of a format that is served, or has parts that no picture needs.
+        TooLarge: the header announces a larger picture than allowed.
+    """
+    if not data:
+        raise InvalidRequest("the file is empty")
+    header = read_header(data)
+    if header is None:
+        raise InvalidRequest("not a picture that can be read: expected JPEG, PNG, WebP, BMP or GIF")
+    check_image(header, limits, decoder="pillow")
+    return header
+
+
+def _decode(data: bytes, header: ImageHeader, size: tuple[int, int]) -> np.ndarray:
+    # One variable holds the picture at each step: the memory of the step before is free for the next.
+    image, orientation = _open(data, header)
     try:
         image.load()
-        turn = _TRANSPOSITIONS.get(_orientation(image))
-        image = _to_rgb(image if turn is None else image.transpose(turn))
+        if (turn := _TRANSPOSITIONS.get(orientation)) is not None:
+            image = image.transpose(turn)
+        image = _to_rgb(image)
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
         # Pillow's decoders say "truncated" or "broken" in several exception types.
         raise InvalidRequest(f"the picture is damaged or cut off ({error})") from error
@@ -78,51 +103,53 @@ def _decode(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image)
 
 
-def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
-    """Read the header of a picture and check its size; the pixels are not decoded yet.
+def _open(data: bytes, header: ImageHeader) -> tuple[Image.Image, int]:
+    """Open a picture and find its orientation.
 
-    Raises:
-        InvalidRequest: the data is not a picture of a format that is served.
-        TooLarge: the header announces more pixels than allowed.
+    Only the EXIF of JPEG and WebP counts: the exported graph reads no orientation from a PNG, nor from XMP.
     """
-    if not data:
-        raise InvalidRequest("the file is empty")
+    exif = b""
+    if header.format == "JPEG":
+        data, exif = jpeg.keep_pixel_data(data)
+    elif header.format == "PNG":
+        data = png.keep_pixel_data(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise TooLarge(f"the picture has too many pixels: at most {max_image_pixels:,} are taken") from error
+        raise TooLarge(f"the picture has too many pixels: {error}") from error
     except Exception as error:  # a damaged header fails anywhere in Pillow's parsers
         raise InvalidRequest("not a picture that can be read: expected JPEG, PNG, WebP, BMP or GIF") from error
-    width, height = image.size
-    if width * height > max_image_pixels:
-        raise TooLarge(f"the picture has {width} x {height} pixels: at most {max_image_pixels:,} in all are taken")
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    # Only the EXIF of JPEG and WebP counts: the exported graph reads no orientation from a PNG, nor from XMP.
-    if image.format not in ("JPEG", "MPO", "WEBP"):  # MPO: a JPEG with further pictures behind the first
-        return 1
-    exif = Image.Exif()
-    try:
-        exif.load(image.info.get("exif", b""))
-        return int(exif.get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata does not make the pixels worse
-        return 1
+    if header.format == "WEBP":
+        exif = image.info.get("exif", b"")
+    return image, read_orientation(exif)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image  # `convert` would copy it
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return _map_strips(image, lambda grey: (grey >> 8).astype(np.uint8), channels=1).convert("RGB")
     if image.mode == "CMYK":
-        return _cmyk_to_rgb(image)
+        return _map_strips(image, _cmyk_to_rgb_adobe if "adobe" in image.info else _cmyk_to_rgb, channels=3)
     image.info.pop("transparency", None)  # else Pillow works out an alpha channel first
     return image.convert("RGB")
 
 
-def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
+def _map_strips(image: Image.Image, convert: Callable[[np.ndarray], np.ndarray], *, channels: int) -> Image.Image:
+    """Convert pixels with numpy, some rows at a time."""
+    pixels = np.empty((image.height, image.width) + (channels,) * (channels > 1), np.uint8)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(image.height, top + rows)
+        pixels[top:bottom] = convert(np.asarray(image.crop((0, top, image.width, bottom))))
+    return Image.fromarray(pixels)
+
+
+def _cmyk_to_rgb(ink: np.ndarray) -> np.ndarray:
     """Convert as TensorFlow's JPEG decoder does (`core/lib/jpeg/jpeg_mem.cc`), not as Pillow would."""
-    ink = np.asarray(image).astype(np.uint16)  # Pillow has undone the inversion that Adobe files have
-    if "adobe" in image.info:
-        ink = 255 - ink
-    return Image.fromarray((ink[..., :3] * ink[..., 3:] // 255).astype(np.uint8))
+    ink = ink.astype(np.uint16)
+    return (ink[..., :3] * ink[..., 3:] // 255).astype(np.uint8)
+
+
+def _cmyk_to_rgb_adobe(ink: np.ndarray) -> np.ndarray:
+    return _cmyk_to_rgb(255 - ink)  # Pillow has undone the inversion that Adobe files have

@@ -9,6 +9,7 @@ import tensorflow as tf
 from PIL import Image
 
 from serving.errors import InvalidRequest, TooLarge
+from serving.image_header import ImageLimits
 from serving.images import read_image
 from tests.serving.conftest import encode, picture
 
@@ -77,7 +78,7 @@ TENSORFLOW_READS_TOO = {
 
 
 def read(data: bytes, *, size: tuple[int, int] = (HEIGHT, WIDTH), max_image_pixels: int = 10**6) -> np.ndarray:
-    return read_image(data, size=size, max_image_pixels=max_image_pixels)
+    return read_image(data, size=size, limits=ImageLimits(max_image_pixels, 100_000))
 
 
 @pytest.mark.filterwarnings("error")

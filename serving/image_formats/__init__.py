@@ -1,0 +1,1 @@
+"""Headers of encoded images, one module per format, read without decoding anything."""

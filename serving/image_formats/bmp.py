@@ -1,0 +1,34 @@
+"""The header of a BMP file."""
+
+from __future__ import annotations
+
+import struct
+
+from serving.image_formats.header import ImageHeader
+
+SIGNATURE = b"BM"
+
+MAX_RLE_BYTES = 1 << 20  # Pillow decodes it run by run in Python, which takes up to 1 us a run of two bytes
+
+_CORE_HEADER_BYTES = 12
+_HEADER_BYTES = (_CORE_HEADER_BYTES, 40, 52, 56, 64, 108, 124)  # Pillow takes these only, TensorFlow any
+_RLE = (1, 2)
+
+
+def read_header(data: bytes) -> ImageHeader | None:
+    """Read the header of a BMP file; None where it is cut off, or is some text that begins with "BM"."""
+    if len(data) < 34:
+        return None
+    offset, header_bytes = struct.unpack_from("<II", data, 10)
+    if header_bytes == _CORE_HEADER_BYTES:
+        width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
+        compression = 0
+    else:
+        width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
+        width, height = abs(width), abs(height)  # a negative height: the rows come from the top
+    if header_bytes not in _HEADER_BYTES and offset + width * height * bits // 8 > len(data):
+        return None
+    problem = None
+    if compression in _RLE and len(data) > MAX_RLE_BYTES:
+        problem = f"run-length encoded BMP files may have at most {MAX_RLE_BYTES:,} bytes"
+    return ImageHeader("BMP", width, height, max(1, min(4, bits // 8)), problem=problem)

@@ -1,0 +1,123 @@
+"""Markers of a JPEG file, found as libjpeg finds them.
+
+libjpeg (`jdmarker.c`, `jdhuff.c`, `jdinput.c`) takes bytes that belong to no segment for entropy-coded data or skips
+them as garbage. Both end at the next 0xFF that is followed by neither 0x00 nor 0xFF. Scans therefore begin at every
+SOS outside a segment up to the EOI, and they are counted that way even where libjpeg would give up earlier.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from serving.image_formats.header import MAX_JPEG_SCANS, ImageHeader
+
+SIGNATURE = b"\xff\xd8"  # libjpeg skips what may follow before the next marker
+
+MAX_SEGMENTS = 10_000  # 600 MB of metadata in segments of full size
+MAX_TABLE_BYTES = 1 << 18  # before the first scan; eight Huffman and four quantization tables have 2.5 KB
+
+_SOI, _EOI, _SOS, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 without DHT, JPG and DAC between them
+_METADATA = frozenset(range(0xE0, 0xF0)) | {0xFE}  # APP0 to APP15, and comments
+
+# All markers but those without a length that mean nothing here: TEM, and RST0 to RST7, of which a file may have many.
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
+# A search holds the interpreter's lock; another thread gets its turn between two windows.
+_WINDOW_BYTES = 1 << 20
+
+
+def read_header(data: bytes) -> ImageHeader | None:
+    """Read the header of a JPEG file; None where there is no frame before the first scan, as no decoder takes that."""
+    width = height = channels = scans = segments = table_bytes = coefficient_bytes = 0
+    is_progressive = False
+    problem = None
+    for code, start, end in _iterate_segments(data):
+        segments += 1
+        if segments > MAX_SEGMENTS:
+            problem = f"the JPEG file has more than {MAX_SEGMENTS:,} segments"
+            break
+        if code == _SOS:
+            scans += 1
+            if scans == 1:
+                is_progressive |= start + 4 < len(data) and data[start + 4] < channels  # some components only
+            if scans > MAX_JPEG_SCANS:
+                break
+        elif code in _FRAMES and start + 9 < len(data):
+            # A second frame is an error to libjpeg, but Pillow's own parser takes the last one.
+            height = max(height, int.from_bytes(data[start + 5 : start + 7]))
+            width = max(width, int.from_bytes(data[start + 7 : start + 9]))
+            channels = max(channels, data[start + 9])
+            is_progressive |= code & 3 == 2
+            coefficient_bytes = max(coefficient_bytes, _coefficient_bytes(data[start + 5 : end]))
+        if not scans and code not in _METADATA:
+            table_bytes += end - start
+            if table_bytes > MAX_TABLE_BYTES:
+                problem = "the JPEG file has more tables than it can use"
+                break
+    if not channels:
+        return None
+    if not (is_progressive or scans > 1):
+        coefficient_bytes = 0
+    return ImageHeader(
+        "JPEG", width, height, channels, scans=scans, coefficient_bytes=coefficient_bytes, problem=problem
+    )
+
+
+def keep_pixel_data(data: bytes) -> tuple[bytes, bytes]:
+    """Separate what the pixels depend on from the metadata.
+
+    Pillow parses metadata in Python when it opens a file, and a file may consist of it.
+
+    Returns:
+        The file without comments and application segments other than JFIF's and Adobe's, and the EXIF segment's
+        content, which is empty where there is none. Both are empty where there is no scan.
+    """
+    parts = [data[:2]]
+    exif = b""
+    for code, start, end in _iterate_segments(data):
+        if code == _SOS:
+            parts.append(data[start:])
+            return b"".join(parts), exif
+        if code == _APP1 and not exif and data.startswith(b"Exif\0\0", start + 4):
+            exif = data[start + 4 : end]
+        if code not in _METADATA or data.startswith((b"JFIF", b"Adobe"), start + 4):
+            parts.append(data[start:end])
+    return b"", b""
+
+
+def _iterate_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield each segment's marker, where it starts and where it ends, up to the end of the first image."""
+    position = len(SIGNATURE)
+    has_scan = False
+    while (start := _find_marker(data, position)) >= 0:
+        code = data[start + 1]
+        position = start + 2
+        if code >= 0xC0 and code not in (_SOI, _EOI):
+            position += max(2, int.from_bytes(data[position : position + 2]))
+        elif code == _EOI and has_scan:
+            return  # before a scan it ends a stream of tables only, and Pillow goes on to the next image
+        has_scan |= code == _SOS
+        yield code, start, position
+
+
+def _find_marker(data: bytes, start: int) -> int:
+    while start < len(data):
+        end = start + _WINDOW_BYTES
+        if found := _MARKER.search(data, start, end + 1):
+            return found.start()
+        start = end
+    return -1
+
+
+def _coefficient_bytes(frame: bytes) -> int:
+    """Return the size of the coefficients of a frame: two bytes each, in blocks of 8 x 8, for each component.
+
+    Args:
+        frame: of the SOF segment what follows the precision: height, width, number of components, three bytes each.
+    """
+    height, width, count = int.from_bytes(frame[:2]), int.from_bytes(frame[2:4]), frame[4]
+    factors = [(byte >> 4 or 1, byte & 15 or 1) for byte in frame[6::3][:count]]
+    widest, tallest = (max((factor[axis] for factor in factors), default=1) for axis in (0, 1))
+    columns, rows = -(-width // (8 * widest)), -(-height // (8 * tallest))
+    return sum(columns * across * rows * down * 128 for across, down in factors)
