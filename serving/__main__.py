@@ -111,6 +111,12 @@ URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/hea
     default=Settings.max_image_pixels,
     help="Largest picture (width x height), checked before it is decoded.",
 )
+@click.option(
+    "--max-image-side",
+    type=int,
+    default=Settings.max_image_side,
+    help="Largest width and largest height of a picture, checked before it is decoded.",
+)
 @click.option("--max-images", type=int, default=Settings.max_images, help="Most pictures in one request.")
 @click.option(
     "--drain-timeout-s",

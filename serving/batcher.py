@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from serving.errors import InvalidRequest, ModelFailed, Overloaded, ServingError, TooLarge
+from serving.errors import InvalidRequest, ModelFailed, Overloaded, ServingError
 from serving.liveness import Liveness
-from serving.predictor import Predictor, Signature, check_inputs, deadline_exceeded
+from serving.predictor import Predictor, Signature, check_inputs, check_rows, deadline_exceeded
 from serving.request_context import current_request
 from serving.waiting import Pause, call_soon, end_pauses
 
@@ -142,11 +142,7 @@ class Batcher:
             raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
         check_inputs(described, inputs)
         rows = _count_rows(described, inputs)
-        if rows > self._max_request_rows:
-            raise TooLarge(
-                f"the request has {rows:,} rows, and at most {self._max_request_rows:,} are taken (--max-rows); "
-                "send several requests"
-            )
+        check_rows(rows, self._max_request_rows)
         key = (signature, tuple((name, array.shape[1:]) for name, array in sorted(inputs.items())))
         parts = self._split(key, inputs, rows, deadline_s)
         is_split = signature in self._gathered and rows > self._max_batch_rows

@@ -35,7 +35,7 @@ FORMATS = tuple(
 )
 PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond it Pillow itself refuses
 
-STRIP_PIXELS = 1 << 20  # converted at once where numpy does it, so that its copies stay small
+STRIP_PIXELS = 1 << 18  # converted at once where numpy does it, so that its copies stay small
 
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -65,7 +65,7 @@ def read_image(data: bytes, *, size: tuple[int, int], limits: ImageLimits) -> np
         TooLarge: the header announces a larger picture than allowed; nothing is decoded.
     """
     header = check_file(data, limits)
-    if is_quick(header, len(data)):
+    if is_quick(header):
         return _decode(data, header, size)
     return offload(_decode, data, header, size)
 
@@ -128,27 +128,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image  # `convert` would copy it
     if image.mode.startswith("I;16"):
-        return _map_strips(image, lambda grey: (grey >> 8).astype(np.uint8), channels=1).convert("RGB")
+        return _map_strips(image, lambda grey: (grey >> 8).astype(np.uint8), mode="L").convert("RGB")
     if image.mode == "CMYK":
-        return _map_strips(image, _cmyk_to_rgb_adobe if "adobe" in image.info else _cmyk_to_rgb, channels=3)
+        return _map_strips(image, _cmyk_to_rgb_adobe if "adobe" in image.info else _cmyk_to_rgb, mode="RGB")
     image.info.pop("transparency", None)  # else Pillow works out an alpha channel first
     return image.convert("RGB")
 
 
-def _map_strips(image: Image.Image, convert: Callable[[np.ndarray], np.ndarray], *, channels: int) -> Image.Image:
+def _map_strips(image: Image.Image, convert: Callable[[np.ndarray], np.ndarray], *, mode: str) -> Image.Image:
     """Convert pixels with numpy, some rows at a time."""
-    pixels = np.empty((image.height, image.width) + (channels,) * (channels > 1), np.uint8)
+    converted = Image.new(mode, image.size)
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
-        bottom = min(image.height, top + rows)
-        pixels[top:bottom] = convert(np.asarray(image.crop((0, top, image.width, bottom))))
-    return Image.fromarray(pixels)
+        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
+        converted.paste(Image.fromarray(convert(np.asarray(strip))), (0, top))
+    return converted
 
 
 def _cmyk_to_rgb(ink: np.ndarray) -> np.ndarray:
     """Convert as TensorFlow's JPEG decoder does (`core/lib/jpeg/jpeg_mem.cc`), not as Pillow would."""
-    ink = ink.astype(np.uint16)
-    return (ink[..., :3] * ink[..., 3:] // 255).astype(np.uint8)
+    wide = ink.astype(np.uint16)
+    rgb: np.ndarray = (wide[..., :3] * wide[..., 3:] // 255).astype(np.uint8)
+    return rgb
 
 
 def _cmyk_to_rgb_adobe(ink: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from serving.batcher import Batcher
+from serving.encoded_images import ImageLimitsPredictor, decodes_slowly
 from serving.errors import StartupError
 from serving.liveness import Liveness
 from serving.local import LocalRepository
@@ -26,23 +27,28 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
     if settings.remote:
         from serving.remote import RemoteRepository
 
+        def limit(model: str, predictor: Predictor) -> Predictor:
+            return ImageLimitsPredictor(metrics.time_predictor(model, predictor), settings.image_limits)
+
         return RemoteRepository(
             settings.remote,
             name_remote_models(settings),
             required=settings.require_models,
-            wrap_predictor=metrics.time_predictor,
+            wrap_predictor=limit,
         )
 
     def batch(model: str, predictor: Predictor, unbatched: Collection[str]) -> Predictor:
-        return Batcher(
+        batcher = Batcher(
             metrics.time_predictor(model, predictor),
             max_batch_rows=settings.max_batch_size,
             max_queued_rows=settings.max_queue_size,
             max_request_rows=settings.max_rows,
             concurrency=settings.concurrency,
             liveness=liveness,
+            is_slow=decodes_slowly,
             unbatched=unbatched,
         )
+        return ImageLimitsPredictor(batcher, settings.image_limits)
 
     if settings.model_config_file:
         listed = read_config_file(settings.model_config_file)

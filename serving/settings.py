@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.errors import StartupError
+from serving.image_header import ImageLimits
 from serving.images import PILLOW_MAX_PIXELS
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -41,6 +42,7 @@ class Settings:
     max_queue_size: int = 4_096
     max_request_bytes: int = 64 * 1024 * 1024
     max_image_pixels: int = 50_000_000
+    max_image_side: int = 30_000
     max_images: int = 256
     drain_timeout_s: int = 30
     request_timeout_s: float = 30.0  # as in TensorFlow Serving
@@ -49,6 +51,11 @@ class Settings:
     memory_budget: int | None = None  # bytes; None: what is free
     log_level: str = "info"
     access_log: bool = False
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """How large an encoded image may be, uploaded or sent as a tensor."""
+        return ImageLimits(max_pixels=self.max_image_pixels, max_side=self.max_image_side)
 
     def __post_init__(self) -> None:
         for name, smallest, largest in (
@@ -62,6 +69,7 @@ class Settings:
             ("threads", 1, 1_024),
             ("max_request_bytes", 1, 2**40),
             ("max_image_pixels", 1, PILLOW_MAX_PIXELS),
+            ("max_image_side", 1, 1_000_000),
             ("max_images", 1, 100_000),
             ("drain_timeout_s", 1, 3_600),
             ("request_timeout_s", 0.001, 86_400),

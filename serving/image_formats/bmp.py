@@ -29,6 +29,9 @@ def read_header(data: bytes) -> ImageHeader | None:
     if header_bytes not in _HEADER_BYTES and offset + width * height * bits // 8 > len(data):
         return None
     problem = None
-    if compression in _RLE and len(data) > MAX_RLE_BYTES:
+    is_run_length = compression in _RLE
+    if is_run_length and len(data) > MAX_RLE_BYTES:
         problem = f"run-length encoded BMP files may have at most {MAX_RLE_BYTES:,} bytes"
-    return ImageHeader("BMP", width, height, max(1, min(4, bits // 8)), problem=problem)
+    return ImageHeader(
+        "BMP", width, height, len(data), max(1, min(4, bits // 8)), is_run_length=is_run_length, problem=problem
+    )

@@ -43,7 +43,7 @@ def read_header(data: bytes) -> ImageHeader | None:
         problem = str(error)
     if not frames and problem is None:
         return None
-    return ImageHeader("GIF", width, height, 1, frames=frames, problem=problem)
+    return ImageHeader("GIF", width, height, len(data), 1, frames=frames, problem=problem)
 
 
 def _uint16(data: bytes, position: int) -> int:

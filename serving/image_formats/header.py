@@ -15,12 +15,13 @@ class ImageHeader:
     format: str  # "JPEG", "PNG", "GIF", "BMP", "WEBP"
     width: int  # of the canvas, or of a frame that reaches beyond it
     height: int
+    file_bytes: int
     channels: int  # as stored: 1 for a palette, 2 for grey with alpha, 4 for CMYK
     sample_bytes: int = 1  # 2 for samples of 16 bits
     frames: int = 1
     scans: int = 1  # of a JPEG; counting stops at MAX_JPEG_SCANS + 1
     coefficient_bytes: int = 0  # of a JPEG in several scans: what libjpeg holds between them
-    is_interlaced: bool = False  # Adam7 in PNG
+    is_run_length: bool = False  # of a BMP
     metadata_bytes: int = 0  # of a PNG: upper limit of its text and colour profiles once inflated
     problem: str | None = None  # why no decoder should see the file, whatever its size
 

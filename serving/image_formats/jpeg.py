@@ -29,12 +29,11 @@ _WINDOW_BYTES = 1 << 20
 
 def read_header(data: bytes) -> ImageHeader | None:
     """Read the header of a JPEG file; None where there is no frame before the first scan, as no decoder takes that."""
-    width = height = channels = scans = segments = table_bytes = coefficient_bytes = 0
+    width = height = channels = scans = table_bytes = coefficient_bytes = 0
     is_progressive = False
     problem = None
-    for code, start, end in _iterate_segments(data):
-        segments += 1
-        if segments > MAX_SEGMENTS:
+    for index, (code, start, end) in enumerate(_iterate_segments(data)):
+        if index == MAX_SEGMENTS:
             problem = f"the JPEG file has more than {MAX_SEGMENTS:,} segments"
             break
         if code == _SOS:
@@ -60,7 +59,14 @@ def read_header(data: bytes) -> ImageHeader | None:
     if not (is_progressive or scans > 1):
         coefficient_bytes = 0
     return ImageHeader(
-        "JPEG", width, height, channels, scans=scans, coefficient_bytes=coefficient_bytes, problem=problem
+        "JPEG",
+        width,
+        height,
+        len(data),
+        channels,
+        scans=max(1, scans),
+        coefficient_bytes=coefficient_bytes,
+        problem=problem,
     )
 
 

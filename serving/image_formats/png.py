@@ -18,7 +18,6 @@ MAX_DEFLATE_RATIO = 1032
 _CHUNK = struct.Struct(">I4s")
 _IHDR = struct.Struct(">IIBBBBB")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
-_ADAM7 = 1
 
 
 def read_header(data: bytes) -> ImageHeader | None:
@@ -39,14 +38,14 @@ def read_header(data: bytes) -> ImageHeader | None:
             metadata_bytes += size
     if header is None:
         return None
-    width, height, depth, colour_type, _, _, interlace = header
+    width, height, depth, colour_type, *_ = header
     return ImageHeader(
         "PNG",
         width,
         height,
+        len(data),
         _CHANNELS.get(colour_type, 4),
         sample_bytes=1 if depth <= 8 else 2,
-        is_interlaced=interlace == _ADAM7,
         metadata_bytes=metadata_bytes,
         problem=problem,
     )

@@ -38,7 +38,7 @@ def read_header(data: bytes) -> ImageHeader | None:
         height = max(height, *(size[1] for size in sizes), 0)
     if not width:
         return None
-    return ImageHeader("WEBP", width, height, 4, frames=max(1, frames), problem=problem)
+    return ImageHeader("WEBP", width, height, len(data), 4, frames=max(1, frames), problem=problem)
 
 
 def _read_size(kind: bytes, content: bytes) -> tuple[int, int]:

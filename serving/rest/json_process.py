@@ -6,6 +6,7 @@ first large document comes, parses one at a time, and ends when its standard inp
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -16,6 +17,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
+
+import numpy as np
 
 from serving.errors import Overloaded, ServingError
 from serving.memory import Pool, return_freed_memory
@@ -131,11 +134,33 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         except Exception as error:
             reply = ("error", ServingError(f"the document could not be parsed ({type(error).__name__})"))
         del body
-        answer = pickle.dumps(reply, protocol=5, buffer_callback=buffers.append)
+        stream = io.BytesIO()
+        _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(reply)
+        answer = stream.getvalue()
         del reply
         _write(replies, [answer, *(buffer.raw() for buffer in buffers)])
         buffers.clear()
         return_freed_memory()
+
+
+class _Pickler(pickle.Pickler):
+    """Packs strings together: to unpickle millions of them would hold the service's lock as parsing does."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, np.ndarray) or obj.dtype != np.object_:
+            return NotImplemented
+        elements = obj.ravel().tolist()
+        lengths = np.fromiter(map(len, elements), np.int64, len(elements))
+        return _unpack_strings, (np.cumsum(lengths), b"".join(elements), obj.shape)
+
+
+def _unpack_strings(ends: np.ndarray, joined: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.empty(len(ends), object)
+    start = 0
+    for index, end in enumerate(ends):
+        array[index] = joined[start:end]
+        start = end
+    return array.reshape(shape)
 
 
 def _write(stream: IO[bytes], parts: list[Any]) -> None:

@@ -19,7 +19,7 @@ from werkzeug.routing import BaseConverter, Rule
 
 from serving.errors import InvalidRequest, ModelNotFound, ServingError
 from serving.model_config import MAX_VERSION
-from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
+from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec, check_rows
 from serving.repository import ModelRepository, ModelVersion
 from serving.request_context import current_request
 from serving.rest.body import inflate
@@ -31,6 +31,7 @@ from serving.rest.json_quoting import printable, quote_document
 from serving.rest.json_reply import encode_outputs
 from serving.rest.json_tensor import decode_inputs
 from serving.rest.responses import encoded_response, json_response
+from serving.settings import Settings
 from serving.waiting import run_sized
 
 R = TypeVar("R")
@@ -102,7 +103,8 @@ def _predict(call: re.Match[str]) -> Response:
         problem = error  # a fault in the body is reported first
     read = None if signatures is None else _read_pixels(body, signatures)
     if read is None:
-        read = _parse(read_predict, body, signatures)
+        settings: Settings = current_app.extensions["settings"]
+        read = _parse(read_predict, body, signatures, settings.max_rows)
     if problem or read is None:
         raise problem or AssertionError
     outputs = predictor.predict(read.signature_name, read.inputs, deadline_s=current_request.get().deadline_s)
@@ -120,20 +122,24 @@ def _read_pixels(body: bytes, signatures: Mapping[str, Signature]) -> PredictReq
     return None if read is None else PredictRequest(DEFAULT_SIGNATURE, {spec.name: read[0]}, as_rows=read[1])
 
 
-def read_predict(body: bytes, signatures: Mapping[str, Signature] | None) -> PredictRequest | None:
+def read_predict(body: bytes, signatures: Mapping[str, Signature] | None, max_rows: int) -> PredictRequest | None:
     """Read a predict request.
 
     Args:
         body: the JSON.
         signatures: the model's; None where there is no such model, so that only the document itself is checked.
+        max_rows: most rows of a request.
 
     Raises:
         InvalidRequest: it is no JSON, or does not fit the signature.
+        TooLarge: it has more rows.
     """
     document = _read_document(body)
     if signatures is None:
         return None
     signature = _signature(document, signatures)
+    if isinstance(document.get("instances"), list):
+        check_rows(len(document["instances"]), max_rows)
     return PredictRequest(signature.name, decode_inputs(document, signature), as_rows="instances" in document)
 
 

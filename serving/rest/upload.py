@@ -188,7 +188,7 @@ def _decode(pictures: list[Picture], *, size: tuple[int, int]) -> np.ndarray:
     for index, picture in enumerate(pictures):
         started_s = time.perf_counter()
         try:
-            images[index] = read_image(picture.data, size=size, max_image_pixels=settings.max_image_pixels)
+            images[index] = read_image(picture.data, size=size, limits=settings.image_limits)
         except TooLarge as error:
             raise TooLarge(f"{picture.file or f'image {index}'}: {error}") from error
         except InvalidRequest as error:

@@ -16,6 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from serving.image_header import ImageLimits
 from serving.images import read_image
 from tests.serving.conftest import Server, encode, picture
 from tests.serving.saved_models import save_colour_classifier, write_warmup_records
@@ -251,7 +252,7 @@ def test_a_turned_photo_is_seen_as_the_service_reads_it(page: Page, tmp_path: Pa
     page.wait_for_state("answered", cards)
     for card, file in zip(cards[:2], kinds[:2], strict=True):
         seen = page.canvas(card)[..., :3].astype(int)
-        read = read_image((tmp_path / file).read_bytes(), size=(32, 32), max_image_pixels=64 * 64).astype(int)
+        read = read_image((tmp_path / file).read_bytes(), size=(32, 32), limits=ImageLimits(64 * 64, 64)).astype(int)
         assert np.abs(seen - read).max() <= 2, file  # the decoders, too, may differ by a level
     # Chromium turns no WebP, the service does; so rather than another picture none is shown.
     page.wait(lambda: "cannot be shown" in text(cards[2], ".seen figcaption"))

@@ -26,6 +26,8 @@ def test_the_defaults_are_valid_and_fixed() -> None:
         ("max_request_bytes", 0),
         ("max_image_pixels", -1),
         ("max_image_pixels", 10**12),
+        ("max_image_side", 0),
+        ("max_image_side", 10**7),
         ("max_images", 0),
         ("drain_timeout_s", 0),
         ("grpc_port", -1),
