@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -18,7 +19,7 @@ from serving.errors import StartupError
 from serving.http.protocol import HttpLimits, access_logger
 from serving.http.server import listen, run_http_server
 from serving.liveness import Liveness
-from serving.memory import MemoryBudget
+from serving.memory import TRIM_BYTES, MemoryBudget, return_freed_memory
 from serving.model_config import ModelsFolder
 from serving.models import name_remote_models
 from serving.repository import ModelRepository
@@ -29,6 +30,8 @@ logger = logging.getLogger("serving")
 # How long a thread computes before another may, where both want to. At Python's 5 ms the model would wait for the
 # event loop, with what it has just computed in hand, longer than a call of a small model takes.
 SWITCH_INTERVAL_S = 1e-4
+
+MEMORY_INTERVAL_S = 1.0  # between two looks at the memory budget
 
 URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/health/ready"))
 
@@ -205,6 +208,7 @@ def serve(app: Flask, settings: Settings, listener: socket.socket) -> NoReturn:
     liveness.require(follower)
     follower.start()
     budget: MemoryBudget = app.extensions["memory_budget"]
+    threading.Thread(target=watch_memory, args=(budget,), name="memory", daemon=True).start()
     run_http_server(
         lambda: HttpLimits(
             app,
@@ -224,6 +228,19 @@ def serve(app: Flask, settings: Settings, listener: socket.socket) -> NoReturn:
     if grpc_server := app.extensions.get("grpc_server"):
         grpc_server.stop(grace_s=settings.drain_timeout_s)
     _exit(0)
+
+
+def watch_memory(budget: MemoryBudget) -> NoReturn:
+    """Adapt the memory budget to what models leave, and give memory back to the system after a burst."""
+    peak_bytes = 0
+    while True:
+        time.sleep(MEMORY_INTERVAL_S)
+        used_bytes = budget.used_bytes
+        peak_bytes = max(peak_bytes, used_bytes)
+        if used_bytes < peak_bytes // 2 and peak_bytes > TRIM_BYTES:
+            return_freed_memory()
+            peak_bytes = used_bytes
+        budget.adapt()
 
 
 def follow_models(app: Flask, settings: Settings, address: str, stopping: threading.Event) -> None:

@@ -13,18 +13,25 @@ import numpy as np
 from flask import Blueprint, Response, current_app, g, request
 from werkzeug.formparser import MultiPartParser
 
-from serving.errors import InvalidRequest, ModelNotFound, TooLarge, UnreadableImages, UnsupportedMedia
-from serving.images import read_image
+from serving.decode_cost import decode_cost, is_quick
+from serving.errors import InvalidRequest, ModelNotFound, ServingError, TooLarge, UnreadableImages, UnsupportedMedia
+from serving.image_header import ImageLimits
+from serving.images import check_file, read_image
 from serving.metrics import Metrics
 from serving.predictor import DEFAULT_SIGNATURE, Predictor
 from serving.repository import ModelRepository, ModelVersion
+from serving.request_context import current_request
 from serving.rest.form import read_files
 from serving.rest.responses import json_response
 from serving.settings import Settings
+from serving.waiting import offload, run_sized
 
 blueprint = Blueprint("upload", __name__)
 
 MAX_FORM_FIELDS = 100  # beside the pictures
+FORM_COPIES = 2  # of a form's bytes, while it is parsed
+FEW_PICTURES = 8  # decoded without a change of thread, if each is quick
+PROBABILITY_BYTES = 128  # of a probability with its class's name
 
 FILES_SIGNATURE = "image_bytes"  # of exported models, and its input: files in place of pixels
 PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # then width and height, four bytes each
@@ -54,16 +61,19 @@ def predict() -> Response:
     size = picture_size(version.predictor, model=version.name)
     pictures = _read_form() if request.mimetype == "multipart/form-data" else [_read_body()]
     started_s = decoded_s = time.perf_counter()
-    outputs = _predict_files(version.predictor, pictures, size=size)
+    deadline_s = current_request.get().deadline_s
+    outputs = _predict_files(version.predictor, pictures, size=size, deadline_s=deadline_s)
     if outputs is None:
         started_s = time.perf_counter()
         images = _decode(pictures, size=size)
         decoded_s = time.perf_counter()
-        outputs = version.predictor.predict(DEFAULT_SIGNATURE, {"images": images})
+        outputs = version.predictor.predict(DEFAULT_SIGNATURE, {"images": images}, deadline_s=deadline_s)
     predicted_s = time.perf_counter()
     reply = {
         "model": {"name": version.name, "version": version.version},
-        "predictions": _describe(pictures, outputs, card=version.card),
+        "predictions": run_sized(
+            outputs["probabilities"].size * PROBABILITY_BYTES, _describe, pictures, outputs, card=version.card
+        ),
         "timing_ms": {
             "decode": round((decoded_s - started_s) * 1e3, 3),
             "predict": round((predicted_s - decoded_s) * 1e3, 3),
@@ -122,28 +132,33 @@ def _read_body() -> Picture:
 
 
 def _read_form() -> list[Picture]:
-    """Read the files of a multipart body, in the order sent, into memory."""
     settings: Settings = current_app.extensions["settings"]
     body: bytes = request.get_data(cache=False)
-    form = read_files(body, request.content_type or "")
-    if form and len(form) <= settings.max_images:
+    current_request.get().reserve(FORM_COPIES * len(body))
+    boundary = request.mimetype_params.get("boundary", "")
+    return run_sized(len(body), _parse_form, body, request.content_type or "", boundary, max_images=settings.max_images)
+
+
+def _parse_form(body: bytes, content_type: str, boundary: str, *, max_images: int) -> list[Picture]:
+    """Read the files of a multipart body, in the order sent."""
+    form = read_files(body, content_type)
+    if form and len(form) <= max_images:
         return [Picture(*file) for file in form]
     count = 0
 
     def open_file(*_: Any, **__: Any) -> io.BytesIO:
         nonlocal count
         count += 1
-        if count > settings.max_images:
-            raise TooLarge(f"too many pictures in one request: at most {settings.max_images} are taken")
+        if count > max_images:
+            raise TooLarge(f"too many pictures in one request: at most {max_images} are taken")
         return io.BytesIO()
 
     parser = MultiPartParser(
         stream_factory=open_file,
         # A list of pairs instead of a MultiDict, which would group the files by their field's name.
         cls=cast(Any, list),
-        max_form_parts=settings.max_images + MAX_FORM_FIELDS,
+        max_form_parts=max_images + MAX_FORM_FIELDS,
     )
-    boundary = request.mimetype_params.get("boundary", "")
     if not boundary:
         raise InvalidRequest("the multipart body's Content-Type names no boundary")
     try:
@@ -157,7 +172,7 @@ def _read_form() -> list[Picture]:
 
 
 def _predict_files(
-    predictor: Predictor, pictures: list[Picture], *, size: tuple[int, int]
+    predictor: Predictor, pictures: list[Picture], *, size: tuple[int, int], deadline_s: float | None
 ) -> Mapping[str, np.ndarray] | None:
     """Leave PNG files of the model's own size to the model, which decodes them to the same pixels, outside of Python.
 
@@ -174,21 +189,37 @@ def _predict_files(
     files = np.empty(len(pictures), object)
     files[:] = [picture.data for picture in pictures]
     try:
-        return predictor.predict(FILES_SIGNATURE, {FILES_SIGNATURE: files})
+        return predictor.predict(FILES_SIGNATURE, {FILES_SIGNATURE: files}, deadline_s=deadline_s)
     except InvalidRequest:
         return None
 
 
 def _decode(pictures: list[Picture], *, size: tuple[int, int]) -> np.ndarray:
-    """Decode every picture to uint8 (n, height, width, 3), or say of each that cannot be read why."""
+    """Decode every picture to uint8 (n, height, width, 3), or report for each that cannot be read why."""
     settings: Settings = current_app.extensions["settings"]
     metrics: Metrics = current_app.extensions["metrics"]
+    limits = settings.image_limits
+    costs, is_quick_all = [0], len(pictures) <= FEW_PICTURES
+    for picture in pictures:
+        try:
+            header = check_file(picture.data, limits)
+        except ServingError:
+            continue  # reported in its turn
+        costs.append(decode_cost(header, decoder="pillow", size=size))
+        is_quick_all = is_quick_all and is_quick(header)
+    current_request.get().reserve(max(costs) + len(pictures) * size[0] * size[1] * 3)
+    if is_quick_all:
+        return _decode_all(pictures, size, limits, metrics)
+    return offload(_decode_all, pictures, size, limits, metrics)
+
+
+def _decode_all(pictures: list[Picture], size: tuple[int, int], limits: ImageLimits, metrics: Metrics) -> np.ndarray:
     images = np.empty((len(pictures), *size, 3), np.uint8)
     problems = []
     for index, picture in enumerate(pictures):
         started_s = time.perf_counter()
         try:
-            images[index] = read_image(picture.data, size=size, limits=settings.image_limits)
+            images[index] = read_image(picture.data, size=size, limits=limits)
         except TooLarge as error:
             raise TooLarge(f"{picture.file or f'image {index}'}: {error}") from error
         except InvalidRequest as error:
