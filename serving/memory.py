@@ -12,7 +12,6 @@ import ctypes
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,15 @@ from typing import Self
 from serving.errors import Overloaded, TooLarge
 from serving.waiting import Pause, end_pauses
 
-# Shares of the budget. Bodies have a share of their own, so that requests that have been read can always be worked on;
-# and small bodies another, so that large uploads cannot keep small requests waiting.
-SMALL_BODIES_SHARE = 1 / 16
-LARGE_BODIES_SHARE = 1 / 4
+# Shares of the budget. Small requests have a pool of their own, so that large ones cannot keep them waiting. Of the
+# rest, bodies may take a part only, so that requests that have been read can be worked on; a lone one may take all.
+SMALL_SHARE = 1 / 8
+BODIES_SHARE = 1 / 2
+
+SMALL_STEP_BYTES = 8 * 1024 * 1024  # larger steps are taken from the pool for large requests
+
+# What may have been received of a body that waits for its first memory.
+UNCOUNTED_BYTES = 512 * 1024
 
 SAFETY_SHARE = 0.9  # of what is free: allocators and sockets have costs that no request accounts for
 
@@ -43,20 +47,19 @@ class MemoryBudget:
 
     def __init__(self, total_bytes: int | None = None) -> None:
         self._is_fixed = total_bytes is not None
-        self.small_bodies = Pool("memory for small request bodies")
-        self.large_bodies = Pool("memory for large request bodies")
-        self.work = Pool("memory for parsing and decoding")
+        self.small = Pool("memory for small requests")
+        self.large = Pool("memory")
         self._divide(free_bytes() if total_bytes is None else total_bytes)
 
     @property
     def total_bytes(self) -> int:
-        """The size of all pools together."""
-        return self._total_bytes
+        """The size of both pools together."""
+        return self.small.limit + self.large.limit
 
     @property
     def used_bytes(self) -> int:
-        """What is reserved in all pools."""
-        return sum(pool.used_bytes for pool in (self.small_bodies, self.large_bodies, self.work))
+        """What is reserved in both pools."""
+        return self.small.used + self.large.used
 
     def adapt(self) -> None:
         """Take note of what models that were loaded or unloaded leave; does nothing while requests hold memory."""
@@ -64,19 +67,79 @@ class MemoryBudget:
             self._divide(free_bytes())
 
     def _divide(self, total_bytes: int) -> None:
-        self._total_bytes = total_bytes
-        self.small_bodies.limit_bytes = int(total_bytes * SMALL_BODIES_SHARE)
-        self.large_bodies.limit_bytes = int(total_bytes * LARGE_BODIES_SHARE)
-        self.work.limit_bytes = total_bytes - self.small_bodies.limit_bytes - self.large_bodies.limit_bytes
+        small_bytes = int(total_bytes * SMALL_SHARE)
+        self.small.resize(small_bytes)
+        self.large.resize(total_bytes - small_bytes, body_limit=int((total_bytes - small_bytes) * BODIES_SHARE))
+
+
+class RequestMemory:
+    """What one request holds: its body, and what it is being inflated, parsed or decoded to.
+
+    Used by one thread at a time. Once a request holds memory of the pool for large requests, it takes everything from
+    there: so no request that holds large memory waits for small memory, and waiting cannot become a circle.
+    """
+
+    __slots__ = ("_large", "_small")
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._small = Reservation(budget.small)
+        self._large = Reservation(budget.large)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the request holds."""
+        return self._small.held + self._large.held
+
+    @property
+    def is_contended(self) -> bool:
+        """Whether others wait for memory of which this request holds some."""
+        return bool(
+            (self._large.held and self._large.pool.has_waiters) or (self._small.held and self._small.pool.has_waiters)
+        )
+
+    def try_small_body(self, size_bytes: int) -> bool:
+        """Reserve memory for a small body, if it is there and nobody waits for it."""
+        return self._small.try_grow(size_bytes, is_body=True)
+
+    @property
+    def limit_bytes(self) -> int:
+        """The most that a large request can hold."""
+        return self._large.pool.limit
+
+    async def grow_body(self, more_bytes: int, *, is_small: bool, deadline_s: float) -> None:
+        """Reserve memory for more of the body; a coroutine waits until it is there. See `Reservation.grow`."""
+        reservation = self._small if is_small else self._large
+        await reservation.grow_async(more_bytes, is_body=True, deadline_s=deadline_s)
+
+    def shrink_body_to(self, size_bytes: int) -> None:
+        """Release what was reserved for a large body beyond its size."""
+        self._large.shrink_body_to(size_bytes)
+
+    def check_fits(self, more_bytes: int) -> None:
+        """Raise TooLarge if the request could never have so much more to work with."""
+        self._large.pool.check_fits(self._large, more_bytes)
+
+    def grow(self, more_bytes: int, *, deadline_s: float | None) -> None:
+        """Reserve memory for the next step; a greenlet or thread waits until it is there. See `Reservation.grow`."""
+        is_small = not self._large.held and self._small.held + more_bytes <= SMALL_STEP_BYTES
+        (self._small if is_small else self._large).grow(more_bytes, is_body=False, deadline_s=deadline_s)
+
+    def release(self) -> None:
+        """Release everything; where that is much, give the freed pages back to the system first."""
+        if self.held_bytes >= TRIM_BYTES:
+            return_freed_memory()
+        self._small.release()
+        self._large.release()
 
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
-    """A reservation that waits to grow."""
+    """A reservation that is to grow."""
 
     reservation: Reservation
-    more_bytes: int
-    wake: Callable[[], object]
+    more: int
+    is_body: bool
+    wake: Callable[[], object] = lambda: None
     is_granted: bool = False
     is_refused: bool = False
 
@@ -84,66 +147,93 @@ class _Waiter:
 class Pool:
     """A number of bytes, or of other things, that reservations share in the order in which they ask.
 
-    Two reservations that have grown and want more could wait for each other for ever. Where all that hold memory wait,
-    the youngest of them is refused (503), so the oldest always gets on.
+    Two reservations that have grown and want more could wait for each other for ever. Where all that hold something
+    wait, the youngest of them is refused (503), so the oldest always gets on.
 
     Args:
         what: its name in messages.
-        limit_bytes: its size.
+        limit: its size.
     """
 
-    def __init__(self, what: str, limit_bytes: int = 0) -> None:
+    def __init__(self, what: str, limit: int = 0) -> None:
         self.what = what
-        self.limit_bytes = limit_bytes
-        self.used_bytes = 0
+        self.resize(limit)
+        self._bodies_used = 0
+        self.used = 0
         self._lock = threading.Lock()
-        self._waiters: deque[_Waiter] = deque()
+        self._waiters: list[_Waiter] = []  # oldest first
         self._holders = 0  # reservations of more than nothing
 
+    def resize(self, limit: int, *, body_limit: int | None = None) -> None:
+        """Set the size, and what bodies may take of it: by default all."""
+        self.limit = limit
+        self.body_limit = limit if body_limit is None else body_limit
+
     @property
-    def is_contended(self) -> bool:
-        """Whether anyone waits for memory."""
+    def has_waiters(self) -> bool:
+        """Whether anyone waits."""
         return bool(self._waiters)
 
-    def reserve(self, size_bytes: int, *, deadline_s: float | None) -> Reservation:
-        """Reserve memory; a greenlet or thread waits until there is some. See `Reservation.grow`."""
+    def reserve(self, size: int, *, deadline_s: float | None) -> Reservation:
+        """Reserve some; a greenlet or thread waits until it is there. See `Reservation.grow`."""
         reservation = Reservation(self)
-        reservation.grow(size_bytes, deadline_s=deadline_s)
+        reservation.grow(size, is_body=False, deadline_s=deadline_s)
         return reservation
 
-    def check_fits(self, size_bytes: int) -> None:
-        """Raise TooLarge if one request could never have so much."""
-        if size_bytes > self.limit_bytes:
+    def check_fits(self, reservation: Reservation, more: int) -> None:
+        """Raise TooLarge if a reservation could never grow by so much."""
+        if reservation.held + more > self.limit:
             raise TooLarge(
-                f"the request needs about {size_bytes:,} bytes of {self.what}, and the service has "
-                f"{self.limit_bytes:,}; send less at a time"
+                f"the request needs about {reservation.held + more:,} bytes of {self.what}, and the service has "
+                f"{self.limit:,}; send less at a time"
             )
 
-    def _try(self, reservation: Reservation, more_bytes: int) -> bool:
+    def _fits(self, waiter: _Waiter) -> bool:
+        if self.used + waiter.more > self.limit:
+            return False
+        others = self._bodies_used - waiter.reservation.held_for_body
+        return not waiter.is_body or not others or self._bodies_used + waiter.more <= self.body_limit
+
+    def _try(self, waiter: _Waiter) -> bool:
         with self._lock:
-            if self._waiters or self.used_bytes + more_bytes > self.limit_bytes:
+            # Bodies only wait for bodies, and work only for work: neither is held up by the other.
+            if any(other.is_body == waiter.is_body for other in self._waiters) or not self._fits(waiter):
                 return False
-            self._give(reservation, more_bytes)
+            self._give(waiter)
             return True
 
-    def _give(self, reservation: Reservation, more_bytes: int) -> None:
-        self._holders += not reservation.held_bytes
-        self.used_bytes += more_bytes
-        reservation.held_bytes += more_bytes
+    def _give(self, waiter: _Waiter) -> None:
+        reservation = waiter.reservation
+        self._holders += not reservation.held
+        self.used += waiter.more
+        reservation.held += waiter.more
+        if waiter.is_body:
+            self._bodies_used += waiter.more
+            reservation.held_for_body += waiter.more
+        self._holders -= not reservation.held
+        waiter.is_granted = True
 
-    def _take_back(self, reservation: Reservation, fewer_bytes: int) -> None:
+    def _take(self, reservation: Reservation, fewer: int, *, of_body: int) -> None:
+        self._holders -= bool(reservation.held)
+        self.used -= fewer
+        reservation.held -= fewer
+        self._bodies_used -= of_body
+        reservation.held_for_body -= of_body
+        self._holders += bool(reservation.held)
+
+    def _release(self, reservation: Reservation, fewer: int, *, of_body: int) -> None:
+        if not fewer:
+            return
         with self._lock:
-            if not fewer_bytes:
-                return
-            self.used_bytes -= fewer_bytes
-            reservation.held_bytes -= fewer_bytes
-            self._holders -= not reservation.held_bytes
+            self._take(reservation, fewer, of_body=of_body)
             woken = self._settle()
         for waiter in woken:
             waiter.wake()
 
     def _enqueue(self, waiter: _Waiter) -> None:
-        self.check_fits(waiter.reservation.held_bytes + waiter.more_bytes)
+        self.check_fits(waiter.reservation, waiter.more)
+        if waiter.is_body and len(self._waiters) * UNCOUNTED_BYTES > self.body_limit:
+            raise Overloaded("too many uploads wait for memory; try again later")
         with self._lock:
             self._waiters.append(waiter)
             woken = self._settle()
@@ -151,7 +241,7 @@ class Pool:
             other.wake()
 
     def _give_up(self, waiter: _Waiter) -> None:
-        """Stop waiting, unless the memory has just been granted."""
+        """Stop waiting, unless it was granted just now."""
         with self._lock:
             if waiter.is_granted or waiter.is_refused:
                 return
@@ -163,102 +253,106 @@ class Pool:
 
     def _settle(self) -> list[_Waiter]:
         """Grant what fits, oldest first, and resolve deadlocks; returns whom to wake."""
-        woken = []
+        woken: list[_Waiter] = []
         while self._waiters:
-            first = self._waiters[0]
-            if self.used_bytes + first.more_bytes <= self.limit_bytes:
-                self._waiters.popleft()
-                self._give(first.reservation, first.more_bytes)
-                first.is_granted = True
-                woken.append(first)
-                continue
-            holding = [waiter for waiter in self._waiters if waiter.reservation.held_bytes]
-            if len(holding) < self._holders or not holding or holding == [first]:
-                break  # someone who holds memory is at work, and will release it
-            youngest = holding[-1]
-            self._waiters.remove(youngest)
-            self.used_bytes -= youngest.reservation.held_bytes
-            youngest.reservation.held_bytes = 0
-            self._holders -= 1
-            youngest.is_refused = True
-            woken.append(youngest)
+            granted = self._next_in_turn()
+            holding = [waiter for waiter in self._waiters if waiter.reservation.held]
+            if granted is None and holding and len(holding) == self._holders:
+                # All that hold something wait: one out of turn can go on, or the youngest has to give way.
+                granted = next(filter(self._fits, self._waiters), None)
+                if granted is None:
+                    youngest = holding[-1]
+                    self._waiters.remove(youngest)
+                    self._take(
+                        youngest.reservation, youngest.reservation.held, of_body=youngest.reservation.held_for_body
+                    )
+                    youngest.is_refused = True
+                    woken.append(youngest)
+                    continue
+            if granted is None:
+                break
+            self._waiters.remove(granted)
+            self._give(granted)
+            woken.append(granted)
         return woken
+
+    def _next_in_turn(self) -> _Waiter | None:
+        """Return the oldest waiter for work, or the oldest with a body, if there is enough for it."""
+        for is_body in (False, True):
+            oldest = next((waiter for waiter in self._waiters if waiter.is_body == is_body), None)
+            if oldest and self._fits(oldest):
+                return oldest
+        return None
 
 
 class Reservation:
-    """Memory that a request holds; a context manager that releases it. Used by one thread at a time."""
+    """What one request holds of a pool; a context manager that releases it. Used by one thread at a time."""
 
-    __slots__ = ("_pool", "held_bytes")
+    __slots__ = ("held", "held_for_body", "pool")
 
     def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self.held_bytes = 0
+        self.pool = pool
+        self.held = 0
+        self.held_for_body = 0  # of it
 
-    @property
-    def is_contended(self) -> bool:
-        """Whether others wait for memory of the same pool."""
-        return self._pool.is_contended
-
-    def check_fits(self, more_bytes: int) -> None:
-        """Raise TooLarge if the pool could never hold so much more for one request."""
-        self._pool.check_fits(self.held_bytes + more_bytes)
-
-    def try_grow(self, more_bytes: int) -> bool:
+    def try_grow(self, more: int, *, is_body: bool) -> bool:
         """Reserve more if it is there and nobody waits for it."""
-        return self._pool._try(self, more_bytes)
+        return self.pool._try(_Waiter(self, more, is_body))
 
-    def grow(self, more_bytes: int, *, deadline_s: float | None) -> None:
+    def grow(self, more: int, *, is_body: bool, deadline_s: float | None) -> None:
         """Reserve more; a greenlet or thread waits until it is there.
 
         Args:
-            more_bytes: how much more.
+            more: how much more.
+            is_body: whether it is for the body of a request.
             deadline_s: how long to wait, on the clock of `time.monotonic`; None: for ever.
 
         Raises:
-            TooLarge: the pool could never hold so much for one request.
+            TooLarge: one reservation could never have so much.
             Overloaded: it was not there in time.
         """
-        if self.try_grow(more_bytes):
+        waiter = _Waiter(self, more, is_body)
+        if self.pool._try(waiter):
             return
         pause = Pause()
-        waiter = _Waiter(self, more_bytes, lambda: end_pauses([pause]))
-        self._pool._enqueue(waiter)
+        waiter.wake = lambda: end_pauses([pause])
+        self.pool._enqueue(waiter)
         if not pause.wait(None if deadline_s is None else deadline_s - time.monotonic()):
-            self._pool._give_up(waiter)
+            self.pool._give_up(waiter)
         self._check(waiter)
 
-    async def grow_async(self, more_bytes: int, *, deadline_s: float | None) -> None:
+    async def grow_async(self, more: int, *, is_body: bool, deadline_s: float | None) -> None:
         """Reserve more; a coroutine waits until it is there. See `grow`."""
-        if self.try_grow(more_bytes):
+        waiter = _Waiter(self, more, is_body)
+        if self.pool._try(waiter):
             return
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
-        waiter = _Waiter(self, more_bytes, lambda: loop.call_soon_threadsafe(woken.set))
-        self._pool._enqueue(waiter)
+        waiter.wake = lambda: loop.call_soon_threadsafe(woken.set)
+        self.pool._enqueue(waiter)
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if deadline_s is None else deadline_s - time.monotonic()):
                     await woken.wait()
         finally:
-            self._pool._give_up(waiter)
+            self.pool._give_up(waiter)
         self._check(waiter)
 
     def _check(self, waiter: _Waiter) -> None:
         if not waiter.is_granted:
             raise Overloaded(
-                f"no {self._pool.what} was free in time: {self._pool.used_bytes:,} of {self._pool.limit_bytes:,} "
-                "are in use; try again later"
+                f"no {self.pool.what} was free in time: {self.pool.used:,} of {self.pool.limit:,} are in use; "
+                "try again later"
             )
 
-    def shrink_to(self, size_bytes: int) -> None:
-        """Release what is held beyond this size."""
-        self._pool._take_back(self, max(0, self.held_bytes - size_bytes))
+    def shrink_body_to(self, size: int) -> None:
+        """Release what is held for the body beyond this size."""
+        fewer = max(0, self.held_for_body - size)
+        self.pool._release(self, fewer, of_body=fewer)
 
     def release(self) -> None:
         """Release everything."""
-        if self.held_bytes >= TRIM_BYTES:
-            return_freed_memory()
-        self._pool._take_back(self, self.held_bytes)
+        self.pool._release(self, self.held, of_body=self.held_for_body)
 
     def __enter__(self) -> Self:
         return self

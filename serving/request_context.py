@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from serving.errors import ModelFailed
 
 if TYPE_CHECKING:
-    from serving.memory import Reservation
+    from serving.memory import RequestMemory
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -27,7 +27,7 @@ class RequestContext:
 
     deadline_s: float | None = None
     client_disconnected: Callable[[], bool] = lambda: False
-    memory: Reservation | None = None
+    memory: RequestMemory | None = None
 
     def reserve(self, size_bytes: int) -> None:
         """Reserve memory for the next step; waits until there is some.
@@ -35,11 +35,9 @@ class RequestContext:
         Raises:
             TooLarge: the service could never have so much for one request.
             Overloaded: it was not there before the deadline.
-            ModelFailed: nobody waits for the response any more.
         """
-        if self.memory is not None and not self.memory.try_grow(size_bytes):
+        if self.memory is not None:
             self.memory.grow(size_bytes, deadline_s=self.deadline_s)
-            self.check()
 
     def check(self) -> None:
         """Raise an error if nobody waits for the response any more; called before each long step.

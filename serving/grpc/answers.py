@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from serving.errors import Overloaded, ServingError
-from serving.memory import TRIM_BYTES, MemoryBudget, Reservation
+from serving.memory import TRIM_BYTES, MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 from serving.waiting import LoopGreenlets, call_from_loop, run_sized
 
@@ -64,48 +64,46 @@ def make_handler(
     async def handle(_: Any, context: Any) -> bytes:
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        body, work = Reservation(limits.budget.large_bodies), Reservation(limits.budget.work)
+        memory = RequestMemory(limits.budget)
         try:
             try:
-                await body.grow_async(
-                    limits.max_message_bytes, deadline_s=deadline_s or time.monotonic() + RECEIVE_TIMEOUT_S
-                )
-                data = await _receive(context, body)
+                waits_until_s = deadline_s or time.monotonic() + RECEIVE_TIMEOUT_S
+                await memory.grow_body(limits.max_message_bytes, is_small=False, deadline_s=waits_until_s)
+                data = await _receive(context, memory)
             except ServingError as error:
                 await context.abort(getattr(grpc.StatusCode, error.code), str(error))
             response, failure = await call_from_loop(
                 lambda: _answer(answer, request_type, data),
                 greenlets=limits.greenlets,
                 in_thread=is_long,
-                make_context=lambda is_cancelled: RequestContext(deadline_s, is_cancelled, work),
+                make_context=lambda is_cancelled: RequestContext(deadline_s, is_cancelled, memory),
             )
             if failure:
                 await context.abort(*failure)
             return response
         finally:
-            for reservation in (body, work):
-                if reservation.held_bytes >= TRIM_BYTES:
-                    limits.greenlets.threads.submit(reservation.release)
-                else:
-                    reservation.release()
+            if memory.held_bytes >= TRIM_BYTES:
+                limits.greenlets.threads.submit(memory.release)
+            else:
+                memory.release()
 
     # By its form on the wire a method with one request is one with a stream of requests that has one; as such it can
     # wait until there is memory for the message.
     return grpc.stream_unary_rpc_method_handler(handle)
 
 
-async def _receive(context: Any, body: Reservation) -> bytes:
+async def _receive(context: Any, memory: RequestMemory) -> bytes:
     """Receive the message; raises Overloaded where it does not arrive."""
     reading = asyncio.ensure_future(context.read())
     deadline_s = time.monotonic() + RECEIVE_TIMEOUT_S
     while not (await asyncio.wait((reading,), timeout=CONTENDED_TIMEOUT_S))[0]:
-        if body.is_contended or time.monotonic() > deadline_s:
+        if memory.is_contended or time.monotonic() > deadline_s:
             reading.add_done_callback(_ignore)
             raise Overloaded("the message did not arrive in time")
     data = reading.result()
     if data is grpc.aio.EOF:
         raise ServingError("the call has no message")
-    body.shrink_to(len(data))
+    memory.shrink_body_to(len(data))
     message: bytes = data
     return message
 

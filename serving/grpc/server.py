@@ -68,7 +68,7 @@ class GrpcServer:
         self._budget = budget
         self._liveness = liveness
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grpc")
-        self._max_message_bytes = max_message_bytes
+        self._max_message_bytes = min(max_message_bytes, budget.large.limit // 2)
         # That a client has gone before its answer was sent is no fault of the service, and no line of its log.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
         self._loop = uvloop.new_event_loop()

@@ -28,7 +28,7 @@ from uvicorn.server import ServerState
 
 from serving.errors import ServingError
 from serving.http.wsgi import Response, WsgiApp, call_app, make_environ, set_body
-from serving.memory import TRIM_BYTES, MemoryBudget, Reservation
+from serving.memory import TRIM_BYTES, MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 from serving.waiting import SMALL_BYTES, LoopGreenlets
 
@@ -122,8 +122,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._overhead_bytes = 0  # trailers and chunk extensions since the last byte of a body
         self._fed_body_bytes = 0
-        self._reservation: Reservation | None = None  # for its body
-        self._work: Reservation | None = None  # for parsing and decoding it
+        self._memory = RequestMemory(limits.budget)
         self._period_since_s = 0.0
         self._period_bytes = 0
         self._has_receiver = False  # a task receives the body
@@ -321,13 +320,12 @@ class Connection(HttpToolsProtocol):
             self._begin(cycle)
 
     def _begin(self, cycle: RequestResponseCycle) -> None:
-        if not cycle.more_body and len(cycle.body) <= SMALL_BYTES:
-            self._reservation = Reservation(self.limits.budget.small_bodies)
-            if not cycle.body or self._reservation.try_grow(len(cycle.body)):
-                body = bytes(cycle.body)
-                cycle.body = bytearray()  # uvicorn keeps it until the connection's next request
-                self._dispatch(cycle, body)
-                return
+        size = len(cycle.body)
+        if not cycle.more_body and size <= SMALL_BYTES and (not size or self._memory.try_small_body(size)):
+            body = bytes(cycle.body)
+            cycle.body = bytearray()  # uvicorn keeps it until the connection's next request
+            self._dispatch(cycle, body)
+            return
         task = self.loop.create_task(self._receive(cycle))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -362,9 +360,10 @@ class Connection(HttpToolsProtocol):
         if (declared or 0) > self.limits.max_body_bytes:
             cycle.keep_alive = False
             return b""
-        budget = self.limits.budget
-        self._reservation = Reservation(budget.small_bodies)
-        is_small = True
+        is_small = (declared or 0) <= SMALL_BYTES
+        if not is_small:
+            self._memory.check_fits(declared or 0)
+        reserved = 0
         received = io.BytesIO()  # gives its bytes away without a copy
         while cycle.more_body or cycle.body:
             message = cast(dict[str, Any], await cycle.receive())
@@ -377,23 +376,20 @@ class Connection(HttpToolsProtocol):
                 cycle.keep_alive = False
                 cast(Any, cycle.scope["headers"]).append((b"content-length", str(size).encode()))
                 return b""
-            if size > self._reservation.held_bytes:
-                if is_small and max(size, declared or 0) > SMALL_BYTES:
-                    is_small = False
-                    self._release()
-                    self._reservation = Reservation(budget.large_bodies)
-                held = self._reservation.held_bytes
-                step = size if is_small else min(size + GROW_BYTES, max(size, declared or size))
-                await self._wait_for_memory(step - held)
+            if size > reserved:
+                if is_small and size > SMALL_BYTES:  # a chunked body
+                    is_small, reserved = False, 0
+                grown = size if is_small else min(size + GROW_BYTES, max(size, declared or size))
+                await self._wait_for_memory(grown - reserved, is_small=is_small)
+                reserved = grown
             received.write(message["body"])
         return received.getvalue()
 
-    async def _wait_for_memory(self, more_bytes: int) -> None:
-        assert self._reservation
+    async def _wait_for_memory(self, more_bytes: int, *, is_small: bool) -> None:
         self._waits_for_memory = True
         try:
             deadline_s = time.monotonic() + self.limits.request_timeout_s
-            await self._reservation.grow_async(more_bytes, deadline_s=deadline_s)
+            await self._memory.grow_body(more_bytes, is_small=is_small, deadline_s=deadline_s)
         finally:
             self._waits_for_memory = False
             self._period_since_s, self._period_bytes = self.loop.time(), 0
@@ -409,11 +405,10 @@ class Connection(HttpToolsProtocol):
                     self._write(cycle, _error_response("400 Bad Request", message))
                     return
                 timeout_s = min(timeout_s, seconds)
-        self._work = Reservation(self.limits.budget.work)
         context = RequestContext(
             deadline_s=arrived_s + timeout_s,
             client_disconnected=lambda: self._client_disconnected(arrived_s),
-            memory=self._work,
+            memory=self._memory,
         )
         greenlets = self.limits.greenlets
         is_urgent = cycle.scope["raw_path"] in self.limits.urgent_paths
@@ -552,12 +547,14 @@ class Connection(HttpToolsProtocol):
         self.loop.call_later(LINGER_S, self.transport.close)
 
     def _release(self) -> None:
-        for reservation in (self._reservation, self._work):
-            if reservation and reservation.held_bytes >= TRIM_BYTES:
-                self.limits.greenlets.threads.submit(reservation.release)
-            elif reservation:
-                reservation.release()
-        self._reservation = self._work = None
+        memory = self._memory
+        if not memory.held_bytes:
+            return
+        self._memory = RequestMemory(self.limits.budget)
+        if memory.held_bytes >= TRIM_BYTES:
+            self.limits.greenlets.threads.submit(memory.release)
+        else:
+            memory.release()
 
     # Time limits
 
@@ -581,7 +578,7 @@ class Connection(HttpToolsProtocol):
 
     def _check_upload_rate(self, now_s: float) -> None:
         period_s, least = UPLOAD_PERIOD_S, UPLOAD_BYTES
-        if self._reservation and self._reservation.is_contended:
+        if self._memory.is_contended:
             period_s, least = CONTENDED_PERIOD_S, CONTENDED_BYTES
         if now_s - self._period_since_s < period_s:
             return
