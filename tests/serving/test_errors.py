@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from serving.errors import (
-    HTTP_STATUS_OF_CODE,
     InvalidBackendResponse,
     InvalidRequest,
     ModelFailed,
@@ -32,9 +31,3 @@ def test_a_client_is_told_when_to_retry_where_that_can_help(
     error: ServingError, status: int, retry_after_s: int | None
 ) -> None:
     assert (error.status, error.retry_after_s) == (status, retry_after_s)
-
-
-def test_one_error_does_not_change_the_next() -> None:
-    ModelFailed("busy", code="UNAVAILABLE")
-    assert {ModelFailed("x", code=code).retry_after_s for code in HTTP_STATUS_OF_CODE.keys() - {"UNAVAILABLE"}} == {1, None}
-    assert ServingError.retry_after_s is None
