@@ -33,7 +33,7 @@ _WEBP_PIXEL_S = 30e-9
 _FILE_BYTE_S = {"JPEG": 25e-9, "PNG": 25e-9, "WEBP": 25e-9}
 _RAW_BYTE_S = 2e-9
 _SCAN_PIXEL_S = 2e-9  # even where the scan is empty
-_INFLATED_BYTE_S = 3e-9
+_INFLATED_BYTE_S = 10e-9
 _RUN_LENGTH_BYTE_S = 500e-9  # Pillow decodes the runs of a BMP in Python
 _FILE_S = 50e-6
 # TensorFlow resizes through an image of the model's height and the source's width.

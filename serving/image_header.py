@@ -18,8 +18,11 @@ Decoder = Literal["pillow", "tensorflow"]
 # are in `max_pixels` times this. 49 megapixels take 2 s with 20 scans, and 9 s with 100.
 FULL_SIZE_SCANS = 20
 
-# libpng inflates every chunk of text, although no decoder returns it.
-MAX_METADATA_BYTES = 64_000_000
+# giflib prepares its tables anew for every frame, however small.
+MAX_FRAMES = 10_000
+
+# libpng inflates every chunk of text, although no decoder returns it: 300 chunks in a file of 2 MB take 16 s and 2 GB.
+MAX_METADATA_BYTES = 32_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,8 @@ def check_image(header: ImageHeader, limits: ImageLimits, *, decoder: Decoder) -
             f"the JPEG file has {header.scans} scans; with {size} it may have at most {most}. Save it with fewer"
         )
     if decoder == "tensorflow":
+        if header.frames > MAX_FRAMES:
+            raise TooLarge(f"the animation has {header.frames:,} frames: at most {MAX_FRAMES:,} are taken")
         if header.pixels * header.frames > limits.max_pixels:
             raise TooLarge(
                 f"the animation has {header.frames:,} frames of {size}: at most {limits.max_pixels:,} in all are taken"

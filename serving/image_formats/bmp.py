@@ -26,8 +26,10 @@ def read_header(data: bytes) -> ImageHeader | None:
     else:
         width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
         width, height = abs(width), abs(height)  # a negative height: the rows come from the top
-    if header_bytes not in _HEADER_BYTES and offset + width * height * bits // 8 > len(data):
-        return None
+    if header_bytes not in _HEADER_BYTES:
+        pixel_bytes = width * height * bits // 8
+        if not 0 < pixel_bytes <= len(data) - offset:
+            return None
     problem = None
     is_run_length = compression in _RLE
     if is_run_length and len(data) > MAX_RLE_BYTES:

@@ -54,7 +54,7 @@ def read_header(data: bytes) -> ImageHeader | None:
             if table_bytes > MAX_TABLE_BYTES:
                 problem = "the JPEG file has more tables than it can use"
                 break
-    if not channels:
+    if not channels and problem is None:
         return None
     if not (is_progressive or scans > 1):
         coefficient_bytes = 0

@@ -22,7 +22,7 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 
 def read_header(data: bytes) -> ImageHeader | None:
     """Read the header of a PNG file; None where it has no IHDR chunk."""
-    header = None
+    header: tuple[int, ...] | None = None
     metadata_bytes = 0
     problem = None
     for index, (kind, start, end) in enumerate(_iterate_chunks(data)):
@@ -32,12 +32,14 @@ def read_header(data: bytes) -> ImageHeader | None:
         size = end - start
         if kind == b"IHDR" and header is None and size >= _IHDR.size and len(data) >= start + _IHDR.size:
             header = _IHDR.unpack_from(data, start)
-        elif kind in (b"zTXt", b"iTXt", b"iCCP"):
+        elif kind in (b"zTXt", b"iCCP") or (kind == b"iTXt" and _is_compressed(data, start)):
             metadata_bytes += min(MAX_INFLATED_BYTES, size * MAX_DEFLATE_RATIO)
         elif kind not in (b"IDAT", b"PLTE"):
             metadata_bytes += size
     if header is None:
-        return None
+        if problem is None:
+            return None
+        header = (0,) * 7  # there may be one behind all those chunks
     width, height, depth, colour_type, *_ = header
     return ImageHeader(
         "PNG",
@@ -72,6 +74,12 @@ def keep_pixel_data(data: bytes) -> bytes:
     # Both have the length in front and the CRC behind. Of the end there is nothing to check.
     body = (struct.pack(">I", len(joined) - 4), joined, struct.pack(">I", zlib.crc32(joined)))
     return b"".join((SIGNATURE, header, palette, *(body if pixels else ()), b"\0\0\0\0IEND\xae\x42\x60\x82"))
+
+
+def _is_compressed(data: bytes, start: int) -> bool:
+    """Whether a chunk of international text is compressed: a flag says so behind the keyword of up to 79 bytes."""
+    flag = data.find(b"\0", start, start + 80) + 1
+    return data[flag : flag + 1] != b"\0"
 
 
 def _iterate_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

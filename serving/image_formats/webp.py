@@ -36,7 +36,7 @@ def read_header(data: bytes) -> ImageHeader | None:
             sizes += [_read_size(kind, data[at : at + 10]) for (kind, at, _), _ in zip(inner, range(2), strict=False)]
         width = max(width, *(size[0] for size in sizes), 0)
         height = max(height, *(size[1] for size in sizes), 0)
-    if not width:
+    if not width and problem is None:
         return None
     return ImageHeader("WEBP", width, height, len(data), 4, frames=max(1, frames), problem=problem)
 
