@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -38,14 +40,17 @@ def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> i
     """
     cost = 0
     for array in arrays:
-        headers = _read_headers(array)
-        for index, header in headers:
+        costs: list[int] = []
+        for image in _find_images(array):
             try:
-                check_image(header, limits, decoder="tensorflow")
+                check_image(image.header, limits, decoder="tensorflow")
             except (InvalidRequest, TooLarge) as error:
-                raise type(error)(f"image {index}: {error}") from error
-        costs = [decode_cost(header, decoder="tensorflow") - header.file_bytes for _, header in headers]
-        cost += sum(header.file_bytes for _, header in headers) + sum(sorted(costs)[-IMAGES_AT_ONCE:])
+                raise type(error)(f"image {image.index}: {error}") from error
+            # The file itself is copied into the tensor, however many are decoded at once.
+            cost += image.header.file_bytes * image.count
+            one = decode_cost(image.header, decoder="tensorflow") - image.header.file_bytes
+            costs += [one] * min(image.count, IMAGES_AT_ONCE)
+        cost += sum(sorted(costs)[-IMAGES_AT_ONCE:])
     return cost
 
 
@@ -54,18 +59,29 @@ def decodes_slowly(signature: Signature, inputs: Mapping[str, np.ndarray]) -> bo
     arrays = [inputs[name] for name, spec in signature.inputs.items() if spec.dtype == "DT_STRING"]
     if sum(array.size for array in arrays) > MAX_QUICK_FILES:
         return True
-    return sum(decode_seconds(header) for array in arrays for _, header in _read_headers(array)) > QUICK_S
+    return sum(decode_seconds(image.header) * image.count for array in arrays for image in _find_images(array)) > QUICK_S
 
 
-def _read_headers(array: np.ndarray) -> list[tuple[int, ImageHeader]]:
-    """Read the headers of the elements that are images, with the index of each element."""
+@dataclass(frozen=True, slots=True)
+class _Image:
+    index: int  # of the first element that is this image
+    count: int  # of elements that are the same object
+    header: ImageHeader
+
+
+def _find_images(array: np.ndarray) -> Iterator[_Image]:
+    """Find the elements that begin as image files do.
+
+    A tensor may hold the same object a million times: where a message gives fewer values than elements, the last one
+    is repeated.
+    """
     if array.dtype != np.object_:
-        return []  # it is refused as no string tensor
+        return  # refused later: it is no string tensor
     elements = array.ravel().tolist()
-    # A tensor may hold the same object a million times: where a message gives fewer values, the last one is repeated.
-    unique = {id(data): data for data in elements if isinstance(data, bytes)}
-    headers = {key: header for key, data in unique.items() if (header := read_header(data))}
-    return [(index, headers[id(data)]) for index, data in enumerate(elements) if id(data) in headers] if headers else []
+    counts = Counter(map(id, elements))
+    for index, data in enumerate(elements):
+        if (count := counts.pop(id(data), 0)) and isinstance(data, bytes) and (header := read_header(data)):
+            yield _Image(index, count, header)
 
 
 class ImageLimitsPredictor:

@@ -60,9 +60,7 @@ def png(width: int, height: int, *, extra: bytes = b"", rows: int = 0) -> bytes:
     """
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(1 + 3 * width) * rows, 9)
-    return b"".join(
-        (b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), extra, chunk(b"IDAT", pixels), chunk(b"IEND", b""))
-    )
+    return b"".join((b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), extra, chunk(b"IDAT", pixels), chunk(b"IEND", b"")))
 
 
 def gif(size: tuple[int, int], frames: int, *, frame_size: tuple[int, int] = (1, 1)) -> bytes:

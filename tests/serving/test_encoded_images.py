@@ -201,9 +201,7 @@ def peak_bytes(process_id: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_hostile_images_are_refused_by_every_way_at_once(
-    models_dir: Path, start_server: Callable[..., Server]
-) -> None:
+def test_hostile_images_are_refused_by_every_way_at_once(models_dir: Path, start_server: Callable[..., Server]) -> None:
     server = start_server(models_dir)
     server.wait_for("/readyz")
     ways = Ways(server)

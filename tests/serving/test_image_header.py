@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from serving.errors import InvalidRequest, ServingError, TooLarge
+from serving.errors import InvalidRequest, TooLarge
 from serving.image_formats.header import ImageHeader
 from serving.image_header import FULL_SIZE_SCANS, Decoder, ImageLimits, check_image, read_header
 from tests.serving.image_files import bmp, chunk, encode, gif, jpeg_of_scans, noise, png, segment, webp_canvas
@@ -79,7 +80,9 @@ def test_the_frames_of_an_animation(kind: str) -> None:
     assert header_of(encode(frames[0], kind, save_all=True, append_images=frames[1:])).frames == 7
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"RIFF1234WEBP", b"BM"])
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"RIFF1234WEBP", b"BM"]
+)
 def test_what_is_no_image_has_no_header(data: bytes) -> None:
     assert read_header(data) is None
     assert read_header(data + bytes(100)) is None
@@ -133,7 +136,7 @@ def test_scans_are_counted_as_libjpeg_finds_them(name: str) -> None:
 
 def test_scans_of_a_large_jpeg_are_limited_by_its_pixels_too() -> None:
     check(jpeg_of_scans(FULL_SIZE_SCANS, size=(1_000, 1_000)))
-    with pytest.raises(InvalidRequest, match=f"21 scans; with 1000 x 1000 pixels it may have at most {FULL_SIZE_SCANS}"):
+    with pytest.raises(InvalidRequest, match="21 scans; with 1000 x 1000 pixels it may have at most 20"):
         check(jpeg_of_scans(FULL_SIZE_SCANS + 1, size=(1_000, 1_000)))
 
 
@@ -267,10 +270,8 @@ def test_damaged_files_are_read_without_failing(whole: bytes, changes: list[tupl
         whole = whole[:place] + content + whole[place + len(content) :]
     header = read_header(whole[: round(len(whole) * kept)])
     if header is not None:
-        try:
+        with contextlib.suppress(InvalidRequest, TooLarge):
             check_image(header, LIMITS, decoder="tensorflow")
-        except ServingError as error:
-            assert isinstance(error, InvalidRequest | TooLarge)
 
 
 @pytest.mark.parametrize(
