@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import struct
+import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -9,9 +11,11 @@ import tensorflow as tf
 from PIL import Image
 
 from serving.errors import InvalidRequest, TooLarge
+from serving.exif import read_orientation
 from serving.image_header import ImageLimits
-from serving.images import read_image
+from serving.images import STRIP_PIXELS, read_image
 from tests.serving.conftest import encode, picture
+from tests.serving.image_files import bmp, chunk, gif, jpeg_of_scans, png, segment, webp_canvas
 
 HEIGHT, WIDTH = 40, 48
 
@@ -173,21 +177,11 @@ def test_what_is_no_picture_is_refused(data: bytes) -> None:
         read(data)
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header announces a size that its few bytes cannot hold."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("width", "height"), [(1001, 1000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
 def test_too_many_pixels_are_refused_by_the_header_alone(width: int, height: int) -> None:
     with pytest.raises(TooLarge, match="1,000,000"):
-        read(bomb(width, height))
+        read(png(width, height))
 
 
 def test_the_limit_itself_is_allowed() -> None:
@@ -210,3 +204,108 @@ def test_no_bytes_make_it_fail_otherwise() -> None:
                 assert read(data.tobytes()).shape == (HEIGHT, WIDTH, 3)
             except (InvalidRequest, TooLarge):
                 continue
+
+
+LARGE = (900, 700)  # more than are converted at once
+
+
+@pytest.mark.parametrize("kind", ["cmyk", "cmyk without Adobe's marker", "16-bit grey"])
+def test_large_pictures_that_numpy_converts_are_read_as_tensorflow_does(kind: str) -> None:
+    if kind == "16-bit grey":
+        samples = np.random.default_rng(2).integers(0, 2**16, (LARGE[1], LARGE[0], 1), dtype=np.uint16)
+        data = bytes(tf.io.encode_png(samples).numpy())
+    else:
+        data = encode(photo(size=LARGE).convert("CMYK"), "JPEG")
+        data = data if kind == "cmyk" else without_adobe_marker(data)
+    assert LARGE[0] * LARGE[1] > 2 * STRIP_PIXELS
+    expected = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
+    np.testing.assert_array_equal(read(data, size=LARGE[::-1]), expected)
+
+
+def exif_of_many_tags() -> bytes:
+    """5,000 tags that share one value of 60 KB, which Pillow copies for each."""
+    tags = b"".join(struct.pack(">HHII", 0x9000 + tag, 7, 59_000, 8) for tag in range(5_000))
+    orientation = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 5_001) + orientation + tags
+
+
+METADATA = {
+    "jpeg of comments": ("JPEG", segment(0xFE) * 9_000),
+    "jpeg of exif": ("JPEG", segment(0xE1, b"Exif\0\0MM\0*" + bytes(65_000)) * 150),
+    "jpeg of tags": ("JPEG", segment(0xE1, exif_of_many_tags())),
+    "jpeg of photoshop resources": ("JPEG", segment(0xED, b"Photoshop 3.0\0" + b"8BIM\4\4" + bytes(6)) * 2_000),
+    "jpeg of several pictures": ("JPEG", segment(0xE2, b"MPF\0" + exif_of_many_tags()[6:])),
+    "jpeg with garbage": ("JPEG", b"\0" * 3_000_000),
+    "png of texts": ("PNG", chunk(b"tEXt", b"k\0v") * 20_000),
+    "png of compressed texts": ("PNG", chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2_000_000))) * 60),
+    "png with a damaged text": ("PNG", chunk(b"tEXt", b"k\0v")[:-1] + b"?"),
+    "png with a text that Pillow takes for a frame": ("PNG", chunk(b"tEXt", b"bbox\0v")),
+    "png with a broken profile": ("PNG", chunk(b"iCCP", b"k\0\1" + bytes(9))),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_costs_nothing_and_changes_nothing(name: str) -> None:
+    kind, metadata = METADATA[name]
+    whole = encode(photo(), kind)
+    start = {"JPEG": 2, "PNG": 33}[kind]
+    data = whole[:start] + metadata + whole[start:]
+    tracemalloc.start()
+    started_s = time.perf_counter()
+    image = read(data)
+    seconds = time.perf_counter() - started_s
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds < 2
+    assert peak < 3 * len(data) + 1_000_000
+    upright = read(whole)
+    if name == "jpeg of tags":
+        upright = read(whole[:2] + segment(0xE1, b"Exif\0\0" + exif_of(6)) + whole[2:])
+    np.testing.assert_array_equal(image, upright)
+
+
+def exif_of(orientation: int) -> bytes:
+    return b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+
+
+def test_image_data_in_a_thousand_chunks_is_read_as_in_one() -> None:
+    whole = encode(photo())
+    (length,) = struct.unpack(">I", whole[33:37])
+    pixels = whole[41 : 41 + length]
+    assert whole[37:41] == b"IDAT"
+    parts = b"".join(chunk(b"IDAT", pixels[place : place + 1]) for place in range(length))
+    np.testing.assert_array_equal(read(whole[:33] + parts + whole[33 + 12 + length :]), read(whole))
+
+
+@pytest.mark.parametrize(
+    ("exif", "orientation"),
+    [
+        (exif_of(6), 6),
+        (b"Exif\0\0" + exif_of(8), 8),
+        (b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, 3, 0, 0), 3),
+        (b"MM\0*" + struct.pack(">IHHHIII", 8, 1, 0x0112, 4, 1, 6, 0), 6),  # a LONG
+        (exif_of(9), 1),
+        (exif_of(6)[:15], 1),
+        (b"MM\0*\xff\xff\xff\xff", 1),
+        (b"", 1),
+        (b"Exif\0\0", 1),
+    ],
+)
+def test_the_orientation_that_exif_data_declares(exif: bytes, orientation: int) -> None:
+    assert read_orientation(exif) == orientation
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (jpeg_of_scans(200, size=(7_000, 7_000)), InvalidRequest, "more than 100 scans"),
+        (jpeg_of_scans(5_000), InvalidRequest, "more than 100 scans"),
+        (png(1, 200_000), TooLarge, "a side may have at most 100,000"),
+        (bmp(40_000, 40_000), TooLarge, "at most 100,000,000"),
+        (webp_canvas(16_383, 16_383), TooLarge, "at most 100,000,000"),
+        (gif((10, 10), 1, frame_size=(65_000, 65_000)), TooLarge, "at most 100,000,000"),
+    ],
+)
+def test_what_would_take_long_is_refused_by_its_header(data: bytes, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        read(data, max_image_pixels=100_000_000)
