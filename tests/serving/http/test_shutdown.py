@@ -230,6 +230,7 @@ def check_service(server: Server) -> None:
     assert server.stop() == 0
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("redirection", [">&- 2>&-", "<&- >&- 2>&-", ">&-", "2>&-"])
 def test_closed_output_does_no_harm(redirect: Callable[..., Redirected], redirection: str) -> None:
     server = redirect(redirection=redirection)
@@ -240,6 +241,7 @@ def test_closed_output_does_no_harm(redirect: Callable[..., Redirected], redirec
     check_service(server)
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("closed", ["at once", "after the start"])
 def test_output_to_a_pipe_that_nobody_reads_any_more_does_no_harm(
     redirect: Callable[..., Redirected], closed: str
@@ -254,6 +256,7 @@ def test_output_to_a_pipe_that_nobody_reads_any_more_does_no_harm(
     check_service(server)
 
 
+@pytest.mark.timeout(60)
 def test_output_to_a_full_disk_does_no_harm(redirect: Callable[..., Redirected]) -> None:
     server = redirect(redirection=">/dev/full 2>/dev/full")
     server.wait_for("/readyz")
