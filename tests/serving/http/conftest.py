@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from tests.serving.conftest import Server, picture
+from tests.serving.conftest import Server, encode, picture
 
 JSON = b"application/json"
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+MB = 1024 * 1024
 ALIVE = b'{"status":"alive"}'
 
 
@@ -184,6 +187,12 @@ def chunked(body: bytes, size: int) -> bytes:
     """Chunks of this size, without the last one."""
     parts = (body[start : start + size] for start in range(0, len(body), size))
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+
+
+def noisy_png() -> bytes:
+    """A picture of 1 MB, which is a large upload."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
+    return encode(Image.fromarray(noise))
 
 
 def request(server: Server, data: bytes, *, method: str = "GET") -> Response:
