@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -152,6 +153,7 @@ def main(**options: Any) -> None:
 
     Every option can also be set in the environment: --rest-port as SERVING_REST_PORT, and so on.
     """
+    open_standard_streams()
     try:
         settings = Settings(**options)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -168,6 +170,20 @@ def main(**options: Any) -> None:
     except StartupError as error:
         raise click.ClickException(str(error)) from error
     serve(app, settings, listener)
+
+
+def open_standard_streams() -> None:
+    """Open the standard streams that are closed, to nowhere, and have a broken one do no harm.
+
+    Else the first sockets would get their descriptors, and what is written to the log would go to a client.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    logging.raiseExceptions = False
 
 
 def log_requests_to(stream: TextIO) -> None:
@@ -302,15 +318,17 @@ def start_grpc(app: Flask, settings: Settings, address: str, stopping: threading
 
 
 def _give_up(reason: str) -> NoReturn:
-    click.echo(f"Error: {reason}", err=True)
+    with contextlib.suppress(OSError):
+        click.echo(f"Error: {reason}", err=True)
     _exit(1)
 
 
 def _exit(code: int) -> NoReturn:
     """End the process, from any thread, even where a call of a model does not come back."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads them any more
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

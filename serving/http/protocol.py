@@ -52,7 +52,7 @@ CLOSE_IDLE_AFTER_S = 0.5  # at shutdown: a request that is already on its way is
 
 # The slowest upload: so many bytes in each period of so many seconds. While others wait for memory, a stalled upload
 # loses its place sooner.
-UPLOAD_PERIOD_S, UPLOAD_BYTES = 10.0, 10 * 1024
+UPLOAD_PERIOD_S, UPLOAD_BYTES = 5.0, 5 * 1024
 CONTENDED_PERIOD_S, CONTENDED_BYTES = 2.0, 32 * 1024
 
 TIMEOUT_HEADER = b"x-request-timeout-s"  # shortens the time that a request may take
@@ -144,10 +144,7 @@ class Connection(HttpToolsProtocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection open for the response to a client that has closed its sending side."""
         self._eof = True
-        if self._head_since_s is not None or self.is_idle or self.cycle.more_body:
-            return False
-        self.cycle.keep_alive = False
-        return True
+        return self._head_since_s is None and not self.is_idle and not self.cycle.more_body
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -379,7 +376,8 @@ class Connection(HttpToolsProtocol):
             if size > reserved:
                 if is_small and size > SMALL_BYTES:  # a chunked body
                     is_small, reserved = False, 0
-                grown = size if is_small else min(size + GROW_BYTES, max(size, declared or size))
+                step_bytes = SMALL_BYTES if is_small else GROW_BYTES
+                grown = min(size + step_bytes, max(size, declared or size))
                 await self._wait_for_memory(grown - reserved, is_small=is_small)
                 reserved = grown
             received.write(message["body"])
@@ -387,12 +385,13 @@ class Connection(HttpToolsProtocol):
 
     async def _wait_for_memory(self, more_bytes: int, *, is_small: bool) -> None:
         self._waits_for_memory = True
+        began_s = self.loop.time()
         try:
             deadline_s = time.monotonic() + self.limits.request_timeout_s
             await self._memory.grow_body(more_bytes, is_small=is_small, deadline_s=deadline_s)
         finally:
             self._waits_for_memory = False
-            self._period_since_s, self._period_bytes = self.loop.time(), 0
+            self._period_since_s += self.loop.time() - began_s  # in which the client could not send
 
     def _dispatch(self, cycle: RequestResponseCycle, body: bytes) -> None:
         """Have the application respond, in the order in which requests have come."""
@@ -454,9 +453,10 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             self._release()
             return
-        cycle.keep_alive = cycle.keep_alive and not self.limits.is_stopping and not self._eof
         if cycle.more_body:  # refused before its end
             cycle.keep_alive = False
+        elif self.limits.is_stopping or self._eof:  # the last response closes the connection
+            cycle.keep_alive = cycle.keep_alive and bool(self.pipeline or self._unparsed)
         self.transport.write(self._encode(cycle, response))
         cycle.response_started = True
         if self.flow.write_paused:

@@ -23,8 +23,12 @@ logger = logging.getLogger("serving")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKLOG = 2_048  # connections that wait to be accepted
 RECEIVE_BUFFER_BYTES = 512 * 1024  # of the system, for each connection: bounds what clients can send ahead
-RETRY_S = 0.5  # after a connection could not be accepted
+RETRY_S = 0.1  # after a connection could not be accepted
+# Where no more connections may be open, idle ones are closed to make room: those that have been silent for so long
+# since they were made, and since their last response.
+FRESH_S, IN_USE_S = 1.0, 10.0
 SPARE_FILES = 40  # descriptors that models, log and gRPC need beside the connections
+LOG_INTERVAL_S = 5.0  # between two lines that say so
 TICKS_PER_SECOND = 10  # uvicorn's
 
 
@@ -133,7 +137,13 @@ class Server(uvicorn.Server):
 
     def _close_longest_idle(self) -> bool:
         """Make room for another connection; returns whether one could be closed."""
-        idle = [connection for connection in cast(set[Connection], self.server_state.connections) if connection.is_idle]
+        now_s = asyncio.get_running_loop().time()
+        idle = [
+            connection
+            for connection in cast(set[Connection], self.server_state.connections)
+            if connection.is_idle
+            and now_s - connection.idle_since_s > (IN_USE_S if connection.has_responded else FRESH_S)
+        ]
         if not idle:
             return False
         idle.sort(key=lambda connection: (connection.has_responded, connection.idle_since_s))
@@ -198,6 +208,7 @@ class Acceptor:
         self._make_room = make_room
         self._may_accept = may_accept
         self._tasks: set[asyncio.Task[object]] = set()  # the loop itself keeps no hold of them
+        self._logged_s = -LOG_INTERVAL_S
         listener.setblocking(False)
         self._loop.add_reader(listener, self._accept)
 
@@ -238,7 +249,10 @@ class Acceptor:
             logger.debug("a connection could not be taken over", exc_info=True)
 
     def _pause(self, reason: str) -> None:
-        logger.error("cannot take more connections for now: %s", reason)
+        now_s = self._loop.time()
+        if now_s - self._logged_s > LOG_INTERVAL_S:
+            self._logged_s = now_s
+            logger.error("cannot take more connections for now: %s", reason)
         self._loop.remove_reader(self._listener)
         self._loop.call_later(RETRY_S, self._resume)
 
