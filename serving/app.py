@@ -53,7 +53,7 @@ def create_app(settings: Settings) -> Flask:
         metrics=metrics,
         liveness=liveness,
         repository=repository,
-        memory_budget=MemoryBudget(settings.memory_budget),
+        memory_budget=MemoryBudget(settings.memory_budget, with_grpc=bool(settings.grpc_port)),
         json_process=JsonProcess(),
     )
     for module in (health, upload, tfserving, v2, pages):

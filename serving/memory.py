@@ -23,6 +23,7 @@ from serving.waiting import Pause, end_pauses
 # Shares of the budget. Small requests have a pool of their own, so that large ones cannot keep them waiting. Of the
 # rest, bodies may take a part only, so that requests that have been read can be worked on; a lone one may take all.
 SMALL_SHARE = 1 / 8
+GRPC_SHARE = 1 / 4  # for messages that are being received: gRPC tells their length only when they have been
 BODIES_SHARE = 1 / 2
 
 SMALL_STEP_BYTES = 8 * 1024 * 1024  # larger steps are taken from the pool for large requests
@@ -43,9 +44,11 @@ class MemoryBudget:
     Args:
         total_bytes: of all pools together; None: what the system or the container leaves beside this process, adapted
             by `adapt`.
+        with_grpc: set a share aside for gRPC messages.
     """
 
-    def __init__(self, total_bytes: int | None = None) -> None:
+    def __init__(self, total_bytes: int | None = None, *, with_grpc: bool = True) -> None:
+        self._with_grpc = with_grpc
         self._is_fixed = total_bytes is not None
         self.small = Pool("memory for small requests")
         self.large = Pool("memory")
@@ -53,8 +56,8 @@ class MemoryBudget:
 
     @property
     def total_bytes(self) -> int:
-        """The size of both pools together."""
-        return self.small.limit + self.large.limit
+        """The size of all of it."""
+        return self.small.limit + self.large.limit + self.grpc_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -68,8 +71,10 @@ class MemoryBudget:
 
     def _divide(self, total_bytes: int) -> None:
         small_bytes = int(total_bytes * SMALL_SHARE)
+        self.grpc_bytes = int(total_bytes * GRPC_SHARE) if self._with_grpc else 0
+        large_bytes = total_bytes - small_bytes - self.grpc_bytes
         self.small.resize(small_bytes)
-        self.large.resize(total_bytes - small_bytes, body_limit=int((total_bytes - small_bytes) * BODIES_SHARE))
+        self.large.resize(large_bytes, body_limit=int(large_bytes * BODIES_SHARE))
 
 
 class RequestMemory:
@@ -101,19 +106,10 @@ class RequestMemory:
         """Reserve memory for a small body, if it is there and nobody waits for it."""
         return self._small.try_grow(size_bytes, is_body=True)
 
-    @property
-    def limit_bytes(self) -> int:
-        """The most that a large request can hold."""
-        return self._large.pool.limit
-
     async def grow_body(self, more_bytes: int, *, is_small: bool, deadline_s: float) -> None:
         """Reserve memory for more of the body; a coroutine waits until it is there. See `Reservation.grow`."""
         reservation = self._small if is_small else self._large
         await reservation.grow_async(more_bytes, is_body=True, deadline_s=deadline_s)
-
-    def shrink_body_to(self, size_bytes: int) -> None:
-        """Release what was reserved for a large body beyond its size."""
-        self._large.shrink_body_to(size_bytes)
 
     def check_fits(self, more_bytes: int) -> None:
         """Raise TooLarge if the request could never have so much more to work with."""
@@ -180,6 +176,16 @@ class Pool:
         reservation.grow(size, is_body=False, deadline_s=deadline_s)
         return reservation
 
+    def reservation(self) -> Reservation:
+        """Make a reservation of nothing yet."""
+        return Reservation(self)
+
+    async def reserve_async(self, size: int, *, deadline_s: float | None) -> Reservation:
+        """Reserve some; a coroutine waits until it is there. See `Reservation.grow`."""
+        reservation = Reservation(self)
+        await reservation.grow_async(size, is_body=False, deadline_s=deadline_s)
+        return reservation
+
     def check_fits(self, reservation: Reservation, more: int) -> None:
         """Raise TooLarge if a reservation could never grow by so much."""
         if reservation.held + more > self.limit:
@@ -213,19 +219,17 @@ class Pool:
         self._holders -= not reservation.held
         waiter.is_granted = True
 
-    def _take(self, reservation: Reservation, fewer: int, *, of_body: int) -> None:
-        self._holders -= bool(reservation.held)
-        self.used -= fewer
-        reservation.held -= fewer
-        self._bodies_used -= of_body
-        reservation.held_for_body -= of_body
-        self._holders += bool(reservation.held)
+    def _take_all(self, reservation: Reservation) -> None:
+        self._holders -= 1
+        self.used -= reservation.held
+        self._bodies_used -= reservation.held_for_body
+        reservation.held = reservation.held_for_body = 0
 
-    def _release(self, reservation: Reservation, fewer: int, *, of_body: int) -> None:
-        if not fewer:
+    def _release(self, reservation: Reservation) -> None:
+        if not reservation.held:
             return
         with self._lock:
-            self._take(reservation, fewer, of_body=of_body)
+            self._take_all(reservation)
             woken = self._settle()
         for waiter in woken:
             waiter.wake()
@@ -263,9 +267,7 @@ class Pool:
                 if granted is None:
                     youngest = holding[-1]
                     self._waiters.remove(youngest)
-                    self._take(
-                        youngest.reservation, youngest.reservation.held, of_body=youngest.reservation.held_for_body
-                    )
+                    self._take_all(youngest.reservation)
                     youngest.is_refused = True
                     woken.append(youngest)
                     continue
@@ -345,14 +347,9 @@ class Reservation:
                 "try again later"
             )
 
-    def shrink_body_to(self, size: int) -> None:
-        """Release what is held for the body beyond this size."""
-        fewer = max(0, self.held_for_body - size)
-        self.pool._release(self, fewer, of_body=fewer)
-
     def release(self) -> None:
         """Release everything."""
-        self.pool._release(self, self.held, of_body=self.held_for_body)
+        self.pool._release(self)
 
     def __enter__(self) -> Self:
         return self

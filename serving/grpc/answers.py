@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -13,7 +11,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from serving.errors import Overloaded, ServingError
+from serving.errors import ServingError
+from serving.grpc.receiving import MessageReceiver
 from serving.memory import TRIM_BYTES, MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 from serving.waiting import LoopGreenlets, call_from_loop, run_sized
@@ -21,10 +20,6 @@ from serving.waiting import LoopGreenlets, call_from_loop, run_sized
 logger = logging.getLogger(__name__)
 
 MAX_DETAILS = 4_000  # gRPC sends them in a header, which has to stay small
-
-# How long a message may take to arrive; sooner where others wait for memory. Its length is not known before it has.
-RECEIVE_TIMEOUT_S = 30.0
-CONTENDED_TIMEOUT_S = 5.0
 
 # Memory of a message as objects, per byte: a varint of one byte becomes an integer of 8.
 OBJECT_BYTES = 8
@@ -39,14 +34,13 @@ class GrpcLimits:
 
     Args:
         greenlets: where requests are processed.
-        budget: memory for messages.
-        max_message_bytes: the largest request. So much is reserved before a message is received, as gRPC does not tell
-            its length.
+        budget: memory for requests.
+        receiver: of messages.
     """
 
     greenlets: LoopGreenlets
     budget: MemoryBudget
-    max_message_bytes: int
+    receiver: MessageReceiver
 
 
 def make_handler(
@@ -67,9 +61,7 @@ def make_handler(
         memory = RequestMemory(limits.budget)
         try:
             try:
-                waits_until_s = deadline_s or time.monotonic() + RECEIVE_TIMEOUT_S
-                await memory.grow_body(limits.max_message_bytes, is_small=False, deadline_s=waits_until_s)
-                data = await _receive(context, memory)
+                data = await limits.receiver.receive(context, memory, deadline_s=deadline_s)
             except ServingError as error:
                 await context.abort(getattr(grpc.StatusCode, error.code), str(error))
             response, failure = await call_from_loop(
@@ -90,27 +82,6 @@ def make_handler(
     # By its form on the wire a method with one request is one with a stream of requests that has one; as such it can
     # wait until there is memory for the message.
     return grpc.stream_unary_rpc_method_handler(handle)
-
-
-async def _receive(context: Any, memory: RequestMemory) -> bytes:
-    """Receive the message; raises Overloaded where it does not arrive."""
-    reading = asyncio.ensure_future(context.read())
-    deadline_s = time.monotonic() + RECEIVE_TIMEOUT_S
-    while not (await asyncio.wait((reading,), timeout=CONTENDED_TIMEOUT_S))[0]:
-        if memory.is_contended or time.monotonic() > deadline_s:
-            reading.add_done_callback(_ignore)
-            raise Overloaded("the message did not arrive in time")
-    data = reading.result()
-    if data is grpc.aio.EOF:
-        raise ServingError("the call has no message")
-    memory.shrink_body_to(len(data))
-    message: bytes = data
-    return message
-
-
-def _ignore(reading: asyncio.Future[Any]) -> None:
-    with contextlib.suppress(asyncio.CancelledError, Exception):
-        reading.result()
 
 
 def _answer(answer: _Answer, request_type: Any, data: bytes) -> tuple[bytes, _Failure | None]:

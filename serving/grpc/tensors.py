@@ -64,13 +64,14 @@ def read_tensor(tensor: Any, *, name: str, max_bytes: int) -> np.ndarray:
     count = math.prod(shape)
     if count * dtype.itemsize > max_bytes:
         raise TooLarge(f"input {name} has {count:,} elements, more than {max_bytes:,} bytes, the most that is taken")
-    if tensor.tensor_content and dtype_name != "DT_STRING":
-        if len(tensor.tensor_content) != count * dtype.itemsize:
+    content = tensor.tensor_content  # read once: each time it is copied
+    if content and dtype_name != "DT_STRING":
+        if len(content) != count * dtype.itemsize:
             raise InvalidRequest(
-                f"tensor parsing error: {name}: tensor_content has {len(tensor.tensor_content)} bytes, "
+                f"tensor parsing error: {name}: tensor_content has {len(content)} bytes, "
                 f"{dtype_name} {list(shape)} needs {count * dtype.itemsize}"
             )
-        return np.frombuffer(tensor.tensor_content, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+        return np.frombuffer(content, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
     values = _read_values(getattr(tensor, _VALUE_FIELDS[dtype_name]), dtype_name, dtype, name=name)
     if len(values) > count or (count and not len(values)):
         raise InvalidRequest(

@@ -110,12 +110,12 @@ def test_images_that_fit_one_after_another_are_all_served_in_bounded_memory(serv
 
 
 def hold_the_budget(service: Service, stack: ExitStack) -> None:
-    """Begin an upload of 110 MB, and leave the last byte unsent."""
+    """Begin an upload of 80 MB, and leave the last byte unsent."""
     connection = stack.enter_context(socket.create_connection(server_of(service).http_address, timeout=10))
     connection.sendall(
-        b"POST /predict HTTP/1.1\r\nHost: service\r\nContent-Type: image/png\r\nContent-Length: 110000000\r\n\r\n"
+        b"POST /predict HTTP/1.1\r\nHost: service\r\nContent-Type: image/png\r\nContent-Length: 80000000\r\n\r\n"
     )
-    connection.sendall(bytes(109_999_999))
+    connection.sendall(bytes(79_999_999))
     time.sleep(0.2)  # until the last bytes on the way are read
 
 
