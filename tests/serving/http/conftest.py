@@ -289,4 +289,4 @@ def server(start: Callable[..., Server]) -> Iterator[Server]:
     server.wait_for("/readyz")
     yield server
     assert server.stop() == 0
-    assert "Traceback" not in server.log
+    assert "Traceback" not in server.log, server.log

@@ -160,7 +160,7 @@ def check_shutdown(server: Server, crowd: Crowd) -> None:
     assert server.stop() == 0
     assert time.monotonic() - start_s < DRAIN_TIMEOUT_S + 5
     wait_until(lambda: crowd.lost() == len(crowd.connections), "every connection is closed")
-    assert "Traceback" not in server.log
+    assert "Traceback" not in server.log, server.log
 
 
 def test_5000_idle_connections(server: Server) -> None:

@@ -71,7 +71,7 @@ def servers(start: Callable[..., Server]) -> Iterator[dict[int, Server]]:
     yield servers
     for server in servers.values():
         assert server.stop() == 0
-        assert "Traceback" not in server.log
+        assert "Traceback" not in server.log, server.log
 
 
 @pytest.fixture(params=LIMITS, ids=lambda limit: f"ulimit-{limit}")

@@ -37,7 +37,7 @@ HEADER_S = 10  # for the whole header of a request, from its first byte
 SILENT_S = 30  # for the first byte on a new connection
 UNREAD_S = 30  # without a byte of a response read
 UPLOAD_S = 10  # without 1 KB a second of a body
-LATE_S = 6  # how late each may be noticed
+LATE_S = 8  # how late each may be noticed, and the connection closed
 
 
 UPLOAD = head("/predict", b"Content-Length: 50000000", content_type=b"image/png")
@@ -109,7 +109,7 @@ def start_slow_clients(server: Server) -> list[SlowClient]:
     kinds = [(kind, *rest) for kind, rest in SLOW.items()]
     for number in range(STALLED_UPLOADS):
         drip = itertools.cycle([b"y"]) if number % 2 else itertools.repeat(b"")
-        kinds.append((f"upload {number}", UPLOAD + b"x" * 300_000, drip, UPLOAD_S))
+        kinds.append((f"upload {number}", UPLOAD + b"x" * 300_000, drip, 2 * UPLOAD_S))  # fast for the first period
     return [SlowClient(server, *kind) for kind in kinds]
 
 
