@@ -26,7 +26,7 @@ from tests.serving.http.conftest import (
     wait_until,
 )
 
-LIMITS = (64, 1_024, 20_000)
+LIMITS = (64, 1_024)
 PREDICT = ROUTES["predict"]
 SMALL = post("/predict", picture("blue"), content_type=b"image/png")
 LARGE = post("/v1/models/colours:predict", json.dumps({"instances": [[[[0, 0, 255]] * 32] * 32] * 40}).encode())
