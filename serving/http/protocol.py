@@ -39,6 +39,7 @@ MAX_HEAD_BYTES = 64 * 1024  # of a request's first line and headers
 MAX_TRAILER_BYTES = 16 * 1024  # of trailers and chunk extensions
 PARSE_BYTES = 4 * 1024  # parsed at a time, so that one read cannot become thousands of pipelined requests
 PARSE_BODY_BYTES = 64 * 1024
+CHUNK_OVERHEAD_BYTES = 16  # of each chunk, that are no trailers or extensions
 GROW_BYTES = 1024 * 1024  # steps in which an upload reserves memory
 
 HEAD_TIMEOUT_S = 10.0  # from a request's first byte to the end of its headers
@@ -57,6 +58,7 @@ CONTENDED_PERIOD_S, CONTENDED_BYTES = 2.0, 32 * 1024
 
 TIMEOUT_HEADER = b"x-request-timeout-s"  # shortens the time that a request may take
 
+_TOO_LARGE = "431 Request Header Fields Too Large"
 _REQUEST_LINE = re.compile(rb"(?:\A|\r\n)([A-Z-]+) \S+ HTTP/1\.[01]\r\n")
 _METHODS = frozenset(method.encode() for method in HTTPMethod)
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
@@ -120,8 +122,12 @@ class Connection(HttpToolsProtocol):
         self._starting: RequestResponseCycle | None = None  # its headers are complete, in the data being parsed
         self._head_since_s: float | None = None  # while its headers arrive
         self._head_bytes = 0
-        self._overhead_bytes = 0  # trailers and chunk extensions since the last byte of a body
+        self._body_left = 0  # of a body whose length was declared
+        self._excess_bytes = 0  # of trailers and chunk extensions
+        # Of the piece being parsed
+        self._had_event = False
         self._fed_body_bytes = 0
+        self._fed_chunks = 0
         self._memory = RequestMemory(limits.budget)
         self._period_since_s = 0.0
         self._period_bytes = 0
@@ -177,14 +183,14 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         while self._unparsed and not self.pipeline and not self._fault and not self._is_lingering:
-            size = PARSE_BYTES if self.cycle is None or not self.cycle.more_body else PARSE_BODY_BYTES
+            size = self._piece_bytes()
             data, self._unparsed = self._unparsed[:size], self._unparsed[size:]
-            was_head = self._head_since_s is not None
-            self._fed_body_bytes = 0
+            self._fed_body_bytes = self._fed_chunks = 0
+            self._had_event = False
             try:
                 self._is_feeding = True
                 self._feed(data)
-                self._check_sizes(len(data), was_head=was_head)
+                self._check_sizes(len(data))
             except RequestFault as fault:
                 self._refuse(fault)
             finally:
@@ -192,6 +198,8 @@ class Connection(HttpToolsProtocol):
             if self._starting:
                 cycle, self._starting = self._starting, None
                 self._begin(cycle)
+        if self._is_lingering:
+            return
         is_full = self.cycle is not None and self.cycle.more_body and len(self.cycle.body) > HIGH_WATER_LIMIT
         if self._unparsed or self.pipeline or self._fault or is_full:
             self.flow.pause_reading()
@@ -227,46 +235,43 @@ class Connection(HttpToolsProtocol):
         lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join([*lines, b"", b""])
 
-    def _check_sizes(self, fed_bytes: int, *, was_head: bool) -> None:
-        if self._head_since_s is not None and was_head:
+    def _check_sizes(self, fed_bytes: int) -> None:
+        """Refuse headers, trailers and chunk extensions that do not end.
+
+        They are counted in the pieces in which they are parsed, so a little more may pass.
+        """
+        if self._head_since_s is not None or not self._had_event:  # in the headers, or empty lines before a request
             self._head_bytes += fed_bytes
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise RequestFault(
-                "431 Request Header Fields Too Large", f"the headers are longer than {MAX_HEAD_BYTES:,} bytes"
-            )
-        if self._head_since_s is None and self.cycle is not None and self.cycle.more_body:
-            self._overhead_bytes = 0 if self._fed_body_bytes else self._overhead_bytes + fed_bytes
-            if self._overhead_bytes > MAX_TRAILER_BYTES:
-                raise RequestFault(
-                    "431 Request Header Fields Too Large", f"the trailers are longer than {MAX_TRAILER_BYTES:,} bytes"
-                )
+            if self._head_bytes > MAX_HEAD_BYTES:
+                raise RequestFault(_TOO_LARGE, f"the headers are longer than {MAX_HEAD_BYTES:,} bytes")
+        else:
+            self._head_bytes = 0
+        # What a chunk may have beside its data: its size, and an extension of a few bytes.
+        excess = fed_bytes - 3 * self._fed_body_bytes - CHUNK_OVERHEAD_BYTES * self._fed_chunks
+        self._excess_bytes = max(0, self._excess_bytes + excess) if self._is_in_body else 0
+        if self._excess_bytes > MAX_TRAILER_BYTES:
+            raise RequestFault(_TOO_LARGE, f"trailers or chunk extensions are longer than {MAX_TRAILER_BYTES:,} bytes")
+
+    @property
+    def _is_in_body(self) -> bool:
+        return self._head_since_s is None and self.cycle is not None and self.cycle.more_body
+
+    def _piece_bytes(self) -> int:
+        """How much to parse at a time: never beyond the end of a body, nor many requests."""
+        return min(self._body_left, PARSE_BODY_BYTES) if self._body_left > PARSE_BYTES else PARSE_BYTES
 
     @override
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._idle_since_s = None
         self._head_since_s = self.loop.time()
-        self._head_bytes = 0
-        self._overhead_bytes = 0
-
-    @override
-    def on_url(self, url: bytes) -> None:
-        self.url += url
-        self._count_head(len(url))
+        self._had_event = True
 
     @override
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._head_since_s is None:
             return  # a trailer, which nothing here reads
         super().on_header(name, value)
-        self._count_head(len(name) + len(value) + 4)
-
-    def _count_head(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise RequestFault(
-                "431 Request Header Fields Too Large", f"the headers are longer than {MAX_HEAD_BYTES:,} bytes"
-            )
 
     @override
     def on_headers_complete(self) -> None:
@@ -274,10 +279,14 @@ class Connection(HttpToolsProtocol):
             return  # parsed again without the offer
         if self.parser.get_http_version() not in ("1.0", "1.1"):
             raise RequestFault("505 HTTP Version Not Supported", "this server takes the versions 1.0 and 1.1 of HTTP")
+        if len(self.url) + sum([len(name) + len(value) + 4 for name, value in self.headers]) > MAX_HEAD_BYTES:
+            raise RequestFault(_TOO_LARGE, f"the headers are longer than {MAX_HEAD_BYTES:,} bytes")
         self._check_host()
         self.url = _origin_form(self.url)
         super().on_headers_complete()
         self._head_since_s = None
+        self._had_event = True
+        self._body_left = _content_length(self.cycle) or 0
         self.cycle.keep_alive = self.parser.should_keep_alive()
 
     def _check_host(self) -> None:
@@ -289,13 +298,21 @@ class Connection(HttpToolsProtocol):
 
     @override
     def on_body(self, body: bytes) -> None:
+        self._had_event = True
         self._fed_body_bytes += len(body)
         self._period_bytes += len(body)
+        self._body_left -= len(body)
         super().on_body(body)
+
+    def on_chunk_header(self) -> None:
+        """Count a chunk: called by the parser."""
+        self._fed_chunks += 1
 
     @override
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
+            self._had_event = True
+            self._body_left = 0
             super().on_message_complete()
 
     @override
@@ -323,13 +340,13 @@ class Connection(HttpToolsProtocol):
             cycle.body = bytearray()  # uvicorn keeps it until the connection's next request
             self._dispatch(cycle, body)
             return
+        self._has_receiver = True
         task = self.loop.create_task(self._receive(cycle))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
     async def _receive(self, cycle: RequestResponseCycle) -> None:
         """Receive a body that is large or has not yet arrived, within the memory budget."""
-        self._has_receiver = True
         self._period_since_s, self._period_bytes = self.loop.time(), 0
         try:
             body = await self._receive_body(cycle)

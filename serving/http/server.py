@@ -23,11 +23,12 @@ logger = logging.getLogger("serving")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKLOG = 2_048  # connections that wait to be accepted
 RECEIVE_BUFFER_BYTES = 512 * 1024  # of the system, for each connection: bounds what clients can send ahead
-RETRY_S = 0.1  # after a connection could not be accepted
+RETRY_S = 0.05  # after a connection could not be accepted
 # Where no more connections may be open, idle ones are closed to make room: those that have been silent for so long
 # since they were made, and since their last response.
 FRESH_S, IN_USE_S = 1.0, 10.0
 SPARE_FILES = 40  # descriptors that models, log and gRPC need beside the connections
+CONNECT_TIMEOUT_S = 1.0  # to take over a connection that was accepted
 LOG_INTERVAL_S = 5.0  # between two lines that say so
 TICKS_PER_SECOND = 10  # uvicorn's
 
@@ -234,6 +235,12 @@ class Acceptor:
                     return
                 self._pause_until_closed()
                 return
+            try:
+                connection.getpeername()
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError:  # it has been reset already
+                connection.close()
+                continue
             task = self._loop.create_task(self._connect(connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -241,12 +248,11 @@ class Acceptor:
     async def _connect(self, connection: socket.socket) -> None:
         try:
             connection.setblocking(False)
-            with contextlib.suppress(OSError):  # it has been reset already
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.connect_accepted_socket(self._make_protocol, connection)
-        except Exception:
+            # uvloop waits for ever for a connection that is reset just now.
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await self._loop.connect_accepted_socket(self._make_protocol, connection)
+        except (OSError, TimeoutError):  # it has been reset
             connection.close()
-            logger.debug("a connection could not be taken over", exc_info=True)
 
     def _pause(self, reason: str) -> None:
         now_s = self._loop.time()
