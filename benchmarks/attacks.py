@@ -14,9 +14,9 @@ GZIP = {**JSON, "Content-Encoding": "gzip"}
 DEFLATE = {**JSON, "Content-Encoding": "deflate"}
 PNG = {"Content-Type": "image/png"}
 JPEG = {"Content-Type": "image/jpeg"}
-REFUSED = frozenset({"400", "413", "503"})
+REFUSED = frozenset({"400", "413", "503", "504"})
 REFUSED_GRPC = frozenset({"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"})
-SERVED_OR_LATE = frozenset({"200", "503"})
+SERVED_OR_LATE = frozenset({"200", "503", "504"})
 INFLATED_BYTES = 94_000_000  # of 91 KB
 
 
@@ -34,12 +34,12 @@ def _upload(server: Server) -> str:
 
 def gzip_for_no_model(server: Server) -> list[Call]:  # noqa: ARG001
     lists = payloads.make_v1_json(payloads.repeat_element(b"[],", 60_000_000))
-    expected = frozenset({"400", "404", "413", "503"})
+    expected = frozenset({"400", "404", "413", "503", "504"})
     return [HttpCall("/v1/models/nope:predict", payloads.compress(lists), GZIP, expected=expected)]
 
 
 def gzip_json(server: Server) -> list[Call]:
-    expected = frozenset({"400", "413", "503"})
+    expected = frozenset({"400", "413", "503", "504"})
     lists = [payloads.repeat_element(element, INFLATED_BYTES) for element in payloads.JSON_ELEMENTS.values()]
     lists.append(payloads.nest_deeply(INFLATED_BYTES // 2))
     bodies = [payloads.compress(payloads.make_v1_json(instances)) for instances in lists]
@@ -47,7 +47,7 @@ def gzip_json(server: Server) -> list[Call]:
 
 
 def v2_compressed_json(server: Server) -> list[Call]:
-    expected = frozenset({"400", "413", "503"})
+    expected = frozenset({"400", "413", "503", "504"})
     calls: list[Call] = []
     for number, element in enumerate(payloads.JSON_ELEMENTS.values()):
         body = payloads.make_v2_json(payloads.repeat_element(element, INFLATED_BYTES), (10_000_000, 32, 32, 3))
@@ -82,14 +82,14 @@ def photos(server: Server) -> list[Call]:
 
 def large_json(server: Server) -> list[Call]:
     body = payloads.make_v1_json(payloads.make_nested_pixels(1_900))  # 27 MB
-    expected = frozenset({"200", "413", "503"})
+    expected = frozenset({"200", "413", "503", "504"})
     return [HttpCall(_v1(server), body, JSON, expected=expected) for _ in range(8)]
 
 
 def large_v2_json(server: Server) -> list[Call]:
     nested = payloads.make_nested_pixels(1_900)
     body = payloads.make_v2_json(nested, (1_900, 32, 32, 3))
-    expected = frozenset({"200", "413", "503"})
+    expected = frozenset({"200", "413", "503", "504"})
     plain: list[Call] = [HttpCall(_v2(server), body, JSON, expected=expected) for _ in range(4)]
     gzipped = [HttpCall(_v2(server), payloads.compress(body), GZIP, expected=expected) for _ in range(4)]
     return plain + gzipped
@@ -153,7 +153,7 @@ def duplicate_keys(server: Server) -> list[Call]:
 def empty_strings(server: Server) -> list[Call]:
     strings = payloads.repeat_element(b'"",', 15_000_000)
     body = payloads.compress(payloads.make_v1_json(strings, signature="image_bytes"))
-    return [HttpCall(_v1(server), body, GZIP, expected=frozenset({"400", "413", "503"}))]
+    return [HttpCall(_v1(server), body, GZIP, expected=frozenset({"400", "413", "503", "504"}))]
 
 
 def images_20_000(server: Server) -> list[Call]:

@@ -23,7 +23,7 @@ PREDICT = "/tensorflow.serving.PredictionService/Predict"
 PIECE_BYTES = 256 * 1024
 
 # A server may serve an expensive request, or refuse it, but it may not fail.
-HTTP_STATUSES = frozenset({"200", "400", "404", "408", "413", "415", "422", "429", "431", "503"})
+HTTP_STATUSES = frozenset({"200", "400", "404", "408", "413", "415", "422", "429", "431", "503", "504"})
 GRPC_STATUSES = frozenset(
     {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
 )

@@ -80,8 +80,8 @@ URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/hea
     "--threads",
     type=int,
     default=Settings.threads,
-    show_default="8 per core, at most 64",
-    help="Large requests answered at the same time; more wait.",
+    show_default="the cores",
+    help="Threads that parse and decode large requests.",
 )
 @click.option(
     "--concurrency",

@@ -53,7 +53,7 @@ def create_app(settings: Settings) -> Flask:
         metrics=metrics,
         liveness=liveness,
         repository=repository,
-        memory_budget=MemoryBudget(settings.memory_budget, with_grpc=bool(settings.grpc_port)),
+        memory_budget=MemoryBudget(settings.memory_budget),
         json_process=JsonProcess(),
     )
     for module in (health, upload, tfserving, v2, pages):

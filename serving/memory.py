@@ -23,7 +23,6 @@ from serving.waiting import Pause, end_pauses
 # Shares of the budget. Small requests have a pool of their own, so that large ones cannot keep them waiting. Of the
 # rest, bodies may take a part only, so that requests that have been read can be worked on; a lone one may take all.
 SMALL_SHARE = 1 / 8
-GRPC_SHARE = 1 / 4  # for messages that are being received: gRPC tells their length only when they have been
 BODIES_SHARE = 1 / 2
 
 SMALL_STEP_BYTES = 8 * 1024 * 1024  # larger steps are taken from the pool for large requests
@@ -44,11 +43,9 @@ class MemoryBudget:
     Args:
         total_bytes: of all pools together; None: what the system or the container leaves beside this process, adapted
             by `adapt`.
-        with_grpc: set a share aside for gRPC messages.
     """
 
-    def __init__(self, total_bytes: int | None = None, *, with_grpc: bool = True) -> None:
-        self._with_grpc = with_grpc
+    def __init__(self, total_bytes: int | None = None) -> None:
         self._is_fixed = total_bytes is not None
         self.small = Pool("memory for small requests")
         self.large = Pool("memory")
@@ -56,8 +53,8 @@ class MemoryBudget:
 
     @property
     def total_bytes(self) -> int:
-        """The size of all of it."""
-        return self.small.limit + self.large.limit + self.grpc_bytes
+        """The size of both pools together."""
+        return self.small.limit + self.large.limit
 
     @property
     def used_bytes(self) -> int:
@@ -71,8 +68,7 @@ class MemoryBudget:
 
     def _divide(self, total_bytes: int) -> None:
         small_bytes = int(total_bytes * SMALL_SHARE)
-        self.grpc_bytes = int(total_bytes * GRPC_SHARE) if self._with_grpc else 0
-        large_bytes = total_bytes - small_bytes - self.grpc_bytes
+        large_bytes = total_bytes - small_bytes
         self.small.resize(small_bytes)
         self.large.resize(large_bytes, body_limit=int(large_bytes * BODIES_SHARE))
 
@@ -110,6 +106,14 @@ class RequestMemory:
         """Reserve memory for more of the body; a coroutine waits until it is there. See `Reservation.grow`."""
         reservation = self._small if is_small else self._large
         await reservation.grow_async(more_bytes, is_body=True, deadline_s=deadline_s)
+
+    def try_large_body(self, size_bytes: int) -> bool:
+        """Reserve memory for a large body, if it is there and nobody waits for it."""
+        return self._large.try_grow(size_bytes, is_body=True)
+
+    def shrink_body_to(self, size_bytes: int) -> None:
+        """Release what was reserved for a large body beyond its size."""
+        self._large.shrink_body_to(size_bytes)
 
     def check_fits(self, more_bytes: int) -> None:
         """Raise TooLarge if the request could never have so much more to work with."""
@@ -176,16 +180,6 @@ class Pool:
         reservation.grow(size, is_body=False, deadline_s=deadline_s)
         return reservation
 
-    def reservation(self) -> Reservation:
-        """Make a reservation of nothing yet."""
-        return Reservation(self)
-
-    async def reserve_async(self, size: int, *, deadline_s: float | None) -> Reservation:
-        """Reserve some; a coroutine waits until it is there. See `Reservation.grow`."""
-        reservation = Reservation(self)
-        await reservation.grow_async(size, is_body=False, deadline_s=deadline_s)
-        return reservation
-
     def check_fits(self, reservation: Reservation, more: int) -> None:
         """Raise TooLarge if a reservation could never grow by so much."""
         if reservation.held + more > self.limit:
@@ -225,11 +219,17 @@ class Pool:
         self._bodies_used -= reservation.held_for_body
         reservation.held = reservation.held_for_body = 0
 
-    def _release(self, reservation: Reservation) -> None:
-        if not reservation.held:
-            return
+    def _release(self, reservation: Reservation, *, body_to: int = 0) -> None:
+        """Release everything, or what is held for the body beyond a size."""
         with self._lock:
-            self._take_all(reservation)
+            if body_to:
+                fewer = max(0, reservation.held_for_body - body_to)
+                self.used -= fewer
+                self._bodies_used -= fewer
+                reservation.held -= fewer
+                reservation.held_for_body -= fewer
+            elif reservation.held:
+                self._take_all(reservation)
             woken = self._settle()
         for waiter in woken:
             waiter.wake()
@@ -347,8 +347,14 @@ class Reservation:
                 "try again later"
             )
 
+    def shrink_body_to(self, size: int) -> None:
+        """Release what is held for the body beyond this size, which is not 0."""
+        self.pool._release(self, body_to=size)
+
     def release(self) -> None:
         """Release everything."""
+        if not self.held:
+            return
         self.pool._release(self)
 
     def __enter__(self) -> Self:

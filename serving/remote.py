@@ -31,7 +31,7 @@ from serving.model_config import ModelConfig, printable
 from serving.model_info import read_label_names
 from serving.predictor import NUMPY_DTYPES, Predictor, Signature, TensorSpec, check_inputs, read_signature_defs
 from serving.repository import ModelRepository, ModelVersion, VersionStatus
-from serving.waiting import offload
+from serving.waiting import run_blocking
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class RemotePredictor:
         described = self.signatures[signature]
         check_inputs(described, inputs)
         deadline_s = deadline_s or time.monotonic() + CALL_TIMEOUT_S
-        return offload(self._predict_rows, described, inputs, deadline_s)
+        return run_blocking(self._predict_rows, described, inputs, deadline_s)
 
     def _predict_rows(
         self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float

@@ -13,8 +13,8 @@ from serving.images import PILLOW_MAX_PIXELS
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 CORES = len(os.sched_getaffinity(0))
-# A thread waits while its request's body arrives and while TensorFlow computes, so more than cores.
-DEFAULT_THREADS = min(64, 8 * CORES)
+# They parse and decode; requests wait for the model without a thread.
+DEFAULT_THREADS = CORES
 MIN_MEMORY_BUDGET = 16 * 1024 * 1024
 
 

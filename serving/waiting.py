@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import Context
 from typing import ParamSpec, TypeVar
 
@@ -24,6 +24,8 @@ from serving.request_context import RequestContext, current_request
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+BLOCKING_THREADS = 64
 
 MAX_IDLE = 256  # greenlets that are kept for the next requests
 
@@ -41,12 +43,14 @@ class LoopGreenlets:
     unmaps it at its end, which takes as long as a good part of an answer.
 
     Args:
-        threads: where they may send what would stop the loop.
+        threads: where they send what computes for long. As few as there are cores: each may hold the interpreter's lock
+            for long, and the loop would wait for one after the other.
     """
 
     def __init__(self, threads: Executor) -> None:
         self.loop = asyncio.get_running_loop()
         self.threads = threads
+        self.blocking_threads = ThreadPoolExecutor(BLOCKING_THREADS, thread_name_prefix="blocking")  # for what waits
         self.idle: list[LoopGreenlet] = []
         self._ready: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._is_drain_due = False
@@ -199,7 +203,7 @@ async def call_from_loop(
             returned.set_result(result)
 
     if in_thread:
-        greenlets.threads.submit(lambda: greenlets.loop.call_soon_threadsafe(finish, call()))
+        greenlets.blocking_threads.submit(lambda: greenlets.loop.call_soon_threadsafe(finish, call()))
     else:
         greenlets.enqueue(lambda: finish(call()))
     return await returned
@@ -211,12 +215,24 @@ def run_sized(size_bytes: int, function: Callable[P, R], *args: P.args, **kwargs
 
 
 def offload(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a function that takes long: a greenlet has a thread do it meanwhile, a thread does it itself."""
+    """Call a function that computes for long: a greenlet in a worker thread meanwhile, a thread directly."""
     current = greenlet.getcurrent()
     if not isinstance(current, LoopGreenlet):
         return function(*args, **kwargs)
+    return _call_in_thread(current.siblings.threads, function, *args, **kwargs)
+
+
+def run_blocking(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function that waits for long, for another process or server: as `offload`, in a thread of another kind."""
+    current = greenlet.getcurrent()
+    if not isinstance(current, LoopGreenlet):
+        return function(*args, **kwargs)
+    return _call_in_thread(current.siblings.blocking_threads, function, *args, **kwargs)
+
+
+def _call_in_thread(threads: Executor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     pause = Pause()
-    future = current.siblings.threads.submit(function, *args, **kwargs)
+    future = threads.submit(function, *args, **kwargs)
     future.add_done_callback(lambda _: end_pauses([pause]))
     pause.wait()
     return future.result()

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from serving.errors import ServingError
-from serving.grpc.receiving import MessageReceiver
+from serving.grpc.receiving import receive_message
 from serving.memory import TRIM_BYTES, MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 from serving.waiting import LoopGreenlets, call_from_loop, run_sized
@@ -35,12 +35,12 @@ class GrpcLimits:
     Args:
         greenlets: where requests are processed.
         budget: memory for requests.
-        receiver: of messages.
+        max_message_bytes: the largest request.
     """
 
     greenlets: LoopGreenlets
     budget: MemoryBudget
-    receiver: MessageReceiver
+    max_message_bytes: int
 
 
 def make_handler(
@@ -61,7 +61,9 @@ def make_handler(
         memory = RequestMemory(limits.budget)
         try:
             try:
-                data = await limits.receiver.receive(context, memory, deadline_s=deadline_s)
+                data = await receive_message(
+                    context, memory, max_message_bytes=limits.max_message_bytes, deadline_s=deadline_s
+                )
             except ServingError as error:
                 await context.abort(getattr(grpc.StatusCode, error.code), str(error))
             response, failure = await call_from_loop(

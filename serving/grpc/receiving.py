@@ -1,8 +1,8 @@
 """Receives gRPC messages within the memory budget.
 
-gRPC receives a message whole, and tells its length only then. So a call waits for one of a few places before its
-message is received, each counted as the largest message that is taken. A small message has its place for an instant.
-One that takes longer moves to a place for long messages, so that small ones do not wait behind it.
+gRPC receives a message whole, and tells its length only then. Most arrive at once. Memory for the largest that is taken
+is reserved for one that does not; where there is none, the call ends: a message that is being received cannot wait.
+What arrives before that is bounded by what the network carries in the meantime.
 """
 
 from __future__ import annotations
@@ -14,68 +14,54 @@ from typing import Any
 import grpc
 
 from serving.errors import Overloaded, ServingError
-from serving.memory import MemoryBudget, Pool, RequestMemory
+from serving.memory import RequestMemory
 from serving.waiting import SMALL_BYTES
 
-LONG_S = 0.05  # a message that takes longer is a long one
-TIMEOUT_S = 30.0  # for the whole of a message
+AT_ONCE_S = 0.02  # a message that takes longer to arrive is a long one
 CHECK_S = 0.5  # how often a long message is looked at
+TIMEOUT_S = 30.0  # for the whole of a message; and for memory, once it is there
+CONTENDED_TIMEOUT_S = 5.0  # while others wait for memory
 
-MIN_PLACES = 3
-FRESH_SHARE = 1 / 3  # of the places, for calls whose messages are not known to be long
+
+def _retrieve(reading: asyncio.Future[Any]) -> None:
+    """Take note of how a read ended: asyncio logs what nobody has looked at, such as that the call was aborted."""
+    if not reading.cancelled():
+        reading.exception()
 
 
-class MessageReceiver:
-    """The places of one server.
+async def receive_message(
+    context: Any, memory: RequestMemory, *, max_message_bytes: int, deadline_s: float | None
+) -> bytes:
+    """Receive the message of a call, and reserve memory for it.
 
     Args:
-        budget: its gRPC share decides how many places there are.
-        max_message_bytes: the largest message.
+        context: the call's.
+        memory: of the request.
+        max_message_bytes: the largest message that the server takes.
+        deadline_s: the call's, on the clock of `time.monotonic`.
+
+    Raises:
+        Overloaded: there was no memory for it, or it did not arrive in time.
+        ServingError: the call has no message.
     """
-
-    def __init__(self, budget: MemoryBudget, max_message_bytes: int) -> None:
-        self.max_message_bytes = min(max_message_bytes, budget.grpc_bytes // MIN_PLACES)
-        places = max(MIN_PLACES, budget.grpc_bytes // max(1, self.max_message_bytes))
-        fresh = max(1, int(places * FRESH_SHARE))
-        self._fresh = Pool("place for a message", fresh)
-        self._long = Pool("place for a long message", places - fresh)
-
-    async def receive(self, context: Any, memory: RequestMemory, *, deadline_s: float | None) -> bytes:
-        """Receive the message of a call, and reserve memory for it.
-
-        Raises:
-            Overloaded: there was no place or memory for it in time, or it did not arrive.
-            ServingError: the call has no message.
-        """
-        if deadline_s is None:
-            deadline_s = time.monotonic() + TIMEOUT_S
-        with await self._fresh.reserve_async(1, deadline_s=deadline_s) as place:
-            reading = asyncio.ensure_future(context.read())
-            await asyncio.wait((reading,), timeout=LONG_S)
-            if reading.done():
-                return await self._keep(reading, memory, deadline_s)
-            with await self._move(place, deadline_s):
-                while not reading.done() and time.monotonic() < deadline_s:
-                    await asyncio.wait((reading,), timeout=CHECK_S)
-                if not reading.done():
-                    raise Overloaded("the message did not arrive in time")
-                return await self._keep(reading, memory, deadline_s)
-
-    async def _move(self, place: Any, deadline_s: float) -> Any:
-        """Move a call to a place for long messages; where there is none, it may stay until others wait for its own."""
-        while True:
-            long_place = self._long.reservation()
-            if long_place.try_grow(1, is_body=False):
-                place.release()
-                return long_place
-            if self._fresh.has_waiters or time.monotonic() > deadline_s:
-                raise Overloaded("too many long messages are being received; try again later")
-            await asyncio.sleep(LONG_S)
-
-    async def _keep(self, reading: asyncio.Future[Any], memory: RequestMemory, deadline_s: float) -> bytes:
-        message = reading.result()
-        if message is grpc.aio.EOF:
-            raise ServingError("the call has no message")
-        data: bytes = message
-        await memory.grow_body(len(data), is_small=len(data) <= SMALL_BYTES, deadline_s=deadline_s)
-        return data
+    began_s = time.monotonic()
+    reading = asyncio.ensure_future(context.read())
+    reading.add_done_callback(_retrieve)
+    await asyncio.wait((reading,), timeout=AT_ONCE_S)
+    is_long = not reading.done()
+    if is_long and not memory.try_large_body(max_message_bytes):
+        raise Overloaded("no memory is free for a long message; try again later, or send less at a time")
+    while not reading.done():
+        await asyncio.wait((reading,), timeout=CHECK_S)
+        if time.monotonic() - began_s > (CONTENDED_TIMEOUT_S if memory.is_contended else TIMEOUT_S):
+            raise Overloaded("the message did not arrive in time")
+    message = reading.result()
+    if message is grpc.aio.EOF:
+        raise ServingError("the call has no message")
+    data: bytes = message
+    if is_long:
+        memory.shrink_body_to(max(1, len(data)))
+    else:
+        waits_until_s = time.monotonic() + TIMEOUT_S if deadline_s is None else deadline_s
+        await memory.grow_body(len(data), is_small=len(data) <= SMALL_BYTES, deadline_s=waits_until_s)
+    return data

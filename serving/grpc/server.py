@@ -19,7 +19,6 @@ from serving.errors import ModelNotFound, StartupError
 from serving.grpc.answers import GrpcLimits, make_handler
 from serving.grpc.model_service import ModelService
 from serving.grpc.prediction_service import PredictionService
-from serving.grpc.receiving import MessageReceiver
 from serving.grpc.service_names import MODEL_SERVICE, PREDICTION_SERVICE, describe_services
 from serving.liveness import Liveness
 from serving.memory import MemoryBudget
@@ -69,7 +68,7 @@ class GrpcServer:
         self._budget = budget
         self._liveness = liveness
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grpc")
-        self._receiver = MessageReceiver(budget, max_message_bytes)
+        self._max_message_bytes = min(max_message_bytes, budget.large.body_limit)
         # That a client has gone before its answer was sent is no fault of the service, and no line of its log.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
         self._loop = uvloop.new_event_loop()
@@ -86,7 +85,7 @@ class GrpcServer:
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", self._receiver.max_message_bytes),
+                ("grpc.max_receive_message_length", self._max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
                 ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
@@ -106,9 +105,9 @@ class GrpcServer:
         return server
 
     def _make_handlers(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
-        prediction = PredictionService(self._repository, self._metrics, max_bytes=self._receiver.max_message_bytes)
+        prediction = PredictionService(self._repository, self._metrics, max_bytes=self._max_message_bytes)
         models = ModelService(self._repository)
-        limits = GrpcLimits(LoopGreenlets(self._threads), self._budget, self._receiver)
+        limits = GrpcLimits(LoopGreenlets(self._threads), self._budget, self._max_message_bytes)
         make = partial(make_handler, limits=limits)
         return {
             PREDICTION_SERVICE: {

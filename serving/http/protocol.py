@@ -133,6 +133,7 @@ class Connection(HttpToolsProtocol):
         self._period_bytes = 0
         self._has_receiver = False  # a task receives the body
         self._waits_for_memory = False
+        self._waited_s = 0.0  # for memory
 
     # What the event loop calls
 
@@ -404,15 +405,18 @@ class Connection(HttpToolsProtocol):
         self._waits_for_memory = True
         began_s = self.loop.time()
         try:
-            deadline_s = time.monotonic() + self.limits.request_timeout_s
+            deadline_s = time.monotonic() + self.limits.request_timeout_s - self._waited_s
             await self._memory.grow_body(more_bytes, is_small=is_small, deadline_s=deadline_s)
         finally:
             self._waits_for_memory = False
-            self._period_since_s += self.loop.time() - began_s  # in which the client could not send
+            waited_s = self.loop.time() - began_s
+            self._waited_s += waited_s
+            self._period_since_s += waited_s  # in which the client could not send
 
     def _dispatch(self, cycle: RequestResponseCycle, body: bytes) -> None:
         """Have the application respond, in the order in which requests have come."""
-        arrived_s = time.monotonic()
+        arrived_s = time.monotonic() - self._waited_s
+        self._waited_s = 0.0
         timeout_s = self.limits.request_timeout_s
         for name, value in cycle.scope["headers"]:
             if name == TIMEOUT_HEADER:

@@ -24,7 +24,7 @@ from serving.errors import Overloaded, ServingError
 from serving.memory import Pool, return_freed_memory
 from serving.request_context import RequestContext, current_request
 from serving.rest.json_cost import json_cost
-from serving.waiting import SMALL_BYTES, offload
+from serving.waiting import SMALL_BYTES, offload, run_blocking
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,7 +70,7 @@ class JsonProcess:
             return offload(function, body, *args)
         with self._turns.reserve(1, deadline_s=context.deadline_s):
             context.check()
-            kind, value = offload(self._call, context, function, body, args)
+            kind, value = run_blocking(self._call, context, function, body, args)
         if kind == "error":
             raise value
         result: R = value

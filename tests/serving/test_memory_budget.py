@@ -21,6 +21,8 @@ MANIFEST = PROJECT / "deploy" / "kubernetes" / "service.yaml"
 
 # p99 of the small requests beside an attack. They take 1 to 5 ms alone; this tells a delay from a queue of seconds.
 MAX_P99_S = 1.0
+# Over gRPC every message passes through one thread of the library, large ones too: a gigabyte of them is heard.
+MAX_P99_GRPC_S = 3.0
 # What may stay of a burst: the allocator's caches and the threads' stacks, but not the bodies or the images.
 KEPT_MB = 300
 RETURNED_WITHIN_S = 15
@@ -132,8 +134,12 @@ def attack(
     assert not faults, "\n".join(faults[:10])
     failed = [f"{of_kind.kind}: {error}" for of_kind in latencies.values() for error in of_kind.errors]
     assert not failed, f"{len(failed)} well-behaved requests failed:\n" + "\n".join(failed[:10])
-    late = [str(of_kind) for of_kind in latencies.values() if of_kind.percentile_s(99) > MAX_P99_S]
-    assert not late, f"well-behaved requests waited longer than {MAX_P99_S} s:\n" + "\n".join(late)
+    late = []
+    for of_kind in latencies.values():
+        most_s = MAX_P99_GRPC_S if of_kind.kind == "grpc" else MAX_P99_S
+        if of_kind.samples and of_kind.percentile_s(99) > most_s:
+            late.append(f"more than {most_s} s: {of_kind}")
+    assert not late, "well-behaved requests waited too long:\n" + "\n".join(late)
     return outcomes
 
 
