@@ -77,7 +77,22 @@ class _Lane:
     queue: deque[_Request] = field(default_factory=deque)
     queued_rows: int = 0
     calls: int = 0  # that run
-    row_s: float = 0.0  # a moving average
+    running_rows: int = 0
+    # Decayed sums of the rows processed and the time that it took, of all calls together.
+    done_rows: float = 0.0
+    done_s: float = 0.0
+    last_end_s: float = 0.0
+
+    @property
+    def row_s(self) -> float:
+        """Time for a row, at the rate of late; 0 where it is not known."""
+        return self.done_s / self.done_rows if self.done_rows else 0.0
+
+    def note_call(self, rows: int, started_s: float, ended_s: float) -> None:
+        """Note a call that has ended. What ran beside another call is counted once."""
+        self.done_rows = 0.9 * self.done_rows + rows
+        self.done_s = 0.9 * self.done_s + ended_s - max(started_s, self.last_end_s)
+        self.last_end_s = ended_s
 
 
 class Batcher:
@@ -207,8 +222,9 @@ class Batcher:
                 )
             if deadline_s is None:
                 return
-            parallel = lane.max_calls if self._few_rows_s > LONG_CALL_S else 1
-            estimate_s = ESTIMATE_MARGIN * (lane.queued_rows / parallel + rows) * lane.row_s
+            ahead = lane.running_rows + lane.queued_rows
+            batches = math.ceil((lane.queued_rows + rows) / self._max_batch_rows)  # its own may fill up behind it
+            estimate_s = ESTIMATE_MARGIN * max(ahead + rows, batches * self._max_batch_rows) * lane.row_s
             late_s = estimate_s - (deadline_s - time.monotonic())
             if lane.queued_rows and late_s > 0:
                 raise Overloaded(
@@ -292,7 +308,9 @@ class Batcher:
             self._process(requests)
         call_s, rows = time.perf_counter() - started_s, sum(request.rows for request in requests)
         row_s = call_s / rows
-        lane.row_s = row_s if lane.row_s == 0.0 else lane.row_s + 0.2 * (row_s - lane.row_s)
+        with self._lock:
+            lane.running_rows -= rows
+            lane.note_call(rows, started_s, started_s + call_s)
         if lane is self._short:
             # Of a full batch only the part that a few rows would take: many clients do not make a model slow.
             self._few_rows_s = call_s * FEW_ROWS / max(FEW_ROWS, rows)
@@ -332,6 +350,7 @@ class Batcher:
                 if chosen and (chosen[0].is_alone or lane is self._long):
                     break
             if chosen:
+                lane.running_rows += rows
                 self._uncontended_calls += 1
             else:
                 lane.calls -= 1

@@ -32,6 +32,7 @@ _VALUE_FIELDS: Mapping[str, str] = {
     "DT_COMPLEX128": "dcomplex_val",
     "DT_STRING": "string_val",
 }
+SLICE_ELEMENTS = 64 * 1024
 _SMALL_INTEGERS = ("DT_INT8", "DT_INT16", "DT_UINT8", "DT_UINT16")
 
 
@@ -95,7 +96,9 @@ def write_tensor(tensor: Any, array: np.ndarray, *, dtype_name: str) -> None:
         array = array.view(np.uint16)
     elif dtype_name in ("DT_COMPLEX64", "DT_COMPLEX128"):
         array = np.ascontiguousarray(array).view(array.real.dtype)
-    field.extend(array.ravel().tolist())
+    flat = array.ravel()
+    for start in range(0, flat.size, SLICE_ELEMENTS):  # between two slices other requests have their turn
+        field.extend(flat[start : start + SLICE_ELEMENTS].tolist())
 
 
 def _read_values(values: Any, dtype_name: str, dtype: np.dtype[Any], *, name: str) -> np.ndarray:

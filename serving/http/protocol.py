@@ -478,14 +478,21 @@ class Connection(HttpToolsProtocol):
             cycle.keep_alive = False
         elif self.limits.is_stopping or self._eof:  # the last response closes the connection
             cycle.keep_alive = cycle.keep_alive and bool(self.pipeline or self._unparsed)
-        self.transport.write(self._encode(cycle, response))
+        head = self._encode_head(cycle, response)
+        if cycle.scope["method"] == "HEAD":
+            self.transport.write(head)
+        elif len(response.body) > SMALL_BYTES:  # not copied
+            self.transport.write(head)
+            self.transport.write(response.body)
+        else:
+            self.transport.write(head + response.body)
         cycle.response_started = True
         if self.flow.write_paused:
             self._undrained = cycle
         else:
             self._complete(cycle)
 
-    def _encode(self, cycle: RequestResponseCycle, response: Response) -> bytes:
+    def _encode_head(self, cycle: RequestResponseCycle, response: Response) -> bytes:
         head = [f"HTTP/1.1 {response.status}\r\n"]
         has_length = False
         for name, value in response.headers:
@@ -498,8 +505,7 @@ class Connection(HttpToolsProtocol):
         elif cycle.scope["http_version"] == "1.0":
             head.append("connection: keep-alive\r\n")
         head.append(self.limits.date_header)
-        encoded = "".join(head).encode("latin-1")
-        return encoded if cycle.scope["method"] == "HEAD" else encoded + response.body
+        return "".join(head).encode("latin-1")
 
     def _complete(self, cycle: RequestResponseCycle) -> None:
         """Finish a request whose response is written: close the connection, or go on with the next request."""

@@ -12,8 +12,10 @@ import orjson
 
 from serving.errors import InvalidRequest
 from serving.predictor import Signature, TensorSpec
+from serving.rest.json_arrays import to_python, write_large
 from serving.rest.json_element import dtype_name
 
+SLICE_BYTES = 4 * 1024 * 1024
 _WRITABLE_KINDS = "iubfO"
 
 
@@ -36,10 +38,11 @@ def encode_outputs(outputs: Mapping[str, np.ndarray], signature: Signature, *, a
     columns = {name: _encode(array, signature.outputs[name]) for name, array in outputs.items()}
     is_single = len(columns) == 1
     if not as_rows:
+        columns = {name: _write(column) for name, column in columns.items()}
         return _dump({"outputs": next(iter(columns.values())) if is_single else columns})
     if is_single:
-        return _dump({"predictions": next(iter(columns.values()))})
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return _dump({"predictions": _write(next(iter(columns.values())))})
+    rows = [dict(zip(columns, map(_write, row), strict=True)) for row in zip(*columns.values(), strict=True)]
     return _dump({"predictions": rows})
 
 
@@ -68,6 +71,10 @@ def _encode(array: np.ndarray, spec: TensorSpec) -> Any:
     return _map_strings(array.tolist(), lambda data: data.decode("utf-8", "surrogateescape"))
 
 
+def _write(value: Any) -> Any:
+    return write_large(value) if isinstance(value, np.ndarray) else value
+
+
 def _map_strings(value: Any, function: Callable[[bytes], Any]) -> Any:
     return [_map_strings(item, function) for item in value] if isinstance(value, list) else function(value)
 
@@ -78,13 +85,16 @@ def _dump(reply: dict[str, Any]) -> bytes:
     except orjson.JSONEncodeError:
         pass  # a string that is no UTF-8
     else:
-        if b"null" not in text:  # what orjson makes of a number that is not finite
+        if not _has_null(text):  # what orjson makes of a number that is not finite
             return text
-    slow = json.dumps(reply, ensure_ascii=False, separators=(",", ":"), default=_to_python)
+    slow = json.dumps(reply, ensure_ascii=False, separators=(",", ":"), default=_to_plain)
     return slow.encode("utf-8", "surrogateescape")
 
 
-def _to_python(value: np.ndarray | np.generic) -> Any:
-    if value.dtype == np.float32:
-        value = np.asarray(value).astype(np.str_).astype(np.float64)  # by way of its own fewest digits
-    return value.tolist()
+def _has_null(text: bytes) -> bool:
+    # In slices, between which other requests have their turn.
+    return any(text.find(b"null", start, start + SLICE_BYTES + 3) >= 0 for start in range(0, len(text), SLICE_BYTES))
+
+
+def _to_plain(value: Any) -> Any:
+    return json.loads(value.contents) if isinstance(value, orjson.Fragment) else to_python(value)

@@ -21,6 +21,7 @@ from serving.liveness import Liveness
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
 from serving.request_context import current_request
+from serving.rest.json_arrays import write_large
 from serving.rest.json_cost import json_cost
 from serving.rest.json_process import JsonProcess
 from serving.rest.responses import PlainResponse, encoded_response
@@ -159,7 +160,8 @@ def _encode_reply(
             chunks.append(chunk)
             output["parameters"] = {"binary_data_size": size}
         else:
-            output["data"] = encode_json(array, spec)
+            data = encode_json(array, spec)
+            output["data"] = write_large(data) if isinstance(data, np.ndarray) else data
         outputs.append(output)
     text = orjson.dumps({**reply, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not chunks:
