@@ -24,7 +24,7 @@ from serving.errors import InvalidRequest, ModelFailed, Overloaded, ServingError
 from serving.liveness import Liveness
 from serving.predictor import Predictor, Signature, check_inputs, check_rows, deadline_exceeded
 from serving.request_context import current_request
-from serving.waiting import Pause, call_soon, end_pauses
+from serving.waiting import Pause, call_soon, end_pauses, lower_priority
 
 # Fewer are worth a call only if no more are being read.
 FEW_ROWS = 8
@@ -74,6 +74,7 @@ class _Lane:
     """A queue with calls of its own."""
 
     max_calls: int
+    threads: ThreadPoolExecutor
     queue: deque[_Request] = field(default_factory=deque)
     queued_rows: int = 0
     calls: int = 0  # that run
@@ -125,7 +126,6 @@ class Batcher:
         unbatched: Collection[str] = (),
     ) -> None:
         self._inner = inner
-        self._threads = ThreadPoolExecutor(2 * concurrency, thread_name_prefix="model")
         self._liveness = liveness
         self.signatures: Mapping[str, Signature] = inner.signatures
         self._gathered = {name for name, signature in inner.signatures.items() if signature.is_batched} - {*unbatched}
@@ -135,8 +135,9 @@ class Batcher:
         self._concurrency = concurrency
         self._is_slow = is_slow
         self._lock = threading.Lock()
-        self._short = _Lane(concurrency)
-        self._long = _Lane(max(1, concurrency - 1))
+        self._short = _Lane(concurrency, ThreadPoolExecutor(concurrency, thread_name_prefix="model"))
+        slow_threads = ThreadPoolExecutor(concurrency, thread_name_prefix="model-long", initializer=lower_priority)
+        self._long = _Lane(max(1, concurrency - 1), slow_threads)
         self._few_rows_s = 0.0
         self._row_s: dict[_GroupKey, float] = {}  # of the last call
         self._is_kick_due = False
@@ -244,7 +245,7 @@ class Batcher:
             kick = lane is self._short and lane.calls == 0 and not self._is_kick_due
             self._is_kick_due |= kick
         if is_call_due:
-            self._threads.submit(self._call_until_idle, lane)
+            lane.threads.submit(self._call_until_idle, lane)
         if kick:
             call_soon(self._begin_small_call)
 
@@ -265,7 +266,7 @@ class Batcher:
                 if not lane.queue:
                     lane.calls -= 1
                     return
-        self._threads.submit(self._call_until_idle, lane)
+        lane.threads.submit(self._call_until_idle, lane)
 
     def _wants_call(self, lane: _Lane) -> bool:
         """Whether to begin a call of the model, beside those that run."""

@@ -30,11 +30,16 @@ SMALL_STEP_BYTES = 8 * 1024 * 1024  # larger steps are taken from the pool for l
 # What may have been received of a body that waits for its first memory.
 UNCOUNTED_BYTES = 512 * 1024
 
-SAFETY_SHARE = 0.9  # of what is free: allocators and sockets have costs that no request accounts for
+# Of what is free. The rest is for what no request accounts for: responses, sockets, allocators, the process that parses
+# large JSON documents, and the page cache, without which the process would read its own code from disk again and again.
+SAFETY_SHARE = 0.75
 
 # A reservation of more gives its pages back to the system when it ends, before the next one may use them: the C library
 # keeps freed memory per thread, so what one thread has freed another would allocate once more.
 TRIM_BYTES = 8 * 1024 * 1024
+
+
+TRIM_INTERVAL_S = 0.5
 
 
 class MemoryBudget:
@@ -127,7 +132,7 @@ class RequestMemory:
     def release(self) -> None:
         """Release everything; where that is much, give the freed pages back to the system first."""
         if self.held_bytes >= TRIM_BYTES:
-            return_freed_memory()
+            return_freed_memory(at_most_every_s=TRIM_INTERVAL_S)
         self._small.release()
         self._large.release()
 
@@ -402,10 +407,17 @@ def resident_bytes() -> int:
 
 
 _libc = ctypes.CDLL(None)
+_trimmed_s = 0.0
 _malloc_trim = getattr(_libc, "malloc_trim", None)  # glibc's
 
 
-def return_freed_memory() -> None:
-    """Have the C library give freed pages back to the system."""
-    if _malloc_trim:
+def return_freed_memory(*, at_most_every_s: float = 0.0) -> None:
+    """Have the C library give freed pages back to the system, unless it did so a moment ago.
+
+    Meanwhile other threads wait for it when they allocate.
+    """
+    global _trimmed_s
+    now_s = time.monotonic()
+    if _malloc_trim and now_s - _trimmed_s >= at_most_every_s:
+        _trimmed_s = now_s
         _malloc_trim(0)

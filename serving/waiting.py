@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -26,6 +28,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BLOCKING_THREADS = 64
+NICENESS = 5  # of threads that compute for long: the event loop and short calls of the models come first
 
 MAX_IDLE = 256  # greenlets that are kept for the next requests
 
@@ -106,6 +109,13 @@ class LoopGreenlet(greenlet.greenlet):
             function, args = self.parent.switch()
             Context().run(function, *args)  # what it sets is not the next one's
             del function, args  # nor kept while there is nothing to do
+
+
+def lower_priority() -> None:
+    """Lower the priority of the current thread, where the system has priorities for threads: on Linux."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class Pause:

@@ -92,8 +92,7 @@ def _answer(answer: _Answer, request_type: Any, data: bytes) -> tuple[bytes, _Fa
     try:
         context.reserve(len(data) * OBJECT_BYTES)
         message = run_sized(len(data), request_type.FromString, data)
-        response = answer(message, context.deadline_s)
-        data = run_sized(response.ByteSize(), response.SerializeToString)
+        response: bytes = answer(message, context.deadline_s).SerializeToString()
     except DecodeError:
         name = request_type.DESCRIPTOR.full_name
         return b"", (grpc.StatusCode.INTERNAL, f"the message sent is no {name}: it cannot be parsed")
@@ -102,4 +101,4 @@ def _answer(answer: _Answer, request_type: Any, data: bytes) -> tuple[bytes, _Fa
     except Exception:
         logger.exception("a gRPC call failed")
         return b"", (grpc.StatusCode.INTERNAL, "the service failed to answer; the reason is in its log")
-    return data, None
+    return response, None

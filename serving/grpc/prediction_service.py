@@ -14,7 +14,7 @@ from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import get_model_metadata_pb2, predict_pb2
 
 from serving.errors import InvalidRequest, ModelFailed, ServingError
-from serving.grpc.tensors import read_tensor, write_tensor
+from serving.grpc.tensors import count_elements, read_tensor, write_tensor
 from serving.metrics import Metrics
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
@@ -80,7 +80,7 @@ class PredictionService:
         _check_names(request.inputs.keys(), signature)
         wanted = _read_filter(request.output_filter, signature)
         inputs = {
-            alias: run_sized(tensor.ByteSize(), read_tensor, tensor, name=alias, max_bytes=self._max_bytes)
+            alias: run_sized(count_elements(tensor), read_tensor, tensor, name=alias, max_bytes=self._max_bytes)
             for alias, tensor in request.inputs.items()
         }
         outputs = version.predictor.predict(name, inputs, deadline_s=deadline_s)

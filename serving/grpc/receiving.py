@@ -18,6 +18,7 @@ from serving.memory import RequestMemory
 from serving.waiting import SMALL_BYTES
 
 AT_ONCE_S = 0.02  # a message that takes longer to arrive is a long one
+COPIES = 2  # of a message: gRPC's, and the one that it hands over
 CHECK_S = 0.5  # how often a long message is looked at
 TIMEOUT_S = 30.0  # for the whole of a message; and for memory, once it is there
 CONTENDED_TIMEOUT_S = 5.0  # while others wait for memory
@@ -49,7 +50,7 @@ async def receive_message(
     reading.add_done_callback(_retrieve)
     await asyncio.wait((reading,), timeout=AT_ONCE_S)
     is_long = not reading.done()
-    if is_long and not memory.try_large_body(max_message_bytes):
+    if is_long and not memory.try_large_body(COPIES * max_message_bytes):
         raise Overloaded("no memory is free for a long message; try again later, or send less at a time")
     while not reading.done():
         await asyncio.wait((reading,), timeout=CHECK_S)
@@ -60,7 +61,7 @@ async def receive_message(
         raise ServingError("the call has no message")
     data: bytes = message
     if is_long:
-        memory.shrink_body_to(max(1, len(data)))
+        memory.shrink_body_to(max(1, COPIES * len(data)))
     else:
         waits_until_s = time.monotonic() + TIMEOUT_S if deadline_s is None else deadline_s
         await memory.grow_body(len(data), is_small=len(data) <= SMALL_BYTES, deadline_s=waits_until_s)

@@ -19,12 +19,13 @@ from serving.errors import ModelNotFound, StartupError
 from serving.grpc.answers import GrpcLimits, make_handler
 from serving.grpc.model_service import ModelService
 from serving.grpc.prediction_service import PredictionService
+from serving.grpc.receiving import COPIES
 from serving.grpc.service_names import MODEL_SERVICE, PREDICTION_SERVICE, describe_services
 from serving.liveness import Liveness
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 from serving.repository import ModelRepository
-from serving.waiting import LoopGreenlets
+from serving.waiting import LoopGreenlets, lower_priority
 
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -67,8 +68,8 @@ class GrpcServer:
         self._metrics = metrics
         self._budget = budget
         self._liveness = liveness
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grpc")
-        self._max_message_bytes = min(max_message_bytes, budget.large.body_limit)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grpc", initializer=lower_priority)
+        self._max_message_bytes = min(max_message_bytes, budget.large.body_limit // COPIES)
         # That a client has gone before its answer was sent is no fault of the service, and no line of its log.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
         self._loop = uvloop.new_event_loop()

@@ -36,6 +36,11 @@ SLICE_ELEMENTS = 64 * 1024
 _SMALL_INTEGERS = ("DT_INT8", "DT_INT16", "DT_UINT8", "DT_UINT16")
 
 
+def count_elements(tensor: Any) -> int:
+    """Return how many elements the shape of a TensorProto announces."""
+    return math.prod(max(0, dimension.size) for dimension in tensor.tensor_shape.dim)
+
+
 def read_tensor(tensor: Any, *, name: str, max_bytes: int) -> np.ndarray:
     """Turn a TensorProto into an array; strings become an object array of bytes.
 

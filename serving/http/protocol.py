@@ -7,7 +7,6 @@ before a parse error are answered.
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import re
@@ -30,7 +29,7 @@ from serving.errors import ServingError
 from serving.http.wsgi import Response, WsgiApp, call_app, make_environ, set_body
 from serving.memory import TRIM_BYTES, MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
-from serving.waiting import SMALL_BYTES, LoopGreenlets
+from serving.waiting import SMALL_BYTES, LoopGreenlets, lower_priority
 
 logger = logging.getLogger("serving")
 access_logger = logging.getLogger("serving.access")
@@ -87,7 +86,9 @@ class HttpLimits:
     urgent_paths: Collection[bytes]
 
     def __post_init__(self) -> None:
-        self.greenlets = LoopGreenlets(ThreadPoolExecutor(self.threads, thread_name_prefix="request"))
+        self.greenlets = LoopGreenlets(
+            ThreadPoolExecutor(self.threads, thread_name_prefix="request", initializer=lower_priority)
+        )
         self.is_stopping = False
         self.date_header = "\r\n"  # and the empty line behind the headers; renewed every second
 
@@ -379,14 +380,15 @@ class Connection(HttpToolsProtocol):
         if not is_small:
             self._memory.check_fits(declared or 0)
         reserved = 0
-        received = io.BytesIO()  # gives its bytes away without a copy
+        received: list[bytes] = []
+        size = 0
         while cycle.more_body or cycle.body:
             message = cast(dict[str, Any], await cycle.receive())
             if message["type"] == "http.disconnect":
                 if self._fault and not cycle.disconnected:
                     raise self._fault
                 return None
-            size = received.tell() + len(message["body"])
+            size += len(message["body"])
             if size > self.limits.max_body_bytes:
                 cycle.keep_alive = False
                 cast(Any, cycle.scope["headers"]).append((b"content-length", str(size).encode()))
@@ -398,8 +400,8 @@ class Connection(HttpToolsProtocol):
                 grown = min(size + step_bytes, max(size, declared or size))
                 await self._wait_for_memory(grown - reserved, is_small=is_small)
                 reserved = grown
-            received.write(message["body"])
-        return received.getvalue()
+            received.append(message["body"])
+        return b"".join(received)
 
     async def _wait_for_memory(self, more_bytes: int, *, is_small: bool) -> None:
         self._waits_for_memory = True

@@ -35,7 +35,7 @@ LARGE_JSON_BYTES = 1024 * 1024  # parsed within 60 ms; more is left to the proce
 
 _LENGTH = struct.Struct("<Q")
 _POLL_S = 0.25  # how often a client that has disconnected is noticed
-_NICENESS = 5  # whoever sends little comes first
+_NICENESS = 10  # whoever sends little comes first
 
 
 class JsonProcess:
