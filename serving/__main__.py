@@ -307,6 +307,7 @@ def start_grpc(app: Flask, settings: Settings, address: str, stopping: threading
         address=f"[{address}]:{settings.grpc_port}" if ":" in address else f"{address}:{settings.grpc_port}",
         threads=settings.threads,
         max_message_bytes=settings.max_request_bytes,
+        max_rows=settings.max_rows,
     )
     app.extensions["grpc_server"] = server
 

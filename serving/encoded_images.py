@@ -20,6 +20,9 @@ from serving.waiting import run_sized
 # one before. Up to 20 images at once, of every kind measured, took less than 3 times the memory of one.
 IMAGES_AT_ONCE = 3
 
+# Less is not reserved: only as many small images as there are calls of the model are decoded at a time.
+UNCOUNTED_BYTES = 2 * 1024 * 1024
+
 MAX_QUICK_FILES = 128  # small as each may be; as many are a batch
 _ELEMENT_BYTES = 512  # to look at a file's header takes as long as to parse so many bytes
 
@@ -116,5 +119,7 @@ class ImageLimitsPredictor:
         if strings := self._string_inputs.get(signature):
             arrays = [inputs[name] for name in strings if name in inputs]
             size = sum(array.size for array in arrays) * _ELEMENT_BYTES
-            current_request.get().reserve(run_sized(size, check_encoded_images, arrays, self._limits))
+            cost = run_sized(size, check_encoded_images, arrays, self._limits)
+            if cost > UNCOUNTED_BYTES:
+                current_request.get().reserve(cost)
         return self._inner.predict(signature, inputs, deadline_s=deadline_s)

@@ -129,6 +129,12 @@ class RequestMemory:
         is_small = not self._large.held and self._small.held + more_bytes <= SMALL_STEP_BYTES
         (self._small if is_small else self._large).grow(more_bytes, is_body=False, deadline_s=deadline_s)
 
+    def shrink(self, fewer_bytes: int) -> None:
+        """Release what the last step took, and give the freed pages back to the system first if that is much."""
+        if fewer_bytes >= TRIM_BYTES:
+            return_freed_memory(at_most_every_s=TRIM_INTERVAL_S)
+        (self._large if self._large.held > self._large.held_for_body else self._small).shrink(fewer_bytes)
+
     def release(self) -> None:
         """Release everything; where that is much, give the freed pages back to the system first."""
         if self.held_bytes >= TRIM_BYTES:
@@ -224,17 +230,23 @@ class Pool:
         self._bodies_used -= reservation.held_for_body
         reservation.held = reservation.held_for_body = 0
 
-    def _release(self, reservation: Reservation, *, body_to: int = 0) -> None:
-        """Release everything, or what is held for the body beyond a size."""
+    def _release(self, reservation: Reservation) -> None:
         with self._lock:
-            if body_to:
-                fewer = max(0, reservation.held_for_body - body_to)
-                self.used -= fewer
-                self._bodies_used -= fewer
-                reservation.held -= fewer
-                reservation.held_for_body -= fewer
-            elif reservation.held:
+            if reservation.held:
                 self._take_all(reservation)
+            woken = self._settle()
+        for waiter in woken:
+            waiter.wake()
+
+    def _shrink(self, reservation: Reservation, fewer: int, *, is_body: bool) -> None:
+        with self._lock:
+            self._holders -= bool(reservation.held)
+            self.used -= fewer
+            reservation.held -= fewer
+            if is_body:
+                self._bodies_used -= fewer
+                reservation.held_for_body -= fewer
+            self._holders += bool(reservation.held)
             woken = self._settle()
         for waiter in woken:
             waiter.wake()
@@ -353,8 +365,12 @@ class Reservation:
             )
 
     def shrink_body_to(self, size: int) -> None:
-        """Release what is held for the body beyond this size, which is not 0."""
-        self.pool._release(self, body_to=size)
+        """Release what is held for the body beyond this size."""
+        self.pool._shrink(self, max(0, self.held_for_body - size), is_body=True)
+
+    def shrink(self, fewer: int) -> None:
+        """Release some of what is not held for the body."""
+        self.pool._shrink(self, min(fewer, self.held - self.held_for_body), is_body=False)
 
     def release(self) -> None:
         """Release everything."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,6 +39,16 @@ class RequestContext:
         """
         if self.memory is not None:
             self.memory.grow(size_bytes, deadline_s=self.deadline_s)
+
+    @contextlib.contextmanager
+    def reserved(self, size_bytes: int) -> Iterator[None]:
+        """Hold memory for the duration of a step. Raises what `reserve` does."""
+        self.reserve(size_bytes)
+        try:
+            yield
+        finally:
+            if self.memory is not None:
+                self.memory.shrink(size_bytes)
 
     def check(self) -> None:
         """Raise an error if nobody waits for the response any more; called before each long step.

@@ -16,7 +16,7 @@ from tensorflow_serving.apis import get_model_metadata_pb2, predict_pb2
 from serving.errors import InvalidRequest, ModelFailed, ServingError
 from serving.grpc.tensors import count_elements, read_tensor, write_tensor
 from serving.metrics import Metrics
-from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
+from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec, check_rows
 from serving.repository import ModelRepository, ModelVersion
 from serving.waiting import run_sized
 
@@ -28,12 +28,14 @@ class PredictionService:
         repository: the models.
         metrics: is told of every Predict.
         max_bytes: how large one input may be.
+        max_rows: most rows of a request.
     """
 
-    def __init__(self, repository: ModelRepository, metrics: Metrics, *, max_bytes: int) -> None:
+    def __init__(self, repository: ModelRepository, metrics: Metrics, *, max_bytes: int, max_rows: int) -> None:
         self._repository = repository
         self._metrics = metrics
         self._max_bytes = max_bytes
+        self._max_rows = max_rows
 
     def predict(self, request: Any, deadline_s: float | None) -> Any:
         """Run a signature of a model."""
@@ -79,6 +81,9 @@ class PredictionService:
             raise ModelFailed(f'Serving signature key "{name}" not found.', code="FAILED_PRECONDITION")
         _check_names(request.inputs.keys(), signature)
         wanted = _read_filter(request.output_filter, signature)
+        for alias, tensor in request.inputs.items():
+            if signature.inputs[alias].is_batched and tensor.tensor_shape.dim:  # before a large tensor is copied
+                check_rows(tensor.tensor_shape.dim[0].size, self._max_rows)
         inputs = {
             alias: run_sized(count_elements(tensor), read_tensor, tensor, name=alias, max_bytes=self._max_bytes)
             for alias, tensor in request.inputs.items()

@@ -48,6 +48,7 @@ class GrpcServer:
         address: "host:port".
         threads: large requests answered at the same time.
         max_message_bytes: the largest request.
+        max_rows: most rows of a request.
 
     Raises:
         StartupError: the port cannot be listened on.
@@ -63,12 +64,14 @@ class GrpcServer:
         address: str,
         threads: int,
         max_message_bytes: int,
+        max_rows: int,
     ) -> None:
         self._repository = repository
         self._metrics = metrics
         self._budget = budget
         self._liveness = liveness
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grpc", initializer=lower_priority)
+        self._max_rows = max_rows
         self._max_message_bytes = min(max_message_bytes, budget.large.body_limit // COPIES)
         # That a client has gone before its answer was sent is no fault of the service, and no line of its log.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
@@ -106,7 +109,9 @@ class GrpcServer:
         return server
 
     def _make_handlers(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
-        prediction = PredictionService(self._repository, self._metrics, max_bytes=self._max_message_bytes)
+        prediction = PredictionService(
+            self._repository, self._metrics, max_bytes=self._max_message_bytes, max_rows=self._max_rows
+        )
         models = ModelService(self._repository)
         limits = GrpcLimits(LoopGreenlets(self._threads), self._budget, self._max_message_bytes)
         make = partial(make_handler, limits=limits)

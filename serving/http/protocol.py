@@ -86,9 +86,8 @@ class HttpLimits:
     urgent_paths: Collection[bytes]
 
     def __post_init__(self) -> None:
-        self.greenlets = LoopGreenlets(
-            ThreadPoolExecutor(self.threads, thread_name_prefix="request", initializer=lower_priority)
-        )
+        threads = ThreadPoolExecutor(self.threads, thread_name_prefix="request", initializer=lower_priority)
+        self.greenlets = LoopGreenlets(threads)
         self.is_stopping = False
         self.date_header = "\r\n"  # and the empty line behind the headers; renewed every second
 

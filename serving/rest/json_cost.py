@@ -13,10 +13,6 @@ ELEMENT_BYTES = 72
 STRING_BYTES = 64
 WIDEST_CHARACTER_BYTES = 4  # one character outside of ASCII can make every other of its string as wide
 
-# Of shorter documents the worst is assumed: counting would take longer than it is worth.
-UNCOUNTED_BYTES = 64 * 1024
-WORST_BYTES = (LIST_BYTES + ELEMENT_BYTES) // 3 + 4  # per byte of a document, for `[],`
-
 _SLICE_BYTES = 1024 * 1024
 
 
@@ -49,8 +45,6 @@ class JsonCost:
 
 def json_cost(body: bytes) -> int:
     """Return the memory in bytes that a document takes when it is parsed, without its own bytes."""
-    if len(body) <= UNCOUNTED_BYTES:
-        return len(body) * WORST_BYTES
     cost = JsonCost()
     view = memoryview(body)
     for start in range(0, len(view), _SLICE_BYTES):

@@ -31,6 +31,8 @@ R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
+ARRAY_BYTES = 4  # of the arrays that a document becomes, for each of its own
+
 LARGE_JSON_BYTES = 1024 * 1024  # parsed within 60 ms; more is left to the process
 
 _LENGTH = struct.Struct("<Q")
@@ -63,17 +65,18 @@ class JsonProcess:
         """
         context = current_request.get()
         if len(body) <= SMALL_BYTES:
-            context.reserve(json_cost(body))
-            return function(body, *args)
-        context.reserve(offload(json_cost, body))
-        if len(body) <= LARGE_JSON_BYTES:
-            return offload(function, body, *args)
-        with self._turns.reserve(1, deadline_s=context.deadline_s):
-            context.check()
-            kind, value = run_blocking(self._call, context, function, body, args)
-        if kind == "error":
-            raise value
-        result: R = value
+            return function(body, *args)  # one at a time, so its objects take little memory
+        with context.reserved(offload(json_cost, body)):
+            if len(body) <= LARGE_JSON_BYTES:
+                result = offload(function, body, *args)
+            else:
+                with self._turns.reserve(1, deadline_s=context.deadline_s):
+                    context.check()
+                    kind, value = run_blocking(self._call, context, function, body, args)
+                if kind == "error":
+                    raise value
+                result = value
+        context.reserve(ARRAY_BYTES * len(body))
         return result
 
     def _call(

@@ -24,7 +24,7 @@ from serving.request_context import current_request
 from serving.rest.form import read_files
 from serving.rest.responses import json_response
 from serving.settings import Settings
-from serving.waiting import offload, run_sized
+from serving.waiting import SMALL_BYTES, offload, run_sized
 
 blueprint = Blueprint("upload", __name__)
 
@@ -134,7 +134,8 @@ def _read_body() -> Picture:
 def _read_form() -> list[Picture]:
     settings: Settings = current_app.extensions["settings"]
     body: bytes = request.get_data(cache=False)
-    current_request.get().reserve(FORM_COPIES * len(body))
+    if len(body) > SMALL_BYTES:
+        current_request.get().reserve(FORM_COPIES * len(body))
     boundary = request.mimetype_params.get("boundary", "")
     return run_sized(len(body), _parse_form, body, request.content_type or "", boundary, max_images=settings.max_images)
 
@@ -207,10 +208,12 @@ def _decode(pictures: list[Picture], *, size: tuple[int, int]) -> np.ndarray:
             continue  # reported in its turn
         costs.append(decode_cost(header, decoder="pillow", size=size))
         is_quick_all = is_quick_all and is_quick(header)
-    current_request.get().reserve(max(costs) + len(pictures) * size[0] * size[1] * 3)
-    if is_quick_all:
+    if is_quick_all:  # one request at a time
         return _decode_all(pictures, size, limits, metrics)
-    return offload(_decode_all, pictures, size, limits, metrics)
+    context = current_request.get()
+    context.reserve(len(pictures) * size[0] * size[1] * 3)
+    with context.reserved(max(costs)):
+        return offload(_decode_all, pictures, size, limits, metrics)
 
 
 def _decode_all(pictures: list[Picture], size: tuple[int, int], limits: ImageLimits, metrics: Metrics) -> np.ndarray:

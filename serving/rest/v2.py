@@ -22,7 +22,6 @@ from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec
 from serving.repository import ModelRepository, ModelVersion
 from serving.request_context import current_request
 from serving.rest.json_arrays import write_large
-from serving.rest.json_cost import json_cost
 from serving.rest.json_process import JsonProcess
 from serving.rest.responses import PlainResponse, encoded_response
 from serving.rest.v2_request import (
@@ -128,7 +127,6 @@ class InferRequest:
 
 def _read_request(body: bytes, header_length: str | None, version: ModelVersion) -> InferRequest:
     if json_length(body, header_length) <= SMALL_BYTES:  # the rest is not parsed
-        current_request.get().reserve(json_cost(body[: json_length(body, header_length)]))
         return read_infer(body, header_length, version.name, version.predictor.signatures)
     process: JsonProcess = current_app.extensions["json_process"]
     return process.parse(read_infer, body, header_length, version.name, version.predictor.signatures)
