@@ -29,6 +29,8 @@ PREDICT = "/tensorflow.serving.PredictionService/Predict"
 KINDS = ("healthz", "upload", "json", "base64", "v2", "grpc", "large")
 PER_S = {"healthz": 25.0, "large": 4.0}
 DEFAULT_PER_S = 15.0
+# Connections of each kind, which take turns: a response that comes late does not make the next request late.
+CONNECTIONS = 8
 LARGE_ROWS = 48  # more than 256 KB of JSON
 
 
@@ -37,6 +39,7 @@ class Sample:
     """One request: when it was due, how long it took from then on, and what was wrong with its response."""
 
     kind: str
+    connection: int
     due_s: float  # on the clock of time.monotonic
     latency_s: float
     error: str | None
@@ -103,15 +106,15 @@ class ProbeProcess:
         give_up_s = time.monotonic() + TIMEOUT_S + 5
         while True:
             self._read_log()
-            last_due_s = {sample.kind: sample.due_s for sample in self._samples}
-            # Each client works in order, so a request due later means that those before have their responses.
+            last_due_s = {(sample.kind, sample.connection): sample.due_s for sample in self._samples}
+            # Each connection works in order, so a request due later means that those before have their responses.
             if last_due_s and all(due_s >= until_s for due_s in last_due_s.values()):
                 break
             if self._process.poll() is not None or time.monotonic() > give_up_s:
                 raise RuntimeError(f"the probe has stopped: {last_due_s}, now {time.monotonic()}")
             time.sleep(0.05)
         window = [sample for sample in self._samples if since_s <= sample.due_s < until_s]
-        return {kind: Latencies(kind, [s for s in window if s.kind == kind]) for kind in last_due_s}
+        return {kind: Latencies(kind, [s for s in window if s.kind == kind]) for kind, _ in last_due_s}
 
     def _read_log(self) -> None:
         with self._log.open() as file:
@@ -196,19 +199,20 @@ def make_grpc_client(address: str, model: str, expect: bytes) -> Callable[[], No
     return send
 
 
-def send_on_time(kind: str, send: Callable[[], None], note: Callable[[Sample], None]) -> None:
-    """Send requests of one kind when they are due, for ever."""
-    due_s = time.monotonic()
+def send_on_time(kind: str, connection: int, send: Callable[[], None], note: Callable[[Sample], None]) -> None:
+    """Send every so many-th request of one kind when it is due, for ever."""
+    interval_s = 1 / PER_S.get(kind, DEFAULT_PER_S)
+    due_s = time.monotonic() + connection * interval_s
     while True:
+        time.sleep(max(0.0, due_s - time.monotonic()))
         error = None
         try:
             send()
         except Exception as problem:  # whatever it is, it is the result of this request
             error = f"{type(problem).__name__}: {problem}"
         now_s = time.monotonic()
-        note(Sample(kind, due_s, now_s - due_s, error))
-        due_s += 1 / PER_S.get(kind, DEFAULT_PER_S)
-        time.sleep(max(0.0, due_s - now_s))
+        note(Sample(kind, connection, due_s, now_s - due_s, error))
+        due_s += CONNECTIONS * interval_s
 
 
 @click.command(context_settings={"show_default": True})
@@ -231,11 +235,12 @@ def main(url: str, grpc_address: str, model: str, kinds: Sequence[str], expect: 
         threads = []
         for kind in kinds:
             wanted = expect.encode()
-            if kind == "grpc":
-                send = make_grpc_client(grpc_address, model, wanted)
-            else:
-                send = make_http_client(url, kind, model, wanted)
-            threads.append(threading.Thread(target=send_on_time, args=(kind, send, note)))
+            for connection in range(CONNECTIONS):
+                if kind == "grpc":
+                    send = make_grpc_client(grpc_address, model, wanted)
+                else:
+                    send = make_http_client(url, kind, model, wanted)
+                threads.append(threading.Thread(target=send_on_time, args=(kind, connection, send, note)))
         for thread in threads:
             thread.start()
         for thread in threads:

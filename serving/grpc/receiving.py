@@ -19,6 +19,7 @@ from serving.waiting import SMALL_BYTES
 
 AT_ONCE_S = 0.02  # a message that takes longer to arrive is a long one
 COPIES = 2  # of a message: gRPC's, and the one that it hands over
+PATIENCE_S = 0.2  # without memory for a long message: a small one can be late where the event loop is
 CHECK_S = 0.5  # how often a long message is looked at
 TIMEOUT_S = 30.0  # for the whole of a message; and for memory, once it is there
 CONTENDED_TIMEOUT_S = 5.0  # while others wait for memory
@@ -50,8 +51,11 @@ async def receive_message(
     reading.add_done_callback(_retrieve)
     await asyncio.wait((reading,), timeout=AT_ONCE_S)
     is_long = not reading.done()
-    if is_long and not memory.try_large_body(COPIES * max_message_bytes):
-        raise Overloaded("no memory is free for a long message; try again later, or send less at a time")
+    while is_long and not memory.try_large_body(COPIES * max_message_bytes):
+        if time.monotonic() - began_s > PATIENCE_S:
+            raise Overloaded("no memory is free for a long message; try again later, or send less at a time")
+        await asyncio.wait((reading,), timeout=AT_ONCE_S)
+        is_long = not reading.done()
     while not reading.done():
         await asyncio.wait((reading,), timeout=CHECK_S)
         if time.monotonic() - began_s > (CONTENDED_TIMEOUT_S if memory.is_contended else TIMEOUT_S):
