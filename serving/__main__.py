@@ -141,7 +141,7 @@ URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/hea
     "--memory-budget",
     type=int,
     default=Settings.memory_budget,
-    show_default="what the container or the machine has, less what this process occupies",
+    show_default="75 % of what the container or the machine leaves",
     help="Bytes for all requests that are being read, inflated, parsed and decoded; more wait.",
 )
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default=Settings.log_level)

@@ -33,6 +33,13 @@ def test_no_module_imports_what_its_package_must_not_know(package):
     assert not found
 
 
+def test_the_http_server_knows_neither_flask_nor_the_settings():
+    modules = "serving.http.server, serving.http.protocol, serving.http.wsgi"
+    program = f"import sys, {modules}; print(*({{'flask', 'werkzeug', 'serving.settings'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 @pytest.mark.parametrize(
     ("package", "modules", "forbidden"),
     [
