@@ -78,7 +78,7 @@ class _Lane:
     queue: deque[_Request] = field(default_factory=deque)
     queued_rows: int = 0
     calls: int = 0  # that run
-    running_rows: int = 0
+    pending_rows: int = 0  # of requests that were admitted and have no result yet
     # Decayed sums of the rows processed and the time that it took, of all calls together.
     done_rows: float = 0.0
     done_s: float = 0.0
@@ -166,7 +166,11 @@ class Batcher:
         is_long = is_split or (rows > FEW_ROWS and predicted_s > LONG_REQUEST_S) or self._is_slow(described, inputs)
         lane = self._long if is_long else self._short
         self._admit(lane, rows, deadline_s)
-        outputs = list(self._run(lane, parts))
+        try:
+            outputs = list(self._run(lane, parts))
+        finally:
+            with self._lock:
+                lane.pending_rows -= rows
         if len(outputs) == 1:
             return outputs[0]
         return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
@@ -221,18 +225,18 @@ class Batcher:
                     f"{self._max_queued_rows}; try again later",
                     retry_after_s=max(1, round(lane.queued_rows * lane.row_s)),
                 )
-            if deadline_s is None:
-                return
-            ahead = lane.running_rows + lane.queued_rows
-            batches = math.ceil((lane.queued_rows + rows) / self._max_batch_rows)  # its own may fill up behind it
-            estimate_s = ESTIMATE_MARGIN * max(ahead + rows, batches * self._max_batch_rows) * lane.row_s
-            late_s = estimate_s - (deadline_s - time.monotonic())
-            if lane.queued_rows and late_s > 0:
+            estimate_rows = lane.pending_rows + rows
+            if estimate_rows > self._max_batch_rows:  # its batch may fill up behind it
+                estimate_rows = math.ceil(estimate_rows / self._max_batch_rows) * self._max_batch_rows
+            estimate_s = ESTIMATE_MARGIN * estimate_rows * lane.row_s
+            late_s = 0.0 if deadline_s is None else estimate_s - (deadline_s - time.monotonic())
+            if lane.pending_rows and late_s > 0:
                 raise Overloaded(
-                    f"{lane.queued_rows} rows wait for the model, so this request would take about {estimate_s:.1f} s, "
-                    f"{late_s:.1f} s more than it may; try again later",
+                    f"{lane.pending_rows} rows wait for the model, so this request would take about "
+                    f"{estimate_s:.1f} s, {late_s:.1f} s more than it may; try again later",
                     retry_after_s=max(1, math.ceil(late_s)),
                 )
+            lane.pending_rows += rows
 
     def _enqueue(self, lane: _Lane, request: _Request) -> None:
         with self._lock:
@@ -310,7 +314,6 @@ class Batcher:
         call_s, rows = time.perf_counter() - started_s, sum(request.rows for request in requests)
         row_s = call_s / rows
         with self._lock:
-            lane.running_rows -= rows
             lane.note_call(rows, started_s, started_s + call_s)
         if lane is self._short:
             # Of a full batch only the part that a few rows would take: many clients do not make a model slow.
@@ -351,7 +354,6 @@ class Batcher:
                 if chosen and (chosen[0].is_alone or lane is self._long):
                     break
             if chosen:
-                lane.running_rows += rows
                 self._uncontended_calls += 1
             else:
                 lane.calls -= 1

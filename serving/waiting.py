@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -23,6 +24,8 @@ from typing import ParamSpec, TypeVar
 import greenlet
 
 from serving.request_context import RequestContext, current_request
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,7 +110,10 @@ class LoopGreenlet(greenlet.greenlet):
         while len(self.siblings.idle) < MAX_IDLE:
             self.siblings.idle.append(self)
             function, args = self.parent.switch()
-            Context().run(function, *args)  # what it sets is not the next one's
+            try:
+                Context().run(function, *args)  # what it sets is not the next one's
+            except Exception:
+                logger.exception("a call that must not raise did")
             del function, args  # nor kept while there is nothing to do
 
 
@@ -121,11 +127,12 @@ def lower_priority() -> None:
 class Pause:
     """Something to wait for, once, by whoever makes it: a greenlet or a thread."""
 
-    __slots__ = ("_greenlet", "_lock", "_over")
+    __slots__ = ("_greenlet", "_is_waiting", "_lock", "_over")
 
     def __init__(self) -> None:
         current = greenlet.getcurrent()
         self._over = False
+        self._is_waiting = False
         self._greenlet = current if isinstance(current, LoopGreenlet) else None
         if self._greenlet is None:
             self._lock = threading.Lock()
@@ -140,7 +147,9 @@ class Pause:
             timer = self._greenlet.siblings.loop.call_later(max(0.0, timeout_s), self._greenlet.switch)
         while not self._over:
             assert self._greenlet.parent is not None
+            self._is_waiting = True
             self._greenlet.parent.switch()
+            self._is_waiting = False
             if timer and not self._over:
                 return False
         if timer:
@@ -149,7 +158,7 @@ class Pause:
 
     def _end(self) -> None:
         self._over = True
-        if self._greenlet:
+        if self._greenlet and self._is_waiting:  # else the greenlet has gone on, and may wait for something else
             self._greenlet.switch()
 
 

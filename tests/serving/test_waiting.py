@@ -267,7 +267,6 @@ def test_calls_that_wait_do_not_count_for_the_queue() -> None:
     run(check)
 
 
-@pytest.mark.xfail(reason="the queue is never looked at again", strict=True)
 def test_a_call_that_raises_does_not_stop_the_others() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         greenlets.loop.set_exception_handler(lambda *_: None)
@@ -286,7 +285,6 @@ def test_a_call_that_raises_does_not_stop_the_others() -> None:
     run(check)
 
 
-@pytest.mark.xfail(reason="the others that were to be woken with it are not", strict=True)
 def test_a_call_that_raises_when_it_is_woken_does_not_keep_the_others_asleep() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         greenlets.loop.set_exception_handler(lambda *_: None)
@@ -341,7 +339,6 @@ def test_a_pause_that_is_not_ended_times_out_and_leaves_nothing_behind() -> None
     run(check)
 
 
-@pytest.mark.xfail(reason="the end of one pause is taken for the timeout of another", strict=True)
 def test_the_end_of_a_pause_that_timed_out_does_not_end_the_next_one() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         pauses: list[Pause] = []
@@ -363,7 +360,6 @@ def test_the_end_of_a_pause_that_timed_out_does_not_end_the_next_one() -> None:
     run(check)
 
 
-@pytest.mark.xfail(reason="the greenlet ends with an error, and the next call that it is given is lost", strict=True)
 def test_the_end_of_a_pause_that_timed_out_does_not_break_its_greenlet() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         errors: list[object] = []
