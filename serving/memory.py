@@ -126,7 +126,8 @@ class RequestMemory:
 
     def grow(self, more_bytes: int, *, deadline_s: float | None) -> None:
         """Reserve memory for the next step; a greenlet or thread waits until it is there. See `Reservation.grow`."""
-        is_small = not self._large.held and self._small.held + more_bytes <= SMALL_STEP_BYTES
+        most_bytes = min(SMALL_STEP_BYTES, self._small.pool.limit // 4)
+        is_small = not self._large.held and self._small.held + more_bytes <= most_bytes
         (self._small if is_small else self._large).grow(more_bytes, is_body=False, deadline_s=deadline_s)
 
     def shrink(self, fewer_bytes: int) -> None:
@@ -353,8 +354,12 @@ class Reservation:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if deadline_s is None else deadline_s - time.monotonic()):
                     await woken.wait()
-        finally:
+        except asyncio.CancelledError:
             self.pool._give_up(waiter)
+            if waiter.is_granted:
+                self.pool._shrink(self, more, is_body=is_body)
+            raise
+        self.pool._give_up(waiter)
         self._check(waiter)
 
     def _check(self, waiter: _Waiter) -> None:

@@ -141,7 +141,7 @@ def test_waiting_for_the_budget_ends_at_the_deadline_with_503_and_small_requests
 
 def test_over_grpc_waiting_for_the_budget_ends_at_the_deadline(service: Service) -> None:
     grpc = pytest.importorskip("grpc")
-    message = payloads.make_files_message("colours", [MEDIUM_PNG])
+    message = payloads.make_files_message("colours", [payloads.make_png(2_000, 2_000)])
     with ExitStack() as stack:
         hold_the_budget(service, stack)
         channel = stack.enter_context(grpc.insecure_channel(service.grpc_address))

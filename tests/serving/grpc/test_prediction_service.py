@@ -179,7 +179,7 @@ def broken_tensor(dtype: int, shape: tuple[int, ...], **fields: Any) -> Any:
         (broken_tensor(4, (1, 1), int_val=[1, 2]), "INVALID_ARGUMENT", "2 values"),
         (broken_tensor(4, (1, 32, 32, 3), int_val=[300]), "INVALID_ARGUMENT", "from 0 to 255"),
         (broken_tensor(4, (-1, 32, 32, 3), int_val=[3]), "INVALID_ARGUMENT", "not fully given"),
-        (broken_tensor(4, (2**40, 32, 32, 3), int_val=[3]), "RESOURCE_EXHAUSTED", "elements"),
+        (broken_tensor(4, (2**40, 32, 32, 3), int_val=[3]), "RESOURCE_EXHAUSTED", "rows"),
         (broken_tensor(20, (1,)), "INVALID_ARGUMENT", "DT_RESOURCE cannot be sent"),
         (broken_tensor(999, (1,)), "INVALID_ARGUMENT", "no dtype"),
         (broken_tensor(7, (1,), string_val=[b"x"]), "INVALID_ARGUMENT", "expected uint8"),
