@@ -37,6 +37,7 @@ DIFFERENT = {
     "GET /healthz": (200, OTHER_ROUTES),
     "GET /monitoring/prometheus/metrics": (200, OTHER_ROUTES),
     "prometheus POST": (405, "there: any method gets the metrics; here: GET"),
+    "HTTP/1.1 no Host": (400, "HTTP/1.1 requires a Host header (RFC 9112, section 3.2); there it may be left out"),
     "fragment on predict": (200, "a fragment is never part of a request; the HTTP server here drops it"),
     "batching 65 > max": (200, "there: a limit that was configured for the recording"),
     "batching good after empty": (200, "there: a good request pays for an empty one before it"),

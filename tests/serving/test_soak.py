@@ -19,7 +19,7 @@ def test_a_minute_of_hostile_and_normal_traffic(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.soak", "--memory", str(read_memory_limit())]
     command += [
         "--seconds",
-        "45",
+        "30",
         "--warm-up-seconds",
         "15",
         "--slice-seconds",
