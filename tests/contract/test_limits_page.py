@@ -1,0 +1,107 @@
+"""docs/limits.md says what the code does: its figures are those of the settings and of the modules."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from serving import image_header
+from serving.__main__ import main
+from serving.decode_cost import decode_cost
+from serving.grpc import receiving
+from serving.http import protocol, server
+from serving.image_formats.header import MAX_JPEG_SCANS, ImageHeader
+from serving.memory import BODIES_SHARE, SAFETY_SHARE, SMALL_SHARE, MemoryBudget
+from serving.rest import body, json_document, json_process
+from serving.settings import Settings
+
+PROJECT = Path(__file__).parents[2]
+PAGE = (PROJECT / "docs" / "limits.md").read_text()
+TEXT = " ".join(PAGE.split())
+KIB, MIB = 2**10, 2**20
+GRPC_SHARE = (1 - SMALL_SHARE) * BODIES_SHARE / receiving.COPIES
+
+# The rows of every table, by the first cell.
+ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitlines() if line.startswith("| ")}
+
+
+@pytest.mark.parametrize(
+    ("limit", "default", "option"),
+    [
+        ("request body", f"{Settings.max_request_bytes // MIB} MiB", "--max-request-bytes"),
+        ("inflated body", f"{body.MAX_INFLATED_BYTES // MIB} MiB", None),
+        ("levels of nested JSON", f"{json_document.MAX_DEPTH}", None),
+        ("rows of a request", f"{Settings.max_rows:,}", "--max-rows"),
+        ("images in one form", f"{Settings.max_images}", "--max-images"),
+        ("pixels of an image", f"{Settings.max_image_pixels:,}", "--max-image-pixels"),
+        ("longest side", f"{Settings.max_image_side:,}", "--max-image-side"),
+        ("frames of an animation", f"{image_header.MAX_FRAMES:,}", None),
+        ("compressed text in a PNG", f"{image_header.MAX_METADATA_BYTES // 10**6} MB inflated", None),
+        (
+            "scans of a JPEG",
+            f"{MAX_JPEG_SCANS}; fewer above 10 megapixels, down to {image_header.FULL_SIZE_SCANS} at 50",
+            None,
+        ),
+        ("request line and headers", f"{protocol.MAX_HEAD_BYTES // KIB} KiB", None),
+        ("trailers", f"{protocol.MAX_TRAILER_BYTES // KIB} KiB", None),
+        ("time for the headers", f"{protocol.HEAD_TIMEOUT_S:.0f} s", None),
+        ("upload rate", f"{protocol.UPLOAD_BYTES // KIB} KiB in {protocol.UPLOAD_PERIOD_S:.0f} s", None),
+        ("upload rate", f"{protocol.CONTENDED_BYTES // KIB} KiB in {protocol.CONTENDED_PERIOD_S:.0f} s while", None),
+        ("idle connection", f"{protocol.FIRST_REQUEST_TIMEOUT_S:.0f} s until the first request", None),
+        ("idle connection", f"{protocol.KEEP_ALIVE_S:.0f} s between two", None),
+        ("response that the client does not read", f"{protocol.UNREAD_TIMEOUT_S:.0f} s", None),
+        ("open HTTP connections", f"{Settings.max_connections:,}", "--max-connections"),
+        ("time for a request", f"{Settings.request_timeout_s:.0f} s", "--request-timeout-s"),
+        ("rows that wait", f"{Settings.max_queue_size:,}", "--max-queue-size"),
+        ("memory for all requests", f"{SAFETY_SHARE:.0%}".replace("%", " %"), "--memory-budget"),
+        ("gRPC message", f"at most {GRPC_SHARE * 32:.0f}/32 of the memory budget", "--max-request-bytes"),
+        ("time for a gRPC message", f"{receiving.TIMEOUT_S:.0f} s", None),
+        ("time for a gRPC message", f"{receiving.CONTENDED_TIMEOUT_S:.0f} s while others wait", None),
+    ],
+)
+def test_a_row_has_the_default_and_the_option_of_the_code(limit: str, default: str, option: str | None) -> None:
+    (row,) = (row for name, row in ROWS.items() if name.startswith(limit))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert default in cells[1], row
+    assert re.findall(r"--[a-z-]+", cells[2]) == ([option] if option else []), row
+
+
+def test_every_option_that_a_page_names_exists() -> None:
+    options = {option for parameter in main.params for option in parameter.opts}
+    # TensorFlow Serving's have underscores.
+    for page in (PROJECT / "docs").glob("*.md"):
+        named = set(re.findall(r"`(--[a-z-]+)(?![a-z_-])", page.read_text()))
+        assert named <= options, page.name
+
+
+def test_every_limit_among_the_options_is_on_the_page() -> None:
+    limits = {option for parameter in main.params for option in parameter.opts if option.startswith("--max-")}
+    # How many rows share a call limits no client.
+    assert limits - {"--max-batch-size"} == set(re.findall(r"--max-[a-z-]+", PAGE))
+
+
+def test_the_arithmetic_of_the_memory_budget() -> None:
+    """For the manifest's 2 GiB and a process of 640 MiB."""
+    budget_mib = SAFETY_SHARE * (2_048 - 640)
+    budget = MemoryBudget(int(budget_mib * MIB))
+    assert f"{SAFETY_SHARE} x (2,048 - 640) = {budget_mib:,.0f} MiB of budget" in TEXT
+    small, large = round(budget.small.limit / MIB), round(budget.large.limit / MIB)
+    assert f"{small} MiB are for small requests and {large} MiB for large ones" in TEXT
+    header = ImageHeader("JPEG", 8_000, 6_250, 0, channels=3)
+    assert header.pixels == Settings.max_image_pixels
+    uploaded = decode_cost(header, decoder="pillow", size=(32, 32)) / MIB
+    in_model = decode_cost(header, decoder="tensorflow", size=(32, 32)) / MIB
+    assert (large // uploaded, large // in_model) == (2, 1)  # at a time
+    assert f"{round(uploaded, -1):.0f} MiB, so two" in ROWS["a photo of 50 megapixels, uploaded as JPEG"]
+    assert f"{round(in_model, -1):.0f} MiB, so one" in ROWS["the same as base64 or over gRPC, decoded by the model"]
+
+
+def test_the_other_figures() -> None:
+    assert f"JSON**, over {json_process.LARGE_JSON_BYTES // MIB} MiB" in TEXT
+    assert f"`--drain-timeout-s` ({Settings.drain_timeout_s} s)" in TEXT
+    assert protocol.CLOSE_IDLE_AFTER_S == 0.5
+    assert "Idle connections are closed half a second later" in TEXT
+    assert server.SPARE_FILES == 40
+    assert "less 40 for its own files" in " ".join((PROJECT / "docs" / "deploying.md").read_text().split())
