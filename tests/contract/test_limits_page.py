@@ -14,7 +14,7 @@ from serving.grpc import receiving
 from serving.http import protocol, server
 from serving.image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving.memory import BODIES_SHARE, SAFETY_SHARE, SMALL_SHARE, MemoryBudget
-from serving.rest import body, json_document, json_process
+from serving.rest import body, json_cost, json_document, json_process
 from serving.settings import Settings
 
 PROJECT = Path(__file__).parents[2]
@@ -96,6 +96,17 @@ def test_the_arithmetic_of_the_memory_budget() -> None:
     assert (large // uploaded, large // in_model) == (2, 1)  # at a time
     assert f"{round(uploaded, -1):.0f} MiB, so two" in ROWS["a photo of 50 megapixels, uploaded as JPEG"]
     assert f"{round(in_model, -1):.0f} MiB, so one" in ROWS["the same as base64 or over gRPC, decoded by the model"]
+
+
+def test_what_json_costs() -> None:
+    row = ROWS["JSON: numbers; base64; text outside ASCII"]
+    size = 1_000_000
+    costs = [
+        json_cost.json_cost(text * (size // len(text))) / size
+        for text in (b"0.12345678901234567,", b"1,", b"A", "\N{LATIN SMALL LETTER E WITH ACUTE}".encode())
+    ]
+    digits, digit, base64, text = map(round, costs)
+    assert f"{digits} to {digit} times the body, more with fewer digits; {base64} times; {text} times" in row
 
 
 def test_the_other_figures() -> None:
