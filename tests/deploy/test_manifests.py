@@ -17,8 +17,16 @@ import yaml
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
+from benchmarks.memory_cgroup import parse_bytes
+from benchmarks.service import Service
 from serving.__main__ import main
+from serving.decode_cost import decode_cost
+from serving.grpc.answers import OBJECT_BYTES
+from serving.grpc.receiving import COPIES
+from serving.image_formats.header import ImageHeader
+from serving.memory import SAFETY_SHARE, MemoryBudget
 from serving.settings import Settings
+from tests.serving.saved_models import save_adder
 
 PROJECT = Path(__file__).parents[2]
 DEPLOY = PROJECT / "deploy"
@@ -43,6 +51,13 @@ TFSERVING_FLAGS = {
 }
 # The fields of BatchingParameters in TensorFlow Serving's session_bundle_config.proto, which no Python package has.
 BATCHING_FIELDS = {"max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads"}
+
+
+MIB = 2**20
+# What is resident: with one small model, and with none, in front of a TensorFlow Serving.
+RESIDENT_MIB, FRONT_RESIDENT_MIB = 640, 570
+# The least budget that takes what the default limits allow: the largest photo as an upload, the largest gRPC message.
+MIN_BUDGET_MIB = 768
 
 
 def named(manifest: dict[str, Any]) -> str:
@@ -96,6 +111,55 @@ def test_a_pod_is_given_longer_than_the_service_takes_to_stop() -> None:
         pre_stop_s = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         assert pod["terminationGracePeriodSeconds"] > drain_s + pre_stop_s
     assert int(COMPOSE["services"]["service"]["stop_grace_period"].rstrip("s")) > Settings.drain_timeout_s
+
+
+def our_memory() -> list[tuple[str, int, int]]:
+    """Each file that runs the service, the limit that it sets in bytes, and what is resident there in MiB."""
+    limits = []
+    for name, pod in (
+        ("kubernetes/service.yaml", DEPLOYMENTS["image-classifier"]["spec"]["template"]["spec"]),
+        ("kserve/inferenceservice.yaml", KSERVE["spec"]["predictor"]),
+    ):
+        resources = pod["containers"][0]["resources"]
+        # Less could be evicted: the budget follows from the limit.
+        assert resources["requests"]["memory"] == resources["limits"]["memory"]
+        limits.append((name, parse_bytes(resources["limits"]["memory"]), RESIDENT_MIB))
+    service = COMPOSE["services"]["service"]
+    assert "--remote" in service["command"]
+    limit = parse_bytes(service["mem_limit"].upper() + "i")  # Compose counts in powers of two
+    return [*limits, ("compose.yaml", limit, FRONT_RESIDENT_MIB)]
+
+
+def test_the_memory_limits_are_the_resident_set_and_a_budget_as_they_say() -> None:
+    for name, limit, resident_mib in our_memory():
+        budget_mib = SAFETY_SHARE * (limit / MIB - resident_mib)
+        assert budget_mib >= MIN_BUDGET_MIB, name
+        comments = " ".join(re.findall(r"^ *# (.*)$", (DEPLOY / name).read_text(), re.M))
+        assert f"About {resident_mib} MiB are resident" in comments, name
+        assert f"{SAFETY_SHARE * 100:.0f} % is the memory budget" in comments, name
+        assert f"{budget_mib:,.0f} MiB" in comments, name
+    page = " ".join((PROJECT / "docs" / "deploying.md").read_text().split())
+    least_mib = RESIDENT_MIB + MIN_BUDGET_MIB / SAFETY_SHARE
+    assert f"at least {MIN_BUDGET_MIB} MiB, and so a limit of {least_mib:,.0f} MiB" in page
+
+
+def test_the_least_budget_takes_what_the_default_limits_allow() -> None:
+    budget = MemoryBudget(MIN_BUDGET_MIB * MIB)
+    photo = ImageHeader("JPEG", 8_000, 6_250, 20_000_000, channels=3)
+    assert photo.pixels == Settings.max_image_pixels
+    assert photo.file_bytes + decode_cost(photo, decoder="pillow") <= budget.large.limit
+    assert COPIES * Settings.max_request_bytes <= budget.large.body_limit
+    assert (COPIES + OBJECT_BYTES) * Settings.max_request_bytes <= budget.large.limit
+
+
+def test_the_resident_set_is_what_the_manifests_count_on(tmp_path: Path) -> None:
+    """In processes of their own: the service with a model, and another in front of it."""
+    save_adder(tmp_path / "models" / "adder" / "1")
+    with Service(tmp_path / "models", tmp_path / "service.log") as service:
+        remote = ("--remote", service.grpc_address, "--remote-model", "adder")
+        with Service(tmp_path / "models", tmp_path / "front.log", *remote) as front:
+            assert service.resident_mb() < 1.1 * RESIDENT_MIB
+            assert front.resident_mb() < 1.1 * FRONT_RESIDENT_MIB
 
 
 def test_a_pod_without_models_waits_for_them_and_is_not_restarted() -> None:
