@@ -20,7 +20,7 @@ from serving.errors import ModelFailed
 from serving.http import protocol
 from serving.http.protocol import Connection, HttpLimits
 from serving.http.server import Acceptor, Server, _no_asgi_app, listen
-from serving.memory import MemoryBudget, RequestMemory
+from serving.memory import MemoryBudget, RequestMemory, Reservation
 from serving.request_context import RequestContext, current_request
 from serving.waiting import offload
 
@@ -35,6 +35,7 @@ class Service:
         self.budget = MemoryBudget(limits.pop("budget_bytes", 160_000_000))
         self.contexts: list[RequestContext] = []
         self.work: Callable[[], object] = lambda: None  # done for each request, beside health checks
+        self.response: bytes | None = None  # in place of the length of the body
         settings: dict[str, Any] = {
             "max_body_bytes": 50_000_000,
             "request_timeout_s": 30.0,
@@ -47,7 +48,7 @@ class Service:
         self.state = ServerState()
         config = uvicorn.Config(app=_no_asgi_app, ws="none", lifespan="off", log_config=None, access_log=False)
         listener = listen("127.0.0.1", 0)
-        self._port = listener.getsockname()[1]
+        self.port = listener.getsockname()[1]
         self.acceptor = Acceptor(listener, lambda: Connection(config, self.state, self.limits))
 
     def _app(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -55,10 +56,10 @@ class Service:
             self.contexts.append(current_request.get())
             self.work()
         start_response("200 OK", [("Content-Type", "text/plain")])
-        return [b"%d" % len(environ["wsgi.input"].read())]
+        return [self.response or b"%d" % len(environ["wsgi.input"].read())]
 
     async def connect(self) -> Client:
-        return Client(*await asyncio.open_connection("127.0.0.1", self._port))
+        return Client(*await asyncio.open_connection("127.0.0.1", self.port))
 
     async def ask(self, data: bytes) -> tuple[int, bytes]:
         """Send one request on a connection of its own; returns status and body."""
@@ -313,10 +314,10 @@ def test_a_context_reserves_what_its_request_holds() -> None:
 CHUNKED = b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-@pytest.mark.xfail(reason="the response to the 413 cannot be written any more, which stops all requests", strict=True)
-def test_garbage_behind_a_body_that_is_too_long_does_not_stop_the_service() -> None:
+def garbage_behind_a_body_that_is_too_long(check_after: Callable[[Service], Awaitable[None]]) -> None:
+    """Send garbage between the refusal of a body and its response."""
+
     async def check(service: Service) -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         client = await service.connect()
         client.send(CHUNKED + b"5\r\nhello")
         await asyncio.sleep(0.05)
@@ -325,18 +326,39 @@ def test_garbage_behind_a_body_that_is_too_long_does_not_stop_the_service() -> N
         client.send(b"\r\n400\r\n" + bytes(1_024))
         await asyncio.sleep(0.02)
         client.send(b"\r\nzz\r\n")
-        await asyncio.sleep(0.4)
-        assert (await service.ask(LAST_HEALTH))[0] == 200
+        assert (await client.read())[0] in (400, 413)
+        await asyncio.sleep(0.4)  # until the application has responded
+        client.close()
+        await until(lambda: not service.state.connections)
+        await check_after(service)
 
     run(check, max_body_bytes=1_000)
 
 
-@pytest.mark.xfail(reason="the task that receives the body writes a second response", strict=True)
+def test_garbage_behind_a_body_that_is_too_long_does_not_stop_the_service() -> None:
+    async def check(service: Service) -> None:
+        assert (await service.ask(LAST_HEALTH))[0] == 200
+
+    garbage_behind_a_body_that_is_too_long(check)
+
+
+@pytest.mark.xfail(reason="the second response cannot be written, and then the memory is not released", strict=True)
+def test_garbage_behind_a_body_that_is_too_long_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
+    async def check(service: Service) -> None:
+        await asyncio.sleep(0.2)
+        assert service.budget.used_bytes == 0
+
+    with caplog.at_level(logging.ERROR):
+        garbage_behind_a_body_that_is_too_long(check)
+    assert caplog.records == []
+
+
 def test_garbage_in_the_data_that_a_body_begins_with_is_answered_once(caplog: pytest.LogCaptureFixture) -> None:
     async def check(service: Service) -> None:
         status, _ = await service.ask(CHUNKED + b"2000\r\n" + bytes(8_192) + b"\r\nzz\r\n")
         assert status == 400
         await asyncio.sleep(0.05)
+        assert service.budget.used_bytes == 0
 
     with caplog.at_level(logging.ERROR):
         run(check)
@@ -370,13 +392,7 @@ def test_a_stalled_upload_is_ended(before: bytes) -> None:
     run(check)
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        30_000,
-        pytest.param(60_000, marks=pytest.mark.xfail(reason="what is sent is counted twice", strict=True)),
-    ],
-)
+@pytest.mark.parametrize("size", [30_000, 60_000])
 def test_headers_up_to_their_limit_are_taken(size: int) -> None:
     async def check(service: Service) -> None:
         headers = [b"X-%05d: %b" % (number, b"v" * 990) for number in range(size // 1_000)]
@@ -385,11 +401,54 @@ def test_headers_up_to_their_limit_are_taken(size: int) -> None:
     run(check)
 
 
+@pytest.mark.xfail(reason="the end of the first receiver is taken for that of the second", strict=True)
+def test_a_stalled_upload_behind_one_that_was_refused_is_ended() -> None:
+    async def check(service: Service) -> None:
+        client = await service.connect()
+        client.send(post(300_000, b"X-Request-Timeout-S: none") + post(2_000_000, sent=10))
+        assert (await client.read())[0] == 400
+        await until(lambda: service.budget.used_bytes > 0)
+        for connection in service.state.connections:  # which also keeps it from being ended
+            cast(Connection, connection)._idle_since_s = None
+        for after_s in (6, 12, 18):
+            service.check_timeouts(after_s)
+            await asyncio.sleep(0.02)
+        assert service.budget.used_bytes == 0
+
+    run(check)
+
+
+@pytest.mark.xfail(reason="a client that reads slowly is taken for one that does not read", strict=True)
+def test_a_client_that_reads_slowly_gets_all_of_its_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "UNREAD_TIMEOUT_S", 1.0)
+    size = 8_000_000
+
+    async def check(service: Service) -> None:
+        service.response = bytes(size)
+        loop = asyncio.get_running_loop()
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+            slow.setblocking(False)
+            await loop.sock_connect(slow, ("127.0.0.1", service.port))
+            await loop.sock_sendall(slow, get())
+            received, checked_s = 0, time.monotonic()
+            while received < size:
+                data = await loop.sock_recv(slow, 65_536)
+                assert data, f"closed after {received:,} of {size:,} bytes"
+                received += len(data)
+                await asyncio.sleep(0.02)
+                if time.monotonic() > checked_s + 0.3:
+                    checked_s = time.monotonic()
+                    service.check_timeouts(0)
+
+    run(check)
+
+
 @pytest.mark.xfail(reason="it waits on, and holds what it has", strict=True)
 def test_a_client_that_goes_while_its_upload_waits_for_memory_gives_it_back() -> None:
     async def check(service: Service) -> None:
         budget = service.budget.large
-        held = budget.reservation()
+        held = Reservation(budget)
         held.grow(budget.body_limit - 9_000_000, is_body=True, deadline_s=None)
         client = await service.connect()
         client.send(post(12_000_000, sent=11_900_000))
@@ -406,7 +465,7 @@ def test_a_client_that_goes_while_its_upload_waits_for_memory_gives_it_back() ->
 def test_the_timeout_of_a_request_is_also_that_of_waiting_for_memory_for_its_body() -> None:
     async def check(service: Service) -> None:
         budget = service.budget.large
-        held = budget.reservation()
+        held = Reservation(budget)
         held.grow(budget.body_limit, is_body=True, deadline_s=None)
         client = await service.connect()
         client.send(post(2_000_000, b"X-Request-Timeout-S: 0.3"))
