@@ -531,6 +531,51 @@ def test_a_step_that_the_small_pool_never_has_is_taken_from_the_large_one() -> N
     assert budget.large.used == 6_000_000
 
 
+def test_a_step_is_given_back_and_the_body_is_kept() -> None:
+    budget = MemoryBudget(800 * MB)
+    for body_size, step in ((1_000, MB), (1_000, 20 * MB)):
+        request = RequestMemory(budget)
+        assert request.try_small_body(body_size)
+        request.grow(step, deadline_s=None)
+        request.shrink(step)
+        assert request.held_bytes == budget.used_bytes == body_size
+        request.release()
+    large = RequestMemory(budget)
+    assert large.try_large_body(50 * MB)
+    large.grow(MB, deadline_s=None)
+    large.shrink(MB)
+    assert large.held_bytes == budget.large.used == 50 * MB
+    large.shrink_body_to(10 * MB)
+    assert large.held_bytes == budget.large._bodies_used == 10 * MB
+    large.shrink_body_to(20 * MB)  # it never grows by that
+    assert large.held_bytes == 10 * MB
+    large.release()
+    assert (budget.used_bytes, budget.large._bodies_used, budget.large._holders) == (0, 0, 0)
+
+
+def test_what_a_step_gives_back_goes_to_those_who_wait() -> None:
+    budget = MemoryBudget(80 * MB)
+    holding, other = RequestMemory(budget), Reservation(budget.large)
+    assert holding.try_large_body(10 * MB)
+    holding.grow(budget.large.limit - 10 * MB, deadline_s=None)
+    with waiters_of(budget.large) as waiters:
+        waiting = waiters.add("other", other, 20 * MB)
+        holding.shrink(30 * MB)
+        waiting.result()
+    other.release()
+    holding.release()
+    assert budget.used_bytes == 0
+
+
+def test_a_large_body_that_is_not_there_at_once_is_refused_without_waiting() -> None:
+    budget = MemoryBudget(80 * MB)
+    first, second = RequestMemory(budget), RequestMemory(budget)
+    assert first.try_large_body(budget.large.limit)
+    assert not second.try_large_body(1)
+    assert not first.is_contended
+    first.release()
+
+
 def test_small_requests_go_on_while_large_ones_wait() -> None:
     budget = MemoryBudget(80 * MB)
     large, small = RequestMemory(budget), RequestMemory(budget)
