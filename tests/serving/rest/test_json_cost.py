@@ -104,7 +104,7 @@ def test_the_estimate_is_an_upper_one_of_every_document(process: JsonProcess, na
     body = UNDERESTIMATED[name]
     peak, estimate = peak_of_parsing(process, body), json_cost(body) + BODY_COPIES * len(body)
     print(f"{name}: {peak / MB:.0f} MB, estimated {estimate / MB:.0f} MB")
-    assert peak <= estimate
+    assert peak <= estimate + NOISE_BYTES
 
 
 @given(st.binary(max_size=300), st.integers(1, 50))
