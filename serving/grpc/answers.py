@@ -59,6 +59,7 @@ def make_handler(
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         memory = RequestMemory(limits.budget)
+        is_processed = False
         try:
             try:
                 data = await receive_message(
@@ -66,8 +67,9 @@ def make_handler(
                 )
             except ServingError as error:
                 await context.abort(getattr(grpc.StatusCode, error.code), str(error))
+            is_processed = True  # to its end, even where the client cancels the call: so the memory is released there
             response, failure = await call_from_loop(
-                lambda: _answer(answer, request_type, data),
+                lambda: _answer_and_release(answer, request_type, data, memory, limits),
                 greenlets=limits.greenlets,
                 in_thread=is_long,
                 make_context=lambda is_cancelled: RequestContext(deadline_s, is_cancelled, memory),
@@ -76,14 +78,28 @@ def make_handler(
                 await context.abort(*failure)
             return response
         finally:
-            if memory.held_bytes >= TRIM_BYTES:
-                limits.greenlets.threads.submit(memory.release)
-            else:
-                memory.release()
+            if not is_processed:
+                _release(memory, limits)
 
     # By its form on the wire a method with one request is one with a stream of requests that has one; as such it can
     # wait until there is memory for the message.
     return grpc.stream_unary_rpc_method_handler(handle)
+
+
+def _release(memory: RequestMemory, limits: GrpcLimits) -> None:
+    if memory.held_bytes >= TRIM_BYTES:
+        limits.greenlets.threads.submit(memory.release)
+    else:
+        memory.release()
+
+
+def _answer_and_release(
+    answer: _Answer, request_type: Any, data: bytes, memory: RequestMemory, limits: GrpcLimits
+) -> tuple[bytes, _Failure | None]:
+    try:
+        return _answer(answer, request_type, data)
+    finally:
+        _release(memory, limits)
 
 
 def _answer(answer: _Answer, request_type: Any, data: bytes) -> tuple[bytes, _Failure | None]:

@@ -381,7 +381,6 @@ def test_large_messages_wait_for_memory_within_their_deadline(monkeypatch: pytes
     run(check)
 
 
-@pytest.mark.xfail(reason="what is reserved after the client has gone is never released", strict=True)
 def test_a_call_that_is_cancelled_while_it_is_processed_leaves_nothing_reserved() -> None:
     pauses: list[Pause] = []
     ended: list[bool] = []
