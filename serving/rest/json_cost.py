@@ -13,7 +13,7 @@ ELEMENT_BYTES = 72
 KEY_BYTES = 256
 STRING_BYTES = 192
 TEXT_BYTES = 9  # of each byte of a document that only the slower parser reads, and that is searched for its depth first
-WIDE_TEXT_BYTES = 110  # where it is not ASCII: characters of four bytes each, and more copies of them
+WIDE_TEXT_BYTES = 40  # where it is not ASCII: characters of four bytes each, and more copies of them
 
 _SLICE_BYTES = 1024 * 1024
 
@@ -46,7 +46,7 @@ class JsonCost:
         return self._structure_bytes + self.size_bytes * (TEXT_BYTES if self._is_ascii else WIDE_TEXT_BYTES)
 
 
-def json_cost(body: bytes) -> int:
+def json_cost(body: bytes | memoryview) -> int:
     """Return the memory in bytes that a document takes when it is parsed, without its own bytes."""
     cost = JsonCost()
     view = memoryview(body)

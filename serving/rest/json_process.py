@@ -47,7 +47,7 @@ class JsonProcess:
         self._turns = Pool("JSON parser for large documents", 1)
         self._process: subprocess.Popen[bytes] | None = None
 
-    def parse(self, function: Callable[..., R], body: bytes, *args: Any) -> R:
+    def parse(self, function: Callable[..., R], body: bytes, *args: Any, json_bytes: int | None = None) -> R:
         """Call a parser on a document: here if it is small, else where it keeps nobody waiting.
 
         Memory for the document's objects is reserved first.
@@ -57,6 +57,7 @@ class JsonProcess:
                 ServingError.
             body: the document.
             args: its other arguments, and like its result something that can be pickled.
+            json_bytes: how much of the body, from its beginning, is JSON; None: all.
 
         Raises:
             TooLarge: there could never be enough memory for it.
@@ -66,7 +67,7 @@ class JsonProcess:
         context = current_request.get()
         if len(body) <= SMALL_BYTES:
             return function(body, *args)  # one at a time, so its objects take little memory
-        with context.reserved(offload(json_cost, body)):
+        with context.reserved(offload(json_cost, memoryview(body)[:json_bytes])):
             if len(body) <= LARGE_JSON_BYTES:
                 result = offload(function, body, *args)
             else:

@@ -104,8 +104,9 @@ def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
 def infer(model: str, version: str | None = None) -> Response:
     """Run a signature of a model: `serving_default`, or the one in the request's parameter `signature_name`."""
     found = _resolve(model, version)
-    body = inflate_body(request.get_data(cache=False), request.headers.get("Content-Encoding", ""))
-    read = _read_request(body, request.headers.get(HEADER_LENGTH), found)
+    header_length = request.headers.get(HEADER_LENGTH)
+    body = inflate_body(request.get_data(cache=False), request.headers.get("Content-Encoding", ""), header_length)
+    read = _read_request(body, header_length, found)
     signature = found.predictor.signatures[read.signature_name]
     reply = {"model_name": found.name, "model_version": str(found.version)}
     if read.identifier is not None:
@@ -129,7 +130,9 @@ def _read_request(body: bytes, header_length: str | None, version: ModelVersion)
     if json_length(body, header_length) <= SMALL_BYTES:  # the rest is not parsed
         return read_infer(body, header_length, version.name, version.predictor.signatures)
     process: JsonProcess = current_app.extensions["json_process"]
-    return process.parse(read_infer, body, header_length, version.name, version.predictor.signatures)
+    signatures = version.predictor.signatures
+    json_bytes = json_length(body, header_length)
+    return process.parse(read_infer, body, header_length, version.name, signatures, json_bytes=json_bytes)
 
 
 def read_infer(body: bytes, header_length: str | None, model: str, signatures: Mapping[str, Signature]) -> InferRequest:

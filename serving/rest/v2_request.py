@@ -18,8 +18,8 @@ _WBITS = {"gzip": GZIP, "deflate": DEFLATE}
 _MAX_DIGITS = 19  # a number of more has no place in a request, and takes long to read where it has millions
 
 
-def inflate_body(body: bytes, encoding: str) -> bytes:
-    """Undo a request's Content-Encoding.
+def inflate_body(body: bytes, encoding: str, header_length: str | None) -> bytes:
+    """Undo a request's Content-Encoding; the value of Inference-Header-Content-Length tells what of it is JSON.
 
     Raises:
         UnsupportedMedia: it is another one than gzip and deflate.
@@ -32,7 +32,7 @@ def inflate_body(body: bytes, encoding: str) -> bytes:
     if encoding not in _WBITS:
         raise UnsupportedMedia(f"the Content-Encoding {quote(encoding)} is not read here; send gzip, deflate or none")
     try:
-        return inflate(body, wbits=_WBITS[encoding])
+        return inflate(body, wbits=_WBITS[encoding], json_bytes=_read_length(header_length))
     except ValueError as error:
         raise InvalidRequest(f"the body cannot be inflated as {encoding}: {error}") from error
 
@@ -56,6 +56,11 @@ def split_body(body: bytes, header_length: str | None) -> tuple[dict[str, Any], 
     if not isinstance(document, dict):
         raise InvalidRequest(f"expected a JSON object with inputs, got {quote(document)}")
     return document, view[length:]
+
+
+def _read_length(header_length: str | None) -> int | None:
+    is_number = header_length is not None and header_length.isascii() and header_length.isdigit()
+    return int(header_length) if header_length and is_number and len(header_length) <= _MAX_DIGITS else None
 
 
 def json_length(body: bytes, header_length: str | None) -> int:
