@@ -92,8 +92,8 @@ class _Lane:
     def note_call(self, rows: int, started_s: float, ended_s: float) -> None:
         """Note a call that has ended. What ran beside another call is counted once."""
         self.done_rows = 0.9 * self.done_rows + rows
-        self.done_s = 0.9 * self.done_s + ended_s - max(started_s, self.last_end_s)
-        self.last_end_s = ended_s
+        self.done_s = 0.9 * self.done_s + max(0.0, ended_s - max(started_s, self.last_end_s))
+        self.last_end_s = max(self.last_end_s, ended_s)
 
 
 class Batcher:

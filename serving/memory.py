@@ -281,7 +281,7 @@ class Pool:
             holding = [waiter for waiter in self._waiters if waiter.reservation.held]
             if granted is None and holding and len(holding) == self._holders:
                 # All that hold something wait: one out of turn can go on, or the youngest has to give way.
-                granted = next(filter(self._fits, self._waiters), None)
+                granted = next(filter(self._fits, holding), None)
                 if granted is None:
                     youngest = holding[-1]
                     self._waiters.remove(youngest)
