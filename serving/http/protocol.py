@@ -7,6 +7,7 @@ before a parse error are answered.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import re
@@ -117,6 +118,7 @@ class Connection(HttpToolsProtocol):
         self._lingered_bytes = 0
         self._undrained: RequestResponseCycle | None = None  # its response is written, and not yet read
         self._undrained_since_s = 0.0
+        self._unread_bytes = 0  # of responses, when it was last looked at
         # Per-request state
         self._is_feeding = False
         self._starting: RequestResponseCycle | None = None  # its headers are complete, in the data being parsed
@@ -132,8 +134,10 @@ class Connection(HttpToolsProtocol):
         self._period_since_s = 0.0
         self._period_bytes = 0
         self._has_receiver = False  # a task receives the body
+        self._receiver: asyncio.Task[None] | None = None
         self._waits_for_memory = False
         self._waited_s = 0.0  # for memory
+        self._timeout_s = 0.0
 
     # What the event loop calls
 
@@ -143,6 +147,8 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._unparsed = b""
         self.pipeline.clear()
+        if self._receiver and self._waits_for_memory:
+            self._receiver.cancel()
         if self._undrained:
             self._undrained = None
             self._release()
@@ -335,6 +341,16 @@ class Connection(HttpToolsProtocol):
             self._begin(cycle)
 
     def _begin(self, cycle: RequestResponseCycle) -> None:
+        self._idle_since_s = None
+        self._timeout_s = self.limits.request_timeout_s
+        for name, value in cycle.scope["headers"]:
+            if name == TIMEOUT_HEADER:
+                if (seconds := _read_seconds(value)) is None:
+                    got = value[:40].decode("latin-1")
+                    message = f"expected seconds in the header X-Request-Timeout-S, such as 0.5, got {got}"
+                    self._write(cycle, _error_response("400 Bad Request", message))
+                    return
+                self._timeout_s = min(self._timeout_s, seconds)
         size = len(cycle.body)
         if not cycle.more_body and size <= SMALL_BYTES and (not size or self._memory.try_small_body(size)):
             body = bytes(cycle.body)
@@ -342,7 +358,7 @@ class Connection(HttpToolsProtocol):
             self._dispatch(cycle, body)
             return
         self._has_receiver = True
-        task = self.loop.create_task(self._receive(cycle))
+        self._receiver = task = self.loop.create_task(self._receive(cycle))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -350,7 +366,13 @@ class Connection(HttpToolsProtocol):
         """Receive a body that is large or has not yet arrived, within the memory budget."""
         self._period_since_s, self._period_bytes = self.loop.time(), 0
         try:
-            body = await self._receive_body(cycle)
+            try:
+                body = await self._receive_body(cycle)
+            finally:
+                self._has_receiver = False  # before the next request may begin
+        except asyncio.CancelledError:
+            self._release()
+            raise
         except ServingError as error:
             self._send_error(cycle, error)
         except RequestFault as fault:
@@ -361,8 +383,6 @@ class Connection(HttpToolsProtocol):
                 self._release()
             else:
                 self._dispatch(cycle, body)
-        finally:
-            self._has_receiver = False
 
     async def _receive_body(self, cycle: RequestResponseCycle) -> bytes | None:
         """Return the body; empty where it is too long, which the application is told; None if the client disconnects.
@@ -406,7 +426,7 @@ class Connection(HttpToolsProtocol):
         self._waits_for_memory = True
         began_s = self.loop.time()
         try:
-            deadline_s = time.monotonic() + self.limits.request_timeout_s - self._waited_s
+            deadline_s = time.monotonic() + self._timeout_s - self._waited_s
             await self._memory.grow_body(more_bytes, is_small=is_small, deadline_s=deadline_s)
         finally:
             self._waits_for_memory = False
@@ -418,14 +438,7 @@ class Connection(HttpToolsProtocol):
         """Have the application respond, in the order in which requests have come."""
         arrived_s = time.monotonic() - self._waited_s
         self._waited_s = 0.0
-        timeout_s = self.limits.request_timeout_s
-        for name, value in cycle.scope["headers"]:
-            if name == TIMEOUT_HEADER:
-                if (seconds := _read_seconds(value)) is None:
-                    message = f"expected seconds in the header X-Request-Timeout-S, such as 0.5, got {value[:40]!r}"
-                    self._write(cycle, _error_response("400 Bad Request", message))
-                    return
-                timeout_s = min(timeout_s, seconds)
+        timeout_s = self._timeout_s
         context = RequestContext(
             deadline_s=arrived_s + timeout_s,
             client_disconnected=lambda: self._client_disconnected(arrived_s),
@@ -472,7 +485,7 @@ class Connection(HttpToolsProtocol):
     def _write(self, cycle: RequestResponseCycle, response: Response) -> None:
         if self.limits.access_log:
             self._log(cycle, response)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_lingering:
             self._release()
             return
         if cycle.more_body:  # refused before its end
@@ -588,6 +601,12 @@ class Connection(HttpToolsProtocol):
 
     def check_timeouts(self, now_s: float) -> None:
         """End what takes too long; called every second."""
+        unread_bytes = self.transport.get_write_buffer_size()
+        if unread_bytes < self._unread_bytes:  # the client reads
+            self._undrained_since_s = now_s
+            if self._closing_since_s is not None:
+                self._closing_since_s = now_s
+        self._unread_bytes = unread_bytes
         if self._closing_since_s is not None:
             if now_s - self._closing_since_s > UNREAD_TIMEOUT_S:
                 self.transport.abort()

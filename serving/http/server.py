@@ -143,6 +143,7 @@ class Server(uvicorn.Server):
             connection
             for connection in cast(set[Connection], self.server_state.connections)
             if connection.is_idle
+            and not connection.transport.is_closing()
             and now_s - connection.idle_since_s > (IN_USE_S if connection.has_responded else FRESH_S)
         ]
         if not idle:

