@@ -67,9 +67,16 @@ class MemoryBudget:
         return self.small.used + self.large.used
 
     def adapt(self) -> None:
-        """Take note of what models that were loaded or unloaded leave; does nothing while requests hold memory."""
-        if not self._is_fixed and not self.used_bytes:
-            self._divide(free_bytes())
+        """Take note of what models that were loaded or unloaded leave.
+
+        While requests hold memory the budget only shrinks: how much of their share is resident is not known.
+        """
+        if self._is_fixed:
+            return
+        used_bytes = self.used_bytes
+        free = free_bytes() + used_bytes
+        if not used_bytes or free < self.total_bytes:
+            self._divide(free)
 
     def _divide(self, total_bytes: int) -> None:
         small_bytes = int(total_bytes * SMALL_SHARE)
