@@ -279,6 +279,7 @@ def follow_models(app: Flask, settings: Settings, address: str, stopping: thread
         if settings.grpc_port:
             start_grpc(app, settings, address, stopping)
         repository.load()
+        app.extensions["memory_budget"].adapt(in_use=True)
     except StartupError as error:
         _give_up(str(error))
     except Exception:

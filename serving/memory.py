@@ -66,17 +66,17 @@ class MemoryBudget:
         """What is reserved in both pools."""
         return self.small.used + self.large.used
 
-    def adapt(self) -> None:
+    def adapt(self, *, in_use: bool = False) -> None:
         """Take note of what models that were loaded or unloaded leave.
 
-        While requests hold memory the budget only shrinks: how much of their share is resident is not known.
+        While requests hold memory this does nothing, as freed memory that the allocator keeps looks like the models'.
+
+        Args:
+            in_use: adapt even then: once, when the first models are loaded and few requests have been taken.
         """
-        if self._is_fixed:
-            return
         used_bytes = self.used_bytes
-        free = free_bytes() + used_bytes
-        if not used_bytes or free < self.total_bytes:
-            self._divide(free)
+        if not self._is_fixed and (in_use or not used_bytes):
+            self._divide(free_bytes() + used_bytes)
 
     def _divide(self, total_bytes: int) -> None:
         small_bytes = int(total_bytes * SMALL_SHARE)
