@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from serving.errors import InvalidRequest, ModelFailed, Overloaded, ServingError
+from serving.errors import InvalidRequest, Overloaded, ServingError, client_disconnected, deadline_exceeded
 from serving.liveness import Liveness
-from serving.predictor import Predictor, Signature, check_inputs, check_rows, deadline_exceeded
+from serving.predictor import Predictor, Signature, check_inputs, check_rows
 from serving.request_context import current_request
 from serving.waiting import Pause, call_soon, end_pauses, lower_priority
 
@@ -217,7 +217,7 @@ class Batcher:
         raise request.error
 
     def _admit(self, lane: _Lane, rows: int, deadline_s: float | None) -> None:
-        """Refuse a request for which there is no room or no time."""
+        """Refuse a request if the queue is full or its deadline cannot be met."""
         with self._lock:
             if lane.queued_rows and lane.queued_rows + rows > self._max_queued_rows:
                 raise Overloaded(
@@ -337,9 +337,7 @@ class Batcher:
                 if request.deadline_s is not None and request.deadline_s <= now_s:
                     request.error = deadline_exceeded()
                 elif request.is_abandoned():
-                    request.error = ModelFailed(
-                        "client disconnected before the request was processed", code="CANCELLED"
-                    )
+                    request.error = client_disconnected()
                 elif chosen and (
                     request.is_alone or request.key != chosen[0].key or rows + request.rows > self._max_batch_rows
                 ):

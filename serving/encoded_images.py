@@ -84,7 +84,7 @@ def _find_images(array: np.ndarray) -> Iterator[_Image]:
     is repeated.
     """
     if array.dtype != np.object_:
-        return  # refused later: it is no string tensor
+        return  # not a string tensor: `check_inputs` refuses it
     elements = array.ravel().tolist()
     counts = Counter(map(id, elements))
     for index, data in enumerate(elements):

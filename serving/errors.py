@@ -140,6 +140,16 @@ class InvalidBackendResponse(ServingError):
     status = 502
 
 
+def deadline_exceeded() -> ModelFailed:
+    """Return the error of a request whose deadline has passed."""
+    return ModelFailed("the deadline passed before the model could answer", code="DEADLINE_EXCEEDED")
+
+
+def client_disconnected() -> ModelFailed:
+    """Return the error of a request that nobody waits for any more."""
+    return ModelFailed("client disconnected before the request was processed", code="CANCELLED")
+
+
 class ModelLoadError(Exception):
     """A version on disk cannot be served; `code` is the status API's error code for it."""
 

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -37,9 +38,7 @@ SAFETY_SHARE = 0.75
 # A reservation of more gives its pages back to the system when it ends, before the next one may use them: the C library
 # keeps freed memory per thread, so what one thread has freed another would allocate once more.
 TRIM_BYTES = 8 * 1024 * 1024
-
-
-TRIM_INTERVAL_S = 0.5
+TRIM_INTERVAL_S = 0.5  # not more often: other threads wait meanwhile when they allocate
 
 
 class MemoryBudget:
@@ -149,6 +148,13 @@ class RequestMemory:
             return_freed_memory(at_most_every_s=TRIM_INTERVAL_S)
         self._small.release()
         self._large.release()
+
+    def release_in(self, threads: Executor) -> None:
+        """Release everything; in a thread where freed pages are given back, which takes milliseconds."""
+        if self.held_bytes >= TRIM_BYTES:
+            threads.submit(self.release)
+        else:
+            self.release()
 
 
 @dataclass(eq=False, slots=True)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from serving.errors import InvalidRequest, ModelFailed, ModelLoadError, ServingError, TooLarge
+from serving.errors import InvalidRequest, ModelFailed, ModelLoadError, ServingError, TooLarge, deadline_exceeded
 
 DEFAULT_SIGNATURE = "serving_default"
 
@@ -360,11 +360,6 @@ def _shape_text(shape: tuple[int | None, ...]) -> str:
 
 def _dtype_text(array: np.ndarray) -> str:
     return "string" if array.dtype == np.object_ else array.dtype.name
-
-
-def deadline_exceeded() -> ModelFailed:
-    """Return the error of a request whose deadline has passed."""
-    return ModelFailed("the deadline passed before the model could answer", code="DEADLINE_EXCEEDED")
 
 
 def _answer_for(error: Any) -> ServingError:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serving.errors import ModelFailed
+from serving.errors import client_disconnected, deadline_exceeded
 
 if TYPE_CHECKING:
     from serving.memory import RequestMemory
@@ -57,9 +57,9 @@ class RequestContext:
             ModelFailed: the client disconnected (CANCELLED), or the deadline has passed (DEADLINE_EXCEEDED).
         """
         if self.client_disconnected():
-            raise ModelFailed("client disconnected before the request was processed", code="CANCELLED")
+            raise client_disconnected()
         if self.deadline_s is not None and time.monotonic() >= self.deadline_s:
-            raise ModelFailed("the deadline passed before the model could answer", code="DEADLINE_EXCEEDED")
+            raise deadline_exceeded()
 
 
 current_request: ContextVar[RequestContext] = ContextVar("current_request", default=RequestContext())  # noqa: B039

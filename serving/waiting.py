@@ -2,8 +2,8 @@
 
 Small requests run as greenlets of the event loop's one thread: Flask's views stay plain functions, and to wait is to
 give way to the next request, for less than a microsecond. With a thread a request, the interpreter's lock changed hands
-five times on the way to each answer, which took longer than the answer. Large requests run in threads, and
-wait as threads do.
+five times on the way to each answer, which took longer than the answer. What computes for long in a request is left to
+one of a few threads, and the greenlet waits for it.
 """
 
 from __future__ import annotations

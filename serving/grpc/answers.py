@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from serving.errors import ServingError
 from serving.grpc.receiving import receive_message
-from serving.memory import TRIM_BYTES, MemoryBudget, RequestMemory
+from serving.memory import MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 from serving.waiting import LoopGreenlets, call_from_loop, run_sized
 
@@ -79,18 +79,11 @@ def make_handler(
             return response
         finally:
             if not is_processed:
-                _release(memory, limits)
+                memory.release_in(limits.greenlets.threads)
 
-    # By its form on the wire a method with one request is one with a stream of requests that has one; as such it can
-    # wait until there is memory for the message.
+    # On the wire, a method with one request is one with a stream of requests that holds one. In that form the handler
+    # receives the message itself, and can reserve memory for it.
     return grpc.stream_unary_rpc_method_handler(handle)
-
-
-def _release(memory: RequestMemory, limits: GrpcLimits) -> None:
-    if memory.held_bytes >= TRIM_BYTES:
-        limits.greenlets.threads.submit(memory.release)
-    else:
-        memory.release()
 
 
 def _answer_and_release(
@@ -99,7 +92,7 @@ def _answer_and_release(
     try:
         return _answer(answer, request_type, data)
     finally:
-        _release(memory, limits)
+        memory.release_in(limits.greenlets.threads)
 
 
 def _answer(answer: _Answer, request_type: Any, data: bytes) -> tuple[bytes, _Failure | None]:

@@ -26,9 +26,9 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from serving.errors import ServingError
+from serving.errors import Overloaded, ServingError
 from serving.http.wsgi import Response, WsgiApp, call_app, make_environ, set_body
-from serving.memory import TRIM_BYTES, MemoryBudget, RequestMemory
+from serving.memory import MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 from serving.waiting import SMALL_BYTES, LoopGreenlets, lower_priority
 
@@ -39,7 +39,7 @@ MAX_HEAD_BYTES = 64 * 1024  # of a request's first line and headers
 MAX_TRAILER_BYTES = 16 * 1024  # of trailers and chunk extensions
 PARSE_BYTES = 4 * 1024  # parsed at a time, so that one read cannot become thousands of pipelined requests
 PARSE_BODY_BYTES = 64 * 1024
-CHUNK_OVERHEAD_BYTES = 16  # of each chunk, that are no trailers or extensions
+CHUNK_OVERHEAD_BYTES = 16  # framing of a chunk: its size and line breaks
 GROW_BYTES = 1024 * 1024  # steps in which an upload reserves memory
 
 HEAD_TIMEOUT_S = 10.0  # from a request's first byte to the end of its headers
@@ -144,7 +144,6 @@ class Connection(HttpToolsProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()
         self._unparsed = b""
         self.pipeline.clear()
         if self._receiver and self._waits_for_memory:
@@ -167,7 +166,6 @@ class Connection(HttpToolsProtocol):
                 self.transport.abort()
         if self._fault or self._is_lingering or self.transport.is_closing():
             return
-        self._unset_keepalive_if_required()
         self._unparsed = self._unparsed + data if self._unparsed else data
         self._parse()
 
@@ -385,11 +383,13 @@ class Connection(HttpToolsProtocol):
                 self._dispatch(cycle, body)
 
     async def _receive_body(self, cycle: RequestResponseCycle) -> bytes | None:
-        """Return the body; empty where it is too long, which the application is told; None if the client disconnects.
+        """Return the body, or None if the client disconnects.
+
+        A body that is too long is empty: the application refuses the request by its Content-Length.
 
         Raises:
             RequestFault: the client sends too slowly.
-            ServingError: there is no memory for it.
+            ServingError: no memory was free for it, or it can never fit.
         """
         declared = _content_length(cycle)
         if (declared or 0) > self.limits.max_body_bytes:
@@ -447,7 +447,8 @@ class Connection(HttpToolsProtocol):
         greenlets = self.limits.greenlets
         is_urgent = cycle.scope["raw_path"] in self.limits.urgent_paths
         if not is_urgent and (late_s := greenlets.queue_s - timeout_s) > 0:
-            self._write(cycle, _overloaded(late_s))
+            message = "too many requests wait, and this one could not be answered in time; try again later"
+            self._write(cycle, _serving_error_response(Overloaded(message, retry_after_s=max(1, round(late_s)))))
         else:
             greenlets.enqueue(self._respond, cycle, body, context, is_urgent=is_urgent)
 
@@ -473,12 +474,8 @@ class Connection(HttpToolsProtocol):
         self._write(cycle, response)
 
     def _send_error(self, cycle: RequestResponseCycle, error: ServingError) -> None:
-        headers = [("Content-Type", "application/json")]
-        if error.retry_after_s is not None:
-            headers.append(("Retry-After", str(error.retry_after_s)))
-        reason = {413: "Content Too Large", 503: "Service Unavailable"}.get(error.status, "Error")
         cycle.keep_alive = False
-        self._write(cycle, Response(f"{error.status} {reason}", headers, orjson.dumps(error.body())))
+        self._write(cycle, _serving_error_response(error))
 
     # Responses
 
@@ -592,10 +589,7 @@ class Connection(HttpToolsProtocol):
         if not memory.held_bytes:
             return
         self._memory = RequestMemory(self.limits.budget)
-        if memory.held_bytes >= TRIM_BYTES:
-            self.limits.greenlets.threads.submit(memory.release)
-        else:
-            memory.release()
+        memory.release_in(self.limits.greenlets.threads)
 
     # Time limits
 
@@ -691,8 +685,9 @@ def _error_response(status: str, message: str) -> Response:
     return Response(status, [("Content-Type", "application/json")], _error_body(message))
 
 
-def _overloaded(late_s: float) -> Response:
-    message = "too many requests wait, and this one could not be answered in time; try again later"
-    response = _error_response("503 Service Unavailable", message)
-    response.headers.append(("Retry-After", str(max(1, round(late_s)))))
+def _serving_error_response(error: ServingError) -> Response:
+    reason = {413: "Content Too Large", 503: "Service Unavailable"}.get(error.status, "Error")
+    response = _error_response(f"{error.status} {reason}", str(error))
+    if error.retry_after_s is not None:
+        response.headers.append(("Retry-After", str(error.retry_after_s)))
     return response

@@ -105,8 +105,9 @@ def _predict(call: re.Match[str]) -> Response:
     if read is None:
         settings: Settings = current_app.extensions["settings"]
         read = _parse(read_predict, body, signatures, settings.max_rows)
-    if problem or read is None:
-        raise problem or AssertionError
+    if problem:
+        raise problem
+    assert read is not None  # the model is known
     outputs = predictor.predict(read.signature_name, read.inputs, deadline_s=current_request.get().deadline_s)
     signature = predictor.signatures[read.signature_name]
     size = sum(array.size for array in outputs.values()) * JSON_ELEMENT_BYTES

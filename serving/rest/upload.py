@@ -200,20 +200,27 @@ def _decode(pictures: list[Picture], *, size: tuple[int, int]) -> np.ndarray:
     settings: Settings = current_app.extensions["settings"]
     metrics: Metrics = current_app.extensions["metrics"]
     limits = settings.image_limits
-    costs, is_quick_all = [0], len(pictures) <= FEW_PICTURES
+    total_bytes = sum(len(picture.data) for picture in pictures)
+    cost, are_quick = run_sized(total_bytes, _estimate, pictures, size, limits)
+    if are_quick and len(pictures) <= FEW_PICTURES:  # one request at a time
+        return _decode_all(pictures, size, limits, metrics)
+    context = current_request.get()
+    context.reserve(len(pictures) * size[0] * size[1] * 3)
+    with context.reserved(cost):
+        return offload(_decode_all, pictures, size, limits, metrics)
+
+
+def _estimate(pictures: list[Picture], size: tuple[int, int], limits: ImageLimits) -> tuple[int, bool]:
+    """Return the memory for the largest of the pictures, in bytes, and whether each is quick to decode."""
+    cost, are_quick = 0, True
     for picture in pictures:
         try:
             header = check_file(picture.data, limits)
         except ServingError:
             continue  # reported in its turn
-        costs.append(decode_cost(header, decoder="pillow", size=size))
-        is_quick_all = is_quick_all and is_quick(header)
-    if is_quick_all:  # one request at a time
-        return _decode_all(pictures, size, limits, metrics)
-    context = current_request.get()
-    context.reserve(len(pictures) * size[0] * size[1] * 3)
-    with context.reserved(max(costs)):
-        return offload(_decode_all, pictures, size, limits, metrics)
+        cost = max(cost, decode_cost(header, decoder="pillow", size=size))
+        are_quick = are_quick and is_quick(header)
+    return cost, are_quick
 
 
 def _decode_all(pictures: list[Picture], size: tuple[int, int], limits: ImageLimits, metrics: Metrics) -> np.ndarray:

@@ -127,11 +127,11 @@ class InferRequest:
 
 
 def _read_request(body: bytes, header_length: str | None, version: ModelVersion) -> InferRequest:
-    if json_length(body, header_length) <= SMALL_BYTES:  # the rest is not parsed
+    json_bytes = json_length(body, header_length)
+    if json_bytes <= SMALL_BYTES:  # the rest is not parsed
         return read_infer(body, header_length, version.name, version.predictor.signatures)
     process: JsonProcess = current_app.extensions["json_process"]
     signatures = version.predictor.signatures
-    json_bytes = json_length(body, header_length)
     return process.parse(read_infer, body, header_length, version.name, signatures, json_bytes=json_bytes)
 
 
