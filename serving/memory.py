@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import math
 import os
 import threading
 import time
@@ -30,6 +31,9 @@ SMALL_STEP_BYTES = 8 * 1024 * 1024  # larger steps are taken from the pool for l
 
 # What may have been received of a body that waits for its first memory.
 UNCOUNTED_BYTES = 512 * 1024
+
+# gRPC cannot let a message that is being received wait for memory: who is refused counts as waiting for so long.
+CONTENDED_AFTER_REFUSAL_S = 1.0
 
 # Of what is free. The rest is for what no request accounts for: responses, sockets, allocators, the process that parses
 # large JSON documents, and the page cache, without which the process would read its own code from disk again and again.
@@ -104,10 +108,8 @@ class RequestMemory:
 
     @property
     def is_contended(self) -> bool:
-        """Whether others wait for memory of which this request holds some."""
-        return bool(
-            (self._large.held and self._large.pool.has_waiters) or (self._small.held and self._small.pool.has_waiters)
-        )
+        """Whether others lack memory of which this request holds some."""
+        return any(part.held and part.pool.is_contended for part in (self._large, self._small))
 
     def try_small_body(self, size_bytes: int) -> bool:
         """Reserve memory for a small body, if it is there and nobody waits for it."""
@@ -188,6 +190,7 @@ class Pool:
         self._lock = threading.Lock()
         self._waiters: list[_Waiter] = []  # oldest first
         self._holders = 0  # reservations of more than nothing
+        self._refused_s = -math.inf  # when there was not enough for the last one that asked
 
     def resize(self, limit: int, *, body_limit: int | None = None) -> None:
         """Set the size, and what bodies may take of it: by default all."""
@@ -198,6 +201,11 @@ class Pool:
     def has_waiters(self) -> bool:
         """Whether anyone waits."""
         return bool(self._waiters)
+
+    @property
+    def is_contended(self) -> bool:
+        """Whether anyone waits, or was refused a moment ago."""
+        return self.has_waiters or time.monotonic() - self._refused_s < CONTENDED_AFTER_REFUSAL_S
 
     def reserve(self, size: int, *, deadline_s: float | None) -> Reservation:
         """Reserve some; a greenlet or thread waits until it is there. See `Reservation.grow`."""
@@ -223,6 +231,7 @@ class Pool:
         with self._lock:
             # Bodies only wait for bodies, and work only for work: neither is held up by the other.
             if any(other.is_body == waiter.is_body for other in self._waiters) or not self._fits(waiter):
+                self._refused_s = time.monotonic()
                 return False
             self._give(waiter)
             return True

@@ -11,6 +11,8 @@ import asyncio
 import logging
 import math
 import re
+import socket
+import sys
 import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +57,8 @@ CLOSE_IDLE_AFTER_S = 0.5  # at shutdown: a request that is already on its way is
 # loses its place sooner.
 UPLOAD_PERIOD_S, UPLOAD_BYTES = 5.0, 5 * 1024
 CONTENDED_PERIOD_S, CONTENDED_BYTES = 2.0, 32 * 1024
+
+TCP_CLOSED = 7  # Linux's state of a connection that was reset
 
 TIMEOUT_HEADER = b"x-request-timeout-s"  # shortens the time that a request may take
 
@@ -593,8 +597,9 @@ class Connection(HttpToolsProtocol):
 
     # Time limits
 
-    def check_timeouts(self, now_s: float) -> None:
-        """End what takes too long; called every second."""
+    def check_timeouts(self, now_s: float, late_s: float) -> None:
+        """End what takes too long; called every second, or `late_s` later if the event loop was busy."""
+        self._period_since_s += late_s  # in which nothing was received
         unread_bytes = self.transport.get_write_buffer_size()
         if unread_bytes < self._unread_bytes:  # the client reads
             self._undrained_since_s = now_s
@@ -614,8 +619,18 @@ class Connection(HttpToolsProtocol):
             limit_s = FIRST_REQUEST_TIMEOUT_S if self._is_first else KEEP_ALIVE_S
             if now_s - self._idle_since_s > limit_s and self.is_idle:
                 self._close()
-        elif self._has_receiver and not self._waits_for_memory:
+        elif self._waits_for_memory:
+            if self._has_gone():
+                self.transport.abort()
+        elif self._has_receiver:
             self._check_upload_rate(now_s)
+
+    def _has_gone(self) -> bool:
+        """Whether the client reset the connection, which the event loop does not notice while reading is paused."""
+        if sys.platform != "linux":
+            return False  # it keeps its place until the deadline
+        info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        return bool(info[0] == TCP_CLOSED)
 
     def _check_upload_rate(self, now_s: float) -> None:
         period_s, least = UPLOAD_PERIOD_S, UPLOAD_BYTES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import resource
 import signal
 import socket
@@ -31,6 +32,7 @@ SPARE_FILES = 40  # descriptors that models, log and gRPC need beside the connec
 CONNECT_TIMEOUT_S = 1.0  # to take over a connection that was accepted
 LOG_INTERVAL_S = 5.0  # between two lines that say so
 TICKS_PER_SECOND = 10  # uvicorn's
+CHECK_INTERVAL_S = 1.0  # between two checks of the connections' time limits
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -106,6 +108,7 @@ class Server(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
         self._on_stop = on_stop
         self._on_second_signal = on_second_signal
+        self._checked_s = math.inf  # when the connections' time limits were last checked
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept connections."""
@@ -133,8 +136,14 @@ class Server(uvicorn.Server):
 
     def _check_timeouts(self) -> None:
         now_s = asyncio.get_running_loop().time()
-        for connection in tuple(self.server_state.connections):
-            cast(Connection, connection).check_timeouts(now_s)
+        late_s = max(0.0, now_s - self._checked_s - CHECK_INTERVAL_S)
+        self._checked_s = now_s
+        for connection in cast(tuple[Connection, ...], tuple(self.server_state.connections)):
+            try:
+                connection.check_timeouts(now_s, late_s)
+            except Exception:  # the time limits of the others hold all the same
+                logger.exception("a connection's time limits could not be checked")
+                connection.transport.abort()
 
     def _close_longest_idle(self) -> bool:
         """Make room for another connection; returns whether one could be closed."""
@@ -164,6 +173,8 @@ class Server(uvicorn.Server):
         deadline_s = loop.time() + self._drain_timeout_s
         while self.server_state.connections and loop.time() < deadline_s:
             await asyncio.sleep(0.02)
+            if loop.time() - self._checked_s >= CHECK_INTERVAL_S:
+                self._check_timeouts()
         if unfinished := len(self.server_state.connections):
             logger.error("gave up on %d requests after %d s", unfinished, self._drain_timeout_s)
 

@@ -315,7 +315,6 @@ def test_a_message_that_does_not_arrive_gives_way_to_those_who_wait(monkeypatch:
     run(check)
 
 
-@pytest.mark.xfail(reason="long messages do not wait, so that nothing tells that others would need memory", strict=True)
 def test_a_message_that_does_not_arrive_gives_way_to_long_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiving, "CONTENDED_TIMEOUT_S", 0.5)
 
