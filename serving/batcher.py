@@ -109,7 +109,8 @@ class Batcher:
         max_request_rows: most rows of one request.
         concurrency: calls of the model at the same time, in each lane.
         liveness: is told of every call, so that it can tell when one does not come back.
-        is_slow: tells from the inputs of a request whether they take long to decode.
+        inspect: looks at the inputs of each request before it is queued: raises an error where they must not be
+            processed, and returns whether they take long to decode.
         unbatched: signatures whose rows influence each other; their requests are neither gathered nor split.
     """
 
@@ -122,7 +123,7 @@ class Batcher:
         max_request_rows: int,
         concurrency: int,
         liveness: Liveness,
-        is_slow: Callable[[Signature, Mapping[str, np.ndarray]], bool] = lambda *_: False,
+        inspect: Callable[[Signature, Mapping[str, np.ndarray]], bool] = lambda *_: False,
         unbatched: Collection[str] = (),
     ) -> None:
         self._inner = inner
@@ -133,7 +134,7 @@ class Batcher:
         self._max_queued_rows = max_queued_rows
         self._max_request_rows = max_request_rows
         self._concurrency = concurrency
-        self._is_slow = is_slow
+        self._inspect = inspect
         self._lock = threading.Lock()
         self._short = _Lane(concurrency, ThreadPoolExecutor(concurrency, thread_name_prefix="model"))
         slow_threads = ThreadPoolExecutor(concurrency, thread_name_prefix="model-long", initializer=lower_priority)
@@ -159,35 +160,41 @@ class Batcher:
         check_inputs(described, inputs)
         rows = _count_rows(described, inputs)
         check_rows(rows, self._max_request_rows)
-        key = (signature, tuple((name, array.shape[1:]) for name, array in sorted(inputs.items())))
-        parts = self._split(key, inputs, rows, deadline_s)
-        is_split = signature in self._gathered and rows > self._max_batch_rows
-        predicted_s = rows * self._row_s.get(key, 0.0)
-        is_long = is_split or (rows > FEW_ROWS and predicted_s > LONG_REQUEST_S) or self._is_slow(described, inputs)
-        lane = self._long if is_long else self._short
+        takes_long = self._inspect(described, inputs)
+        key = (signature, tuple([(name, inputs[name].shape[1:]) for name in described.inputs]))
+        is_alone = signature not in self._gathered
+        if rows > self._max_batch_rows and not is_alone:
+            return self._predict_in_parts(key, inputs, rows, deadline_s)
+        takes_long = takes_long or (rows > FEW_ROWS and rows * self._row_s.get(key, 0.0) > LONG_REQUEST_S)
+        lane = self._long if takes_long else self._short
+        request = _Request(key, inputs, rows, is_alone, deadline_s, current_request.get().client_disconnected)
         self._admit(lane, rows, deadline_s)
         try:
-            outputs = list(self._run(lane, parts))
+            self._enqueue(lane, request)
+            return self._wait(lane, request)
         finally:
-            with self._lock:
-                lane.pending_rows -= rows
-        if len(outputs) == 1:
-            return outputs[0]
+            self._leave(lane, rows)
+
+    def _predict_in_parts(
+        self, key: _GroupKey, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
+    ) -> dict[str, np.ndarray]:
+        """Process a request of more rows than one call takes."""
+        self._admit(self._long, rows, deadline_s)
+        try:
+            outputs = list(self._run(self._long, self._split(key, inputs, rows, deadline_s)))
+        finally:
+            self._leave(self._long, rows)
         return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
 
     def _split(
         self, key: _GroupKey, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
     ) -> Iterator[_Request]:
-        """Make requests of at most `max_batch_rows` rows each, where the signature allows."""
+        """Make requests of at most `max_batch_rows` rows each."""
         is_abandoned = current_request.get().client_disconnected
-        is_alone = key[0] not in self._gathered
-        step = rows if is_alone else self._max_batch_rows
-        if rows <= step:
-            yield _Request(key, inputs, rows, is_alone, deadline_s, is_abandoned)
-            return
+        step = self._max_batch_rows
         for start in range(0, rows, step):
             part = {name: array[start : start + step] for name, array in inputs.items()}
-            yield _Request(key, part, min(step, rows - start), is_alone, deadline_s, is_abandoned)
+            yield _Request(key, part, min(step, rows - start), False, deadline_s, is_abandoned)
 
     def _run(self, lane: _Lane, parts: Iterator[_Request]) -> Iterator[dict[str, np.ndarray]]:
         """Yield the outputs of each part.
@@ -206,15 +213,13 @@ class Batcher:
 
     def _finish(self, lane: _Lane, waiting: deque[_Request]) -> dict[str, np.ndarray]:
         """Wait for the first of these requests, and return its outputs; drops the others if it failed."""
-        request = waiting.popleft()
-        self._wait(lane, request)
-        if request.error is None:
-            assert request.outputs is not None
-            return request.outputs
-        for other in waiting:
-            if not self._withdraw(lane, other):
-                other.pause.wait()  # it has just been taken from the queue
-        raise request.error
+        try:
+            return self._wait(lane, waiting.popleft())
+        except Exception:
+            for other in waiting:
+                if not self._withdraw(lane, other):
+                    other.pause.wait()  # it has just been taken from the queue
+            raise
 
     def _admit(self, lane: _Lane, rows: int, deadline_s: float | None) -> None:
         """Refuse a request if the queue is full or its deadline cannot be met."""
@@ -237,6 +242,11 @@ class Batcher:
                     retry_after_s=max(1, math.ceil(late_s)),
                 )
             lane.pending_rows += rows
+
+    def _leave(self, lane: _Lane, rows: int) -> None:
+        """Take note that an admitted request has its result."""
+        with self._lock:
+            lane.pending_rows -= rows
 
     def _enqueue(self, lane: _Lane, request: _Request) -> None:
         with self._lock:
@@ -280,14 +290,17 @@ class Batcher:
             return lane.queued_rows >= FEW_ROWS
         return lane.queued_rows >= self._max_batch_rows and lane.calls < lane.max_calls
 
-    def _wait(self, lane: _Lane, request: _Request) -> None:
-        """Wait until the request is processed, or its deadline has passed."""
-        if request.pause.wait(None if request.deadline_s is None else request.deadline_s - time.monotonic()):
-            return
-        if self._withdraw(lane, request):
-            request.error = deadline_exceeded()
-        else:
+    def _wait(self, lane: _Lane, request: _Request) -> dict[str, np.ndarray]:
+        """Wait until a request is processed, or its deadline has passed; returns its outputs, or raises its error."""
+        timeout_s = None if request.deadline_s is None else request.deadline_s - time.monotonic()
+        if not request.pause.wait(timeout_s):
+            if self._withdraw(lane, request):
+                raise deadline_exceeded()
             request.pause.wait()  # it has just been taken from the queue
+        if request.error is not None:
+            raise request.error
+        assert request.outputs is not None
+        return request.outputs
 
     def _withdraw(self, lane: _Lane, request: _Request) -> bool:
         """Take a request from the queue; returns whether it was still there."""

@@ -27,7 +27,15 @@ MAX_QUICK_FILES = 128  # small as each may be; as many are a batch
 _ELEMENT_BYTES = 512  # to look at a file's header takes as long as to parse so many bytes
 
 
-def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> int:
+@dataclass(frozen=True, slots=True)
+class DecodeEstimate:
+    """What it takes to decode the images in the string tensors of one call; 0 where there are none."""
+
+    memory_bytes: int  # an upper estimate
+    seconds: float  # on one core
+
+
+def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> DecodeEstimate:
     """Check every element of string tensors that begins as an image file does.
 
     Args:
@@ -35,13 +43,13 @@ def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> i
         limits: the service's limits.
 
     Returns:
-        An upper estimate of the memory, in bytes, that the call takes to decode them; 0 where there are no images.
+        What it takes to decode them.
 
     Raises:
         TooLarge: an image has too many pixels or frames, or a side that is too long.
         InvalidRequest: an image has too many scans, or parts that no image needs.
     """
-    cost = 0
+    memory_bytes, seconds = 0, 0.0
     for array in arrays:
         costs: list[int] = []
         for image in _find_images(array):
@@ -49,25 +57,13 @@ def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> i
                 check_image(image.header, limits, decoder="tensorflow")
             except (InvalidRequest, TooLarge) as error:
                 raise type(error)(f"image {image.index}: {error}") from error
+            seconds += decode_seconds(image.header) * image.count
             # The file itself is copied into the tensor, however many are decoded at once.
-            cost += image.header.file_bytes * image.count
+            memory_bytes += image.header.file_bytes * image.count
             one = decode_cost(image.header, decoder="tensorflow") - image.header.file_bytes
             costs += [one] * min(image.count, IMAGES_AT_ONCE)
-        cost += sum(sorted(costs)[-IMAGES_AT_ONCE:])
-    return cost
-
-
-def decodes_slowly(signature: Signature, inputs: Mapping[str, np.ndarray]) -> bool:
-    """Whether the images in the string inputs of a call take longer to decode than others should wait for."""
-    arrays = [inputs[name] for name, spec in signature.inputs.items() if spec.dtype == "DT_STRING"]
-    if sum(array.size for array in arrays) > MAX_QUICK_FILES:
-        return True
-    return decode_seconds_of(arrays) > QUICK_S
-
-
-def decode_seconds_of(arrays: Iterable[np.ndarray]) -> float:
-    """Estimate how long one core takes to decode the images in string tensors."""
-    return sum(decode_seconds(image.header) * image.count for array in arrays for image in _find_images(array))
+        memory_bytes += sum(sorted(costs)[-IMAGES_AT_ONCE:])
+    return DecodeEstimate(memory_bytes, seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,40 +82,57 @@ def _find_images(array: np.ndarray) -> Iterator[_Image]:
     if array.dtype != np.object_:
         return  # not a string tensor: `check_inputs` refuses it
     elements = array.ravel().tolist()
-    counts = Counter(map(id, elements))
+    counts = {id(data): 1 for data in elements} if len(elements) == 1 else Counter(map(id, elements))
     for index, data in enumerate(elements):
         if (count := counts.pop(id(data), 0)) and isinstance(data, bytes) and (header := read_header(data)):
             yield _Image(index, count, header)
 
 
-class ImageLimitsPredictor:
-    """A predictor that refuses oversized encoded images before another one sees them.
-
-    Inputs that are not strings cost nothing here.
+class ImageInspector:
+    """Inspects the encoded images in the inputs of a call before they are decoded.
 
     Args:
-        inner: the predictor.
         limits: the service's limits.
     """
 
-    def __init__(self, inner: Predictor, limits: ImageLimits) -> None:
-        self._inner = inner
+    def __init__(self, limits: ImageLimits) -> None:
         self._limits = limits
+
+    def inspect(self, signature: Signature, inputs: Mapping[str, np.ndarray]) -> bool:
+        """Check the images in the string inputs, and reserve memory for them; returns whether they decode slowly.
+
+        Raises:
+            InvalidRequest, TooLarge: see `check_encoded_images`.
+            Overloaded: no memory was free before the deadline.
+        """
+        arrays = [inputs[name] for name, spec in signature.inputs.items() if spec.dtype == "DT_STRING"]
+        if not arrays:
+            return False
+        files = sum([array.size for array in arrays])
+        estimate = run_sized(files * _ELEMENT_BYTES, check_encoded_images, arrays, self._limits)
+        if estimate.memory_bytes > UNCOUNTED_BYTES:
+            current_request.get().reserve(estimate.memory_bytes)
+        return files > MAX_QUICK_FILES or estimate.seconds > QUICK_S
+
+
+class InspectedPredictor:
+    """A predictor whose inputs are inspected before another one, such as a remote server, gets them.
+
+    Args:
+        inner: the predictor.
+        inspector: inspects them.
+    """
+
+    def __init__(self, inner: Predictor, inspector: ImageInspector) -> None:
+        self._inner = inner
+        self._inspector = inspector
         self.signatures: Mapping[str, Signature] = inner.signatures
-        self._string_inputs = {
-            name: strings
-            for name, signature in inner.signatures.items()
-            if (strings := tuple(key for key, spec in signature.inputs.items() if spec.dtype == "DT_STRING"))
-        }
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
     ) -> dict[str, np.ndarray]:
-        """See `Predictor.predict`; also TooLarge where an image exceeds the limits."""
-        if strings := self._string_inputs.get(signature):
-            arrays = [inputs[name] for name in strings if name in inputs]
-            size = sum(array.size for array in arrays) * _ELEMENT_BYTES
-            cost = run_sized(size, check_encoded_images, arrays, self._limits)
-            if cost > UNCOUNTED_BYTES:
-                current_request.get().reserve(cost)
+        """See `Predictor.predict`; also raises what `ImageInspector.inspect` does."""
+        described = self.signatures.get(signature)
+        if described and described.inputs.keys() <= inputs.keys():  # else it is refused anyway
+            self._inspector.inspect(described, inputs)
         return self._inner.predict(signature, inputs, deadline_s=deadline_s)

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,10 @@ class RequestMemory:
 
     def try_large_body(self, size_bytes: int) -> bool:
         """Reserve memory for a large body, if it is there and nobody waits for it."""
-        return self._large.try_grow(size_bytes, is_body=True)
+        is_reserved = self._large.try_grow(size_bytes, is_body=True)
+        if not is_reserved:
+            self._large.pool.note_refusal()
+        return is_reserved
 
     def shrink_body_to(self, size_bytes: int) -> None:
         """Release what was reserved for a large body beyond its size."""
@@ -190,7 +193,7 @@ class Pool:
         self._lock = threading.Lock()
         self._waiters: list[_Waiter] = []  # oldest first
         self._holders = 0  # reservations of more than nothing
-        self._refused_s = -math.inf  # when there was not enough for the last one that asked
+        self._refused_s = -math.inf  # when there was not enough for one that cannot wait
 
     def resize(self, limit: int, *, body_limit: int | None = None) -> None:
         """Set the size, and what bodies may take of it: by default all."""
@@ -207,6 +210,10 @@ class Pool:
         """Whether anyone waits, or was refused a moment ago."""
         return self.has_waiters or time.monotonic() - self._refused_s < CONTENDED_AFTER_REFUSAL_S
 
+    def note_refusal(self) -> None:
+        """Note that there was not enough for a request that cannot wait."""
+        self._refused_s = time.monotonic()
+
     def reserve(self, size: int, *, deadline_s: float | None) -> Reservation:
         """Reserve some; a greenlet or thread waits until it is there. See `Reservation.grow`."""
         reservation = Reservation(self)
@@ -221,31 +228,29 @@ class Pool:
                 f"{self.limit:,}; send less at a time"
             )
 
-    def _fits(self, waiter: _Waiter) -> bool:
-        if self.used + waiter.more > self.limit:
+    def _fits(self, reservation: Reservation, more: int, *, is_body: bool) -> bool:
+        if self.used + more > self.limit:
             return False
-        others = self._bodies_used - waiter.reservation.held_for_body
-        return not waiter.is_body or not others or self._bodies_used + waiter.more <= self.body_limit
+        others = self._bodies_used - reservation.held_for_body
+        return not is_body or not others or self._bodies_used + more <= self.body_limit
 
-    def _try(self, waiter: _Waiter) -> bool:
+    def _try(self, reservation: Reservation, more: int, *, is_body: bool) -> bool:
         with self._lock:
             # Bodies only wait for bodies, and work only for work: neither is held up by the other.
-            if any(other.is_body == waiter.is_body for other in self._waiters) or not self._fits(waiter):
-                self._refused_s = time.monotonic()
+            is_taken = bool(self._waiters) and any(other.is_body == is_body for other in self._waiters)
+            if is_taken or not self._fits(reservation, more, is_body=is_body):
                 return False
-            self._give(waiter)
+            self._give(reservation, more, is_body=is_body)
             return True
 
-    def _give(self, waiter: _Waiter) -> None:
-        reservation = waiter.reservation
+    def _give(self, reservation: Reservation, more: int, *, is_body: bool) -> None:
         self._holders += not reservation.held
-        self.used += waiter.more
-        reservation.held += waiter.more
-        if waiter.is_body:
-            self._bodies_used += waiter.more
-            reservation.held_for_body += waiter.more
+        self.used += more
+        reservation.held += more
+        if is_body:
+            self._bodies_used += more
+            reservation.held_for_body += more
         self._holders -= not reservation.held
-        waiter.is_granted = True
 
     def _take_all(self, reservation: Reservation) -> None:
         self._holders -= 1
@@ -257,7 +262,7 @@ class Pool:
         with self._lock:
             if reservation.held:
                 self._take_all(reservation)
-            woken = self._settle()
+            woken = self._settle() if self._waiters else ()
         for waiter in woken:
             waiter.wake()
 
@@ -295,7 +300,10 @@ class Pool:
         for other in woken:
             other.wake()
 
-    def _settle(self) -> list[_Waiter]:
+    def _fits_waiter(self, waiter: _Waiter) -> bool:
+        return self._fits(waiter.reservation, waiter.more, is_body=waiter.is_body)
+
+    def _settle(self) -> Sequence[_Waiter]:
         """Grant what fits, oldest first, and resolve deadlocks; returns whom to wake."""
         woken: list[_Waiter] = []
         while self._waiters:
@@ -303,7 +311,7 @@ class Pool:
             holding = [waiter for waiter in self._waiters if waiter.reservation.held]
             if granted is None and holding and len(holding) == self._holders:
                 # All that hold something wait: one out of turn can go on, or the youngest has to give way.
-                granted = next(filter(self._fits, holding), None)
+                granted = next(filter(self._fits_waiter, holding), None)
                 if granted is None:
                     youngest = holding[-1]
                     self._waiters.remove(youngest)
@@ -314,7 +322,8 @@ class Pool:
             if granted is None:
                 break
             self._waiters.remove(granted)
-            self._give(granted)
+            self._give(granted.reservation, granted.more, is_body=granted.is_body)
+            granted.is_granted = True
             woken.append(granted)
         return woken
 
@@ -322,7 +331,7 @@ class Pool:
         """Return the oldest waiter for work, or the oldest with a body, if there is enough for it."""
         for is_body in (False, True):
             oldest = next((waiter for waiter in self._waiters if waiter.is_body == is_body), None)
-            if oldest and self._fits(oldest):
+            if oldest and self._fits_waiter(oldest):
                 return oldest
         return None
 
@@ -339,7 +348,7 @@ class Reservation:
 
     def try_grow(self, more: int, *, is_body: bool) -> bool:
         """Reserve more if it is there and nobody waits for it."""
-        return self.pool._try(_Waiter(self, more, is_body))
+        return self.pool._try(self, more, is_body=is_body)
 
     def grow(self, more: int, *, is_body: bool, deadline_s: float | None) -> None:
         """Reserve more; a greenlet or thread waits until it is there.
@@ -353,9 +362,9 @@ class Reservation:
             TooLarge: one reservation could never have so much.
             Overloaded: it was not there in time.
         """
-        waiter = _Waiter(self, more, is_body)
-        if self.pool._try(waiter):
+        if self.pool._try(self, more, is_body=is_body):
             return
+        waiter = _Waiter(self, more, is_body)
         pause = Pause()
         waiter.wake = lambda: end_pauses([pause])
         self.pool._enqueue(waiter)
@@ -365,9 +374,9 @@ class Reservation:
 
     async def grow_async(self, more: int, *, is_body: bool, deadline_s: float | None) -> None:
         """Reserve more; a coroutine waits until it is there. See `grow`."""
-        waiter = _Waiter(self, more, is_body)
-        if self.pool._try(waiter):
+        if self.pool._try(self, more, is_body=is_body):
             return
+        waiter = _Waiter(self, more, is_body)
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
         waiter.wake = lambda: loop.call_soon_threadsafe(woken.set)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from serving.batcher import Batcher
-from serving.encoded_images import ImageLimitsPredictor, decodes_slowly
+from serving.encoded_images import ImageInspector, InspectedPredictor
 from serving.errors import StartupError
 from serving.liveness import Liveness
 from serving.local import LocalRepository
@@ -24,11 +24,12 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
     Raises:
         StartupError: there is no models folder, or the model config cannot be used.
     """
+    inspector = ImageInspector(settings.image_limits)
     if settings.remote:
         from serving.remote import RemoteRepository
 
         def limit(model: str, predictor: Predictor) -> Predictor:
-            return ImageLimitsPredictor(metrics.time_predictor(model, predictor), settings.image_limits)
+            return InspectedPredictor(metrics.time_predictor(model, predictor), inspector)
 
         return RemoteRepository(
             settings.remote,
@@ -38,17 +39,16 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
         )
 
     def batch(model: str, predictor: Predictor, unbatched: Collection[str]) -> Predictor:
-        batcher = Batcher(
+        return Batcher(
             metrics.time_predictor(model, predictor),
             max_batch_rows=settings.max_batch_size,
             max_queued_rows=settings.max_queue_size,
             max_request_rows=settings.max_rows,
             concurrency=settings.concurrency,
             liveness=liveness,
-            is_slow=decodes_slowly,
+            inspect=inspector.inspect,
             unbatched=unbatched,
         )
-        return ImageLimitsPredictor(batcher, settings.image_limits)
 
     if settings.model_config_file:
         listed = read_config_file(settings.model_config_file)

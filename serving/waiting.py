@@ -59,7 +59,9 @@ class LoopGreenlets:
         self.blocking_threads = ThreadPoolExecutor(BLOCKING_THREADS, thread_name_prefix="blocking")  # for what waits
         self.idle: list[LoopGreenlet] = []
         self._ready: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
+        self._main = greenlet.getcurrent()
         self._is_drain_due = False
+        self._slice_ends_s = 0.0
         self._call_s = 0.0  # a moving average
 
     @property
@@ -68,16 +70,28 @@ class LoopGreenlets:
         return len(self._ready) * self._call_s
 
     def enqueue(self, function: Callable[..., None], *args: object, is_urgent: bool = False) -> None:
-        """Call a function as a greenlet when its turn comes; an urgent one comes first. It must not raise."""
-        if is_urgent:
+        """Call a function as a greenlet: at once, or when its turn comes; an urgent one comes first. It must not raise.
+
+        At once is better: between two callbacks of the event loop other threads get the interpreter's lock, and a call
+        of the model can begin.
+        """
+        if not self._is_drain_due:
+            self._is_drain_due = True
+            self._slice_ends_s = time.perf_counter() + SLICE_S
+            self.loop.call_soon(self._drain)
+        is_next = is_urgent or not self._ready
+        if is_next and time.perf_counter() < self._slice_ends_s and greenlet.getcurrent() is self._main:
+            self.call(function, *args)
+        elif is_urgent:
             self._ready.appendleft((function, args))
         else:
             self._ready.append((function, args))
-        if not self._is_drain_due:
-            self._is_drain_due = True
-            self.loop.call_soon(self._drain)
 
     def _drain(self) -> None:
+        """Call what is queued, for a slice of time."""
+        if not self._ready:
+            self._is_drain_due = False
+            return
         started_s = time.perf_counter()
         count, elapsed_s = 0, 0.0
         while self._ready and elapsed_s <= SLICE_S:
@@ -86,9 +100,8 @@ class LoopGreenlets:
             count += 1
             elapsed_s = time.perf_counter() - started_s
         self._call_s += 0.1 * (elapsed_s / count - self._call_s)
-        self._is_drain_due = bool(self._ready)
-        if self._ready:
-            self.loop.call_soon(self._drain)
+        self._slice_ends_s = 0.0  # what comes before the next turn is queued
+        self.loop.call_soon(self._drain)
 
     def call(self, function: Callable[..., None], *args: object) -> None:
         """Call a function as a greenlet; returns when it has ended, or waits. It must not raise."""

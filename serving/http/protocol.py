@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,11 +106,37 @@ class RequestFault(Exception):  # noqa: N818 - a condition, as those of serving/
         self.status = status
 
 
+class Request(RequestResponseCycle):
+    """A request and the state of its response; `receive`, uvicorn's, waits for more of its body.
+
+    Args:
+        connection: which it came on.
+        scope: what ASGI calls so, as far as it is used here.
+        keep_alive: the connection stays open after the response.
+    """
+
+    def __init__(self, connection: Connection, scope: dict[str, Any], *, keep_alive: bool) -> None:
+        self.scope = cast(Any, scope)
+        self.transport = connection.transport
+        self.flow = connection.flow
+        self.message_event = asyncio.Event()
+        self.disconnected = False
+        self.keep_alive = keep_alive
+        self.waiting_for_100_continue = connection.expect_100_continue
+        self.body = bytearray()
+        self.more_body = True
+        self.response_started = False
+        self.response_complete = False
+        self.declared_bytes: int | None = None  # its Content-Length
+        self.timeout: bytes | None = None  # its X-Request-Timeout-S
+
+
 class Connection(HttpToolsProtocol):
     """A connection. Small requests that have arrived whole go the short way: no task, no ASGI messages."""
 
     def __init__(self, config: Config, server_state: ServerState, limits: HttpLimits) -> None:
         super().__init__(config, server_state, {})
+        self.cycle: Request | None = None  # type: ignore[assignment]  # the last request whose headers have come
         self.limits = limits
         # Per-connection state
         self._unparsed = b""  # received while earlier requests are being answered
@@ -120,12 +147,12 @@ class Connection(HttpToolsProtocol):
         self._closing_since_s: float | None = None
         self._is_lingering = False
         self._lingered_bytes = 0
-        self._undrained: RequestResponseCycle | None = None  # its response is written, and not yet read
+        self._undrained: Request | None = None  # its response is written, and not yet read
         self._undrained_since_s = 0.0
         self._unread_bytes = 0  # of responses, when it was last looked at
         # Per-request state
-        self._is_feeding = False
-        self._starting: RequestResponseCycle | None = None  # its headers are complete, in the data being parsed
+        self._pipelined: deque[Request] = deque()  # behind the one that is being responded to
+        self._starting: Request | None = None  # its headers are complete, in the data being parsed
         self._head_since_s: float | None = None  # while its headers arrive
         self._head_bytes = 0
         self._body_left = 0  # of a body whose length was declared
@@ -149,7 +176,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unparsed = b""
-        self.pipeline.clear()
+        self._pipelined.clear()
         if self._receiver and self._waits_for_memory:
             self._receiver.cancel()
         if self._undrained:
@@ -160,7 +187,8 @@ class Connection(HttpToolsProtocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection open for the response to a client that has closed its sending side."""
         self._eof = True
-        return self._head_since_s is None and not self.is_idle and not self.cycle.more_body
+        is_whole = self.cycle is not None and not self.cycle.more_body
+        return self._head_since_s is None and not self.is_idle and is_whole
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -191,26 +219,25 @@ class Connection(HttpToolsProtocol):
         """Parse what was received, until a request has to wait for the response to another."""
         if self.transport.is_closing():
             return
-        while self._unparsed and not self.pipeline and not self._fault and not self._is_lingering:
-            size = self._piece_bytes()
-            data, self._unparsed = self._unparsed[:size], self._unparsed[size:]
+        while self._unparsed and not self._pipelined and not self._fault and not self._is_lingering:
+            data, size = self._unparsed, self._piece_bytes()
+            self._unparsed = data[size:]
+            data = data[:size]
             self._fed_body_bytes = self._fed_chunks = 0
             self._had_event = False
             try:
-                self._is_feeding = True
                 self._feed(data)
                 self._check_sizes(len(data))
             except RequestFault as fault:
                 self._refuse(fault)
-            finally:
-                self._is_feeding = False
-            if self._starting:
+            is_rest_here = 0 < self._body_left <= len(self._unparsed)
+            if self._starting and not is_rest_here:
                 cycle, self._starting = self._starting, None
                 self._begin(cycle)
         if self._is_lingering:
             return
         is_full = self.cycle is not None and self.cycle.more_body and len(self.cycle.body) > HIGH_WATER_LIMIT
-        if self._unparsed or self.pipeline or self._fault or is_full:
+        if self._unparsed or self._pipelined or self._fault or is_full:
             self.flow.pause_reading()
         else:
             self.flow.resume_reading()
@@ -271,7 +298,8 @@ class Connection(HttpToolsProtocol):
 
     @override
     def on_message_begin(self) -> None:
-        super().on_message_begin()
+        self.url, self.headers = b"", []
+        self.expect_100_continue = False
         self._idle_since_s = None
         self._head_since_s = self.loop.time()
         self._had_event = True
@@ -280,30 +308,62 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._head_since_s is None:
             return  # a trailer, which nothing here reads
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     @override
     def on_headers_complete(self) -> None:
-        if self.parser.should_upgrade():
+        """Begin with the request, or queue it behind those before it.
+
+        In the place of uvicorn's, which describes the request for ASGI.
+        """
+        parser = self.parser
+        if parser.should_upgrade():
             return  # parsed again without the offer
-        if self.parser.get_http_version() not in ("1.0", "1.1"):
+        version = parser.get_http_version()
+        if version not in ("1.0", "1.1"):
             raise RequestFault("505 HTTP Version Not Supported", "this server takes the versions 1.0 and 1.1 of HTTP")
-        if len(self.url) + sum([len(name) + len(value) + 4 for name, value in self.headers]) > MAX_HEAD_BYTES:
-            raise RequestFault(_TOO_LARGE, f"the headers are longer than {MAX_HEAD_BYTES:,} bytes")
-        self._check_host()
-        self.url = _origin_form(self.url)
-        super().on_headers_complete()
+        url = httptools.parse_url(_origin_form(self.url))
+        scope = {
+            "method": parser.get_method().decode("ascii"),
+            "http_version": version,
+            "raw_path": url.path,
+            "query_string": url.query or b"",
+            "headers": self.headers,
+            "server": self.server,
+            "client": self.client,
+        }
+        previous = self.cycle
+        request = Request(self, scope, keep_alive=parser.should_keep_alive())
+        self._read_headers(request, version)
+        self.cycle = request
         self._head_since_s = None
         self._had_event = True
-        self._body_left = _content_length(self.cycle) or 0
-        self.cycle.keep_alive = self.parser.should_keep_alive()
+        self._body_left = request.declared_bytes or 0
+        if previous is None or previous.response_complete:
+            self._starting = request
+        else:
+            self.flow.pause_reading()
+            self._pipelined.append(request)
 
-    def _check_host(self) -> None:
-        hosts = [value for name, value in self.headers if name == b"host"]
-        if self.parser.get_http_version() == "1.1" and len(hosts) != 1:
-            raise RequestFault("400 Bad Request", f"expected exactly one Host header, got {len(hosts)}")
-        if len(hosts) > 1 or not all(_HOST.fullmatch(host.strip()) for host in hosts):
-            raise RequestFault("400 Bad Request", "the Host header is not a host name")
+    def _read_headers(self, request: Request, version: str) -> None:
+        size, hosts = len(self.url), 0
+        for name, value in self.headers:
+            size += len(name) + len(value) + 4
+            if name == b"host":
+                hosts += 1
+                if not _HOST.fullmatch(value.strip()):
+                    raise RequestFault("400 Bad Request", "the Host header is not a host name")
+            elif name == b"content-length":
+                request.declared_bytes = int(value)
+            elif name == TIMEOUT_HEADER:
+                request.timeout = value
+        if size > MAX_HEAD_BYTES:
+            raise RequestFault(_TOO_LARGE, f"the headers are longer than {MAX_HEAD_BYTES:,} bytes")
+        if hosts > 1 or (version == "1.1" and not hosts):
+            raise RequestFault("400 Bad Request", f"expected exactly one Host header, got {hosts}")
 
     @override
     def on_body(self, body: bytes) -> None:
@@ -311,7 +371,12 @@ class Connection(HttpToolsProtocol):
         self._fed_body_bytes += len(body)
         self._period_bytes += len(body)
         self._body_left -= len(body)
-        super().on_body(body)
+        if self.cycle is None or self.cycle.response_complete:
+            return
+        self.cycle.body += body
+        if len(self.cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        self.cycle.message_event.set()
 
     def on_chunk_header(self) -> None:
         """Count a chunk: called by the parser."""
@@ -319,40 +384,34 @@ class Connection(HttpToolsProtocol):
 
     @override
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():
-            self._had_event = True
-            self._body_left = 0
-            super().on_message_complete()
+        if self.cycle is None or self.parser.should_upgrade():
+            return
+        self._had_event = True
+        self._body_left = 0
+        if not self.cycle.response_complete:
+            self.cycle.more_body = False
+            self.cycle.message_event.set()
 
     @override
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
-        if not self.pipeline and not self._unparsed:
+        if not self._pipelined and not self._unparsed:
             self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+        if self._pipelined:
+            self._begin(self._pipelined.popleft())
 
     # Requests
 
-    @override
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Begin with a request, once what has been received of it is parsed."""
-        if self._is_feeding:
-            self._starting = cycle
-        else:
-            self._begin(cycle)
-
-    def _begin(self, cycle: RequestResponseCycle) -> None:
+    def _begin(self, cycle: Request) -> None:
         self._idle_since_s = None
         self._timeout_s = self.limits.request_timeout_s
-        for name, value in cycle.scope["headers"]:
-            if name == TIMEOUT_HEADER:
-                if (seconds := _read_seconds(value)) is None:
-                    got = value[:40].decode("latin-1")
-                    message = f"expected seconds in the header X-Request-Timeout-S, such as 0.5, got {got}"
-                    self._write(cycle, _error_response("400 Bad Request", message))
-                    return
-                self._timeout_s = min(self._timeout_s, seconds)
+        if cycle.timeout is not None:
+            if (seconds := _read_seconds(cycle.timeout)) is None:
+                got = cycle.timeout[:40].decode("latin-1")
+                message = f"expected seconds in the header X-Request-Timeout-S, such as 0.5, got {got}"
+                self._write(cycle, _error_response("400 Bad Request", message))
+                return
+            self._timeout_s = min(self._timeout_s, seconds)
         size = len(cycle.body)
         if not cycle.more_body and size <= SMALL_BYTES and (not size or self._memory.try_small_body(size)):
             body = bytes(cycle.body)
@@ -364,7 +423,7 @@ class Connection(HttpToolsProtocol):
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _receive(self, cycle: RequestResponseCycle) -> None:
+    async def _receive(self, cycle: Request) -> None:
         """Receive a body that is large or has not yet arrived, within the memory budget."""
         self._period_since_s, self._period_bytes = self.loop.time(), 0
         try:
@@ -386,7 +445,7 @@ class Connection(HttpToolsProtocol):
             else:
                 self._dispatch(cycle, body)
 
-    async def _receive_body(self, cycle: RequestResponseCycle) -> bytes | None:
+    async def _receive_body(self, cycle: Request) -> bytes | None:
         """Return the body, or None if the client disconnects.
 
         A body that is too long is empty: the application refuses the request by its Content-Length.
@@ -395,7 +454,7 @@ class Connection(HttpToolsProtocol):
             RequestFault: the client sends too slowly.
             ServingError: no memory was free for it, or it can never fit.
         """
-        declared = _content_length(cycle)
+        declared = cycle.declared_bytes
         if (declared or 0) > self.limits.max_body_bytes:
             cycle.keep_alive = False
             return b""
@@ -438,7 +497,7 @@ class Connection(HttpToolsProtocol):
             self._waited_s += waited_s
             self._period_since_s += waited_s  # in which the client could not send
 
-    def _dispatch(self, cycle: RequestResponseCycle, body: bytes) -> None:
+    def _dispatch(self, cycle: Request, body: bytes) -> None:
         """Have the application respond, in the order in which requests have come."""
         arrived_s = time.monotonic() - self._waited_s
         self._waited_s = 0.0
@@ -463,7 +522,7 @@ class Connection(HttpToolsProtocol):
         """
         return self.transport.is_closing() or (self._eof and time.monotonic() - arrived_s > DISCONNECT_AFTER_EOF_S)
 
-    def _respond(self, cycle: RequestResponseCycle, body: bytes, context: RequestContext) -> None:
+    def _respond(self, cycle: Request, body: bytes, context: RequestContext) -> None:
         current_request.set(context)
         environ = make_environ(cycle.scope)
         if body:
@@ -477,13 +536,13 @@ class Connection(HttpToolsProtocol):
         del environ
         self._write(cycle, response)
 
-    def _send_error(self, cycle: RequestResponseCycle, error: ServingError) -> None:
+    def _send_error(self, cycle: Request, error: ServingError) -> None:
         cycle.keep_alive = False
         self._write(cycle, _serving_error_response(error))
 
     # Responses
 
-    def _write(self, cycle: RequestResponseCycle, response: Response) -> None:
+    def _write(self, cycle: Request, response: Response) -> None:
         if self.limits.access_log:
             self._log(cycle, response)
         if self.transport.is_closing() or self._is_lingering:
@@ -492,7 +551,7 @@ class Connection(HttpToolsProtocol):
         if cycle.more_body:  # refused before its end
             cycle.keep_alive = False
         elif self.limits.is_stopping or self._eof:  # the last response closes the connection
-            cycle.keep_alive = cycle.keep_alive and bool(self.pipeline or self._unparsed)
+            cycle.keep_alive = cycle.keep_alive and bool(self._pipelined or self._unparsed)
         head = self._encode_head(cycle, response)
         if cycle.scope["method"] == "HEAD":
             self.transport.write(head)
@@ -507,7 +566,7 @@ class Connection(HttpToolsProtocol):
         else:
             self._complete(cycle)
 
-    def _encode_head(self, cycle: RequestResponseCycle, response: Response) -> bytes:
+    def _encode_head(self, cycle: Request, response: Response) -> bytes:
         head = [f"HTTP/1.1 {response.status}\r\n"]
         has_length = False
         for name, value in response.headers:
@@ -522,7 +581,7 @@ class Connection(HttpToolsProtocol):
         head.append(self.limits.date_header)
         return "".join(head).encode("latin-1")
 
-    def _complete(self, cycle: RequestResponseCycle) -> None:
+    def _complete(self, cycle: Request) -> None:
         """Finish a request whose response is written: close the connection, or go on with the next request."""
         self._release()
         cycle.response_complete = True
@@ -534,14 +593,14 @@ class Connection(HttpToolsProtocol):
         if not cycle.keep_alive:
             self._close(linger=cycle.more_body)
             return
-        has_next = bool(self.pipeline)
+        has_next = bool(self._pipelined)
         self.on_response_complete()
         if self._fault and not has_next:
             self._refuse(self._fault)
         elif self._unparsed:
             self.loop.call_soon(self._parse)
 
-    def _log(self, cycle: RequestResponseCycle, response: Response) -> None:
+    def _log(self, cycle: Request, response: Response) -> None:
         scope = cycle.scope
         target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
         client = scope["client"][0] if scope["client"] else "-"
@@ -558,8 +617,8 @@ class Connection(HttpToolsProtocol):
             if self._starting is broken:
                 self._starting = None
             broken.response_complete = True
-            if self.pipeline and self.pipeline[0][0] is broken:
-                self.pipeline.popleft()
+            if self._pipelined and self._pipelined[-1] is broken:
+                self._pipelined.pop()
                 return  # responded to when the requests before it are
             if self._has_receiver:
                 broken.message_event.set()  # wakes `receive`; the task then raises the fault
@@ -590,10 +649,9 @@ class Connection(HttpToolsProtocol):
 
     def _release(self) -> None:
         memory = self._memory
-        if not memory.held_bytes:
-            return
-        self._memory = RequestMemory(self.limits.budget)
-        memory.release_in(self.limits.greenlets.threads)
+        if memory.held_bytes:
+            self._memory = RequestMemory(self.limits.budget)
+            memory.release_in(self.limits.greenlets.threads)
 
     # Time limits
 
@@ -666,13 +724,6 @@ class Connection(HttpToolsProtocol):
     def _close_if_idle(self) -> None:
         if self.is_idle and not self.transport.is_closing():
             self._close()
-
-
-def _content_length(cycle: RequestResponseCycle) -> int | None:
-    for name, value in cycle.scope["headers"]:
-        if name == b"content-length":
-            return int(value)
-    return None
 
 
 def _read_seconds(value: bytes) -> float | None:

@@ -464,7 +464,7 @@ def batch_slowly(model: Doubler, *, unbatched: Sequence[str] = (), **limits: int
     return Batcher(
         model,
         liveness=Liveness(),
-        is_slow=lambda _, inputs: bool((inputs["x"] == 7).any()),
+        inspect=lambda _, inputs: bool((inputs["x"] == 7).any()),
         unbatched=unbatched,
         **settings,
     )

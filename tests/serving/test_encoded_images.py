@@ -16,7 +16,13 @@ import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from serving.decode_cost import decode_cost, decode_seconds
-from serving.encoded_images import IMAGES_AT_ONCE, ImageLimitsPredictor, check_encoded_images, decode_seconds_of
+from serving.encoded_images import (
+    IMAGES_AT_ONCE,
+    DecodeEstimate,
+    ImageInspector,
+    InspectedPredictor,
+    check_encoded_images,
+)
 from serving.errors import InvalidRequest, TooLarge
 from serving.image_header import ImageLimits, read_header
 from serving.predictor import SavedModelPredictor, Signature
@@ -41,27 +47,27 @@ def cost_of(data: bytes) -> int:
 
 def test_the_cost_of_a_few_images_is_their_sum() -> None:
     small, large = picture("red"), picture("red", (900, 700))
-    assert check_encoded_images([strings(small, large)], LIMITS) == cost_of(small) + cost_of(large)
-    assert check_encoded_images([strings(small), strings(large)], LIMITS) == cost_of(small) + cost_of(large)
-    assert check_encoded_images([strings(small, large).reshape(2, 1)], LIMITS) == cost_of(small) + cost_of(large)
+    both = cost_of(small) + cost_of(large)
+    for arrays in ([strings(small, large)], [strings(small), strings(large)], [strings(small, large).reshape(2, 1)]):
+        assert check_encoded_images(arrays, LIMITS).memory_bytes == both
 
 
 def test_of_many_images_only_some_are_decoded_at_once() -> None:
     image = picture("red", (900, 700))
-    cost = check_encoded_images([strings(*[image] * 50)], LIMITS)
+    cost = check_encoded_images([strings(*[image] * 50)], LIMITS).memory_bytes
     assert cost == IMAGES_AT_ONCE * cost_of(image) + (50 - IMAGES_AT_ONCE) * len(image)
 
 
 def test_strings_that_are_no_images_cost_nothing() -> None:
     array = strings(b"", b"BMW and Benz build cars in the south of Germany.", b"\xff\xfe\xfd", b"\x89PNG")
-    assert check_encoded_images([array, np.zeros(3)], LIMITS) == 0
-    assert decode_seconds_of([array]) == 0
+    assert check_encoded_images([array, np.zeros(3)], LIMITS) == DecodeEstimate(0, 0)
 
 
 def test_the_seconds_are_those_of_all_images() -> None:
     header = read_header(picture("red", (900, 700)))
     assert header is not None
-    assert decode_seconds_of([strings(*[picture("red", (900, 700))] * 3)]) == pytest.approx(3 * decode_seconds(header))
+    estimate = check_encoded_images([strings(*[picture("red", (900, 700))] * 3)], LIMITS)
+    assert estimate.seconds == pytest.approx(3 * decode_seconds(header))
 
 
 def test_the_error_tells_which_image() -> None:
@@ -75,7 +81,7 @@ def test_a_million_references_to_one_image_are_checked_in_no_time() -> None:
     array = np.empty(1_000_000, object)
     array[:] = [jpeg_of_scans(100)] * len(array)
     started_s = time.perf_counter()
-    assert check_encoded_images([array], LIMITS) > 0
+    assert check_encoded_images([array], LIMITS).memory_bytes > 0
     assert time.perf_counter() - started_s < 10  # each anew would take minutes
 
 
@@ -99,7 +105,7 @@ class CountingPredictor:
 
 def test_the_predictor_checks_strings_before_the_other_one_sees_them(colours: Path) -> None:
     inner = CountingPredictor(SavedModelPredictor(colours).signatures)
-    predictor = ImageLimitsPredictor(inner, LIMITS)
+    predictor = InspectedPredictor(inner, ImageInspector(LIMITS))
     assert predictor.signatures == inner.signatures
     with pytest.raises(TooLarge):
         predictor.predict("image_bytes", {"image_bytes": strings(png(1, 5_001))})
@@ -114,7 +120,7 @@ def test_the_predictor_checks_strings_before_the_other_one_sees_them(colours: Pa
 def test_a_real_model_answers_through_it_as_without_it(colours: Path) -> None:
     inner = SavedModelPredictor(colours)
     inputs = {"image_bytes": strings(picture("red"), picture("blue", (50, 60), "JPEG"))}
-    outputs = ImageLimitsPredictor(inner, LIMITS).predict("image_bytes", inputs)
+    outputs = InspectedPredictor(inner, ImageInspector(LIMITS)).predict("image_bytes", inputs)
     for name, expected in inner.predict("image_bytes", inputs).items():
         np.testing.assert_array_equal(outputs[name], expected)
 
