@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,40 +52,43 @@ def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> D
     memory_bytes, seconds = 0, 0.0
     for array in arrays:
         costs: list[int] = []
-        for image in _find_images(array):
+        for index, count, header in _find_images(array):
             try:
-                check_image(image.header, limits, decoder="tensorflow")
+                check_image(header, limits, decoder="tensorflow")
             except (InvalidRequest, TooLarge) as error:
-                raise type(error)(f"image {image.index}: {error}") from error
-            seconds += decode_seconds(image.header) * image.count
+                raise type(error)(f"image {index}: {error}") from error
+            seconds += decode_seconds(header) * count
             # The file itself is copied into the tensor, however many are decoded at once.
-            memory_bytes += image.header.file_bytes * image.count
-            one = decode_cost(image.header, decoder="tensorflow") - image.header.file_bytes
-            costs += [one] * min(image.count, IMAGES_AT_ONCE)
-        memory_bytes += sum(sorted(costs)[-IMAGES_AT_ONCE:])
+            memory_bytes += header.file_bytes * count
+            one = decode_cost(header, decoder="tensorflow") - header.file_bytes
+            costs += [one] * min(count, IMAGES_AT_ONCE)
+        if len(costs) > IMAGES_AT_ONCE:
+            costs = sorted(costs)[-IMAGES_AT_ONCE:]
+        memory_bytes += sum(costs)
     return DecodeEstimate(memory_bytes, seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
-    index: int  # of the first element that is this image
-    count: int  # of elements that are the same object
-    header: ImageHeader
-
-
-def _find_images(array: np.ndarray) -> Iterator[_Image]:
+def _find_images(array: np.ndarray) -> list[tuple[int, int, ImageHeader]]:
     """Find the elements that begin as image files do.
 
     A tensor may hold the same object a million times: where a message gives fewer values than elements, the last one
     is repeated.
+
+    Returns:
+        Of each image: the index of the first element that is it, how many are, and its header.
     """
     if array.dtype != np.object_:
-        return  # not a string tensor: `check_inputs` refuses it
+        return []  # not a string tensor: `check_inputs` refuses it
     elements = array.ravel().tolist()
-    counts = {id(data): 1 for data in elements} if len(elements) == 1 else Counter(map(id, elements))
+    if len(elements) == 1:
+        header = read_header(elements[0]) if isinstance(elements[0], bytes) else None
+        return [(0, 1, header)] if header else []
+    counts = Counter(map(id, elements))
+    images = []
     for index, data in enumerate(elements):
         if (count := counts.pop(id(data), 0)) and isinstance(data, bytes) and (header := read_header(data)):
-            yield _Image(index, count, header)
+            images.append((index, count, header))
+    return images
 
 
 class ImageInspector:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from serving.memory import RequestMemory
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # not frozen, which takes longer to make
 class RequestContext:
     """One request.
 

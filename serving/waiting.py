@@ -41,6 +41,8 @@ SMALL_BYTES = 256 * 1024  # of a request: read and answered within a few millise
 # requests that come at once do not keep it from health checks and new connections.
 SLICE_S = 0.004
 
+TIMEOUT_STEP_S = 0.02  # how late a timeout may be
+
 
 class LoopGreenlets:
     """The greenlets of the thread that an event loop runs in; made there.
@@ -57,11 +59,10 @@ class LoopGreenlets:
         self.loop = asyncio.get_running_loop()
         self.threads = threads
         self.blocking_threads = ThreadPoolExecutor(BLOCKING_THREADS, thread_name_prefix="blocking")  # for what waits
+        self.timeouts = Timeouts()
         self.idle: list[LoopGreenlet] = []
         self._ready: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
-        self._main = greenlet.getcurrent()
         self._is_drain_due = False
-        self._slice_ends_s = 0.0
         self._call_s = 0.0  # a moving average
 
     @property
@@ -70,28 +71,16 @@ class LoopGreenlets:
         return len(self._ready) * self._call_s
 
     def enqueue(self, function: Callable[..., None], *args: object, is_urgent: bool = False) -> None:
-        """Call a function as a greenlet: at once, or when its turn comes; an urgent one comes first. It must not raise.
-
-        At once is better: between two callbacks of the event loop other threads get the interpreter's lock, and a call
-        of the model can begin.
-        """
-        if not self._is_drain_due:
-            self._is_drain_due = True
-            self._slice_ends_s = time.perf_counter() + SLICE_S
-            self.loop.call_soon(self._drain)
-        is_next = is_urgent or not self._ready
-        if is_next and time.perf_counter() < self._slice_ends_s and greenlet.getcurrent() is self._main:
-            self.call(function, *args)
-        elif is_urgent:
+        """Call a function as a greenlet when its turn comes; an urgent one comes first. It must not raise."""
+        if is_urgent:
             self._ready.appendleft((function, args))
         else:
             self._ready.append((function, args))
+        if not self._is_drain_due:
+            self._is_drain_due = True
+            self.loop.call_soon(self._drain)
 
     def _drain(self) -> None:
-        """Call what is queued, for a slice of time."""
-        if not self._ready:
-            self._is_drain_due = False
-            return
         started_s = time.perf_counter()
         count, elapsed_s = 0, 0.0
         while self._ready and elapsed_s <= SLICE_S:
@@ -100,8 +89,9 @@ class LoopGreenlets:
             count += 1
             elapsed_s = time.perf_counter() - started_s
         self._call_s += 0.1 * (elapsed_s / count - self._call_s)
-        self._slice_ends_s = 0.0  # what comes before the next turn is queued
-        self.loop.call_soon(self._drain)
+        self._is_drain_due = bool(self._ready)
+        if self._ready:
+            self.loop.call_soon(self._drain)
 
     def call(self, function: Callable[..., None], *args: object) -> None:
         """Call a function as a greenlet; returns when it has ended, or waits. It must not raise."""
@@ -155,24 +145,58 @@ class Pause:
         """Wait for `end_pauses`; returns whether it came, and not the timeout."""
         if self._greenlet is None:
             return self._lock.acquire(timeout=-1.0 if timeout_s is None else max(0.0, timeout_s))
-        timer = None
-        if timeout_s is not None and not self._over:
-            timer = self._greenlet.siblings.loop.call_later(max(0.0, timeout_s), self._greenlet.switch)
-        while not self._over:
-            assert self._greenlet.parent is not None
-            self._is_waiting = True
-            self._greenlet.parent.switch()
-            self._is_waiting = False
-            if timer and not self._over:
-                return False
-        if timer:
-            timer.cancel()
-        return True
+        if self._over:
+            return True
+        timeouts = self._greenlet.siblings.timeouts
+        if timeout_s is not None:
+            timeouts.add(self, timeout_s)
+        assert self._greenlet.parent is not None
+        self._is_waiting = True
+        self._greenlet.parent.switch()
+        self._is_waiting = False
+        if timeout_s is not None:
+            timeouts.discard(self)
+        return self._over
 
     def _end(self) -> None:
         self._over = True
+        self._resume()
+
+    def _resume(self) -> None:
         if self._greenlet and self._is_waiting:  # else the greenlet has gone on, and may wait for something else
             self._greenlet.switch()
+
+
+class Timeouts:
+    """The timeouts of the pauses of an event loop; made in its thread.
+
+    Nearly every pause is over long before, and a timer of the loop takes longer to make and to cancel than a request
+    may: so there is one for all, and a timeout may come TIMEOUT_STEP_S late.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ends_s: dict[Pause, float] = {}
+        self._is_check_due = False
+
+    def add(self, pause: Pause, timeout_s: float) -> None:
+        """Resume a pause after so many seconds."""
+        self._ends_s[pause] = self._loop.time() + timeout_s
+        if not self._is_check_due:
+            self._is_check_due = True
+            self._loop.call_later(TIMEOUT_STEP_S, self._check)
+
+    def discard(self, pause: Pause) -> None:
+        """Forget a pause that has resumed."""
+        self._ends_s.pop(pause, None)
+
+    def _check(self) -> None:
+        now_s = self._loop.time()
+        for pause in [pause for pause, end_s in self._ends_s.items() if end_s <= now_s]:
+            pause._resume()
+        self._is_check_due = bool(self._ends_s)
+        if self._is_check_due:
+            self._loop.call_later(TIMEOUT_STEP_S, self._check)
 
 
 def end_pauses(pauses: Iterable[Pause]) -> None:

@@ -14,7 +14,7 @@ Environ = dict[str, Any]
 WsgiApp = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 
 
-@dataclass
+@dataclass(slots=True)
 class Response:
     """A WSGI application's response: "200 OK", the headers, and the whole body."""
 

@@ -29,13 +29,14 @@ def read_header(data: bytes) -> ImageHeader | None:
         if index == MAX_CHUNKS:
             problem = f"the PNG file has more than {MAX_CHUNKS:,} chunks"
             break
-        size = end - start
-        if kind == b"IHDR" and header is None and size >= _IHDR.size and len(data) >= start + _IHDR.size:
+        if kind in (b"IDAT", b"PLTE"):
+            continue
+        if kind == b"IHDR" and header is None and end - start >= _IHDR.size and len(data) >= start + _IHDR.size:
             header = _IHDR.unpack_from(data, start)
         elif kind in (b"zTXt", b"iCCP") or (kind == b"iTXt" and _is_compressed(data, start)):
-            metadata_bytes += min(MAX_INFLATED_BYTES, size * MAX_DEFLATE_RATIO)
-        elif kind not in (b"IDAT", b"PLTE"):
-            metadata_bytes += size
+            metadata_bytes += min(MAX_INFLATED_BYTES, (end - start) * MAX_DEFLATE_RATIO)
+        else:
+            metadata_bytes += end - start
     if header is None:
         if problem is None:
             return None

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 from flask import Blueprint, Response, current_app, g, request
 from werkzeug.formparser import MultiPartParser
+from werkzeug.http import parse_options_header
 
 from serving.decode_cost import decode_cost, is_quick
 from serving.errors import InvalidRequest, ModelNotFound, ServingError, TooLarge, UnreadableImages, UnsupportedMedia
@@ -51,15 +52,16 @@ def predict() -> Response:
 
     Query: `model`, which may be left out where there is one; `version`, by default the newest.
     """
-    if request.mimetype != "multipart/form-data" and not request.mimetype.startswith("image/"):
+    mimetype = (request.content_type or "").partition(";")[0].strip().lower()
+    if mimetype != "multipart/form-data" and not mimetype.startswith("image/"):
         raise UnsupportedMedia(
             "send pictures as multipart/form-data (curl -F image=@cat.png), or one picture as the body "
-            f"with a Content-Type of image/*; got {request.mimetype or 'no Content-Type'}"
+            f"with a Content-Type of image/*; got {mimetype or 'no Content-Type'}"
         )
     version = _find_model()
     g.model = version.name
     size = picture_size(version.predictor, model=version.name)
-    pictures = _read_form() if request.mimetype == "multipart/form-data" else [_read_body()]
+    pictures = _read_form() if mimetype == "multipart/form-data" else [_read_body()]
     started_s = decoded_s = time.perf_counter()
     deadline_s = current_request.get().deadline_s
     outputs = _predict_files(version.predictor, pictures, size=size, deadline_s=deadline_s)
@@ -136,15 +138,15 @@ def _read_form() -> list[Picture]:
     body: bytes = request.get_data(cache=False)
     if len(body) > SMALL_BYTES:
         current_request.get().reserve(FORM_COPIES * len(body))
-    boundary = request.mimetype_params.get("boundary", "")
-    return run_sized(len(body), _parse_form, body, request.content_type or "", boundary, max_images=settings.max_images)
+    return run_sized(len(body), _parse_form, body, request.content_type or "", max_images=settings.max_images)
 
 
-def _parse_form(body: bytes, content_type: str, boundary: str, *, max_images: int) -> list[Picture]:
+def _parse_form(body: bytes, content_type: str, *, max_images: int) -> list[Picture]:
     """Read the files of a multipart body, in the order sent."""
     form = read_files(body, content_type)
     if form and len(form) <= max_images:
         return [Picture(*file) for file in form]
+    boundary = parse_options_header(content_type)[1].get("boundary", "")
     count = 0
 
     def open_file(*_: Any, **__: Any) -> io.BytesIO:
