@@ -230,10 +230,12 @@ class Connection(HttpToolsProtocol):
                 self._check_sizes(len(data))
             except RequestFault as fault:
                 self._refuse(fault)
-            is_rest_here = 0 < self._body_left <= len(self._unparsed)
-            if self._starting and not is_rest_here:
-                cycle, self._starting = self._starting, None
-                self._begin(cycle)
+            if not self._starting:
+                continue
+            if self._starting.more_body and 0 < self._body_left <= len(self._unparsed):
+                continue  # the rest of its body is here
+            cycle, self._starting = self._starting, None
+            self._begin(cycle)
         if self._is_lingering:
             return
         is_full = self.cycle is not None and self.cycle.more_body and len(self.cycle.body) > HIGH_WATER_LIMIT

@@ -388,6 +388,16 @@ def test_a_stalled_upload_is_ended(before: bytes) -> None:
     run(check)
 
 
+@pytest.mark.parametrize("sizes", [(9_000, 9_000), (9_000, 10), (5_000, 7_000, 100_000)])
+def test_pipelined_bodies_that_arrive_together_are_all_received(sizes: tuple[int, ...]) -> None:
+    async def check(service: Service) -> None:
+        client = await service.connect()
+        client.send(b"".join(post(size, sent=size) for size in sizes))
+        assert [await client.read() for _ in sizes] == [(200, b"%d" % size) for size in sizes]
+
+    run(check)
+
+
 def test_an_upload_is_not_ended_for_time_in_which_the_server_did_not_read() -> None:
     async def check(service: Service) -> None:
         client = await service.connect()
