@@ -103,11 +103,11 @@ class RemoteRepository(ModelRepository):
             self._raise_problem(name)
             raise
 
-    def versions(self, name: str) -> list[VersionStatus]:
+    def versions(self, name: str, number: int | None = None) -> list[VersionStatus]:
         """As `ModelRepository.versions`; raises as `resolve` does where the server's state is not known."""
         if name not in self._available:
             self._raise_problem(name)
-        return super().versions(name)
+        return super().versions(name, number)
 
     def problem(self, name: str) -> str:
         """As `ModelRepository.problem`."""

@@ -126,22 +126,24 @@ class ModelRepository(ABC):
         wanted = f"Latest({name})" if version is None else f"Specific({name}, {version})"
         raise ModelNotFound(f"Servable not found for request: {wanted}")
 
-    def versions(self, name: str) -> list[VersionStatus]:
-        """List the versions of a model that were tried or wait to be, newest first.
+    def versions(self, name: str, number: int | None = None) -> list[VersionStatus]:
+        """List the versions of a model that were tried or wait to be, newest first, or the one of this number.
 
         Older versions that were never needed stay out, as TensorFlow Serving's default policy has it.
 
         Raises:
             NotReady: nothing is known of the model yet.
-            ModelNotFound: there is no model of that name, or no version of it.
+            ModelNotFound: there is no model of that name, or no such version of it.
         """
         versions = self._list_versions(name)
-        if not versions:
-            if not self._loaded and name in self._names:
+        found = versions if number is None else [version for version in versions if version.version == number]
+        if not found:
+            if not versions and not self._loaded and name in self._names:
                 raise NotReady(f"model {name} is still being loaded; try again in a few seconds")
             reason = self._folder_problem(name)
-            raise ModelNotFound(f"Could not find any versions of model {name}{f': {reason}' if reason else ''}")
-        return versions
+            wanted = "any versions" if number is None else f"version {number}"
+            raise ModelNotFound(f"Could not find {wanted} of model {name}{f': {reason}' if reason else ''}")
+        return found
 
     def all_versions(self) -> list[VersionStatus]:
         """List the versions of every model that is to be served, those that were tried or wait to be."""

@@ -11,7 +11,7 @@ from typing import Any
 from tensorflow.core.protobuf import error_codes_pb2
 from tensorflow_serving.apis import get_model_status_pb2, model_management_pb2
 
-from serving.errors import InvalidRequest, ModelNotFound, ServingError
+from serving.errors import InvalidRequest, ServingError
 from serving.model_config import read_config
 from serving.repository import ModelRepository, VersionStatus
 
@@ -48,14 +48,7 @@ class ModelService:
         if not request.HasField("model_spec"):
             raise InvalidRequest("Missing ModelSpec")
         spec = request.model_spec
-        versions = self._repository.versions(spec.name)
-        if not spec.HasField("version"):
-            return versions
-        number = spec.version.value
-        versions = [version for version in versions if version.version == number]
-        if not versions:
-            raise ModelNotFound(f"Could not find version {number} of model {spec.name}")
-        return versions
+        return self._repository.versions(spec.name, spec.version.value if spec.HasField("version") else None)
 
 
 def _describe(status: Any, version: VersionStatus) -> None:

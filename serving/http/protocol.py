@@ -327,10 +327,12 @@ class Connection(HttpToolsProtocol):
         version = parser.get_http_version()
         if version not in ("1.0", "1.1"):
             raise RequestFault("505 HTTP Version Not Supported", "this server takes the versions 1.0 and 1.1 of HTTP")
-        url = httptools.parse_url(_origin_form(self.url))
+        target = _origin_form(self.url)
+        url = httptools.parse_url(target)
         scope = {
             "method": parser.get_method().decode("ascii"),
             "http_version": version,
+            "target": target,  # an empty query shows only here
             "raw_path": url.path,
             "query_string": url.query or b"",
             "headers": self.headers,

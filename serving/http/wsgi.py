@@ -27,8 +27,8 @@ def make_environ(scope: Mapping[str, Any]) -> Environ:
     """Make the environment of a request without a body.
 
     Args:
-        scope: the request as ASGI describes it. Headers with a "_" in their name are dropped, as they would read like
-            the ones with a "-".
+        scope: the request as ASGI describes it, with its "target" as it came. Headers with a "_" in their name are
+            dropped, as they would read like the ones with a "-".
     """
     path: bytes = scope["raw_path"]
     host, port = scope["server"] or ("", 0)
@@ -37,6 +37,7 @@ def make_environ(scope: Mapping[str, Any]) -> Environ:
         "SCRIPT_NAME": "",
         "PATH_INFO": (unquote_to_bytes(path) if b"%" in path else path).decode("latin-1"),
         "QUERY_STRING": scope["query_string"].decode("latin-1"),
+        "REQUEST_URI": scope["target"].decode("latin-1"),
         "SERVER_NAME": host,
         "SERVER_PORT": str(port),
         "SERVER_PROTOCOL": "HTTP/" + scope["http_version"],

@@ -11,20 +11,26 @@ import orjson
 import rapidjson
 
 from serving.errors import InvalidRequest
+from serving.rest.json_quoting import RepeatedKeys
 
 # TensorFlow's tensors have at most 254 dimensions; a document nested much deeper than that crashes recursive parsers.
 MAX_DEPTH = 300
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ASCII = bytes(code if code < 128 else ord("?") for code in range(256))
 _MAX_KEYS_COUNTED = 64
+_BASE64_KEY = b'"b64"'
+_STRING_START = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*"')
+_OBJECT_END = re.compile(rb"[ \t\r\n]*\}")
+_ESCAPED_LETTER = re.compile(rb"\\u00[2-7]")  # keys may be spelled with them
+_CONTROL_CHARACTER = "Invalid encoding in string."
 
 
 def parse_document(body: bytes) -> Any:
     """Parse a JSON document, taking what RapidJSON takes with its flag for `NaN`, and nothing after the document.
 
     `NaN`, `Infinity`, `Inf` and their negatives are numbers. Of the keys of the document, of `inputs` and of the
-    objects in `instances`, the first counts where one comes twice. Bytes in strings that are no UTF-8 are kept, as lone
-    surrogates ("surrogateescape").
+    objects in `instances`, the first counts where one comes twice; an object with "b64" twice is no base64. Bytes in
+    strings that are no UTF-8 are kept, as lone surrogates ("surrogateescape").
 
     Raises:
         InvalidRequest: it is no JSON, and the message is that of RapidJSON, which TensorFlow Serving uses; or it is
@@ -42,6 +48,8 @@ def _may_repeat_keys(document: Any, body: bytes) -> bool:
     """Whether a key of the request or of its tensors stands in the body more often than the document shows it."""
     if not isinstance(document, dict):
         return False
+    if _has_repeated_base64(body) or (b"\\u00" in body and _ESCAPED_LETTER.search(body)):
+        return True
     counts = dict.fromkeys(document, 1)
     inputs, instances = document.get("inputs"), document.get("instances")
     if isinstance(inputs, dict):
@@ -53,6 +61,18 @@ def _may_repeat_keys(document: Any, body: bytes) -> bool:
     if len(counts) > _MAX_KEYS_COUNTED:
         return True  # quicker to parse once more than to look for so many
     return any(body.count(b'"%b"' % key.encode()) > count for key, count in counts.items())
+
+
+def _has_repeated_base64(body: bytes) -> bool:
+    """Whether an object may have "b64" twice: after one, there is more than a string and the end of the object."""
+    start = body.find(_BASE64_KEY)
+    while start >= 0:
+        string = _STRING_START.match(body, start + len(_BASE64_KEY))
+        end = body.find(b'"', string.end()) + 1 if string else 0
+        if not end or not _OBJECT_END.match(body, end) or body.find(b"\\", start, end) >= 0:
+            return True
+        start = body.find(_BASE64_KEY, end)
+    return False
 
 
 def _parse_with_rapidjson(body: bytes) -> Any:
@@ -86,10 +106,8 @@ class _FirstKeyCounts(rapidjson.Decoder):
 
 
 def _first_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    first: dict[str, Any] = {}
-    for key, value in pairs:
-        first.setdefault(key, value)
-    return first
+    members = dict(pairs)
+    return members if len(members) == len(pairs) else RepeatedKeys(pairs)
 
 
 def _parse_as_bytes(text: bytes, skipped: int) -> Any:
@@ -103,6 +121,8 @@ def _parse_as_bytes(text: bytes, skipped: int) -> Any:
 
 
 def _parse_error(what: str, offset: int) -> InvalidRequest:
+    if what == _CONTROL_CHARACTER:  # RapidJSON 1.1, which TensorFlow Serving has, says this of a control character
+        what = "Invalid escape character in string."
     return InvalidRequest(f"JSON Parse error: {what} at offset: {offset}")
 
 

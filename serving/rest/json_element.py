@@ -11,7 +11,7 @@ import numpy as np
 
 from serving.errors import InvalidRequest
 from serving.predictor import TensorSpec
-from serving.rest.json_quoting import quote, type_name
+from serving.rest.json_quoting import RepeatedKeys, quote, type_name
 
 # By the kind of the numpy dtype.
 JSON_TYPES: Mapping[str, frozenset[type]] = {
@@ -19,7 +19,7 @@ JSON_TYPES: Mapping[str, frozenset[type]] = {
     "i": frozenset((int,)),
     "u": frozenset((int,)),
     "b": frozenset((bool,)),
-    "O": frozenset((str, dict)),  # a dict: base64
+    "O": frozenset((str, dict, RepeatedKeys)),  # a dict: base64
 }
 # The field of TensorProto that narrow integers travel in: what does not fit it is of the wrong type, as TensorFlow
 # Serving has it, and not only out of range.
@@ -73,8 +73,8 @@ def decode_string(value: str | dict[str, Any]) -> bytes:
 
 
 def is_base64(value: dict[str, Any]) -> bool:
-    """Whether an object stands for bytes: "b64" is its only key and holds a string."""
-    return len(value) == 1 and isinstance(value.get("b64"), str)
+    """Whether an object stands for bytes: "b64" is its only key, there once, and holds a string."""
+    return len(value) == 1 and isinstance(value.get("b64"), str) and not isinstance(value, RepeatedKeys)
 
 
 def dtype_name(dtype: str) -> str:

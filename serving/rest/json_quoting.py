@@ -14,6 +14,14 @@ from serving.errors import InvalidRequest
 _QUOTED_DOCUMENT_BYTES = 256
 
 
+class RepeatedKeys(dict[str, Any]):
+    """An object with a key more than once. The first of equal keys counts; messages quote all members."""
+
+    def __init__(self, members: list[tuple[str, Any]]) -> None:
+        super().__init__(reversed(members))
+        self.members = members
+
+
 class _NotWritable(Exception):  # noqa: N818
     """A number is not finite, at which RapidJSON's writer stops."""
 
@@ -63,7 +71,8 @@ def _pieces(value: Any, line: str) -> Iterator[str]:
     """Yield the text of a value piece by piece; `line` is a line break and the indentation reached."""
     if isinstance(value, dict):
         inner = line + "    "
-        for index, (key, item) in enumerate(value.items()):
+        members = value.members if isinstance(value, RepeatedKeys) else value.items()
+        for index, (key, item) in enumerate(members):
             yield ("{" if index == 0 else ",") + inner + _string(key) + ": "
             yield from _pieces(item, inner)
         yield line + "}" if value else "{}"

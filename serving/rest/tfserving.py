@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 
 import numpy as np
 from flask import Blueprint, Response, current_app, g, request
@@ -17,7 +18,7 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import NotImplemented as MethodNotImplemented
 from werkzeug.routing import BaseConverter, Rule
 
-from serving.errors import InvalidRequest, ModelNotFound, ServingError
+from serving.errors import InvalidRequest, ServingError
 from serving.model_config import MAX_VERSION
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec, check_rows
 from serving.repository import ModelRepository, ModelVersion
@@ -41,10 +42,12 @@ JSON_ELEMENT_BYTES = 16  # of a response: a float32 with its comma
 blueprint = Blueprint("tfserving", __name__)
 
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
-# The paths are matched in any case; the words after the colon and at the end are then compared as they are.
+# The request target is matched as it was sent, with its query and its percent-escapes; the name of the model and the
+# label are decoded afterwards. Paths match in any case; the words after the colon and at the end as they are.
 _MODEL = "[^/:]+"
 _VERSION = r"(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
 _CALL = re.compile(rf"(?i:/v1/models/(?P<model>{_MODEL}){_VERSION}):(?P<method>predict|classify|regress)")
+_BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 _STATUS = re.compile(rf"(?i:/v1/models(?:/(?P<model>{_MODEL}))?{_VERSION}(?P<metadata>/metadata)?)")
 
 
@@ -69,9 +72,7 @@ def answer(_: str) -> Response:
     method = request.method
     if method not in _METHODS:
         raise MethodNotImplemented(f"{method} is no method of this API")
-    # The query is part of the path that is matched, as it is there.
-    query = request.environ["QUERY_STRING"]
-    path = request.path + ("?" + query if query else "")
+    path = _request_target()
     if method == "OPTIONS":
         return Response(status=200 if re.search("https?://", request.headers.get("Origin", "")) else 400)
     if method == "POST" and (call := _CALL.fullmatch(path)):
@@ -79,6 +80,21 @@ def answer(_: str) -> Response:
     if method == "GET" and (status := _STATUS.fullmatch(path)):
         return _metadata(status) if status["metadata"] == "/metadata" else _status(status)
     raise InvalidRequest(f"Malformed request: {method} {path}")
+
+
+def _request_target() -> str:
+    """Return the path as it was sent, with the query."""
+    environ = request.environ
+    sent = environ.get("REQUEST_URI") or environ.get(
+        "RAW_URI"
+    )  # which of the two, if any, differs between WSGI servers
+    if sent is None:
+        query = environ["QUERY_STRING"]
+        sent = quote(environ["PATH_INFO"], encoding="latin-1") + (f"?{query}" if query else "")
+    target: str = sent.encode("latin-1").decode("utf-8", "replace")
+    if _BAD_ESCAPE.search(target):
+        raise InvalidRequest(f"Malformed request: {request.method} {target} holds a % without two hexadecimal digits")
+    return target
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,7 @@ class PredictRequest:
 
 
 def _predict(call: re.Match[str]) -> Response:
-    g.model, g.is_tfs_predict = call["model"], True
+    g.model, g.is_tfs_predict = _model_name(call), True
     number = _version(call)
     body = _read_body()
     problem = None
@@ -182,8 +198,8 @@ def _read_document(body: bytes) -> dict[str, Any]:
 
 
 def _resolve(match: re.Match[str], number: int | None) -> ModelVersion:
-    name = _model_name(match)
-    version = _repository().resolve(name, version=number, label=match["label"])
+    label = None if match["label"] is None else unquote(match["label"])
+    version = _repository().resolve(_model_name(match), version=number, label=label)
     g.model = version.name
     return version
 
@@ -209,11 +225,7 @@ def _signature(document: Mapping[str, Any], signatures: Mapping[str, Signature])
 def _status(match: re.Match[str]) -> Response:
     number = _version(match)
     name = _model_name(match)
-    versions = _repository().versions(name)
-    if number is not None:
-        versions = [version for version in versions if version.version == number]
-        if not versions:
-            raise ModelNotFound(f"Could not find version {number} of model {name}")
+    versions = _repository().versions(name, number)
     return json_response(
         {
             "model_version_status": [
@@ -273,7 +285,7 @@ def _read_body() -> bytes:
 def _model_name(match: re.Match[str]) -> str:
     if not match["model"]:
         raise InvalidRequest("Missing model name in request.")
-    return match["model"]
+    return unquote(match["model"])
 
 
 def _version(match: re.Match[str]) -> int | None:

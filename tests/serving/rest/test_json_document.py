@@ -27,7 +27,9 @@ from serving.rest.json_quoting import quote, quote_document, type_name
         (b"[1e400]", "Number too big to be stored in double. at offset: 1"),
         (b"[" + b"9" * 5000 + b"]", "Number too big to be stored in double. at offset: 1"),
         (b'["\\ud800"]', "The surrogate pair in string is invalid. at offset: 2"),
-        (b'["a\nb"]', "Invalid encoding in string. at offset: 3"),
+        (b'["a\nb"]', "Invalid escape character in string. at offset: 3"),
+        (b'{"a\x1f":1}', "Invalid escape character in string. at offset: 3"),
+        (b'{"\xff":"\x01"}', "Invalid escape character in string. at offset: 6"),
         (b'{"a":"\xff"', "Missing a comma or '}' after an object member. at offset: 8"),
     ],
 )
@@ -56,6 +58,7 @@ def test_integers_of_any_size_are_read_whichever_parser_reads_them(mark: bytes) 
         (b'{"instances":[1],"instances":[2]}', {"instances": [1]}),
         (b'{"inputs":{"a":1,"a":2}}', {"inputs": {"a": 1}}),
         (b'{"instances":[{"a":1,"a":2},{"a":3}]}', {"instances": [{"a": 1}, {"a": 3}]}),
+        (b'{"inputs":{"\\u0061":1,"a":2}}', {"inputs": {"a": 1}}),
         (b'{"inputs":{"inputs":[1]}}', {"inputs": {"inputs": [1]}}),  # no repetition
         (b'{"inputs":["inputs","inputs"]}', {"inputs": ["inputs", "inputs"]}),
     ],

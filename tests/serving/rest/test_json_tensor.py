@@ -41,6 +41,26 @@ def refusal(body: str | bytes, **dtypes: str) -> str:
     return str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        '"b64":"aGk=","b64":"eW8="',
+        '"b64":"aGk=" , "b64" : "aGk="',
+        '"b64":{},"b64":"eW8="',
+        '"b64":["}"],"b64":"eW8="',
+        '"\\u006264":"aGk=","b64":"eW8="',
+        '"b64":"a\\"}","b64":"eW8="',
+    ],
+)
+def test_base64_twice_in_one_object_is_no_base64(members: str) -> None:
+    body = f'{{"inputs":[{{"b64":"aGk="}},{{{members}}}]}}'
+    assert refusal(body, x="DT_STRING").endswith("not formatted correctly for base64 data")
+    whole = '{"inputs":[{"b64":"aGk=","b64":"eW8="}]}'
+    assert refusal(whole, x="DT_STRING") == (
+        'JSON Value: {\n    "b64": "aGk=",\n    "b64": "eW8="\n} not formatted correctly for base64 data'
+    )
+
+
 def outcome(convert: Any, *arguments: Any, **options: Any) -> Any:
     try:
         return convert(*arguments, **options)
