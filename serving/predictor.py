@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -85,6 +85,7 @@ class Signature:
     method_name: str  # "tensorflow/serving/predict"
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    defaults: Mapping[str, np.ndarray] = field(default_factory=dict)  # of inputs that a gRPC request may leave out
 
     @property
     def is_batched(self) -> bool:
@@ -272,7 +273,8 @@ def read_signature_defs(definitions: Mapping[str, Any]) -> dict[str, Signature]:
     """Read SignatureDef messages, as a model's metadata or a saved_model.pb holds them.
 
     Raises:
-        ValueError: an input or output has a dtype that this version of TensorFlow does not know.
+        ValueError: an input or output has a dtype that this version of TensorFlow does not know, or a default value
+            cannot be read.
     """
     from tensorflow.core.framework import types_pb2
 
@@ -293,9 +295,24 @@ def read_signature_defs(definitions: Mapping[str, Any]) -> dict[str, Signature]:
             method_name=definition.method_name,
             inputs={key: describe(name, key, tensor) for key, tensor in sorted(definition.inputs.items())},
             outputs={key: describe(name, key, tensor) for key, tensor in sorted(definition.outputs.items())},
+            defaults={
+                key: _make_array(tensor)
+                for key, tensor in sorted(definition.defaults.items())
+                if key in definition.inputs
+            },
         )
         for name, definition in sorted(definitions.items())
     }
+
+
+def _make_array(tensor: Any) -> np.ndarray:
+    import tensorflow as tf
+
+    try:
+        array: np.ndarray = tf.make_ndarray(tensor)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return array
 
 
 def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:

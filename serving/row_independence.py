@@ -59,7 +59,7 @@ def find_dependent_signatures(path: Path, predictor: Predictor) -> frozenset[str
 
 def _check_signatures(path: Path, predictor: Predictor, deadline_s: float, found: set[str]) -> None:
     try:
-        recorded = _read_recorded_rows(path)
+        recorded = _read_recorded_rows(path, predictor.signatures)
         for name, signature in predictor.signatures.items():
             if signature.is_batched and _is_dependent(predictor, signature, recorded.get(name), deadline_s):
                 found.add(name)
@@ -135,11 +135,11 @@ def _differ_in(ours: np.ndarray, theirs: np.ndarray, part: float) -> bool:
     return not np.allclose(ours, theirs, rtol=0, atol=tolerance, equal_nan=True)
 
 
-def _read_recorded_rows(path: Path) -> dict[str, _Arrays]:
+def _read_recorded_rows(path: Path, signatures: Mapping[str, Signature]) -> dict[str, _Arrays]:
     """Return a few rows of the warm-up records of each signature, of the shape that its first record has."""
     found: dict[str, dict[str, np.ndarray]] = {}
     try:
-        for name, inputs in read_warmup_records(path):
+        for name, inputs in read_warmup_records(path, signatures):
             if any(array.ndim == 0 for array in inputs.values()):
                 continue
             before = found.get(name)

@@ -6,13 +6,13 @@ The file and its limit are TensorFlow Serving's (`servables/tensorflow/saved_mod
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from serving.errors import ModelLoadError, ServingError
-from serving.predictor import DEFAULT_SIGNATURE, Predictor
+from serving.predictor import DEFAULT_SIGNATURE, Predictor, Signature
 
 WARMUP_FILE = Path("assets.extra", "tf_serving_warmup_requests")
 MAX_RECORDS = 1_000
@@ -32,7 +32,7 @@ def replay_warmup_records(path: Path, predictor: Predictor) -> int:
         ModelLoadError: a record is damaged, not a predict request, or fails, or there are too many.
     """
     count = 0
-    for signature, inputs in read_warmup_records(path):
+    for signature, inputs in read_warmup_records(path, predictor.signatures):
         try:
             predictor.predict(signature, inputs)
         except (ServingError, TypeError, ValueError) as error:
@@ -41,8 +41,12 @@ def replay_warmup_records(path: Path, predictor: Predictor) -> int:
     return count
 
 
-def read_warmup_records(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+def read_warmup_records(path: Path, signatures: Mapping[str, Signature]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Read the signature and the inputs of every record of a version's warm-up file; none where there is no file.
+
+    Args:
+        path: the version's folder.
+        signatures: its signatures, whose default values stand for the inputs that a record leaves out.
 
     Raises:
         ModelLoadError: a record is damaged or not a predict request, or there are too many.
@@ -68,8 +72,10 @@ def read_warmup_records(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]
             if log.WhichOneof("log_type") != "predict_log":
                 raise ModelLoadError(f"warm-up record {count} of {file} is no predict request", code="UNIMPLEMENTED")
             request = log.predict_log.request
-            inputs: dict[str, np.ndarray] = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
-            yield request.model_spec.signature_name or DEFAULT_SIGNATURE, inputs
+            name = request.model_spec.signature_name or DEFAULT_SIGNATURE
+            inputs = dict(signatures[name].defaults) if name in signatures else {}
+            inputs.update((key, tf.make_ndarray(tensor)) for key, tensor in request.inputs.items())
+            yield name, inputs
             count += 1
     except tf.errors.DataLossError as error:
         raise ModelLoadError(f"{file} is damaged after {count} records", code="DATA_LOSS") from error

@@ -88,7 +88,7 @@ class PredictionService:
             alias: run_sized(count_elements(tensor), read_tensor, tensor, name=alias, max_bytes=self._max_bytes)
             for alias, tensor in request.inputs.items()
         }
-        outputs = version.predictor.predict(name, inputs, deadline_s=deadline_s)
+        outputs = version.predictor.predict(name, {**signature.defaults, **inputs}, deadline_s=deadline_s)
         response = predict_pb2.PredictResponse()
         response.model_spec.name = version.name
         response.model_spec.version.value = version.version
@@ -112,24 +112,31 @@ def resolve(repository: ModelRepository, spec: Any) -> ModelVersion:
     return repository.resolve(
         spec.name,
         version=spec.version.value if choice == "version" else None,
-        label=spec.version_label if choice == "version_label" and spec.version_label else None,
+        label=spec.version_label if choice == "version_label" else None,
     )
 
 
 def _check_names(sent: Collection[str], signature: Signature) -> None:
-    required = signature.inputs.keys()
-    if len(sent) != len(required):
+    required, defaults = signature.inputs.keys(), signature.defaults.keys()
+    if len(sent) > len(required) or (len(sent) < len(required) and not defaults):
         raise InvalidRequest(
             f"input size does not match signature: {len(sent)}!={len(required)} len({_in_braces(sent)}) != "
             f"len({_in_braces(required)}). Sent extra: {_in_braces(set(sent) - required)}. "
             f"Missing but required: {_in_braces(required - set(sent))}."
         )
-    for alias in sorted(sent):
-        if alias not in required:
+    for alias, spec in signature.inputs.items():
+        if alias not in sent and alias not in defaults:
             raise InvalidRequest(
-                f"input tensor alias not found in signature: {alias}. "
-                f"Inputs expected to be in the set {_in_braces(required)}."
+                f"Signature input alias: {alias}(feed name: {spec.tensor_name}) not found in request and no default "
+                f"value provided. Inputs expected to be in the request {_in_braces(sent)}, or default input alias set: "
+                f"{','.join(sorted(defaults))}"
             )
+    used = sorted(required & set(sent))
+    if len(used) != len(sent):
+        raise InvalidRequest(
+            f"Inputs contains invalid name. Used request inputs: {','.join(used)}, request input: "
+            f"{','.join(sorted(sent))}"
+        )
 
 
 def _read_filter(output_filter: Iterable[str], signature: Signature) -> list[str]:
@@ -159,6 +166,8 @@ def _describe_signatures(signatures: Iterable[Signature]) -> Any:
         for tensors, specs in ((definition.inputs, signature.inputs), (definition.outputs, signature.outputs)):
             for spec in specs.values():
                 _describe_tensor(tensors[spec.name], spec)
+        for name, array in signature.defaults.items():
+            write_tensor(definition.defaults[name], array, dtype_name=signature.inputs[name].dtype)
     return described
 
 

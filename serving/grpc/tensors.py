@@ -33,6 +33,7 @@ _VALUE_FIELDS: Mapping[str, str] = {
     "DT_STRING": "string_val",
 }
 SLICE_ELEMENTS = 64 * 1024
+MAX_DIMENSIONS = 64  # numpy's; TensorFlow's are 254
 _SMALL_INTEGERS = ("DT_INT8", "DT_INT16", "DT_UINT8", "DT_UINT16")
 
 
@@ -64,6 +65,11 @@ def read_tensor(tensor: Any, *, name: str, max_bytes: int) -> np.ndarray:
     dtype = NUMPY_DTYPES.get(dtype_name)
     if dtype is None:
         raise InvalidRequest(f"tensor parsing error: {name}: {dtype_name} cannot be sent")
+    if len(tensor.tensor_shape.dim) > MAX_DIMENSIONS:
+        raise InvalidRequest(
+            f"tensor parsing error: {name}: expected at most {MAX_DIMENSIONS} dimensions, got "
+            f"{len(tensor.tensor_shape.dim)}"
+        )
     shape = tuple(dimension.size for dimension in tensor.tensor_shape.dim)
     if tensor.tensor_shape.unknown_rank or any(size < 0 for size in shape):
         raise InvalidRequest(f"tensor parsing error: {name}: its shape is not fully given")
@@ -94,6 +100,7 @@ def write_tensor(tensor: Any, array: np.ndarray, *, dtype_name: str) -> None:
     from tensorflow.core.framework import types_pb2
 
     tensor.dtype = types_pb2.DataType.Value(dtype_name)
+    tensor.tensor_shape.SetInParent()  # of a scalar too
     for size in array.shape:
         tensor.tensor_shape.dim.add().size = size
     field = getattr(tensor, _VALUE_FIELDS[dtype_name])

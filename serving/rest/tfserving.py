@@ -19,6 +19,7 @@ from werkzeug.exceptions import NotImplemented as MethodNotImplemented
 from werkzeug.routing import BaseConverter, Rule
 
 from serving.errors import InvalidRequest, ServingError
+from serving.grpc.tensors import write_tensor
 from serving.model_config import MAX_VERSION
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec, check_rows
 from serving.repository import ModelRepository, ModelVersion
@@ -256,10 +257,24 @@ def _describe_signatures(version: ModelVersion) -> dict[str, Any]:
             "inputs": {key: _describe_tensor(spec) for key, spec in signature.inputs.items()},
             "outputs": {key: _describe_tensor(spec) for key, spec in signature.outputs.items()},
             "method_name": signature.method_name,
-            "defaults": {},
+            "defaults": {
+                key: _describe_default(array, signature.inputs[key]) for key, array in signature.defaults.items()
+            },
         }
         for name, signature in version.predictor.signatures.items()
     }
+
+
+def _describe_default(array: np.ndarray, spec: TensorSpec) -> dict[str, Any]:
+    from google.protobuf import json_format
+    from tensorflow.core.framework import tensor_pb2
+
+    tensor = tensor_pb2.TensorProto()
+    write_tensor(tensor, array, dtype_name=spec.dtype)
+    described: dict[str, Any] = json_format.MessageToDict(
+        tensor, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return described
 
 
 def _describe_tensor(spec: TensorSpec) -> dict[str, Any]:

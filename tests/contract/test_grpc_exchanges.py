@@ -14,6 +14,7 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
@@ -53,7 +54,21 @@ def ask(model: str, signature: str = "", **inputs: Any) -> Any:
     request.model_spec.name = model
     request.model_spec.signature_name = signature
     for name, value in inputs.items():
-        request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
+        is_packed = isinstance(value, tensor_pb2.TensorProto)
+        request.inputs[name].CopyFrom(value if is_packed else tf.make_tensor_proto(value))
+    return request
+
+
+def flat_tensor(*, dimensions: int) -> tensor_pb2.TensorProto:
+    """Return a tensor of a single number, in that many dimensions."""
+    tensor = tensor_pb2.TensorProto(dtype=tf.float32.as_datatype_enum, float_val=[1])
+    for _ in range(dimensions):
+        tensor.tensor_shape.dim.add().size = 1
+    return tensor
+
+
+def with_label(request: Any, label: str) -> Any:
+    request.model_spec.version_label = label
     return request
 
 
@@ -96,6 +111,7 @@ def test_every_dtype_comes_back_as_it_went(channel: grpc.Channel) -> None:
             assert reply.outputs[key].dtype == tensor.dtype
             array = tf.make_ndarray(reply.outputs[key])
             assert not reply.outputs[key].tensor_content
+            assert reply.outputs[key].HasField("tensor_shape")
             assert len(array.shape) == len(tensor.tensor_shape.dim)
         answered += 1
     assert answered >= 3
@@ -106,7 +122,21 @@ def test_every_dtype_comes_back_as_it_went(channel: grpc.Channel) -> None:
     [
         (ask("m", images=PIXELS), "NOT_FOUND", "Servable not found for request: Latest(m)"),
         (ask("cifar10", "x", images=PIXELS), "FAILED_PRECONDITION", 'Serving signature key "x" not found.'),
-        (ask("cifar10", pixels=PIXELS), "INVALID_ARGUMENT", "input tensor alias not found in signature: pixels."),
+        (
+            ask("multi", "one", y=np.ones(1, np.float32)),
+            "INVALID_ARGUMENT",
+            (
+                "Signature input alias: x(feed name: one_x:0) not found in request and no default value provided. "
+                "Inputs expected to be in the request {y}, or default input alias set: "
+            ),
+        ),
+        (
+            ask("multi", "one", x=np.ones(1, np.float32), y=np.ones(1, np.float32)),
+            "INVALID_ARGUMENT",
+            "Sent extra: {y}.",
+        ),
+        (ask("multi", "one", x=flat_tensor(dimensions=300)), "INVALID_ARGUMENT", "tensor parsing error: x"),
+        (with_label(ask("cifar10", images=PIXELS), ""), "INVALID_ARGUMENT", "Unrecognized servable version label: "),
         (ask("cifar10"), "INVALID_ARGUMENT", "input size does not match signature: 0!=1"),
     ],
 )

@@ -90,8 +90,21 @@ def save_adder(path: Path) -> Path:
     return path
 
 
-def write_warmup_records(path: Path, batches: Sequence[tf.Tensor], *, signature: str = "serving_default") -> None:
-    """Write a warm-up record with the input `images` for each of `batches`."""
+def save_multiplier(path: Path) -> Path:
+    """Write a model with an input that has a default value: k times x, and 3 times x without k."""
+
+    three = tf.constant(3.0)
+    specs = [tf.TensorSpec((None,), tf.float32, "x"), tf.TensorSpec((), tf.float32, "k")]
+    model = tf.Module()
+    model.multiply = tf.function(lambda x, k=three: {"y": k * x}, input_signature=specs)
+    tf.saved_model.save(model, str(path), signatures=model.multiply)
+    return path
+
+
+def write_warmup_records(
+    path: Path, batches: Sequence[tf.Tensor], *, name: str = "images", signature: str = "serving_default"
+) -> None:
+    """Write a warm-up record with the one input `name` for each of `batches`."""
     file = path / "assets.extra" / "tf_serving_warmup_requests"
     file.parent.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(file)) as writer:
@@ -99,6 +112,6 @@ def write_warmup_records(path: Path, batches: Sequence[tf.Tensor], *, signature:
             request = predict_pb2.PredictRequest()
             request.model_spec.name = "colours"
             request.model_spec.signature_name = signature
-            request.inputs["images"].CopyFrom(tf.make_tensor_proto(batch))
+            request.inputs[name].CopyFrom(tf.make_tensor_proto(batch))
             log = prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
             writer.write(log.SerializeToString())

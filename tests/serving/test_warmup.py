@@ -10,8 +10,8 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from serving.errors import ModelLoadError
 from serving.predictor import SavedModelPredictor
-from serving.warmup import MAX_RECORDS, WARMUP_FILE, replay_warmup_records
-from tests.serving.saved_models import write_warmup_records
+from serving.warmup import MAX_RECORDS, WARMUP_FILE, read_warmup_records, replay_warmup_records
+from tests.serving.saved_models import save_multiplier, write_warmup_records
 
 
 @pytest.fixture
@@ -36,6 +36,15 @@ def test_every_record_is_sent_to_the_model(version: Path) -> None:
 def test_a_model_without_records_is_left_alone(version: Path) -> None:
     (version / WARMUP_FILE).unlink()
     assert replay_warmup_records(version, SavedModelPredictor(version)) == 0
+
+
+def test_default_values_stand_for_the_inputs_that_a_record_leaves_out(tmp_path: Path) -> None:
+    path = save_multiplier(tmp_path / "1")
+    write_warmup_records(path, [np.ones(2, np.float32)], name="x")
+    predictor = SavedModelPredictor(path)
+    ((signature, inputs),) = read_warmup_records(path, predictor.signatures)
+    assert (signature, inputs["x"].tolist(), inputs["k"].tolist()) == ("serving_default", [1, 1], 3)
+    assert replay_warmup_records(path, predictor) == 1
 
 
 def refusal(version: Path) -> ModelLoadError:

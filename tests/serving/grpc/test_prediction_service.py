@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import tensorflow as tf
+from flask import Flask
 from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
     classification_pb2,
@@ -24,9 +25,14 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from serving.app import create_app
+from serving.errors import InvalidRequest
+from serving.grpc.prediction_service import PredictionService
+from serving.metrics import Metrics
+from serving.settings import Settings
 from serving.waiting import SMALL_BYTES
 from tests.serving.conftest import Server, picture
-from tests.serving.saved_models import save_colour_classifier
+from tests.serving.saved_models import save_colour_classifier, save_multiplier
 
 RED = np.zeros((1, 32, 32, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
 
@@ -108,11 +114,78 @@ def test_the_version_asked_for(stubs: Any) -> None:
         grpc.StatusCode.NOT_FOUND,
         "Servable not found for request: Specific(colours, 8)",
     )
-    request.model_spec.version_label = "stable"
-    assert refusal(stubs, request) == (
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "Unrecognized servable version label: stable",
-    )
+    for label in ("stable", ""):
+        request.model_spec.version_label = label
+        assert refusal(stubs, request) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"Unrecognized servable version label: {label}",
+        )
+
+
+@pytest.fixture(scope="module")
+def multiplier(tmp_path_factory: pytest.TempPathFactory) -> Flask:
+    models_dir = tmp_path_factory.mktemp("models")
+    save_multiplier(models_dir / "multiplier" / "1")
+    app = create_app(Settings(models_dir=models_dir))
+    app.extensions["repository"].load()
+    return app
+
+
+def multiply(app: Flask, **inputs: Any) -> Any:
+    service = PredictionService(app.extensions["repository"], Metrics(), max_bytes=1_000, max_rows=10)
+    return service.predict(ask("multiplier", **inputs), None)
+
+
+def test_default_values_stand_for_the_inputs_that_a_request_leaves_out(multiplier: Flask) -> None:
+    x = np.array([1, 2], np.float32)
+    assert list(multiply(multiplier, x=x).outputs["y"].float_val) == [3, 6]
+    assert list(multiply(multiplier, x=x, k=np.float32(2)).outputs["y"].float_val) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("k",),
+            (
+                "Signature input alias: x(feed name: serving_default_x:0) not found in request and no default value "
+                "provided. Inputs expected to be in the request {k}, or default input alias set: k"
+            ),
+        ),
+        (
+            (),
+            (
+                "Signature input alias: x(feed name: serving_default_x:0) not found in request and no default value "
+                "provided. Inputs expected to be in the request {}, or default input alias set: k"
+            ),
+        ),
+        (("x", "z"), "Inputs contains invalid name. Used request inputs: x, request input: x,z"),
+        (
+            ("k", "x", "z"),
+            (
+                "input size does not match signature: 3!=2 len({k,x,z}) != len({k,x}). Sent extra: {z}. "
+                "Missing but required: {}."
+            ),
+        ),
+    ],
+)
+def test_default_values_stand_for_nothing_else(multiplier: Flask, names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        multiply(multiplier, **dict.fromkeys(names, np.float32(1)))
+    assert str(refused.value) == message
+
+
+def test_default_values_are_described(multiplier: Flask) -> None:
+    described = multiplier.test_client().get("/v1/models/multiplier/metadata").json
+    assert described is not None
+    defaults = described["metadata"]["signature_def"]["signature_def"]["serving_default"]["defaults"]
+    assert (defaults["k"]["dtype"], defaults["k"]["float_val"]) == ("DT_FLOAT", [3.0])
+    request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+    request.model_spec.name = "multiplier"
+    service = PredictionService(multiplier.extensions["repository"], Metrics(), max_bytes=1_000, max_rows=10)
+    signatures = get_model_metadata_pb2.SignatureDefMap()
+    service.get_model_metadata(request, None).metadata["signature_def"].Unpack(signatures)
+    assert tf.make_ndarray(signatures.signature_def["serving_default"].defaults["k"]) == 3.0
 
 
 @pytest.mark.parametrize(
@@ -125,7 +198,10 @@ def test_the_version_asked_for(stubs: Any) -> None:
         (
             ask(pixels=RED),
             "INVALID_ARGUMENT",
-            "input tensor alias not found in signature: pixels. Inputs expected to be in the set {images}.",
+            (
+                "Signature input alias: images(feed name: serving_default_images:0) not found in request and no "
+                "default value provided. Inputs expected to be in the request {pixels}, or default input alias set: "
+            ),
         ),
         (
             ask(images=RED, more=RED),
@@ -176,6 +252,7 @@ def broken_tensor(dtype: int, shape: tuple[int, ...], **fields: Any) -> Any:
     [
         (broken_tensor(4, (1, 32, 32, 3), tensor_content=b"123"), "INVALID_ARGUMENT", "has 3 bytes"),
         (broken_tensor(4, (1, 32, 32, 3)), "INVALID_ARGUMENT", "0 values"),
+        (broken_tensor(4, (1,) * 65, int_val=[1]), "INVALID_ARGUMENT", "at most 64 dimensions, got 65"),
         (broken_tensor(4, (1, 1), int_val=[1, 2]), "INVALID_ARGUMENT", "2 values"),
         (broken_tensor(4, (1, 32, 32, 3), int_val=[300]), "INVALID_ARGUMENT", "from 0 to 255"),
         (broken_tensor(4, (-1, 32, 32, 3), int_val=[3]), "INVALID_ARGUMENT", "not fully given"),
