@@ -11,7 +11,7 @@ ENTRY = '  config {{\n    name: "{name}"\n    base_path: "/models/{name}"\n    m
 
 def main(models_dir: Path, output: Path) -> int:
     """Write `output`; returns the exit code."""
-    files = models_dir.glob("*/[0-9]*/saved_model.pb")
+    files = [*models_dir.glob("*/[0-9]*/saved_model.pb"), *models_dir.glob("*/[0-9]*/saved_model.pbtxt")]
     names = sorted({file.parent.parent.name for file in files if file.parent.name.isdigit()})
     if not names:
         print(

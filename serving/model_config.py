@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +124,25 @@ class ModelsFolder:
 def find_versions(base_path: Path) -> dict[int, Path]:
     """List the versions of a model: every child folder whose name is a number.
 
+    Of several folders with the same number the last by name counts, as in TensorFlow Serving: `1` rather than `01`.
+
     Raises:
         OSError: the folder does not exist or cannot be read.
     """
-    found: dict[int, Path] = {}
+    found: dict[int, list[Path]] = {}
     for path in _visible_folders(base_path):
         number = version_number(path.name)
-        if number is None:
-            continue
-        if number in found:
-            logger.warning("%s and %s are the same version; the first is served", found[number], path)
-            continue
-        found[number] = path
-    return found
+        if number is not None:
+            found.setdefault(number, []).append(path)
+    for paths in found.values():
+        if len(paths) > 1:
+            _log_duplicates(tuple(paths))
+    return {number: paths[-1] for number, paths in found.items()}
+
+
+@lru_cache(maxsize=256)  # logs them once, not at every poll
+def _log_duplicates(paths: tuple[Path, ...]) -> None:
+    logger.warning("%s are the same version; the last is served", " and ".join(map(str, paths)))
 
 
 def has_versions(config: ModelConfig) -> bool:

@@ -124,7 +124,7 @@ class SavedModelPredictor:
     """A SavedModel in this process.
 
     Args:
-        path: the version's folder, which holds `saved_model.pb`.
+        path: the version's folder, which holds `saved_model.pb` or `saved_model.pbtxt`.
         intra_op_threads: TensorFlow's threads for one call. The first predictor of a process decides for all.
 
     Raises:
@@ -240,33 +240,46 @@ def keep_freed_memory() -> None:
 
 
 def read_signatures(path: Path) -> dict[str, Signature]:
-    """Read the SignatureDefs of the SavedModel in `path` that is tagged "serve".
+    """Read the SignatureDefs of the SavedModel in `path`, of its graph tagged "serve" and nothing else.
 
     Raises:
-        ModelLoadError: `saved_model.pb` is missing, damaged, or holds no graph for serving.
+        ModelLoadError: there is no SavedModel, it is damaged, or it holds no graph for serving.
     """
+    file = path / "saved_model.pb"
+    if not file.exists() and (text_file := path / "saved_model.pbtxt").exists():
+        file = text_file
+    saved_model = _read_saved_model(file)
+    # As TensorFlow's loader chooses it: others may be for an accelerator ("serve", "gpu") or for training.
+    tag_sets = [set(graph.meta_info_def.tags) for graph in saved_model.meta_graphs]
+    if {"serve"} not in tag_sets:
+        others = ", ".join(" and ".join(f'"{tag}"' for tag in sorted(tags)) or "nothing" for tags in tag_sets)
+        found = f"; its graphs are tagged {others}" if others else ""
+        raise ModelLoadError(f'{file} holds no graph tagged "serve" and nothing else{found}', code="NOT_FOUND")
+    try:
+        return read_signature_defs(saved_model.meta_graphs[tag_sets.index({"serve"})].signature_def)
+    except ValueError as error:
+        raise ModelLoadError(f"{file}: {error}", code="INVALID_ARGUMENT") from error
+
+
+def _read_saved_model(file: Path) -> Any:
+    from google.protobuf import text_format
     from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf import saved_model_pb2
 
-    file = path / "saved_model.pb"
     try:
         if file.exists() and not file.is_file():
             raise ModelLoadError(f"{file} is not a regular file", code="FAILED_PRECONDITION")
-        saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+        if file.suffix == ".pbtxt":
+            return text_format.Parse(file.read_text(encoding="utf-8"), saved_model_pb2.SavedModel())
+        return saved_model_pb2.SavedModel.FromString(file.read_bytes())
     except FileNotFoundError as error:
-        raise ModelLoadError(f"no saved_model.pb in {path}", code="NOT_FOUND") from error
+        raise ModelLoadError(f"no saved_model.pb or saved_model.pbtxt in {file.parent}", code="NOT_FOUND") from error
     except OSError as error:
         raise ModelLoadError(f"cannot read {file}: {error.strerror}", code="UNKNOWN") from error
     except DecodeError as error:
         raise ModelLoadError(f"Can't parse {file} as binary proto", code="DATA_LOSS") from error
-    graphs = [graph for graph in saved_model.meta_graphs if "serve" in graph.meta_info_def.tags]
-    if not graphs:
-        raise ModelLoadError(f'{file} holds no graph tagged "serve"', code="NOT_FOUND")
-
-    try:
-        return read_signature_defs(graphs[0].signature_def)
-    except ValueError as error:
-        raise ModelLoadError(f"{file}: {error}", code="INVALID_ARGUMENT") from error
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"Can't parse {file} as text proto: {error}", code="DATA_LOSS") from error
 
 
 def read_signature_defs(definitions: Mapping[str, Any]) -> dict[str, Signature]:
@@ -399,7 +412,11 @@ _PREAMBLE = re.compile(r'Graph execution error:|Detected at node |<stack traces 
 
 def _reason(error: Exception) -> str:
     """Return the one line of an error of TensorFlow's that tells a caller what is wrong."""
-    lines = str(getattr(error, "message", None) or error).splitlines()
+    if isinstance(error, UnicodeDecodeError):  # of the message, which quotes bytes of the request
+        text = bytes(error.object).decode("utf-8", "backslashreplace")
+    else:
+        text = str(getattr(error, "message", None) or error)
+    lines = text.splitlines()
     line = next((line for line in lines if not _PREAMBLE.match(line)), "no reason given")
     line = re.sub(r"^\s*\(0\) [A-Z_]+:|\{\{[^}]*\}\}| \[Op:[^]]*\]", "", line)
     return line.strip() or "no reason given"

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from google.protobuf import text_format
+from tensorflow.core.protobuf import saved_model_pb2
 
 from serving.errors import InvalidRequest, ModelLoadError
 from serving.predictor import SavedModelPredictor, TensorSpec
@@ -136,6 +139,59 @@ def test_threads_get_each_their_own_answer(classifier: SavedModelPredictor) -> N
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(200)))
+
+
+def save_with_two_graphs(path: Path, tags: list[list[str]]) -> Path:
+    """Write a SavedModel with a graph for each set of tags: the first multiplies by ten, the second adds ten."""
+    v1 = tf.compat.v1
+    info = v1.saved_model.build_tensor_info
+    builder = v1.saved_model.builder.SavedModelBuilder(str(path))
+    with tf.Graph().as_default(), v1.Session() as session:
+        x = v1.placeholder(tf.float32, [None])
+        signatures = [
+            {"serving_default": v1.saved_model.build_signature_def({"x": info(x)}, {"y": info(y)}, "predict")}
+            for y in (x * 10.0, x + 10.0)
+        ]
+        builder.add_meta_graph_and_variables(session, tags[0], signatures[0])
+        builder.add_meta_graph(tags[1], signatures[1])
+        builder.save()
+    return path
+
+
+def test_of_several_graphs_the_one_for_serving_and_nothing_else_is_used(tmp_path: Path) -> None:
+    predictor = SavedModelPredictor(save_with_two_graphs(tmp_path / "1", [["serve", "gpu"], ["serve"]]))
+    x = np.array([1, 2], np.float32)
+    assert predictor.predict("serving_default", {"x": x})["y"].tolist() == [11, 12]
+    with pytest.raises(ModelLoadError, match=r'tagged "gpu" and "serve", "train"$') as refused:
+        SavedModelPredictor(save_with_two_graphs(tmp_path / "2", [["serve", "gpu"], ["train"]]))
+    assert refused.value.code == "NOT_FOUND"
+
+
+def test_a_saved_model_in_text_format_is_read(tmp_path: Path, adder: Path) -> None:
+    path = shutil.copytree(adder, tmp_path / "1")
+    saved_model = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
+    (path / "saved_model.pbtxt").write_text(text_format.MessageToString(saved_model))
+    (path / "saved_model.pb").unlink()
+    ones = np.ones((1, 2), np.float32)
+    assert SavedModelPredictor(path).predict("serving_default", {"a": ones, "b": ones})["sum"].tolist() == [[2, 2]]
+    for broken in (b"meta_graphs {", b"\xff"):
+        (path / "saved_model.pbtxt").write_bytes(broken)
+        with pytest.raises(ModelLoadError, match="as text proto") as refused:
+            SavedModelPredictor(path)
+        assert refused.value.code == "DATA_LOSS"
+
+
+def test_a_message_of_a_kernel_is_kept_where_it_quotes_bytes_that_are_no_utf8(tmp_path: Path) -> None:
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, "examples")])
+    def parse(examples: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"x": tf.io.parse_example(examples, {"x": tf.io.FixedLenFeature([2], tf.float32)})["x"]}
+
+    tf.saved_model.save(tf.Module(), str(tmp_path / "1"), signatures=parse)
+    with pytest.raises(InvalidRequest) as refused:
+        SavedModelPredictor(tmp_path / "1").predict(
+            "serving_default", {"examples": np.array([b"\xfb\xff"], dtype=object)}
+        )
+    assert str(refused.value) == r"Could not parse example input, value: '\xfb\xff'"
 
 
 def test_folders_without_a_loadable_model_are_refused(tmp_path: Path, colours: Path) -> None:

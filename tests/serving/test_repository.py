@@ -37,6 +37,20 @@ def test_integer_folders_are_versions_and_nothing_else_is(models_dir: Path) -> N
     assert [config.name for config in ModelsFolder(models_dir)()] == ["colours"]
 
 
+def test_of_two_folders_with_one_number_the_last_by_name_is_served_and_that_logged_once(
+    models_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("0010", "010"):  # empty: they could not be loaded
+        (models_dir / "colours" / name).mkdir()
+    repository = load(models_dir)
+    for _ in range(3):
+        repository.update()
+    assert repository.resolve("colours").version == 10
+    assert find_versions(models_dir / "colours")[10].name == "10"
+    assert caplog.text.count("are the same version") == 1
+    assert "0010 and " in caplog.text
+
+
 def test_the_newest_version_is_served(models_dir: Path) -> None:
     repository = load(models_dir)
     assert repository.ready
