@@ -102,7 +102,7 @@ def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
 @blueprint.post("/models/<model>/infer")
 @blueprint.post("/models/<model>/versions/<version>/infer")
 def infer(model: str, version: str | None = None) -> Response:
-    """Run a signature of a model: `serving_default`, or the one in the request's parameter `signature_name`."""
+    """Run the signature of a model that takes the request's inputs, or the one in its parameter `signature_name`."""
     found = _resolve(model, version)
     header_length = request.headers.get(HEADER_LENGTH)
     body = inflate_body(request.get_data(cache=False), request.headers.get("Content-Encoding", ""), header_length)
@@ -142,7 +142,7 @@ def read_infer(body: bytes, header_length: str | None, model: str, signatures: M
         InvalidRequest: it is malformed, or does not fit the signature.
     """
     document, binary = split_body(body, header_length)
-    signature = _signature(model, signatures, read_signature_name(document))
+    signature = _signature(model, signatures, read_signature_name(document, signatures))
     identifier = read_id(document)
     outputs = read_outputs(document, signature)
     return InferRequest(signature.name, identifier, read_inputs(document, binary, signature), outputs)

@@ -91,16 +91,35 @@ def read_id(document: Mapping[str, Any]) -> str | None:
     return identifier
 
 
-def read_signature_name(document: Mapping[str, Any]) -> str:
+def read_signature_name(document: Mapping[str, Any], signatures: Mapping[str, Signature]) -> str:
     """Return the signature that the request's parameter `signature_name` asks for.
 
+    Without it, the one that takes exactly the inputs of the request: most clients cannot send the parameter. Where none
+    does, or `serving_default` does as well as others, that is `serving_default`.
+
     Raises:
-        InvalidRequest: the parameters are malformed.
+        InvalidRequest: the parameters are malformed, or several signatures take the inputs.
     """
-    name = _parameters(document, of="the request").get("signature_name", DEFAULT_SIGNATURE)
+    name = _parameters(document, of="the request").get("signature_name")
+    if name is None:
+        return _find_signature(document.get("inputs"), signatures)
     if not isinstance(name, str):
         raise InvalidRequest(f"the parameter signature_name must be a string, not {quote(name)}")
     return name
+
+
+def _find_signature(inputs: Any, signatures: Mapping[str, Signature]) -> str:
+    tensors = inputs if isinstance(inputs, list) else ()
+    names = sorted(str(tensor.get("name")) for tensor in tensors if isinstance(tensor, dict))
+    found = [name for name, signature in signatures.items() if names and sorted(signature.inputs) == names]
+    if not found or DEFAULT_SIGNATURE in found:
+        return DEFAULT_SIGNATURE
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"several signatures take the input {', '.join(names)}: {', '.join(found)}; choose one with the parameter "
+            "signature_name"
+        )
+    return found[0]
 
 
 def read_inputs(document: Mapping[str, Any], binary: memoryview, signature: Signature) -> dict[str, np.ndarray]:

@@ -78,7 +78,8 @@ def decode_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarr
 
     Raises:
         InvalidRequest: it is no such list, there are more or fewer elements than the shape has, or one is of another
-            type or out of range: nothing is rounded to whole numbers, wrapped or made infinite.
+            type or out of range: nothing is rounded to whole numbers, wrapped or made infinite. A float that is whole
+            (106.0) is a whole number: some clients have no other numbers.
     """
     datatype = datatype_of(spec)
     if not datatype.json_types:
@@ -87,6 +88,9 @@ def decode_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarr
         raise InvalidRequest(f"input {spec.name}: data must be a list, not {quote(data)}")
     elements, sizes = _flatten(data, spec)
     types = set(map(type, elements))
+    if float in types and datatype.json_types == _WHOLE[0]:
+        elements = list(map(_to_whole, elements))
+        types = set(map(type, elements))
     if not types <= datatype.json_types:
         odd = next(element for element in elements if type(element) not in datatype.json_types)
         raise InvalidRequest(f"input {spec.name}: {datatype.name} takes {datatype.json_words}, not {quote(odd)}")
@@ -175,6 +179,10 @@ def _flatten(data: list[Any], spec: TensorSpec) -> tuple[list[Any], tuple[int, .
     return data, tuple(sizes)
 
 
+def _to_whole(element: Any) -> Any:
+    return int(element) if type(element) is float and element.is_integer() else element
+
+
 def _array_of(elements: list[Any], datatype: Datatype, spec: TensorSpec) -> np.ndarray:
     if datatype.name == "BYTES":
         array = np.empty(len(elements), datatype.dtype)
@@ -188,6 +196,7 @@ def _array_of(elements: list[Any], datatype: Datatype, spec: TensorSpec) -> np.n
     except (OverflowError, ValueError) as error:
         limits = np.iinfo(datatype.dtype)
         odd = next(element for element in elements if not limits.min <= element <= limits.max)
+        odd = odd if abs(odd) <= 2**64 else float(odd)  # of which there may be 300 digits
         raise InvalidRequest(
             f"input {spec.name}: {datatype.name} is from {limits.min} to {limits.max}, not {odd}"
         ) from error

@@ -146,7 +146,7 @@ def test_half_floats_come_as_bytes(client):
 
 def test_encoded_pictures_through_another_signature(client):
     inputs = [tensor("image_bytes", jpegs(2, 1, 0), "BYTES")]
-    result = client.infer("colours", inputs, parameters={"signature_name": "image_bytes"})
+    result = client.infer("colours", inputs)  # the names of the inputs choose the signature
     assert result.as_numpy("label").tolist() == [LABELS[2], LABELS[1], LABELS[0]]
 
 

@@ -22,6 +22,9 @@ from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
 from serving.app import create_app
+from serving.errors import InvalidRequest
+from serving.predictor import Signature, TensorSpec
+from serving.rest.v2 import read_infer
 from serving.settings import Settings
 from tests.serving.conftest import picture
 
@@ -337,6 +340,46 @@ def test_a_compressed_body_stays_within_a_limit(client: FlaskClient) -> None:
 def test_an_encoding_that_is_not_read(client: FlaskClient) -> None:
     assert 'Content-Encoding "br" is not read' in error(post(client, "adder", SUM, **{"Content-Encoding": "br"}), 415)
     assert post(client, "adder", SUM, **{"Content-Encoding": "identity"}).status_code == 200
+
+
+def test_pixels_may_be_whole_floats(client: FlaskClient) -> None:
+    floats = images(data=PIXELS.astype(float).tolist())
+    assert answer(post(client, "colours", {"inputs": [floats]})) == answer(
+        post(client, "colours", {"inputs": [images()]})
+    )
+
+
+def test_without_a_name_the_inputs_choose_the_signature(client: FlaskClient) -> None:
+    file = picture("blue")
+    tensor = {
+        "name": "image_bytes",
+        "shape": [1],
+        "datatype": "BYTES",
+        "parameters": {"binary_data_size": len(file) + 4},
+    }
+    request = {"inputs": [tensor], "parameters": {}, "outputs": [{"name": "label"}]}
+    reply = answer(post(client, "colours", request, struct.pack("<I", len(file)) + file))
+    assert reply["outputs"][0]["data"] == ["blue"]
+    shouted = answer(
+        post(client, "adder", {"inputs": [{"name": "text", "shape": [], "datatype": "BYTES", "data": ["a"]}]})
+    )
+    assert shouted["outputs"][0]["data"] == ["A"]
+    both = {"inputs": [tensor, images()]}
+    assert 'signature "serving_default" has no input "image_bytes"; it takes images' in error(
+        post(client, "colours", both)
+    )
+
+
+def test_inputs_that_several_signatures_take_choose_the_default_or_none() -> None:
+    x = {"x": TensorSpec("x", "DT_FLOAT", (None,), "x:0")}
+    body = b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}'
+    signatures = {name: Signature(name, "", x, x) for name in ("half", "serving_default", "twice")}
+    assert read_infer(body, None, "m", signatures).signature_name == "serving_default"
+    del signatures["serving_default"]
+    with pytest.raises(InvalidRequest) as refused:
+        read_infer(body, None, "m", signatures)
+    message = "several signatures take the input x: half, twice; choose one with the parameter signature_name"
+    assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(

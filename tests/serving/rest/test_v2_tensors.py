@@ -51,10 +51,20 @@ def test_integers_keep_their_limits_and_nothing_beyond_them(datatype):
         assert f"{datatype} is from {limits.min} to {limits.max}, not {beyond}" in message
 
 
+@pytest.mark.parametrize("datatype", INTEGERS)
+def test_whole_floats_are_integers_and_keep_their_limits(datatype):
+    array = decode_json([[106.0, 1], [-0.0, 2e1]], spec(datatype), (2, 2))
+    assert array.dtype == NUMPY_DTYPES[DT[datatype]]
+    assert array.tolist() == [[106, 1], [0, 20]]
+    for beyond, spelt in ((1e300, "1e+300"), (-1e20, "-1e+20"), (1.8446744073709552e19, "18446744073709551616")):
+        assert refusal(decode_json, [1, beyond], spec(datatype), (2,)).endswith(f"not {spelt}")
+
+
 @pytest.mark.parametrize(
     ("datatype", "element", "spelt"),
     [
-        ("UINT8", 1.0, "1.0"),
+        ("UINT8", 1.5, "1.5"),
+        ("INT64", 0.25, "0.25"),
         ("UINT8", True, "true"),
         ("INT64", "1", '"1"'),
         ("INT64", None, "null"),
