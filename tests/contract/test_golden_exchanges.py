@@ -89,6 +89,12 @@ def ids(exchange):
     return f"{exchange['server']}-{exchange['name']}"
 
 
+def is_for_real_server(exchange):
+    """Whether a real server answers it as recorded, in the configuration of docs/deploying.md, and stays alive."""
+    is_configured = exchange["server"] in ("default", "config-file") and exchange["name"] not in OTHER_CONFIGURATION
+    return is_configured and "outcome" not in exchange
+
+
 @dataclass(frozen=True)
 class Target:
     """A server to send the requests to; `is_real` where it is TensorFlow Serving's own."""
@@ -218,7 +224,7 @@ def assert_same_json(ours, theirs):
 def test_it_answers_as_tensorflow_serving_does(targets, exchange):
     target = targets.get(exchange["server"], targets["default"])
     name, recorded = exchange["name"], exchange.get("response") or {}
-    if target.is_real and ("outcome" in exchange or name in OTHER_CONFIGURATION or exchange["server"] not in targets):
+    if target.is_real and not is_for_real_server(exchange):
         pytest.skip("needs another configuration of the real server, or would end it")
     expected = [response for response in exchange.get("responses", [recorded]) if response.get("status")] or [recorded]
     received = send(target, exchange["request"], responses=len(expected))
@@ -279,6 +285,23 @@ def test_the_lists_of_differences_name_exchanges():
     names = {exchange["name"] for exchange in EXCHANGES}
     assert len(EXCHANGES) == 173 + 141
     assert names >= DIFFERENT.keys() | OTHER_WORDS | CLOSED_OTHERWISE | OTHER_CONFIGURATION
+
+
+def test_a_real_server_can_answer_all_that_it_is_sent():
+    """In one configuration: the same request was never recorded with different responses."""
+    recorded = {}
+    for exchange in filter(is_for_real_server, EXCHANGES):
+        response = exchange["response"]
+        key = json.dumps(exchange["request"], sort_keys=True)
+        if (before := recorded.setdefault(key, response)) is not response:
+            assert_same_response(
+                Response(before["status"], "application/json", to_bytes(before), True), response, exchange
+            )
+
+
+def to_bytes(recorded):
+    body = recorded.get("body") or ""
+    return base64.b64decode(body["base64"]) if isinstance(body, dict) else body.encode()
 
 
 def test_the_servers_are_alive_after_all_of_it(targets):

@@ -45,13 +45,8 @@ OUR_FLAGS = {option for parameter in main.params for option in parameter.opts}
 TFSERVING_FLAGS = {
     "--model_config_file",
     "--model_config_file_poll_wait_seconds",
-    "--enable_batching",
-    "--batching_parameters_file",
     "--monitoring_config_file",
 }
-# The fields of BatchingParameters in TensorFlow Serving's session_bundle_config.proto, which no Python package has.
-BATCHING_FIELDS = {"max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads"}
-
 
 MIB = 2**20
 # What is resident: with one small model, and with none, in front of a TensorFlow Serving.
@@ -228,10 +223,8 @@ def test_the_versions_of_tensorflow_and_its_server_go_together() -> None:
 
 def test_the_configurations_are_ones_that_tensorflow_serving_reads(tmp_path: Path) -> None:
     (config_map,) = [manifest["data"] for manifest in MANIFESTS if manifest["kind"] == "ConfigMap"]
-    for name in ("batching.config", "monitoring.config"):
-        alone = re.sub(r"^#.*\n", "", (DEPLOY / name).read_text(), flags=re.M)
-        assert config_map[name] == alone
-    assert set(re.findall(r"^(\w+) \{ value: \d+ \}$", config_map["batching.config"], re.M)) == BATCHING_FIELDS
+    alone = re.sub(r"^#.*\n", "", (DEPLOY / "monitoring.config").read_text(), flags=re.M)
+    assert config_map["monitoring.config"] == alone
     text_format.Parse(config_map["models.config"], model_server_config_pb2.ModelServerConfig())
     for name in ("b", "a"):
         (tmp_path / "models" / name / "1").mkdir(parents=True)
@@ -241,6 +234,31 @@ def test_the_configurations_are_ones_that_tensorflow_serving_reads(tmp_path: Pat
     subprocess.run(write, check=True)
     parsed = text_format.Parse((tmp_path / "out").read_text(), model_server_config_pb2.ModelServerConfig())
     assert [(c.name, c.base_path) for c in parsed.model_config_list.config] == [("a", "/models/a"), ("b", "/models/b")]
+
+
+def test_nothing_turns_on_the_batching_that_an_empty_batch_hangs() -> None:
+    settings = re.compile(r"^[^#\n]*batching", re.M)  # outside comments
+    assert not [path for path in DEPLOY.rglob("*") if path.is_file() and settings.search(path.read_text())]
+
+
+def test_the_documented_container_serves_what_the_recordings_need() -> None:
+    page = (PROJECT / "docs" / "deploying.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^docker run .*golden.*$", page, re.M)
+    image, *flags = shlex.split(line)[shlex.split(line).index("tensorflow/serving:2.20.0") :]
+    assert image == COMPOSE["services"]["tensorflow-serving"]["image"]
+    options = dict(flag.split("=") for flag in flags)
+    # The config gives a label to a version that is not loaded yet, and the metrics were recorded.
+    assert options.pop("--allow_version_labels_for_unavailable_models") == "true"
+    assert options.keys() == {"--model_config_file", "--monitoring_config_file"}
+    sources = {mount[1]: PROJECT / mount[0] for mount in re.findall(r'-v "\$PWD/([^:]+):([^:"]+)(?::ro)?"', line)}
+    files = {}
+    for flag, path in options.items():
+        (mount,) = [mount for mount in sources if path == mount or path.startswith(mount + "/")]
+        files[flag] = Path(f"{sources[mount]}{path.removeprefix(mount)}")
+        assert files[flag].is_file()
+    config = text_format.Parse(files["--model_config_file"].read_text(), model_server_config_pb2.ModelServerConfig())
+    for model in config.model_config_list.config:
+        assert (sources["/models"] / model.base_path.removeprefix("/models/") / "1" / "saved_model.pb").is_file()
 
 
 def run_tfserving(tmp_path: Path, *tools: str, models: Path) -> subprocess.CompletedProcess[str]:
