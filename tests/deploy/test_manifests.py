@@ -226,9 +226,9 @@ def test_the_configurations_are_ones_that_tensorflow_serving_reads(tmp_path: Pat
     alone = re.sub(r"^#.*\n", "", (DEPLOY / "monitoring.config").read_text(), flags=re.M)
     assert config_map["monitoring.config"] == alone
     text_format.Parse(config_map["models.config"], model_server_config_pb2.ModelServerConfig())
-    for name in ("b", "a"):
+    for name, file in (("b", "saved_model.pb"), ("a", "saved_model.pbtxt")):
         (tmp_path / "models" / name / "1").mkdir(parents=True)
-        (tmp_path / "models" / name / "1" / "saved_model.pb").touch()
+        (tmp_path / "models" / name / "1" / file).touch()
     (tmp_path / "models" / "notes" / "x").mkdir(parents=True)
     write = [sys.executable, str(DEPLOY / "write_models_config.py"), str(tmp_path / "models"), str(tmp_path / "out")]
     subprocess.run(write, check=True)

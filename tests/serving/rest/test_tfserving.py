@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
-from werkzeug.test import TestResponse
+from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 
 from serving.app import create_app
 from serving.settings import Settings
@@ -170,6 +170,25 @@ def test_paths_of_predict(golden: FlaskClient, path: str) -> None:
 )
 def test_anything_else_is_malformed(golden: FlaskClient, method: str, path: str) -> None:
     assert error(golden.open(path, method=method, data="{}")) == f"Malformed request: {method} {path}"
+
+
+@pytest.mark.parametrize("sent_as", ["REQUEST_URI", "RAW_URI", None])
+def test_paths_are_read_as_they_were_sent_from_any_wsgi_server(golden: FlaskClient, sent_as: str | None) -> None:
+    def get(path: str) -> tuple[str, Any]:
+        environ = EnvironBuilder(path).get_environ()
+        target = environ.pop("REQUEST_URI")
+        del environ["RAW_URI"]
+        if sent_as:
+            environ[sent_as] = target
+        chunks, status, _ = run_wsgi_app(golden.application, environ, buffered=True)
+        return status[:3], json.loads(b"".join(chunks)).get("error")
+
+    assert get("/v1/models/%6Dulti/versions/3") == ("200", None)
+    assert get("/v1/models/multi?x=1") == ("404", "Could not find any versions of model multi?x=1")
+    assert get("/v1/models/caf%C3%A9") == ("404", "Could not find any versions of model café")
+    assert get("/v1/models/multi/labels/st%61ble/metadata") == ("400", "Unrecognized servable version label: stable")
+    if sent_as:
+        assert get("/v1/models/m%2Fx") == ("404", "Could not find any versions of model m/x")
 
 
 def test_other_methods(golden: FlaskClient) -> None:
