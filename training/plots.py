@@ -114,13 +114,26 @@ def plot_curves(history: Sequence[EpochResult], *, quantity: str, best_epoch: in
 
 
 def _name_curves(axes: Axes, epoch: int, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Write each curve's name beside its last point, pushed apart where two would touch."""
+    """Write each curve's name beside its last point, pushed apart where two would touch, and kept beside the axes."""
     bottom, top = axes.get_ylim()
     (upper, (high, high_colour)), (lower, (low, low_colour)) = sorted(ends.items(), key=lambda end: -end[1][0])
-    push = max(0.0, 0.08 * (top - bottom) - (high - low)) / 2
-    for name, height, colour in ((upper, high + push, high_colour), (lower, low - push, low_colour)):
+    gap = 0.08 * (top - bottom)
+    push = max(0.0, gap - (high - low)) / 2
+    high, low = high + push, low - push
+    if low < bottom:
+        low, high = bottom, max(high, bottom + gap)
+    elif high > top:
+        high, low = top, min(low, top - gap)
+    for name, height, colour in ((upper, high, high_colour), (lower, low, low_colour)):
         axes.annotate(
-            name, (epoch, height), xytext=(9, 0), textcoords="offset points", va="center", color=colour, weight="bold"
+            name,
+            (epoch, height),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            weight="bold",
+            annotation_clip=False,  # else a point that rounding puts outside the axes has no name
         )
 
 

@@ -48,7 +48,8 @@ def written(figure):
     return [
         (text.get_text(), box)
         for text, box in boxes
-        if id(text) not in hidden | outside and text.get_rotation() in (0, 90)
+        # Of an annotation that is left out, because its point is outside the axes, the box is that of one dot.
+        if id(text) not in hidden | outside and text.get_rotation() in (0, 90) and box.width > 1
     ]
 
 
@@ -62,7 +63,28 @@ def assert_readable(figure):
         assert width <= 2 or height <= 2, f"{one!r} and {other!r} overlap by {width:.0f}x{height:.0f} dots"
 
 
+def make_ending(loss, val_loss, accuracy, val_accuracy):
+    """Make a history that ends with these values."""
+    values = [(1.4, 0.8, 0.45, 0.7), (0.1, 0.1, 0.97, 0.97), (loss, val_loss, accuracy, val_accuracy)]
+    return [
+        EpochResult(
+            epoch=epoch,
+            loss=loss,
+            accuracy=accuracy,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            learning_rate=1e-3,
+            seconds=1.0,
+            images_per_s=1.0,
+        )
+        for epoch, (loss, val_loss, accuracy, val_accuracy) in enumerate(values, start=1)
+    ]
+
+
 HISTORIES = {
+    "ends near the axes": make_ending(0.013, 0.028, 0.997, 0.993),
+    "ends on the axes": make_ending(0.0, 0.0, 1.0, 1.0),
+    "validation ends on the axes": make_ending(0.02, 0.0, 0.999, 1.0),
     "one epoch": make_history([1.5]),
     "two alike": make_history([1.8, 1.27]),
     "best last": make_history([1.9, 1.6, 1.3, 1.1], [1e-3, 1e-3, 1e-3, 2e-4]),
@@ -81,6 +103,10 @@ def test_curves_are_readable(history, quantity):
     assert_readable(figure)
     texts = [text for text, _ in written(figure)]
     assert {"training", "validation"} <= set(texts)
+    (axes,) = figure.axes
+    frame = axes.get_window_extent()
+    names = [box for text, box in written(figure) if text in ("training", "validation")]
+    assert all(frame.y0 - 1 <= (box.y0 + box.y1) / 2 <= frame.y1 + 1 for box in names)
     assert any(text.startswith(f"kept: epoch {best.epoch}, ") for text in texts)
 
 
