@@ -50,6 +50,17 @@ class ServingError(Exception):
         """Return what the client is sent, as JSON."""
         return {"error": str(self)}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default the class is called with `args`, which the `__init__` of some subclasses does not take.
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[ServingError], args: tuple[Any, ...], attributes: dict[str, Any]) -> ServingError:
+    """Return an unpickled error: of `args`, an exception's `__new__` makes its message."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
+
 
 class InvalidRequest(ServingError):
     """The request cannot be understood, or does not fit the model's signature."""
