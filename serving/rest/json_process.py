@@ -14,7 +14,9 @@ import select
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
 
@@ -35,8 +37,10 @@ ARRAY_BYTES = 4  # of the arrays that a document becomes, for each of its own
 
 LARGE_JSON_BYTES = 1024 * 1024  # parsed within 60 ms; more is left to the process
 
+PARSE_TIMEOUT_S = 30.0  # for a request without a deadline of its own
+
 _LENGTH = struct.Struct("<Q")
-_POLL_S = 0.25  # how often a client that has disconnected is noticed
+_POLL_S = 0.25  # how often a deadline that has passed, and a client that has disconnected, is noticed
 _NICENESS = 10  # whoever sends little comes first
 
 
@@ -64,9 +68,11 @@ class JsonProcess:
             Overloaded: there was no memory or no turn for it before the deadline.
             ModelFailed: the client disconnected, or the deadline passed.
         """
-        context = current_request.get()
         if len(body) <= SMALL_BYTES:
             return function(body, *args)  # one at a time, so its objects take little memory
+        context = current_request.get()
+        if context.deadline_s is None:
+            context = replace(context, deadline_s=time.monotonic() + PARSE_TIMEOUT_S)
         with context.reserved(offload(json_cost, memoryview(body)[:json_bytes])):
             if len(body) <= LARGE_JSON_BYTES:
                 result = offload(function, body, *args)
@@ -83,15 +89,14 @@ class JsonProcess:
     def _call(
         self, context: RequestContext, function: Callable[..., object], body: bytes, args: tuple[Any, ...]
     ) -> tuple[str, Any]:
-        """Have the process parse; ends it where the client or the time is gone."""
+        """Have the process parse; kills it if the client disconnects or the deadline passes, whatever it does then."""
         process = self._running()
         assert process.stdin
         assert process.stdout
+        writable, readable = _Pipe(process.stdin, context), _Pipe(process.stdout, context)
         try:
-            _write(process.stdin, [pickle.dumps((function, args)), body])
-            while not select.select([process.stdout], [], [], _POLL_S)[0]:
-                context.check()
-            answer, *buffers = _read(process.stdout)
+            _write(writable, [pickle.dumps((function, args)), body])
+            answer, *buffers = _read(readable)
             reply: tuple[str, Any] = pickle.loads(answer, buffers=buffers)
         except (OSError, EOFError) as error:
             self._end()
@@ -109,16 +114,51 @@ class JsonProcess:
                 [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                bufsize=0,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])},
                 start_new_session=True,  # Ctrl-C is for the service, which ends it
             )
+            for stream in (self._process.stdin, self._process.stdout):
+                assert stream
+                os.set_blocking(stream.fileno(), False)
         return self._process
 
     def _end(self) -> None:
         if self._process:
-            self._process.kill()
+            self._process.kill()  # a stopped one too
             self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream:
+                    stream.close()
             self._process = None
+
+
+class _Pipe:
+    """One end of a pipe to the process: reads and writes what it can, and waits while the request may."""
+
+    def __init__(self, stream: Any, context: RequestContext) -> None:
+        self._stream = stream  # not blocking
+        self._context = context
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write some of it; returns how much."""
+        return self._wait_for(select.POLLOUT, lambda: self._stream.write(data))
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill some of it; returns how much, 0 at the end of the stream."""
+        return self._wait_for(select.POLLIN, lambda: self._stream.readinto(view))
+
+    def flush(self) -> None:
+        """Do nothing: nothing is buffered."""
+
+    def _wait_for(self, event: int, move: Callable[[], int | None]) -> int:
+        """Wait until data can be moved, and return the number of bytes moved."""
+        poll = select.poll()  # `select.select` knows no descriptors beyond 1,023
+        poll.register(self._stream, event)
+        while True:
+            self._context.check()
+            if poll.poll(_POLL_S * 1000) and (count := move()) is not None:
+                return count
 
 
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
@@ -167,24 +207,30 @@ def _unpack_strings(ends: np.ndarray, joined: bytes, shape: tuple[int, ...]) -> 
     return array.reshape(shape)
 
 
-def _write(stream: IO[bytes], parts: list[Any]) -> None:
-    stream.write(_LENGTH.pack(len(parts)))
+def _write(stream: IO[bytes] | _Pipe, parts: list[Any]) -> None:
+    _write_all(stream, _LENGTH.pack(len(parts)))
     for part in parts:
-        stream.write(_LENGTH.pack(len(part)))
-        stream.write(part)
+        _write_all(stream, _LENGTH.pack(len(part)))
+        _write_all(stream, part)
     stream.flush()
 
 
-def _read(stream: IO[bytes]) -> list[bytearray]:
+def _write_all(stream: IO[bytes] | _Pipe, data: bytes | bytearray | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) :]
+
+
+def _read(stream: IO[bytes] | _Pipe) -> list[bytearray]:
     (count,) = _LENGTH.unpack(_read_exactly(stream, _LENGTH.size))
     return [_read_exactly(stream, _LENGTH.unpack(_read_exactly(stream, _LENGTH.size))[0]) for _ in range(count)]
 
 
-def _read_exactly(stream: IO[bytes], size: int) -> bytearray:
+def _read_exactly(stream: IO[bytes] | _Pipe, size: int) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
     while view:
-        count = stream.readinto(view)  # type: ignore[attr-defined]
+        count = stream.readinto(view)  # type: ignore[union-attr]
         if not count:
             raise EOFError
         view = view[count:]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -16,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.errors import InvalidRequest, ModelFailed, Overloaded, ServingError, TooLarge
+from serving.errors import InvalidRequest, ModelFailed, Overloaded, ServingError, TooLarge, UnreadableImages
 from serving.memory import MemoryBudget, RequestMemory
 from serving.predictor import Signature, TensorSpec
 from serving.request_context import RequestContext, current_request
+from serving.rest import json_process
 from serving.rest.json_process import ARRAY_BYTES, LARGE_JSON_BYTES, JsonProcess
 from serving.rest.tfserving import read_examples, read_predict
 from serving.rest.v2 import InferRequest, read_infer
@@ -297,6 +300,110 @@ def test_a_client_that_disconnects_ends_the_parsing(process: JsonProcess, contex
     wait_until(lambda: not is_running(pid))
     context()
     assert_works(process)
+
+
+def freeze(_: bytes) -> str:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return "never"
+
+
+def freeze_while_replying(_: bytes) -> str:
+    os.write(1, struct.pack("<QQ", 1, 1_000) + b"part")
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return "never"
+
+
+def answer_at_length(_: bytes) -> bytes:
+    return bytes(10_000_000)
+
+
+@pytest.mark.parametrize("parser", [freeze, freeze_while_replying])
+def test_a_process_that_freezes_is_replaced_at_the_deadline(
+    process: JsonProcess, context: Callable[..., None], parser: Callable[[bytes], str]
+) -> None:
+    pid = int(process.parse(tell_pid, PADDING))
+    context(deadline_s=time.monotonic() + 0.5)
+    with pytest.raises(ModelFailed, match="deadline") as error:
+        process.parse(parser, PADDING)
+    assert error.value.status == 504
+    wait_until(lambda: not is_running(pid))
+    assert process._turns.used == 0
+    context()
+    assert_works(process)
+
+
+@pytest.mark.parametrize("has_deadline", [True, False])
+def test_a_process_that_does_not_read_is_replaced_at_the_deadline(
+    process: JsonProcess, monkeypatch: pytest.MonkeyPatch, has_deadline: bool
+) -> None:
+    monkeypatch.setattr(json_process, "PARSE_TIMEOUT_S", 0.5)
+    pid = int(process.parse(tell_pid, PADDING))
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(2) as threads:
+        deadline = {"deadline_s": time.monotonic() + 0.5} if has_deadline else {}
+        frozen = threads.submit(parse_in, process, 0.0, **deadline)
+        wait_until(lambda: process._turns.used == 1)
+        patient = threads.submit(parse_in, process, 0.0, deadline_s=time.monotonic() + PATIENCE_S)
+        with pytest.raises(ModelFailed, match="deadline"):
+            frozen.result()
+        assert patient.result() == "slept"
+    assert not is_running(pid)
+
+
+def test_a_client_that_disconnects_frees_the_turn_of_a_frozen_process(
+    process: JsonProcess, context: Callable[..., None]
+) -> None:
+    os.kill(int(process.parse(tell_pid, PADDING)), signal.SIGSTOP)
+    disconnects_s = time.monotonic() + 0.3
+    context(client_disconnected=lambda: time.monotonic() > disconnects_s)
+    with pytest.raises(ModelFailed, match="disconnected"):
+        process.parse(tell_pid, PADDING)
+    context()
+    assert_works(process)
+
+
+def test_the_process_works_where_many_files_are_open() -> None:
+    """`select.select` fails for a descriptor beyond 1,023."""
+    process = JsonProcess()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 1_200:
+        pytest.skip("no more than 1,200 files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 1_200), limits[1]))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1_030)]
+    try:
+        assert_works(process)
+    finally:
+        process._end()
+        for number in opened:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_long_answer_comes_back_whole(process: JsonProcess) -> None:
+    assert process.parse(answer_at_length, PADDING) == bytes(10_000_000)
+
+
+def test_an_error_comes_back_with_its_attributes(process: JsonProcess) -> None:
+    before = process.parse(tell_pid, PADDING)
+    with pytest.raises(UnreadableImages) as unreadable:
+        process.parse(refuse_images, PADDING)
+    assert unreadable.value.body() == refusal_of_images().body()
+    with pytest.raises(ModelFailed) as failed:
+        process.parse(refuse_model, PADDING)
+    assert (failed.value.status, failed.value.code, failed.value.retry_after_s) == (503, "UNAVAILABLE", 1)
+    assert process.parse(tell_pid, PADDING) == before
+
+
+def refusal_of_images() -> UnreadableImages:
+    return UnreadableImages([{"index": 0, "file": None, "error": "empty"}], image_count=1)
+
+
+def refuse_images(_: bytes) -> str:
+    raise refusal_of_images()
+
+
+def refuse_model(_: bytes) -> str:
+    raise ModelFailed("gone", code="UNAVAILABLE")
 
 
 def parse_in(process: JsonProcess, seconds: float, **fields: Any) -> str:
