@@ -14,7 +14,7 @@ from client.errors import ClientError
 from client.images import MAX_IMAGE_BYTES, find_pictures
 from client.output import Output
 from client.predictions import Failure
-from client.rest import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
+from client.rest import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, MAX_VERSION
 from client.table import plain, width
 
 STDIN = "-"
@@ -65,7 +65,9 @@ def main() -> None:
 @_url_option
 @_grpc_option
 @click.option("--model", help="The model to ask; needed where several are served, and with --grpc.")
-@click.option("--model-version", "version", type=click.IntRange(0), help="Its version.  [default: the newest]")
+@click.option(
+    "--model-version", "version", type=click.IntRange(0, MAX_VERSION), help="Its version.  [default: the newest]"
+)
 @click.option(
     "--top", type=click.IntRange(1), help="Labels to show for a picture, best first.  [default: 1; with --json all]"
 )

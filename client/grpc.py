@@ -30,7 +30,7 @@ from client.errors import (
 from client.images import Picture, as_jpeg_or_png
 from client.predictions import Failure, ModelStatus, Prediction, ServiceStatus
 from client.protos import prediction_pb2
-from client.rest import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, check_patience, is_this_machine
+from client.rest import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, check_model, check_patience, is_this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class GrpcTransport:
             raise ValueError(f"expected a gRPC address such as 127.0.0.1:8500, got {address!r}")
         if not model:
             raise ValueError("a model has to be named: over gRPC no server tells what it has")
+        check_model(model, version)
         self.address = address
         self._model = model
         self._version = version

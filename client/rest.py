@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_TIMEOUT_S = 60.0
 DEFAULT_RETRIES = 3
 CONNECT_TIMEOUT_S = 5.0
+MAX_VERSION = 2**63 - 1  # of a model, an int64
 MAX_REPLY_BYTES = 64 * 1024 * 1024
 
 _ESCAPED = {ord('"'): "%22", **{code: f"%{code:02X}" for code in range(32)}}
@@ -51,6 +52,7 @@ class RestTransport:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         check_patience(timeout_s, retries)
+        check_model(model, version)
         address = _read_url(url)
         self.url = str(address.copy_with(username=None, password=None)).rstrip("/")
         self._query = {
@@ -187,6 +189,12 @@ class RestTransport:
             return ModelNotFound(f"{reply.error} ({self.url}); `python -m client status` lists what is served")
         if reply.status >= 500:
             return ServerFailed(f"the service at {self.url} failed ({reply.status}): {reply.error}")
+        match reply.status, reply.json:
+            case 400, {"models": list(models)}:
+                names = ", ".join(map(str, models))
+                return RequestRejected(
+                    f"the service at {self.url} has several models; choose one with model (--model): {names}"
+                )
         return RequestRejected(f"the service at {self.url} refuses the request ({reply.status}): {reply.error}")
 
 
@@ -210,6 +218,18 @@ def check_patience(timeout_s: float, retries: int) -> None:
         raise ValueError(f"timeout_s must be more than 0 seconds, not {timeout_s}")
     if retries < 0:
         raise ValueError(f"retries must be at least 0, not {retries}")
+
+
+def check_model(model: str | None, version: int | None) -> None:
+    """Check which model and version a client is to ask for.
+
+    Raises:
+        ValueError: the name is empty, or the version is no version number.
+    """
+    if model == "":
+        raise ValueError("model must not be empty; leave it out where only one model is served")
+    if version is not None and not 0 <= version <= MAX_VERSION:
+        raise ValueError(f"version must be from 0 to {MAX_VERSION}, not {version}")
 
 
 def is_this_machine(host: str) -> bool:

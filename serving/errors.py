@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 # What the codes of gRPC and TensorFlow are as HTTP statuses: `model_servers/http_server.cc` of TensorFlow Serving.
@@ -31,6 +32,7 @@ class ServingError(Exception):
     ServingError                  500  INTERNAL
     +-- InvalidRequest            400  INVALID_ARGUMENT    it cannot be understood or does not fit the model
     |   +-- UnreadableImages      400  INVALID_ARGUMENT    some of the pictures sent cannot be decoded
+    |   +-- ModelNotNamed         400  INVALID_ARGUMENT    several models are served, and it names none
     +-- ModelNotFound             404  NOT_FOUND           no such model, or no such version of it
     +-- TooLarge                  413  RESOURCE_EXHAUSTED  more bytes, pixels or pictures than the service takes
     +-- UnsupportedMedia          415  INVALID_ARGUMENT    a body of a kind the route does not take
@@ -92,6 +94,18 @@ class UnreadableImages(InvalidRequest):
     def body(self) -> dict[str, Any]:
         """Return the message and, beside it, what is wrong with which picture."""
         return {"error": str(self), "errors": self.problems}
+
+
+class ModelNotNamed(InvalidRequest):
+    """Several models are served, and the request names none of these, its `models`."""
+
+    def __init__(self, models: Sequence[str]) -> None:
+        super().__init__(f"several models are served: {', '.join(models)}; choose one with the query parameter model")
+        self.models = list(models)
+
+    def body(self) -> dict[str, Any]:
+        """Return the message and, beside it, the names, with which a client can say it in its own way."""
+        return {"error": str(self), "models": self.models}
 
 
 class ModelNotFound(ServingError):

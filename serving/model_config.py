@@ -21,6 +21,7 @@ from serving.errors import InvalidRequest, StartupError
 logger = logging.getLogger(__name__)
 
 MAX_VERSION = 2**63 - 1  # an int64 in TensorFlow Serving's protocol
+MAX_SHOWN = 40  # characters of what a request has in place of a version number
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,26 @@ def printable(text: str) -> str:
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def version_number(name: str) -> int | None:
-    """Return the version that a folder's name stands for, None if it is none; `007` is 7."""
-    number = int(name) if re.fullmatch(r"[0-9]{1,30}", name) else None
-    return number if number is not None and number <= MAX_VERSION else None
+def version_number(text: str) -> int | None:
+    """Return the version that a text stands for: digits, of at most the largest int64. None for others; `007` is 7."""
+    digits = text.lstrip("0")
+    if not re.fullmatch("[0-9]+", text) or len(digits) > len(str(MAX_VERSION)):
+        return None
+    number = int(digits or "0")
+    return number if number <= MAX_VERSION else None
+
+
+def read_version_number(text: str) -> int:
+    """Return the version that a request asks for by number, of whatever protocol.
+
+    Raises:
+        InvalidRequest: it is no version number.
+    """
+    number = version_number(text)
+    if number is None:
+        shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+        raise InvalidRequest(f"the version must be a whole number from 0 to {MAX_VERSION}, not {shown!r}")
+    return number
 
 
 def read_config_file(path: Path) -> list[ModelConfig]:

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -103,6 +103,14 @@ class ModelRepository(ABC):
     def all_names(self) -> list[str]:
         """List every model that is to be served, those that could not be loaded included."""
         return list(self._names)
+
+    def labels(self, name: str) -> Mapping[str, int]:
+        """Return the version of each label of a model."""
+        return self._labels.get(name, {})
+
+    def available_versions(self, name: str) -> list[int]:
+        """List the versions of a model that can be used, oldest first."""
+        return sorted(self._available.get(name, {}))
 
     def resolve(self, name: str, *, version: int | None = None, label: str | None = None) -> ModelVersion:
         """Return the newest version of a model that can answer, or the one asked for by number or by label.

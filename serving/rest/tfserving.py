@@ -20,7 +20,7 @@ from werkzeug.routing import BaseConverter, Rule
 
 from serving.errors import InvalidRequest, ServingError
 from serving.grpc.tensors import write_tensor
-from serving.model_config import MAX_VERSION
+from serving.model_config import read_version_number
 from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec, check_rows
 from serving.repository import ModelRepository, ModelVersion
 from serving.request_context import current_request
@@ -306,10 +306,7 @@ def _model_name(match: re.Match[str]) -> str:
 def _version(match: re.Match[str]) -> int | None:
     if match["version"] is None:
         return None
-    digits = match["version"].lstrip("0") or "0"
-    if len(digits) > len(str(MAX_VERSION)) or int(digits) > MAX_VERSION:
-        raise InvalidRequest(f"Failed to convert version: {match['version']} to numeric.")
-    return int(digits)
+    return read_version_number(match["version"])
 
 
 def _repository() -> ModelRepository:

@@ -11,11 +11,20 @@ from typing import Any, cast
 
 import numpy as np
 from flask import Blueprint, Response, current_app, g, request
+from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import MultiPartParser
 from werkzeug.http import parse_options_header
 
 from serving.decode_cost import decode_cost, is_quick
-from serving.errors import InvalidRequest, ModelNotFound, ServingError, TooLarge, UnreadableImages, UnsupportedMedia
+from serving.errors import (
+    InvalidRequest,
+    ModelNotFound,
+    ModelNotNamed,
+    ServingError,
+    TooLarge,
+    UnreadableImages,
+    UnsupportedMedia,
+)
 from serving.image_header import ImageLimits
 from serving.images import check_file, read_image
 from serving.metrics import Metrics
@@ -23,11 +32,15 @@ from serving.predictor import DEFAULT_SIGNATURE, Predictor
 from serving.repository import ModelRepository, ModelVersion
 from serving.request_context import current_request
 from serving.rest.form import read_files
+from serving.rest.model_choice import choose_version
 from serving.rest.responses import json_response
+from serving.rest.v2_tensors import quote
 from serving.settings import Settings
 from serving.waiting import SMALL_BYTES, offload, run_sized
 
 blueprint = Blueprint("upload", __name__)
+
+QUERY_PARAMETERS = ("model", "version", "label")
 
 MAX_FORM_FIELDS = 100  # beside the pictures
 FORM_COPIES = 2  # of a form's bytes, while it is parsed
@@ -50,7 +63,7 @@ class Picture:
 def predict() -> Response:
     """Classify the pictures of a multipart form, or the one picture that is the body.
 
-    Query: `model`, which may be left out where there is one; `version`, by default the newest.
+    Query: `model`, which may be left out where there is one; `version` or `label`, by default the newest version.
     """
     mimetype = (request.content_type or "").partition(";")[0].strip().lower()
     if mimetype != "multipart/form-data" and not mimetype.startswith("image/"):
@@ -114,19 +127,30 @@ def picture_size(predictor: Predictor, *, model: str) -> tuple[int, int]:
 
 def _find_model() -> ModelVersion:
     repository: ModelRepository = current_app.extensions["repository"]
-    names = repository.all_names()
-    query = request.args if request.query_string else {}
+    query = _read_query() if request.query_string else {}
     name = query.get("model")
     if name is None:
+        names = repository.all_names()
         if not names:
-            raise ModelNotFound("there is no model to answer with")
+            raise ModelNotFound("no model is served")
         if len(names) > 1:
-            raise InvalidRequest(f"several models are served; choose one with ?model=: {', '.join(names)}")
+            raise ModelNotNamed(names)
         name = names[0]
-    version = query.get("version")
-    if version is not None and not (version.isascii() and version.isdigit() and len(version) < 20):
-        raise InvalidRequest(f"version must be a whole number, not {version!r}")
-    return repository.resolve(name, version=None if version is None else int(version))
+    return choose_version(repository, name, version=query.get("version"), label=query.get("label"))
+
+
+def _read_query() -> dict[str, str]:
+    """Return the query's parameters; what is not known is refused, as a request for another version may be meant."""
+    query: dict[str, str] = {}
+    for name, value in request.args.items(multi=True):
+        if name not in QUERY_PARAMETERS:
+            raise InvalidRequest(f"unknown query parameter {quote(name)}; there are {', '.join(QUERY_PARAMETERS)}")
+        if name in query:
+            raise InvalidRequest(f"the query parameter {name} is given twice")
+        if not value:
+            raise InvalidRequest(f"the query parameter {name} has no value")
+        query[name] = value
+    return query
 
 
 def _read_body() -> Picture:
@@ -153,7 +177,7 @@ def _parse_form(body: bytes, content_type: str, *, max_images: int) -> list[Pict
         nonlocal count
         count += 1
         if count > max_images:
-            raise TooLarge(f"too many pictures in one request: at most {max_images} are taken")
+            raise TooLarge(f"too many images in one request: at most {max_images} are taken")
         return io.BytesIO()
 
     parser = MultiPartParser(
@@ -165,13 +189,21 @@ def _parse_form(body: bytes, content_type: str, *, max_images: int) -> list[Pict
     if not boundary:
         raise InvalidRequest("the multipart body's Content-Type names no boundary")
     try:
-        _, files = parser.parse(io.BytesIO(body), boundary.encode("ascii"), len(body))
+        fields, files = parser.parse(io.BytesIO(body), boundary.encode("ascii"), len(body))
+    except RequestEntityTooLarge as error:  # more parts than images and fields together
+        raise _too_many_fields() from error
     except ValueError as error:
         raise InvalidRequest(f"the multipart body is malformed: {error}") from error
+    if len(fields) > MAX_FORM_FIELDS:
+        raise _too_many_fields()
     pictures = [Picture(file=file.filename, data=file.stream.getvalue()) for _, file in cast(list[Any], files)]
     if not pictures:
         raise InvalidRequest("no file in the form; send pictures as files: curl -F image=@cat.png")
     return pictures
+
+
+def _too_many_fields() -> TooLarge:
+    return TooLarge(f"too many fields in the form: at most {MAX_FORM_FIELDS} are taken beside the images")
 
 
 def _predict_files(

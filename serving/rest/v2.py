@@ -23,6 +23,7 @@ from serving.repository import ModelRepository, ModelVersion
 from serving.request_context import current_request
 from serving.rest.json_arrays import write_large
 from serving.rest.json_process import JsonProcess
+from serving.rest.model_choice import choose_version
 from serving.rest.responses import PlainResponse, encoded_response
 from serving.rest.v2_request import (
     HEADER_LENGTH,
@@ -42,7 +43,6 @@ blueprint = Blueprint("v2", __name__, url_prefix="/v2")
 SERVER_NAME = "image-classifier-serving"
 PLATFORM = "tensorflow_savedmodel"
 EXTENSIONS = ["binary_tensor_data"]
-_MAX_VERSION_DIGITS = 19  # of an int64
 
 
 @blueprint.get("")
@@ -54,7 +54,7 @@ def server_metadata() -> dict[str, Any]:
 
 @blueprint.get("/health/live")
 def server_live() -> tuple[dict[str, Any], int]:
-    """Answer whether the process is of use. The protocol's word for no is a 4xx, and Triton's a 400."""
+    """Return whether the process works, without need of a restart; 400 if not, as for `server_ready`."""
     liveness: Liveness = current_app.extensions["liveness"]
     problem = liveness.problem
     return ({"live": True}, 200) if problem is None else ({"live": False, "error": problem}, 400)
@@ -62,7 +62,10 @@ def server_live() -> tuple[dict[str, Any], int]:
 
 @blueprint.get("/health/ready")
 def server_ready() -> tuple[dict[str, Any], int]:
-    """Answer whether every model is loaded and warmed up."""
+    """Return whether every model had its first load attempt, and all required ones and at least one can be used.
+
+    The protocol's word for no is a 4xx, and Triton's a 400.
+    """
     reason = _repository().not_ready_because
     return ({"ready": True}, 200) if reason is None else ({"ready": False, "error": reason}, 400)
 
@@ -173,12 +176,7 @@ def _encode_reply(
 
 
 def _resolve(model: str, version: str | None) -> ModelVersion:
-    number = None
-    if version is not None:
-        if not (version.isascii() and version.isdigit() and len(version) <= _MAX_VERSION_DIGITS):
-            raise ModelNotFound(f"there is no version {quote(version)} of model {quote(model)}: versions are numbers")
-        number = int(version)
-    found = _repository().resolve(model, version=number)
+    found = choose_version(_repository(), model, version=version)
     g.model = found.name
     return found
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -22,6 +23,7 @@ from client.errors import (
     ServerFailed,
     UnexpectedReply,
 )
+from client.grpc import GrpcTransport
 from client.images import Picture
 from client.predictions import ModelStatus, Prediction, ServiceStatus
 from client.rest import RestTransport
@@ -87,6 +89,11 @@ def test_retries_are_bounded(
     [
         (reply(404, {"error": "no model cats; served: colours"}), ModelNotFound, "no model cats; served: colours"),
         (reply(400, {"error": "several models are served"}), RequestRejected, r"refuses .* \(400\): several models"),
+        (
+            reply(400, {"error": "several; use the query parameter model", "models": ["a", "b"]}),
+            RequestRejected,
+            r"has several models; choose one with model \(--model\): a, b$",
+        ),
         (reply(415, {"error": "send pictures"}), RequestRejected, r"\(415\): send pictures"),
         (reply(429, {"error": "slower"}), RequestRejected, r"\(429\): slower"),
         (reply(500, {"error": "see the log"}), ServerFailed, r"failed \(500\): see the log"),
@@ -336,3 +343,21 @@ def test_nothing_is_sent_after_closing(service: Service) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         transport.status()
     assert len(service.received) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"model": ""}, "model must not be empty"),
+        ({"model": "m", "version": -1}, "version must be from 0 to 9223372036854775807, not -1"),
+        ({"model": "m", "version": 2**63}, "version must be from 0 to 9223372036854775807, not 9223372036854775808"),
+    ],
+)
+def test_a_model_and_a_version_that_no_service_has_are_refused_before_anything_is_sent(
+    chosen: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RestTransport("http://127.0.0.1:1", **chosen)
+    if chosen["model"]:
+        with pytest.raises(ValueError, match=message):
+            GrpcTransport("127.0.0.1:1", **chosen)

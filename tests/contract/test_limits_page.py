@@ -14,7 +14,7 @@ from serving.grpc import receiving
 from serving.http import protocol, server
 from serving.image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving.memory import BODIES_SHARE, SAFETY_SHARE, SMALL_SHARE, MemoryBudget
-from serving.rest import body, json_cost, json_document, json_process
+from serving.rest import body, json_cost, json_document, json_process, upload
 from serving.settings import Settings
 
 PROJECT = Path(__file__).parents[2]
@@ -35,6 +35,7 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
         ("levels of nested JSON", f"{json_document.MAX_DEPTH}", None),
         ("rows of a request", f"{Settings.max_rows:,}", "--max-rows"),
         ("images in one form", f"{Settings.max_images}", "--max-images"),
+        ("other fields in one form", f"{upload.MAX_FORM_FIELDS}", None),
         ("pixels of an image", f"{Settings.max_image_pixels:,}", "--max-image-pixels"),
         ("longest side", f"{Settings.max_image_side:,}", "--max-image-side"),
         ("frames of an animation", f"{image_header.MAX_FRAMES:,}", None),

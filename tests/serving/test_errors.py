@@ -10,6 +10,7 @@ from serving.errors import (
     InvalidRequest,
     ModelFailed,
     ModelNotFound,
+    ModelNotNamed,
     NotReady,
     Overloaded,
     ServingError,
@@ -43,6 +44,7 @@ def test_a_client_is_told_when_to_retry_where_that_can_help(
 PROBLEMS = [{"index": 1, "file": "b.png", "error": "cut off"}]
 WITH_ATTRIBUTES: dict[type[ServingError], ServingError] = {
     UnreadableImages: UnreadableImages(PROBLEMS, image_count=3),
+    ModelNotNamed: ModelNotNamed(["a", "b"]),
     Overloaded: Overloaded("no memory", retry_after_s=7),
     ModelFailed: ModelFailed("too much", code="RESOURCE_EXHAUSTED"),
 }

@@ -245,7 +245,8 @@ def test_metadata_describes_every_signature(golden: FlaskClient) -> None:
 
 @pytest.mark.parametrize("number", [str(2**63), "9" * 5_000])
 def test_a_version_that_is_too_big_is_refused(golden: FlaskClient, number: str) -> None:
-    message = f"Failed to convert version: {number} to numeric."
+    shown = number if len(number) < 40 else f"{number[:40]}..."
+    message = f"the version must be a whole number from 0 to 9223372036854775807, not '{shown}'"
     assert error(post(golden, ONE, f"/v1/models/multi/versions/{number}:predict")) == message
     assert error(golden.get(f"/v1/models/multi/versions/{number}")) == message
     assert error(golden.get(f"/v1/models/nope/versions/{number}/metadata")) == message

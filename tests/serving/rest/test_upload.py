@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -140,6 +141,21 @@ def test_forms_without_files_are_400(client: FlaskClient, data: bytes, kind: str
     assert message in answer(send_body(client, data, kind=kind), 400)["error"]
 
 
+FIELD = b'--x\r\nContent-Disposition: form-data; name="f"\r\n\r\nv\r\n'
+FILE = b'--x\r\nContent-Disposition: form-data; name="i"; filename="a.png"\r\n\r\n' + RED + b"\r\n"
+
+
+@pytest.mark.parametrize("fields", [101, 300])  # with one image there are fewer parts than all limits allow, or more
+def test_a_form_with_too_many_fields_names_that_limit(client: FlaskClient, fields: int) -> None:
+    kind = "multipart/form-data; boundary=x"
+    form = FIELD * fields + FILE + b"--x--\r\n"
+    assert answer(client.post("/predict", data=form, content_type=kind), 413)["error"] == (
+        "too many fields in the form: at most 100 are taken beside the images"
+    )
+    form = FIELD * 100 + FILE + b"--x--\r\n"
+    assert len(answer(client.post("/predict", data=form, content_type=kind))["predictions"]) == 1
+
+
 def test_limits_are_413(client: FlaskClient) -> None:
     assert "at most 5" in answer(send_files(client, *[("f", "a.png", RED)] * 6), 413)["error"]
     assert len(answer(send_files(client, *[("f", "a.png", RED)] * 5))["predictions"]) == 5
@@ -186,14 +202,96 @@ def test_no_more_of_a_body_is_read_than_the_limit(app: Flask, kind: str) -> None
 
 
 def test_model_and_version_can_be_chosen(client: FlaskClient) -> None:
-    for query in ("?model=colours", "?version=7", "?model=colours&version=007"):
+    for query in ("?model=colours", "?version=7", "?model=colours&version=007", f"?version={'0' * 40}7"):
         assert answer(send_body(client, RED, query))["model"]["version"] == 7
-    assert answer(send_body(client, RED, "?model=m"), 404) == {"error": "Servable not found for request: Latest(m)"}
+    assert answer(send_body(client, RED, "?model=m"), 404) == {"error": 'there is no model "m"; there are colours'}
     assert answer(send_body(client, RED, "?version=3"), 404) == {
-        "error": "Servable not found for request: Specific(colours, 3)"
+        "error": "there is no version 3 of model colours; available: 7"
     }
-    for version in ("-1", "1.0", "x", "", "1" * 40, "²"):
-        assert "whole number" in answer(send_body(client, RED, f"?version={version}"), 400)["error"]
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("label_=x", 'unknown query parameter "label_"; there are model, version, label'),
+        ("Version=7", 'unknown query parameter "Version"'),
+        ("top=3&model=colours", 'unknown query parameter "top"'),
+        ("version=7&version=8", "the query parameter version is given twice"),
+        ("model=colours&model=colours", "the query parameter model is given twice"),
+        ("model=", "the query parameter model has no value"),
+        ("version=", "the query parameter version has no value"),
+        ("label", "the query parameter label has no value"),
+        ("version=7&label=stable", "choose a version by its number or by its label, not by both"),
+        ("label=stable", 'model colours has no label "stable"; it has none'),
+    ],
+)
+def test_a_query_that_is_not_understood_is_refused(client: FlaskClient, query: str, message: str) -> None:
+    assert message in answer(send_body(client, RED, f"?{query}"), 400)["error"]
+    assert message in answer(client.post(f"/predict?{query}", data={"image": (io.BytesIO(RED), "a.png")}), 400)["error"]
+
+
+def test_a_version_can_be_chosen_by_its_label(models_dir: Path, tmp_path: Path) -> None:
+    config = tmp_path / "models.config"
+    config.write_text(
+        f'model_config_list {{ config {{ name: "m" base_path: "{models_dir / "colours"}" '
+        "model_version_policy { all {} } "
+        'version_labels { key: "stable" value: 2 } version_labels { key: "canary" value: 10 } } }'
+    )
+    app = create_app(Settings(models_dir=models_dir, model_config_file=config))
+    client = app.test_client()
+    assert "still being loaded" in answer(send_body(client, RED, "?label=stable"), 503)["error"]
+    app.extensions["repository"].load()
+    assert answer(send_body(client, RED))["model"]["version"] == 10
+    assert answer(send_body(client, RED, "?label=stable"))["model"] == {"name": "m", "version": 2}
+    assert answer(send_body(client, RED, "?label=canary&model=m"))["model"]["version"] == 10
+    for label in ("beta", "Stable"):
+        error = answer(send_body(client, RED, f"?label={label}"), 400)["error"]
+        assert error == f'model m has no label "{label}"; it has canary, stable'
+
+
+# The number, and the status everywhere: 200 of version 7, 404 of another, 400 where it is no version number.
+VERSION_NUMBERS = {
+    "7": 200,
+    "0007": 200,
+    "0" * 300 + "7": 200,
+    "0": 404,
+    "8": 404,
+    "9223372036854775807": 404,
+    "000009223372036854775807": 404,
+    "9223372036854775808": 400,
+    "9999999999999999999": 400,
+    "9" * 5_000: 400,
+    "x": 400,
+    "-7": 400,
+    "+7": 400,
+    "7.0": 400,
+    "0x7": 400,
+    "1_0": 400,
+    "\u0667": 400,
+    "\u00b2": 400,
+    " 7": 400,
+}
+
+
+@pytest.mark.parametrize("number", VERSION_NUMBERS, ids=lambda number: number[:20])
+def test_every_protocol_has_the_same_rule_for_version_numbers(client: FlaskClient, number: str) -> None:
+    status = VERSION_NUMBERS[number]
+    version = quote(number)
+    responses = [
+        client.get(f"/v1/models/colours/versions/{version}/metadata"),
+        client.get(f"/v2/models/colours/versions/{version}"),
+        client.get(f"/v2/models/colours/versions/{version}/ready"),
+        client.post(f"/predict?version={version}", data=RED, content_type="image/png"),
+    ]
+    assert [response.status_code for response in responses] == [status] * 4
+    if status == 400:
+        first, *others = (response.get_json()["error"] for response in responses)
+        assert len(set(others)) == 1
+        assert "the version must be a whole number from 0 to 9223372036854775807" in others[0]
+        # Under /v1 what is no number is no path, as in TensorFlow Serving.
+        assert first == others[0] or (
+            first.startswith("Malformed request") and not (number.isascii() and number.isdecimal())
+        )
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +306,10 @@ def two_models(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: P
 
 
 def test_of_several_models_one_must_be_chosen(two_models: FlaskClient) -> None:
-    assert "adder, colours" in answer(send_body(two_models, RED), 400)["error"]
+    assert answer(send_body(two_models, RED), 400) == {
+        "error": "several models are served: adder, colours; choose one with the query parameter model",
+        "models": ["adder", "colours"],
+    }
     assert answer(send_body(two_models, RED, "?model=colours"))["model"] == {"name": "colours", "version": 1}
 
 
