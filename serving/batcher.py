@@ -105,7 +105,7 @@ class Batcher:
     Args:
         inner: the predictor.
         max_batch_rows: most rows in one call; larger requests are split into several.
-        max_queued_rows: most rows that wait; requests beyond are refused at once.
+        max_queued_rows: while so many rows wait, or more, requests are refused at once.
         max_request_rows: most rows of one request.
         concurrency: calls of the model at the same time, in each lane.
         liveness: is told of every call, so that it can tell when one does not come back.
@@ -222,12 +222,15 @@ class Batcher:
             raise
 
     def _admit(self, lane: _Lane, rows: int, deadline_s: float | None) -> None:
-        """Refuse a request if the queue is full or its deadline cannot be met."""
+        """Refuse a request if the queue is full or its deadline cannot be met.
+
+        How many rows the request itself has does not matter, so a large one is not refused where a small one is taken.
+        """
         with self._lock:
-            if lane.queued_rows and lane.queued_rows + rows > self._max_queued_rows:
+            if lane.queued_rows >= self._max_queued_rows:
                 raise Overloaded(
-                    f"too many requests wait for the model: {lane.queued_rows} rows of at most "
-                    f"{self._max_queued_rows}; try again later",
+                    f"too many requests wait for the model: {lane.queued_rows} rows, and no more are taken from "
+                    f"{self._max_queued_rows} on; try again later",
                     retry_after_s=max(1, round(lane.queued_rows * lane.row_s)),
                 )
             estimate_rows = lane.pending_rows + rows

@@ -199,6 +199,35 @@ def test_beyond_the_queue_requests_are_refused_at_once() -> None:
     assert (answers[3].code, answers[3].status) == ("UNAVAILABLE", 503)
 
 
+@pytest.mark.parametrize("signature", ["double", "negate"])
+def test_a_request_with_more_rows_than_the_queue_holds_is_taken_while_others_wait(signature: str) -> None:
+    """It may be split (double), or not, as its rows influence each other (negate)."""
+    model = Doubler()
+    batcher = Batcher(
+        model,
+        max_batch_rows=8,
+        max_queued_rows=3,
+        max_request_rows=1_000,
+        concurrency=1,
+        liveness=Liveness(),
+        unbatched=["negate"],
+    )
+    values = [20 + value for value in range(50)]
+    lane = batcher._short if signature == "negate" else batcher._long
+    model.gate.clear()
+    with ThreadPoolExecutor(3) as pool:
+        small = [pool.submit(batcher.predict, signature, rows(*values[:9]))]
+        wait_until(lambda: bool(model.calls))
+        small.append(pool.submit(batcher.predict, signature, rows(*values[:2])))
+        wait_until(lambda: lane.pending_rows + batcher._short.queued_rows >= 9)
+        large = pool.submit(batcher.predict, signature, rows(*values))
+        wait_until(lambda: lane.pending_rows >= 59 or large.done())
+        model.gate.set()
+        factor = 2 if signature == "double" else -1
+        assert large.result()["y"].ravel().tolist() == [factor * value for value in values]
+        assert [len(future.result()["y"]) for future in small] == [9, 2]
+
+
 def test_who_has_no_time_left_leaves_the_queue() -> None:
     model = Doubler()
     batcher = batch(model)
