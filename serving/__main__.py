@@ -71,7 +71,7 @@ URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/hea
     "--poll-interval-s",
     type=float,
     default=Settings.poll_interval_s,
-    help="Seconds between two looks for new, changed and vanished versions.",
+    help="Seconds between two checks for new, changed and deleted versions.",
 )
 @click.option("--host", default=Settings.host, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--rest-port", type=int, default=Settings.rest_port, help="Port of the HTTP API and the page.")
@@ -80,15 +80,16 @@ URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/hea
     "--threads",
     type=int,
     default=Settings.threads,
-    show_default="the cores",
-    help="Threads that parse and decode large requests.",
+    show_default=False,
+    help="Threads that parse and decode large requests.  [default: the number of cores]",
 )
 @click.option(
     "--concurrency",
     type=int,
     default=Settings.concurrency,
-    show_default="the cores",
-    help="Calls of a model at the same time.",
+    show_default=False,
+    help="Concurrent calls of each model. Long requests have calls of their own, one fewer, but at least 1.  "
+    "[default: the number of cores]",
 )
 @click.option(
     "--intra-op-threads",
@@ -100,56 +101,68 @@ URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/hea
     "--max-batch-size",
     type=int,
     default=Settings.max_batch_size,
-    help="Most rows (images) in one call of a model; requests that come together share calls up to it. 1: none does.",
+    help="Most rows (images) in one call of a model; concurrent requests share calls up to it. 1 turns batching off.",
 )
 @click.option(
     "--max-queue-size",
     type=int,
     default=Settings.max_queue_size,
-    help="Most rows that wait for a model; more are refused with 503.",
+    help="While this many rows wait for a model, further requests are refused with 503.",
 )
 @click.option("--max-request-bytes", type=int, default=Settings.max_request_bytes, help="Largest request body.")
 @click.option(
     "--max-image-pixels",
     type=int,
     default=Settings.max_image_pixels,
-    help="Largest picture (width x height), checked before it is decoded.",
+    help="Largest image in pixels (width x height), checked before it is decoded.",
 )
 @click.option(
     "--max-image-side",
     type=int,
     default=Settings.max_image_side,
-    help="Largest width and largest height of a picture, checked before it is decoded.",
+    help="Largest width and largest height of an image, checked before it is decoded.",
 )
-@click.option("--max-images", type=int, default=Settings.max_images, help="Most pictures in one request.")
+@click.option("--max-images", type=int, default=Settings.max_images, help="Most images in one form sent to /predict.")
 @click.option(
     "--drain-timeout-s",
     type=int,
     default=Settings.drain_timeout_s,
-    help="On SIGTERM or Ctrl-C, seconds to finish the requests accepted before it gives up on them.",
+    help="Seconds to finish accepted requests after SIGTERM, SIGHUP or Ctrl-C. A second signal ends the process at "
+    "once.",
 )
 @click.option(
     "--request-timeout-s",
     type=float,
     default=Settings.request_timeout_s,
-    help="Seconds for a request over HTTP; one that cannot be finished in time is refused with 503. The header "
-    "X-Request-Timeout-S shortens it.",
+    help="Deadline of an HTTP request, in seconds. The response is 503 where it cannot be met, and 504 where it has "
+    "passed. The header X-Request-Timeout-S shortens it.",
 )
-@click.option("--max-connections", type=int, default=Settings.max_connections, help="Most open HTTP connections.")
+@click.option(
+    "--max-connections",
+    type=int,
+    default=Settings.max_connections,
+    help="Most open HTTP connections; fewer where the limit on open files (ulimit -n) allows fewer.",
+)
 @click.option("--max-rows", type=int, default=Settings.max_rows, help="Most rows (images) in one request.")
 @click.option(
     "--memory-budget",
     type=int,
     default=Settings.memory_budget,
-    show_default="75 % of what the container or the machine leaves",
-    help="Bytes for all requests that are being read, inflated, parsed and decoded; more wait.",
+    show_default=False,
+    help="Bytes for all requests that are being read, inflated, parsed and decoded; more requests wait.  "
+    "[default: 75 % of what the container or the machine leaves]",
 )
-@click.option("--log-level", type=click.Choice(LOG_LEVELS), default=Settings.log_level)
+@click.option(
+    "--log-level",
+    type=click.Choice(LOG_LEVELS),
+    default=Settings.log_level,
+    help="Log messages of this level and above, to standard error.",
+)
 @click.option("--access-log", is_flag=True, help="Log a line per request, to standard output.")
 def main(**options: Any) -> None:
     """Serve the newest version of every model in a folder over HTTP and gRPC.
 
-    The folder is followed: new versions replace old ones without a lost request.
+    The folder is polled: new versions replace old ones without a failed request.
 
     Every option can also be set in the environment: --rest-port as SERVING_REST_PORT, and so on.
     """
@@ -279,7 +292,9 @@ def follow_models(app: Flask, settings: Settings, address: str, stopping: thread
         if settings.grpc_port:
             start_grpc(app, settings, address, stopping)
         repository.load()
-        app.extensions["memory_budget"].adapt(in_use=True)
+        budget: MemoryBudget = app.extensions["memory_budget"]
+        budget.adapt(in_use=True)
+        logger.info("memory budget: %s MB for all requests", f"{budget.total_bytes / 1e6:,.0f}")
     except StartupError as error:
         _give_up(str(error))
     except Exception:

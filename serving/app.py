@@ -28,6 +28,7 @@ from serving.settings import Settings
 logger = logging.getLogger(__name__)
 
 MAX_KNOWN_PATHS = 256
+RETRY_AFTER_S = 1  # of responses that name no time of their own
 
 
 def create_app(settings: Settings) -> Flask:
@@ -47,13 +48,15 @@ def create_app(settings: Settings) -> Flask:
     metrics = app.metrics
     liveness = Liveness()
     repository = make_repository(settings, metrics, liveness)
+    budget = MemoryBudget(settings.memory_budget)
     metrics.watch(repository)
+    metrics.watch_memory(budget)
     app.extensions.update(
         settings=settings,
         metrics=metrics,
         liveness=liveness,
         repository=repository,
-        memory_budget=MemoryBudget(settings.memory_budget),
+        memory_budget=budget,
         json_process=JsonProcess(),
     )
     for module in (health, upload, tfserving, v2, pages):
@@ -130,6 +133,8 @@ class Service(Flask):
     def process_response(self, response: Response) -> Response:
         """Count the request, once its blueprint has seen the response."""
         response = super().process_response(response)
+        if response.status_code in (429, 503) and "Retry-After" not in response.headers:
+            response.headers["Retry-After"] = str(RETRY_AFTER_S)
         context: Any = cast(Any, g)._get_current_object()
         asked: Request = cast(Any, request)._get_current_object()
         seconds = time.perf_counter() - context.started_s

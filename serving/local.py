@@ -11,8 +11,9 @@ from pathlib import Path
 from serving.errors import ModelFailed, ModelLoadError, StartupError
 from serving.model_config import ModelConfig, Volumes, describe_unreadable, find_versions, printable
 from serving.model_info import INFO_FILE, read_label_names, read_model_info
+from serving.path_hiding import hide_paths
 from serving.predictor import Predictor, SavedModelPredictor
-from serving.repository import FolderProblem, ModelRepository, ModelVersion, VersionStatus
+from serving.repository import MAX_MESSAGE, FolderProblem, ModelRepository, ModelVersion, VersionStatus
 from serving.retries import Retries, Stamp, read_stamp
 from serving.warmup import WARMUP_FILE, replay_warmup_records
 
@@ -215,7 +216,8 @@ class LocalRepository(ModelRepository):
         else:
             self._replace(replace(current, card=content))
         self._loaded_versions[status.name, status.version] = loaded
-        self._show(replace(status, error_message="; ".join(warnings.values()), warnings=tuple(warnings)))
+        message = _hide_folder("; ".join(warnings.values()), status.name, loaded.path)
+        self._show(replace(status, error_message=message, warnings=tuple(warnings)))
         for warning in warnings.values():
             logger.warning("%s version %d: %s", status.name, status.version, printable(warning))
 
@@ -250,14 +252,14 @@ class LocalRepository(ModelRepository):
         message = str(error) if foreseen else f"cannot load {path}: {type(error).__name__}: {error}"
         if isinstance(error, MemoryError):
             code = "RESOURCE_EXHAUSTED"
-        self._show(replace(status, error_code=code, error_message=message))
+        self._show(replace(status, error_code=code, error_message=_hide_folder(message, status.name, path)))
         shown = self._statuses[status.name][status.version].error_message
         if before is None or before.error_message != shown:
             logger.error(
                 "%s version %d is not served: %s",
                 status.name,
                 status.version,
-                shown,
+                printable(message)[:MAX_MESSAGE],
                 exc_info=None if foreseen else error,
             )
 
@@ -272,3 +274,8 @@ class LocalRepository(ModelRepository):
                         "available for inference"
                     )
         return None
+
+
+def _hide_folder(message: str, model: str, path: Path) -> str:
+    """Return a message about a version with the model's name in place of the path to its folder."""
+    return hide_paths(printable(message), {Path(printable(str(path.parent))): model})

@@ -25,6 +25,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString as format_bound  # noqa: N813
 
+from serving.memory import MemoryBudget
 from serving.predictor import Predictor, Signature
 from serving.repository import ModelRepository
 
@@ -103,6 +104,14 @@ class Metrics:
     def watch(self, repository: ModelRepository) -> None:
         """Show the states of a repository's versions too."""
         self._registry.register(_RepositoryCollector(repository))
+
+    def watch_memory(self, budget: MemoryBudget) -> None:
+        """Show the memory budget too."""
+        for name, documentation, read in (
+            ("serving_memory_budget_bytes", "Memory for all requests together.", lambda: budget.total_bytes),
+            ("serving_memory_used_bytes", "Memory that requests hold of the budget.", lambda: budget.used_bytes),
+        ):
+            Gauge(name, documentation, registry=self._registry).set_function(read)
 
     def time_predictor(self, model: str, predictor: Predictor) -> Predictor:
         """Wrap a predictor of a model so that its calls are counted and timed."""
@@ -241,7 +250,7 @@ class _RepositoryCollector(Collector):
         folders = GaugeMetricFamily(
             "serving_folder_unreadable",
             "1 for a folder that cannot be read: of a model, or without one the models folder.",
-            labels=["model", "path"],
+            labels=["model"],
         )
         ready = GaugeMetricFamily("serving_ready", "1 when at least one model and all required ones can be used.")
         ready.add_metric([], float(self._repository.ready))
@@ -254,7 +263,7 @@ class _RepositoryCollector(Collector):
             for kind in version.warnings:
                 warnings.add_metric([*labels, kind], 1)
         for problem in self._repository.folder_problems:
-            folders.add_metric([problem.model or "", problem.path], 1)
+            folders.add_metric([problem.model or ""], 1)
         return [ready, states, errors, warnings, folders, warmups]
 
 

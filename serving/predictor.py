@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from serving.errors import InvalidRequest, ModelFailed, ModelLoadError, ServingError, TooLarge, deadline_exceeded
+from serving.path_hiding import hide_paths
 
 DEFAULT_SIGNATURE = "serving_default"
 
@@ -187,7 +188,7 @@ class SavedModelPredictor:
         except tf.errors.OpError as error:
             raise _answer_for(error) from error
         except (TypeError, ValueError) as error:  # an object array that does not hold strings
-            raise InvalidRequest(_reason(error)) from error
+            raise InvalidRequest(hide_paths(_reason(error))) from error
         # asarray: a scalar tensor comes as a scalar, bytes for a string.
         return {
             name: np.asarray(output, dtype=spec.numpy_dtype)
@@ -393,7 +394,7 @@ def _dtype_text(array: np.ndarray) -> str:
 
 
 def _answer_for(error: Any) -> ServingError:
-    message, code = _reason(error), _code_name(error)
+    message, code = hide_paths(_reason(error)), _code_name(error)
     if code == "INVALID_ARGUMENT" or message.startswith("Unsupported object type"):  # an element that is no bytes
         return InvalidRequest(message)
     return ModelFailed(message, code=code)

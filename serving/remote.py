@@ -29,6 +29,7 @@ from serving.errors import InvalidBackendResponse, InvalidRequest, ModelFailed, 
 from serving.grpc.tensors import read_tensor, write_tensor
 from serving.model_config import ModelConfig, printable
 from serving.model_info import read_label_names
+from serving.path_hiding import hide_paths
 from serving.predictor import NUMPY_DTYPES, Predictor, Signature, TensorSpec, check_inputs, read_signature_defs
 from serving.repository import ModelRepository, ModelVersion, VersionStatus
 from serving.waiting import run_blocking
@@ -172,9 +173,9 @@ class RemoteRepository(ModelRepository):
         logger.info("%s version %d is available at %s", name, version, self._address)
 
     def _report(self, name: str, kind: type[ServingError], message: str) -> None:
-        problem = kind, printable(message)
+        problem = kind, hide_paths(printable(message))
         if self._problems.get(name) != problem:
-            logger.warning("model %s: %s", name, problem[1])
+            logger.warning("model %s: %s", name, printable(message))
         self._problems[name] = problem
 
 
@@ -316,4 +317,4 @@ def _message(error: Any, address: str) -> str:
         return f"TensorFlow Serving at {address} cannot be reached: {error.details()}"
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"TensorFlow Serving at {address} did not answer in time"
-    return str(error.details() or code.name)
+    return hide_paths(str(error.details() or code.name))

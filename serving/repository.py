@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from serving.errors import HTTP_STATUS_OF_CODE, InvalidRequest, ModelNotFound, NotReady
 from serving.model_config import ModelConfig, printable
+from serving.path_hiding import hide_paths
 from serving.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,20 @@ class VersionStatus:
 
 @dataclass(frozen=True)
 class FolderProblem:
-    """A folder that cannot be read: of one model, or with `model` None the models folder. Loaded models stay."""
+    """A folder that cannot be read: of one model, or with `model` None the models folder. Loaded models stay.
+
+    `path` and `error` are for the log, `reason` is for responses.
+    """
 
     path: str
     model: str | None
     error: str
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, without the folder's path."""
+        folder = "the models folder" if self.model is None else f"the folder of model {self.model}"
+        return hide_paths(self.error.replace(self.path, folder))
 
 
 class ModelRepository(ABC):
@@ -188,7 +198,7 @@ class ModelRepository(ABC):
             return printable("; ".join(f"{name}: {self.problem(name)}" for name in missing))
         if self._available:
             return None
-        reasons = [problem.error for problem in self._folder_problems]
+        reasons = [problem.reason for problem in self._folder_problems]
         return "; ".join(["there is no model to answer with", *reasons])
 
     def problem(self, name: str) -> str:
@@ -198,7 +208,7 @@ class ModelRepository(ABC):
         return next(errors, None) or self._folder_problem(name) or "no version to serve"
 
     def _folder_problem(self, name: str) -> str | None:
-        return next((problem.error for problem in self._folder_problems if problem.model in (name, None)), None)
+        return next((problem.reason for problem in self._folder_problems if problem.model in (name, None)), None)
 
     def _with_folder_problem(self, status: VersionStatus) -> VersionStatus:
         problem = self._folder_problem(status.name)
@@ -286,7 +296,7 @@ class ModelRepository(ABC):
         self._folder_problems = tuple(problems)
 
     def _show(self, status: VersionStatus) -> None:
-        message = printable(status.error_message)[:MAX_MESSAGE]
+        message = hide_paths(printable(status.error_message))[:MAX_MESSAGE]
         code = status.error_code if status.error_code in CODES else "UNKNOWN"
         status = replace(status, error_message=message, error_code=code)
         statuses = {**self._statuses.get(status.name, {}), status.version: status}

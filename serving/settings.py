@@ -12,7 +12,8 @@ from serving.images import PILLOW_MAX_PIXELS
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-CORES = len(os.sched_getaffinity(0))
+# Those that this process may use; macOS only tells how many there are.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # They parse and decode; requests wait for the model without a thread.
 DEFAULT_THREADS = CORES
 MIN_MEMORY_BUDGET = 16 * 1024 * 1024

@@ -676,7 +676,7 @@ class Connection(HttpToolsProtocol):
                 self.transport.abort()
         elif self._head_since_s is not None:
             if now_s - self._head_since_s > HEAD_TIMEOUT_S and (self.cycle is None or self.cycle.response_complete):
-                self._refuse(RequestFault("408 Request Timeout", f"the headers took longer than {HEAD_TIMEOUT_S} s"))
+                self._refuse(RequestFault("408 Request Timeout", f"the headers took longer than {HEAD_TIMEOUT_S:g} s"))
         elif self._idle_since_s is not None:
             limit_s = FIRST_REQUEST_TIMEOUT_S if self._is_first else KEEP_ALIVE_S
             if now_s - self._idle_since_s > limit_s and self.is_idle:

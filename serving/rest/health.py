@@ -25,7 +25,8 @@ def healthz() -> tuple[dict[str, Any], int]:
 def readyz() -> tuple[dict[str, Any], int]:
     """Return 200 when at least one model and all required ones are loaded and warmed up, else 503 with the reason.
 
-    `models` has every version that was tried, with its `error`; `problems` the folders that cannot be read.
+    `models` has every version that was tried, with its `error`; `problems` the folders that cannot be read, of a
+    model or, without one, the models folder.
     """
     repository: ModelRepository = current_app.extensions["repository"]
     reason = repository.not_ready_because
@@ -39,9 +40,7 @@ def readyz() -> tuple[dict[str, Any], int]:
         }
         for version in repository.all_versions()
     ]
-    problems = [
-        {"path": problem.path, "model": problem.model, "error": problem.error} for problem in repository.folder_problems
-    ]
+    problems = [{"model": problem.model, "error": problem.reason} for problem in repository.folder_problems]
     body = {"ready": reason is None, "reason": reason, "models": models, "problems": problems}
     return body, 200 if reason is None else 503
 

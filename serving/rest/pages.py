@@ -64,7 +64,7 @@ def describe_models() -> list[dict[str, Any]]:
     names = repository.all_names()
     described = [_describe(repository, name) for name in names]
     unreadable = (problem for problem in repository.folder_problems if problem.model not in (None, *names))
-    return described + [{"name": each.model, "loading": False, "problem": each.error} for each in unreadable]
+    return described + [{"name": each.model, "loading": False, "problem": each.reason} for each in unreadable]
 
 
 def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from flask.testing import FlaskClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 
-from serving.errors import ModelFailed
+from serving.errors import InvalidRequest, ModelFailed, NotReady, Overloaded
 from tests.serving.conftest import PROJECT, encode, picture
 
 PATHS = [
@@ -136,6 +137,33 @@ def test_an_error_of_the_model_keeps_its_status(app: Flask, monkeypatch: pytest.
     monkeypatch.setattr(version.predictor, "predict", run_out)
     response = app.test_client().post("/predict", data=GOOD, content_type="image/png")
     assert (response.status_code, response.json) == (429, {"error": "out of memory"})
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ModelFailed("out of memory", code="RESOURCE_EXHAUSTED"), (429, "1")),
+        (ModelFailed("gone", code="UNAVAILABLE"), (503, "1")),
+        (NotReady("loading"), (503, "1")),
+        (Overloaded("full", retry_after_s=7), (503, "7")),
+        (TooManyRequests(), (429, "1")),
+        (TooManyRequests(retry_after=9), (429, "9")),
+        (ServiceUnavailable(), (503, "1")),
+        (ModelFailed("late", code="DEADLINE_EXCEEDED"), (504, None)),
+        (InvalidRequest("wrong"), (400, None)),
+    ],
+    ids=repr,
+)
+def test_every_503_and_429_says_when_to_try_again(
+    app: Flask, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: tuple[int, str | None]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(app.extensions["repository"], "resolve", fail)
+    for path in ("/predict", "/v1/models/colours:predict", "/v2/models/colours/infer"):
+        response = app.test_client().post(path, data=b'{"instances": []}', content_type="image/png")
+        assert (response.status_code, response.headers.get("Retry-After")) == expected, path
 
 
 def test_json_keeps_every_bit_of_a_float32(app: Flask) -> None:

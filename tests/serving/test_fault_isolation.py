@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import httpx
@@ -126,8 +127,18 @@ def grpc_status(repository: Any, name: str) -> Any:
 
 
 def assert_pages(app: Flask) -> None:
+    """Every page is there, and neither a page nor an error tells where the server's files are."""
+    client = app.test_client()
+    hidden = str(app.extensions["settings"].models_dir.parent)
     for page in PAGES:
-        assert app.test_client().get(page).status_code == 200, page
+        response = client.get(page)
+        assert response.status_code == 200, page
+        assert hidden not in response.text, page
+    for name in app.extensions["repository"].all_names():
+        for page in (f"/v1/models/{name}", f"/v1/models/{name}/metadata", f"/v2/models/{name}/ready"):
+            assert hidden not in client.get(page).text, page
+        response = client.post(f"/predict?model={quote(name)}", data=b"x", content_type="image/png")
+        assert hidden not in response.text
 
 
 @pytest.mark.timeout(120)
@@ -370,7 +381,7 @@ def test_a_models_folder_that_cannot_be_listed_at_the_start_is_waited_for(models
     app = create_app(Settings(models_dir=models_dir))
     repository = app.extensions["repository"]
     repository.load()
-    assert f"{models_dir} cannot be read: Permission denied" in str(repository.not_ready_because)
+    assert "the models folder cannot be read: Permission denied" in str(repository.not_ready_because)
     for page in ("/metrics", "/models.json", "/", "/healthz"):
         assert app.test_client().get(page).status_code == 200
     models_dir.chmod(0o755)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from serving.__main__ import main
-from tests.serving.conftest import Server, picture
+from tests.serving.conftest import PROJECT, Server, picture
 from tests.serving.saved_models import save_colour_classifier, write_warmup_records
 
 StartServer = Callable[..., Server]
@@ -62,6 +66,63 @@ def test_help_names_every_setting() -> None:
     ):
         assert option in text
     assert "8501" in text
+
+
+def test_help_has_a_plain_description_and_default_of_every_option() -> None:
+    text = " ".join(CliRunner().invoke(main, ["--help"], terminal_width=1_000).output.split())
+    assert not re.findall(r"\[default: \(|\)\]|\[\[|\]\]", text)
+    assert "picture" not in text
+    for option in main.params:
+        assert getattr(option, "help", None), option.name
+    for words in (
+        "--threads INTEGER Threads that parse and decode large requests. [default: the number of cores]",
+        "Long requests have calls of their own",
+        "checks for new, changed and deleted versions",
+        "ulimit -n",
+        "A second signal ends the process at once",
+        "504",
+        "[default: 75 % of what the container or the machine leaves]",
+        "Log messages of this level and above",
+    ):
+        assert words in text, words
+
+
+WITHOUT_AFFINITY = """
+import os, runpy, sys
+del os.sched_getaffinity
+sys.argv[0] = "serving"
+runpy.run_module("serving", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system is without the function already")
+def test_the_service_starts_where_the_system_does_not_tell_which_cores_it_may_use(
+    models_dir: Path, start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS; the commands of training and the client, too."""
+    from tests.serving import conftest
+
+    real = conftest.subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> Any:
+        assert command[1:3] == ["-m", "serving"]
+        return real([command[0], "-c", WITHOUT_AFFINITY, *command[3:]], **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(conftest.subprocess, "Popen", start)
+        server = start_server(models_dir)
+    server.wait_for("/readyz")
+    assert httpx.post(server.url + "/predict", **IMAGE).json()["predictions"][0]["label"] == "blue"
+    assert re.search(r"memory budget: [1-9][0-9,]* MB for all requests\n", server.log)
+    assert server.log.count("memory budget") == 1
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("module", ["training", "client"])
+def test_the_other_commands_need_no_such_function_either(module: str) -> None:
+    code = WITHOUT_AFFINITY.replace('"serving"', f'"{module}"')
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path, models_dir: Path) -> None:

@@ -72,11 +72,15 @@ def test_what_is_loaded_stays_served_and_the_folder_is_reported(
     client = app.test_client()
     (status,) = (client.get("/v1/models/colours").json or {})["model_version_status"]
     assert (status["state"], status["status"]["error_code"]) == ("AVAILABLE", "OK")
-    assert str(folder) in status["status"]["error_message"]
-    (problem,) = (client.get("/readyz").json or {})["problems"]
-    assert problem["path"] == str(folder)
     model = "" if source == "models folder" else "colours"
-    assert f'serving_folder_unreadable{{model="{model}",path="{folder}"}} 1.0' in client.get("/metrics").text
+    shown = "the folder of model colours" if model else "the models folder"
+    assert shown in status["status"]["error_message"]
+    (problem,) = (client.get("/readyz").json or {})["problems"]
+    assert problem["model"] == (model or None)
+    assert shown in problem["error"]
+    assert f'serving_folder_unreadable{{model="{model}"}} 1.0' in client.get("/metrics").text
+    for page in ("/readyz", "/metrics", "/v1/models/colours", "/models.json", "/"):
+        assert str(models_dir.parent) not in client.get(page).text, page
     assert client.get("/models.json").json[0]["problem"] is None  # type: ignore[index]
     assert caplog.text.count(str(folder)) == 1  # not at every poll
 
@@ -176,7 +180,7 @@ def test_a_base_path_may_come_later(models_dir: Path) -> None:
     hide(models_dir)
     repository = LocalRepository(lambda: [ModelConfig("m", models_dir / "colours")])
     repository.load()
-    assert f"m: no version to serve: {models_dir}/colours does not exist" in str(repository.not_ready_because)
+    assert "m: no version to serve: the folder of model m does not exist" in str(repository.not_ready_because)
     show(models_dir)
     repository.update()
     assert repository.ready

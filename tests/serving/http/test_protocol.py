@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import socket
 import struct
@@ -488,5 +489,17 @@ def test_no_more_connections_than_the_limit_are_taken(monkeypatch: pytest.Monkey
         assert len(service.state.connections) <= 20
         for client in clients:
             client.close()
+
+    run(check)
+
+
+def test_headers_that_take_too_long_are_told_the_limit() -> None:
+    async def check(service: Service) -> None:
+        client = await service.connect()
+        client.send(b"POST /x HTTP/1.1\r\nHost:")
+        await until(lambda: any(cast(Connection, each)._head_since_s is not None for each in service.state.connections))
+        service.check_timeouts(11)
+        status, body = await client.read()
+        assert (status, json.loads(body)) == (408, {"error": "the headers took longer than 10 s"})
 
     run(check)

@@ -27,7 +27,7 @@ def test_a_service_that_has_not_loaded_is_alive_and_not_ready(models_dir: Path) 
     client = create_app(Settings(models_dir=models_dir)).test_client()
     assert client.get("/healthz").status_code == 200
     response = client.get("/readyz")
-    assert response.status_code == 503
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
     assert response.json is not None
     assert (response.json["ready"], response.json["reason"]) == (False, "loading colours")
     refused = client.post("/predict", data=b"x", content_type="image/png")
@@ -69,6 +69,7 @@ def test_a_process_that_only_a_restart_can_mend_says_so(app: Flask) -> None:
     try:
         answer = client.get("/healthz")
         assert (answer.status_code, answer.json) == (503, {"status": "dead", "reason": "the thread answer has ended"})
+        assert answer.headers["Retry-After"] == "1"
         assert client.get("/v2/health/live").status_code == 400
     finally:
         liveness._threads.remove(thread)
