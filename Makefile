@@ -11,6 +11,9 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 	&& { echo $$python; break; }; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+MADE := .venv/.made-by-make
+# What else is there is not ours to clear or to remove: only what make has made, or an empty folder.
+OWNS_VENV = test ! -L .venv && { test ! -e .venv || test -e $(MADE) || test -e $(INSTALLED) || test -z "$$(ls -A .venv)"; }
 LOCK := --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes
 
 DATASET ?= cifar10
@@ -41,7 +44,9 @@ install: $(INSTALLED)  ## create .venv with the locked dependencies
 $(INSTALLED): requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "installing into .venv (TensorFlow is large: a minute or two) ..."
+	@$(OWNS_VENV) || { echo "error: .venv was not made by make, or is a symbolic link, so it stays as it is; move it away, and run make again" >&2; exit 1; }
 	@$(PYTHON) -m venv --clear .venv
+	@touch $(MADE)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	@touch $@
 
@@ -100,4 +105,5 @@ lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
 	@uv pip compile $(LOCK) --extra serving --constraint requirements.lock pyproject.toml -o requirements-serving.lock
 
 clean:  ## remove .venv and caches; runs/ and models/ stay
-	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@if $(OWNS_VENV); then rm -rf .venv; else echo ".venv was not made by make, so it stays"; fi
+	rm -rf .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis
