@@ -173,7 +173,7 @@ def _open_other(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_OTHER_FORMATS)
     except Exception as error:  # a damaged header fails anywhere in Pillow's parsers
-        raise _NotReadable("not a picture that can be read: expected JPEG, PNG, WebP, BMP or GIF") from error
+        raise _NotReadable("unknown image format: expected JPEG, PNG, WebP, BMP or GIF") from error
     if image.width * image.height > MAX_PIXELS:
         raise _NotReadable(f"the picture has {image.width} x {image.height} pixels: at most {MAX_PIXELS:,} are taken")
     return image

@@ -81,7 +81,7 @@ def check_file(data: bytes, limits: ImageLimits) -> ImageHeader:
         raise InvalidRequest("the file is empty")
     header = read_header(data)
     if header is None:
-        raise InvalidRequest("not a picture that can be read: expected JPEG, PNG, WebP, BMP or GIF")
+        raise InvalidRequest("unknown image format: expected JPEG, PNG, WebP, BMP or GIF")
     check_image(header, limits, decoder="pillow")
     return header
 
@@ -118,7 +118,7 @@ def _open(data: bytes, header: ImageHeader) -> tuple[Image.Image, int]:
     except Image.DecompressionBombError as error:
         raise TooLarge(f"the picture has too many pixels: {error}") from error
     except Exception as error:  # a damaged header fails anywhere in Pillow's parsers
-        raise InvalidRequest("not a picture that can be read: expected JPEG, PNG, WebP, BMP or GIF") from error
+        raise InvalidRequest("unknown image format: expected JPEG, PNG, WebP, BMP or GIF") from error
     if header.format == "WEBP":
         exif = image.info.get("exif", b"")
     return image, read_orientation(exif)

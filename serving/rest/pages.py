@@ -6,7 +6,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, render_template
 
-from serving.errors import ModelNotFound, NotReady, ServingError
+from serving.errors import InvalidBackendResponse, ModelNotFound, NotReady, ServingError
 from serving.model_info import MAX_CLASSES
 from serving.predictor import DEFAULT_SIGNATURE
 from serving.repository import ModelRepository, ModelVersion
@@ -56,15 +56,18 @@ def describe_models() -> list[dict[str, Any]]:
     """Describe every model, in alphabetical order, then the folders that may be models and cannot be read.
 
     Returns:
-        For each model its `name`, whether it is `loading`, and its `problem`: None, or why it cannot take pictures.
-        Where there is no problem, also its `version`, `height` and `width` in pixels, `class_names`, and what its
-        model info says of it, None where it does not: `dataset` (a name) and `test_accuracy` (0 to 1).
+        For each model its `name`, whether a version is `available`, whether it is `loading`, and its `problem`: None,
+        or why it cannot take pictures. Where there is no problem, also its `version`, `height` and `width` in pixels,
+        `class_names`, and what its model info says of it, None where it does not: `dataset` (a name) and
+        `test_accuracy` (0 to 1).
     """
     repository: ModelRepository = current_app.extensions["repository"]
     names = repository.all_names()
     described = [_describe(repository, name) for name in names]
     unreadable = (problem for problem in repository.folder_problems if problem.model not in (None, *names))
-    return described + [{"name": each.model, "loading": False, "problem": each.reason} for each in unreadable]
+    return described + [
+        {"name": each.model, "available": False, "loading": False, "problem": each.reason} for each in unreadable
+    ]
 
 
 def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
@@ -72,13 +75,19 @@ def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
         version = repository.resolve(name)
         height, width = picture_size(version.predictor, model=name)
     except NotReady as error:
-        return {"name": name, "loading": True, "problem": str(error)}
+        return {"name": name, "available": False, "loading": True, "problem": str(error)}
     except ModelNotFound:
-        return {"name": name, "loading": False, "problem": repository.problem(name)}
+        return {"name": name, "available": False, "loading": False, "problem": repository.problem(name)}
     except ServingError as error:
-        return {"name": name, "loading": False, "problem": str(error)}
+        return {
+            "name": name,
+            "available": not isinstance(error, InvalidBackendResponse),
+            "loading": False,
+            "problem": str(error),
+        }
     return {
         "name": name,
+        "available": True,
         "loading": False,
         "problem": None,
         "version": version.version,

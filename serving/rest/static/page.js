@@ -7,10 +7,11 @@ const LONG_NAME = 16;
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 5_000;
 const COPIED_MS = 2_000;
-const HEADLINES = { 400: "Not read", 404: "No such model", 413: "Too large", 415: "Not read" };
+const HEADLINES = { 400: "Could not be read", 404: "No such model", 413: "Too large", 415: "Could not be read" };
 
 const NO_MODEL = {
   name: "No model yet",
+  available: false,
   loading: false,
   problem: "The service has no model so far. Reload this page when there is one in its models folder.",
 };
@@ -234,7 +235,7 @@ function watchModel() {
   if (model.problem === null) {
     showStatus("ready", "Ready");
   } else if (!model.loading) {
-    showStatus("offline", "Takes no pictures");
+    showStatus("offline", model.available ? "Takes no pictures" : "Not available");
   } else {
     showStatus("waiting", `Loading ${model.name}; pictures wait until then`);
     queue.pause({ model: model.name }, new Unavailable(model.problem));

@@ -33,7 +33,8 @@ export async function classify(file, model) {
   if (response.ok && reply !== null) {
     return { ...reply, elapsed_ms: performance.now() - started };
   }
-  const words = reply?.error ?? `the answer was ${response.status} ${response.statusText}, with no reason given`;
+  // Of a picture that cannot be read only the reason: the headline says the rest.
+  const words = reply?.errors?.[0]?.error ?? reply?.error ?? `the answer was ${response.status} ${response.statusText}, with no reason given`;
   throw response.status === 503 ? new Unavailable(words) : new Refusal(words, response.status);
 }
 

@@ -20,6 +20,7 @@ STATIC = Path(__file__).parents[3] / "serving" / "rest" / "static"
 
 COLOURS = {
     "name": "colours",
+    "available": True,
     "loading": False,
     "problem": None,
     "version": 7,
@@ -90,7 +91,7 @@ def test_a_model_that_is_loading_and_one_that_takes_no_pictures_say_so(models_di
         assert f"model {model['name']} is still being loaded" in model["problem"]
     app.extensions["repository"].load()
     takes_none, takes_some = client.get("/models.json").json or []
-    assert (takes_none["name"], takes_none["loading"]) == ("adder", False)
+    assert (takes_none["name"], takes_none["available"], takes_none["loading"]) == ("adder", True, False)
     assert "does not take pictures" in takes_none["problem"]
     assert (takes_some["name"], takes_some["version"], takes_some["problem"]) == ("colours", 10, None)
 
@@ -102,7 +103,7 @@ def test_a_model_that_failed_to_load_says_why(models_dir: Path, adder: Path) -> 
     app = create_app(Settings(models_dir=models_dir))
     app.extensions["repository"].load()
     _, broken = app.test_client().get("/models.json").json or []
-    assert (broken["name"], broken["loading"]) == ("colours", False)
+    assert (broken["name"], broken["available"], broken["loading"]) == ("colours", False, False)
     assert "Can't parse" in broken["problem"]
 
 

@@ -103,7 +103,7 @@ def test_unreadable_files_are_named_and_nothing_is_predicted(client: FlaskClient
     assert "expected JPEG, PNG" in body["errors"][0]["error"]
     assert "cut off" in body["errors"][1]["error"]
     body = answer(send_body(client, b"text"), 400)
-    assert body["error"].startswith("the image could not be read: not a picture")
+    assert body["error"].startswith("the image could not be read: unknown image format: expected JPEG")
     assert body["errors"] == [{"index": 0, "file": None, "error": body["errors"][0]["error"]}]
     assert "empty" in answer(send_body(client, b""), 400)["error"]
 
