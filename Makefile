@@ -53,8 +53,9 @@ $(INSTALLED): requirements.lock
 demo: $(INSTALLED)  ## everything once, offline: train on drawn shapes, export, serve, classify
 	@PORT=$(PORT) scripts/demo.sh
 
-train: $(INSTALLED)  ## train, judge and export: DATASET= DATA= VARIANT= PRESET= LOOP= EPOCHS= SEED= or RESUME=runs/...
-	@$(BIN)/python -m training train --models-dir $(MODELS) $(if $(RESUME),--resume $(RESUME),--dataset $(DATASET) \
+train: $(INSTALLED)  ## train, judge and export: DATASET= DATA= VARIANT= PRESET= LOOP= EPOCHS= SEED= or RESUME=runs/... EPOCHS= DATA=
+	@$(BIN)/python -m training train --models-dir $(MODELS) $(if $(RESUME),--resume $(RESUME) \
+		$(if $(DATA),--data $(DATA)) $(if $(EPOCHS),--epochs $(EPOCHS)),--dataset $(DATASET) \
 		$(if $(DATA),--data $(DATA)) --variant $(VARIANT) $(if $(PRESET),--preset $(PRESET)) --loop $(LOOP) \
 		$(if $(EPOCHS),--epochs $(EPOCHS)) --seed $(SEED))
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
+import shlex
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +20,8 @@ import click
 from click.core import ParameterSource
 
 from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, PRESETS, VARIANTS, TrainingConfig
-from training.errors import TrainingError
+from training.errors import RunError, StorageFullError, TrainingError
+from training.storage import is_full
 
 if TYPE_CHECKING:
     from training.datasets import Dataset
@@ -144,7 +150,8 @@ def main() -> None:
 @click.option(
     "--resume",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Go on with the run in this folder, exactly as it was begun.",
+    help="Continue the run in this folder exactly as it was begun. --epochs sets a new total, --data where the same "
+    "data lies now.",
 )
 @click.option("--export/--no-export", default=True, show_default=True, help="Export the best checkpoint.")
 @_models_options
@@ -160,48 +167,72 @@ def train(
     name: str | None,
     **config_values: Any,
 ) -> None:
-    """Train a model, judge its best checkpoint on the test set, write a report, export it."""
+    """Train a model, evaluate its best checkpoint on the test set, write a report, export it."""
+    from training.preflight import check_free_space, check_memory, check_model_name, check_models_folder
     from training.run import RunFolder
 
+    if export and name is not None:
+        check_model_name(name)
     if resume is not None:
-        given = [
-            f"--{parameter.replace('_', '-')}"
-            for parameter in (*config_values, "run_path")
-            if ctx.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
-        ]
-        if given:
-            raise click.UsageError(f"--resume goes on with what the run was begun with: leave out {', '.join(given)}")
+        given = {
+            parameter: value
+            for parameter, value in {**config_values, "run": run_path}.items()
+            if ctx.get_parameter_source("run_path" if parameter == "run" else parameter) is ParameterSource.COMMANDLINE
+        }
+        if fixed := [f"--{parameter.replace('_', '-')}" for parameter in given if parameter not in ("data", "epochs")]:
+            raise click.UsageError(f"--resume continues a run as it was begun: leave out {', '.join(fixed)}")
         run = RunFolder.open(resume)
-        dataset = _load_dataset(run.read_config())
+        config = dataclasses.replace(run.read_config(), **given)
     else:
+        run = None
         try:
             config = TrainingConfig.fill_in(**config_values)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-        dataset = _load_dataset(config)
+    dataset = _load_dataset(config)
+    if export:
+        exported_name = name or (run and run.read_exported_name()) or dataset.name
+        check_model_name(exported_name)
+        check_models_folder(models_dir, exported_name)
+    check_memory(config, dataset)
+    run_folder = run.path if run else run_path or Path("runs")
+    check_free_space(config, dataset, run_folder=run_folder, models_dir=models_dir if export else None)
+    if run is None and run_path is not None:
+        run = RunFolder.create(run_path, config)
+    elif run is None:
+        # Two runs may begin in one second.
         stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-        default = Path("runs") / f"{stamp}-{dataset.name}-{config.variant}-{config.loop}"
-        run = RunFolder.create(run_path or default, config)
+        run = RunFolder.create_numbered(Path("runs") / f"{stamp}-{dataset.name}-{config.variant}-{config.loop}", config)
     try:
         from training.train import train_and_evaluate
 
-        _show_evaluation(run, train_and_evaluate(run, dataset))
-        if export:
-            _export(run, models_dir=models_dir, name=name)
-    except (TrainingError, KeyboardInterrupt):
+        evaluation = train_and_evaluate(run, dataset, config=config)
+    except BaseException:
         _show_what_is_kept(run)
+        raise
+    _show_evaluation(run, evaluation)
+    if not export:
+        return
+    try:
+        _export(run, models_dir=models_dir, name=name)
+    except BaseException:
+        words = ["python", "-m", "training", "export", str(run.path), "--models-dir", str(models_dir)]
+        again = shlex.join(words + (["--name", name] if name else []))
+        click.echo(f"{run.path} is trained and evaluated, but not exported. Export it:  {again}", err=True)
         raise
 
 
 @main.command()
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--mirror", is_flag=True, help="Judge the mean of each image and its mirror image too.")
-def evaluate(run_path: Path, *, mirror: bool) -> None:
-    """Judge the best checkpoint of a past RUN on its test set again, and write its report."""
+@click.option("--data", type=click.Path(path_type=Path), help="Where the same data lies now.")
+@click.option("--mirror", is_flag=True, help="Evaluate the mean of each image and its mirror image too.")
+def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
+    """Evaluate the best checkpoint of a past RUN on its test set again, and write its report."""
     from training.run import RunFolder
 
     run = RunFolder.open(run_path)
-    dataset = _load_dataset(run.read_config())
+    config = run.read_config()
+    dataset = _load_dataset(dataclasses.replace(config, data=data or config.data))
     from training.train import evaluate_run
 
     views = evaluate_run(run, dataset, mirror=mirror)
@@ -252,13 +283,17 @@ def _show_evaluation(run: RunFolder, result: Evaluation) -> None:
 def _show_what_is_kept(run: RunFolder) -> None:
     from training.checkpoints import read_best_state
 
-    best = read_best_state(run.checkpoints)
-    if best is None:
+    try:
+        state = read_best_state(run.checkpoints)
+    except RunError:
+        return  # the error that ends the command says it
+    if state is None:
         click.echo(f"{run.path} has no checkpoint yet: no epoch was completed", err=True)
         return
+    best = state.history[-1]
     click.echo(
-        f"{run.path} keeps its best checkpoint, of epoch {best['epoch']} (val loss {best['val_loss']:.4f}).\n"
-        f"Go on with it:  python -m training train --resume {run.path}",
+        f"{run.path} keeps its best checkpoint, of epoch {best.epoch} (val loss {best.val_loss:.4f}).\n"
+        f"Go on with it:  python -m training train --resume {shlex.quote(str(run.path))}",
         err=True,
     )
 
@@ -298,7 +333,41 @@ def run_command_line() -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has ended. Nothing can be told, and Python shall not try when it exits.
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        return TrainingError.exit_code
+    except MemoryError as error:
+        click.echo(
+            f"error: there is not enough memory ({error}): choose a smaller --image-size or --batch-size", err=True
+        )
+        return TrainingError.exit_code
+    except Exception as error:
+        return _explain(error)
     return 0
+
+
+def _explain(error: Exception) -> int:
+    """Tell of an error that no part of training has foreseen; return the exit code."""
+    if is_full(error):
+        click.echo(f"error: no space is left: {error}", err=True)
+        return StorageFullError.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        click.echo(f"error: {where}{error.strerror}", err=True)
+        return TrainingError.exit_code
+    text = (str(error).splitlines() or [""])[0]
+    if "OOM when allocating" in text:
+        click.echo(
+            f"error: there is not enough memory: choose a smaller --image-size or --batch-size ({text})", err=True
+        )
+        return TrainingError.exit_code
+    click.echo(f"error: unexpected {type(error).__name__}: {text}", err=True)
+    with contextlib.suppress(OSError):
+        with tempfile.NamedTemporaryFile("w", prefix="training-error-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        click.echo(f"This is a fault of the program. Where it happened is in {file.name}", err=True)
+    return TrainingError.exit_code
 
 
 if __name__ == "__main__":

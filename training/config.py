@@ -13,6 +13,8 @@ VARIANTS = ("sequential", "subclass", "airbench")
 LOOPS = ("fit", "custom")
 CONV_ACTIVATIONS = ("relu", "linear")
 DTYPES = ("float32", "mixed_bfloat16")
+# What may differ when a run is resumed. The data is known again by its content, and the rest is set from here on.
+CHANGEABLE = frozenset({"data", "epochs", "tensorboard"})
 
 
 @dataclass(frozen=True)
@@ -192,11 +194,41 @@ class TrainingConfig:
         fields = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) - fields:
             raise ValueError(f"expected a JSON object with the fields {', '.join(sorted(fields))}")
+        for field in dataclasses.fields(cls):
+            _check_type(field, values.get(field.name, field.default))
         if values.get("data") is not None:
             values["data"] = Path(values["data"])
         if values.get("image_size") is not None:
             values["image_size"] = tuple(values["image_size"])
         return cls(**values)
+
+    def changes_from(self, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return what differs from an earlier config of the same run that training cannot go on with.
+
+        Args:
+            earlier: its JSON values.
+
+        Returns:
+            By field, its value now and then.
+        """
+        now = json.loads(self.to_json())
+        fixed = now.keys() & earlier.keys() - CHANGEABLE
+        return {name: (now[name], earlier[name]) for name in sorted(fixed) if now[name] != earlier[name]}
+
+
+def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise `ValueError` if a value from a JSON file is not of its field's type."""
+    if value is None and field.default is None:
+        return
+    if field.name == "image_size":
+        fits = isinstance(value, (list, tuple)) and len(value) == 2 and all(type(side) is int for side in value)
+        expected = "[height, width]"
+    else:
+        kind = str if field.default is None else type(field.default)
+        fits = type(value) in ((int, float) if kind is float else (kind,))
+        expected = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    if not fits:
+        raise ValueError(f"{field.name} must be {expected}; got {json.dumps(value)}")
 
 
 def fastest_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

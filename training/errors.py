@@ -9,6 +9,7 @@ class TrainingError(Exception):
     TrainingError                 1
     +-- DatasetError              1   the data is missing, damaged or unusable
     +-- RunError                  1   a run folder is missing, in use or not what was expected
+    +-- MemoryTooSmallError       1   the data and the network do not fit into memory
     +-- ExportError               1   the exported model does not answer as the trained one
     +-- DivergedError             3   the loss became NaN or infinite
     +-- StorageFullError          4   no space left where the run is written
@@ -25,6 +26,10 @@ class DatasetError(TrainingError):
 
 class RunError(TrainingError):
     """A run folder is missing, in use, or not what was expected."""
+
+
+class MemoryTooSmallError(TrainingError):
+    """The data and the network do not fit into memory."""
 
 
 class ExportError(TrainingError):

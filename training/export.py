@@ -15,7 +15,9 @@ import contextlib
 import fcntl
 import functools
 import json
+import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -32,12 +34,16 @@ from training.calibration import apply_temperature
 from training.errors import ExportError, RunError
 from training.image_decoding import decode_images
 from training.models import fold_model, freeze
+from training.preflight import check_model_name
 from training.run import RunFolder
+from training.storage import explain_full_storage
 from training.train import load_best_model, predict_probabilities
 
 _PROOF_BATCH_SIZES = (1, 3, 64)
 _WARMUP_BATCH_SIZES = (1, 8, 64)
 _TOLERANCE = 1e-5
+
+logger = logging.getLogger(__name__)
 
 
 def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mirror: bool = False) -> Path:
@@ -63,8 +69,29 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
             f"{run.path} was not judged with mirror averaging, which fits a temperature of its own: "
             f"python -m training evaluate {run.path} --mirror"
         )
-    verdict = judged[view]
     model, best = load_best_model(run)
+    try:
+        evaluated_epoch = judged["best"]["epoch"]
+        figures = {
+            "test": {"loss": judged[view]["loss"], "accuracy": judged[view]["accuracy"]},
+            "temperature": float(judged[view]["temperature"]),
+            "calibration": judged[view]["calibration"],
+            "uncalibrated_error": judged[view]["uncalibrated"]["expected_calibration_error"],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{run.path / 'evaluation.json'} is not what a run writes ({error!r}). Evaluate the run again: "
+            f"python -m training evaluate {shlex.quote(str(run.path))}"
+        ) from error
+    if evaluated_epoch != best["epoch"]:
+        figures = {"temperature": 1.0}
+        logger.warning(
+            "evaluation.json is of epoch %s, and the checkpoint of epoch %d: the export has no test figures, and its "
+            "confidences are not calibrated. For both: python -m training evaluate %s, then export again",
+            evaluated_epoch,
+            best["epoch"],
+            shlex.quote(str(run.path)),
+        )
     summary = run.read_dataset()
     config = run.read_config()
     card = {
@@ -87,14 +114,11 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
         "epochs": config.epochs,
         "best_epoch": best["epoch"],
         "validation": {"loss": best["val_loss"], "accuracy": best["val_accuracy"]},
-        "test": {"loss": verdict["loss"], "accuracy": verdict["accuracy"]},
         "mirror": mirror,
-        "temperature": verdict["temperature"],
-        "calibration": verdict["calibration"],
-        "uncalibrated_error": verdict["uncalibrated"]["expected_calibration_error"],
+        **figures,
         "libraries": {library: library_version(library) for library in ("tensorflow", "keras", "numpy")},
     }
-    temperature = float(verdict["temperature"])
+    temperature = figures["temperature"]
     return publish_model(
         lambda images: tf.constant(
             apply_temperature(predict_probabilities(model, images.numpy(), mirror=mirror), temperature)
@@ -149,12 +173,9 @@ def publish_model(
     Raises:
         ExportError: the name cannot be used, or the exported model does not answer as `model` does.
     """
-    if not name or name.startswith(".") or not all(c.isalnum() or c in "._-" for c in name):
-        raise ExportError(
-            f"{name!r} cannot be a model's name: it becomes a folder and part of an address, so use letters, digits, "
-            "'.', '_' and '-', and no '.' at the start (--name)"
-        )
-    with _next_version(models_dir / name) as (version, partial):
+    check_model_name(name)
+    full = explain_full_storage(models_dir, "Nothing was published: free some space, then export again")
+    with full, _next_version(models_dir / name) as (version, partial):
         answer = folded or freeze(model, input_shape)
         _write_saved_model(answer, partial, class_names=class_names, input_shape=input_shape)
         _write_extras(

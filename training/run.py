@@ -16,8 +16,8 @@ import csv
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from training.config import TrainingConfig
 from training.datasets import Dataset
 from training.epochs import EpochResult
 from training.errors import RunError
+from training.storage import make_folder, sync, write_file
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,26 @@ class RunFolder:
             RunError: there is a run at `path` already.
         """
         run = cls(path)
-        if (path / "config.json").exists():
-            raise RunError(f"{path} holds a run already: go on with it by --resume {path}, or name another with --run")
-        path.mkdir(parents=True, exist_ok=True)
-        run.write_text("config.json", config.to_json())
+        make_folder(path)
+        with run.lock():
+            if (path / "config.json").exists():
+                raise RunError(
+                    f"{path} holds a run already: go on with it by --resume {path}, or name another with --run"
+                )
+            run.write_config(config)
         return run
+
+    @classmethod
+    def create_numbered(cls, path: Path, config: TrainingConfig) -> RunFolder:
+        """Make the folder of a new run at `path` or, if that is taken, at `path`-2, `path`-3 and so on."""
+        make_folder(path.parent)
+        for number in itertools.count(1):
+            folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()  # only one of several processes succeeds
+                break
+        sync(folder.parent)
+        return cls.create(folder, config)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -114,6 +130,10 @@ class RunFolder:
         except (ValueError, TypeError) as error:
             raise RunError(f"{self.path / 'config.json'} cannot be read: {error}") from error
 
+    def write_config(self, config: TrainingConfig) -> None:
+        """Write config.json."""
+        self.write_text("config.json", config.to_json())
+
     def record_dataset(self, summary: DatasetSummary) -> None:
         """Remember the run's data, or check that it is what it was.
 
@@ -137,9 +157,16 @@ class RunFolder:
             RunError: the run ended before it had read its data.
         """
         values = self._read_json("dataset.json", missing="the run ended before it had read its data")
-        values["class_names"] = tuple(values["class_names"])
-        values["input_shape"] = tuple(values["input_shape"])
-        return DatasetSummary(**values)
+        try:
+            values["class_names"] = tuple(values["class_names"])
+            values["input_shape"] = tuple(values["input_shape"])
+            return DatasetSummary(**values)
+        except (KeyError, TypeError) as error:
+            raise RunError(f"{self.path / 'dataset.json'} is not what a run writes: {error!r}") from error
+
+    def read_exported_name(self) -> str | None:
+        """Return what a model exported from this run is called; `None` if it has not read its data yet."""
+        return self.read_dataset().name if (self.path / "dataset.json").exists() else None
 
     def write_history(self, history: Sequence[EpochResult]) -> None:
         """Write history.csv, a line an epoch."""
@@ -150,14 +177,24 @@ class RunFolder:
         self.write_text("history.csv", text.getvalue())
 
     def read_history(self) -> list[EpochResult]:
-        """Return the epochs that `write_history` wrote; none if the run ended before it could."""
+        """Return the epochs that `write_history` wrote; none if the run ended before it could.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         if not (self.path / "history.csv").exists():
             return []
-        with (self.path / "history.csv").open(newline="") as file:
-            return [
-                EpochResult(epoch=int(row.pop("epoch")), **{name: float(value) for name, value in row.items()})
-                for row in csv.DictReader(file)
-            ]
+        try:
+            with (self.path / "history.csv").open(newline="") as file:
+                return [
+                    EpochResult(epoch=int(row.pop("epoch")), **{name: float(value) for name, value in row.items()})
+                    for row in csv.DictReader(file)
+                ]
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(
+                f"{self.path / 'history.csv'} cannot be read ({error!r}). It is written anew by: "
+                f"python -m training train --resume {self.path}"
+            ) from error
 
     def write_evaluation(self, values: dict[str, Any]) -> None:
         """Write evaluation.json."""
@@ -179,27 +216,20 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write `text` to the file `name` in the folder, whole or not at all."""
-        self.write_bytes(name, text.encode())
+        # Paths that are not UTF-8 are shown with escapes.
+        self.write_bytes(name, text.encode(errors="backslashreplace"))
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write `content` to the file `name` in the folder, whole or not at all."""
-        # One name for all tries: what a killed process left is written over by the next.
-        partial = self.path / f".{name}.partial"
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        partial.replace(self.path / name)
+        write_file(self.path / name, content)
 
     def _read_json(self, name: str, *, missing: str) -> dict[str, Any]:
         try:
-            values: dict[str, Any] = json.loads((self.path / name).read_text())
+            values = json.loads((self.path / name).read_text())
         except FileNotFoundError:
             raise RunError(f"{self.path / name} is missing: {missing}") from None
         except ValueError as error:
             raise RunError(f"{self.path / name} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise RunError(f"{self.path / name} is not what a run writes: expected a JSON object")
         return values

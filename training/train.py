@@ -5,12 +5,12 @@ Knows of no command line, and not of export.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
+import json
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
 from typing import Any
 
 import keras
@@ -18,11 +18,11 @@ import numpy as np
 import tensorflow as tf
 
 from training.calibration import apply_temperature, average_views, fit_temperature
-from training.checkpoints import Checkpoints, read_best_state
+from training.checkpoints import Checkpoints, TrainingState, read_best_state, restore_best
 from training.config import PRESETS, TrainingConfig
 from training.datasets import Dataset
 from training.epochs import EpochResult
-from training.errors import RunError, StorageFullError
+from training.errors import RunError
 from training.evaluation import Evaluation, evaluate
 from training.input_pipeline import evaluation_batches, split_validation, steps_per_epoch, training_batches
 from training.loops import LOOPS
@@ -32,16 +32,22 @@ from training.plateau import PlateauSchedule
 from training.progress import ProgressDisplay
 from training.report import write_report
 from training.run import DatasetSummary, RunFolder
+from training.storage import explain_full_storage
 
 _EVALUATION_BATCH_SIZE = 250
 
 logger = logging.getLogger(__name__)
 
 
-def train_and_evaluate(run: RunFolder, dataset: Dataset) -> Evaluation:
-    """Train as the run's config says, from where the run stands, then judge the best checkpoint on the test set.
+def train_and_evaluate(run: RunFolder, dataset: Dataset, *, config: TrainingConfig | None = None) -> Evaluation:
+    """Train as the run's config says, from where the run stands, then evaluate the best checkpoint on the test set.
 
-    A run that is complete is only judged again.
+    A run that is complete is only evaluated again.
+
+    Args:
+        run: the run.
+        dataset: what it is trained on.
+        config: takes the place of the run's own: more epochs, or another path of the same data.
 
     Returns:
         The test set's figures for the checkpoint with the lowest validation loss.
@@ -50,7 +56,7 @@ def train_and_evaluate(run: RunFolder, dataset: Dataset) -> Evaluation:
         TrainingError: the data, the run folder or the storage is at fault, or the loss diverged. Whatever the
             error, the checkpoints written before it stay.
     """
-    config = run.read_config()
+    config = config or run.read_config()
     with run.lock(), _explain_full_storage(run):
         run.record_dataset(DatasetSummary.of(dataset))
         _train(run, config, dataset)
@@ -78,25 +84,25 @@ def evaluate_run(run: RunFolder, dataset: Dataset, *, mirror: bool = False) -> d
 
 
 def load_best_model(run: RunFolder) -> tuple[keras.Model, dict[str, Any]]:
-    """Build the run's model, in float32, with its best checkpoint's weights.
+    """Build the run's model, in float32, with its best checkpoint's weights; a warning says so if it is the latest's.
 
     Returns:
-        The model, and the state saved with the checkpoint: `epoch` and the figures of that epoch.
+        The model, and the figures of the checkpoint's epoch, as `EpochResult` names them.
 
     Raises:
-        RunError: the run has no checkpoint yet.
+        RunError: the run has no complete checkpoint, or config.json is not what it was trained with.
     """
     config = run.read_config()
     summary = run.read_dataset()
     model = _build(config, summary.input_shape, classes=len(summary.class_names), dtype="float32")
-    checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=make_optimizer(config, steps_per_epoch=1))
-    best = checkpoints.restore_best()
-    if best is None:
+    state = restore_best(run.checkpoints, model)
+    if state is None:
         raise RunError(
             f"{run.path} has no checkpoint: no epoch was completed. Go on with it: "
             f"python -m training train --resume {run.path}"
         )
-    return model, best
+    _check_config(run, config, state)
+    return model, dataclasses.asdict(state.history[-1])
 
 
 def make_optimizer(config: TrainingConfig, *, steps_per_epoch: int) -> keras.optimizers.Optimizer:
@@ -138,8 +144,11 @@ def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
         model.adapt(train.images)
     steps = steps_per_epoch(train, config.batch_size)
     optimizer = make_optimizer(config, steps_per_epoch=steps)
-    follower = _Follower(run, config, Checkpoints(run.checkpoints, model=model, optimizer=optimizer), optimizer)
+    checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=optimizer)
+    follower = _Follower(run, config, checkpoints, optimizer)
     first_epoch = follower.restore()
+    if config != run.read_config():
+        run.write_config(config)
     if first_epoch >= config.epochs:
         return
     logger.info(
@@ -243,6 +252,7 @@ class _Follower:
         optimizer: keras.optimizers.Optimizer,
     ) -> None:
         self._run = run
+        self._config = config
         self._checkpoints = checkpoints
         self._optimizer = optimizer
         # Muon follows a schedule of its own, by the step.
@@ -256,18 +266,40 @@ class _Follower:
         }
 
     def restore(self) -> int:
-        """Go back to the latest checkpoint, if there is one; return how many epochs are done."""
-        state = self._checkpoints.restore_latest()
-        # The best checkpoint itself says how good it is: a run killed between saving the best and the latest has
-        # a best that the latest has not heard of.
-        best = read_best_state(self._run.checkpoints)
-        if best is not None:
-            self._best_val_loss = best["val_loss"]
+        """Go back to the newest checkpoint, if there is one; return how many epochs are done.
+
+        Raises:
+            RunError: the checkpoints are lost or damaged, or the config is not one that the run can go on with.
+        """
+        state = self._checkpoints.restore()
         if state is None:
+            if recorded := self._run.read_history():
+                raise RunError(
+                    f"{self._run.path} has no checkpoint, though {len(recorded)} epochs were completed: its files are "
+                    "lost. Put them back, or begin a new run"
+                )
             return 0
-        self._history = [EpochResult(**values) for values in state["history"]]
-        self._plateau.restore(state["plateau"])
-        return len(self._history)
+        _check_config(self._run, self._config, state)
+        done = len(state.history)
+        if done > self._config.epochs:
+            raise RunError(
+                f"{self._run.path} has completed {done} epochs, more than the {self._config.epochs} asked for: "
+                f"ask for {done} or more (--epochs, or epochs in config.json)"
+            )
+        with contextlib.suppress(RunError):  # a damaged history.csv is written anew
+            if (recorded_epochs := len(self._run.read_history())) > done:
+                logger.warning(
+                    "%d epochs were completed, and the newest checkpoint is of epoch %d: training continues from there",
+                    recorded_epochs,
+                    done,
+                )
+        self._history = list(state.history)
+        self._plateau.restore(state.plateau)
+        best = read_best_state(self._run.checkpoints)
+        assert best is not None  # `restore` has seen to it
+        self._best_val_loss = best.history[-1].val_loss
+        self._run.write_history(self._history)
+        return done
 
     def on_epoch_start(self, epoch: int) -> None:
         self.display.start_epoch(epoch)
@@ -281,16 +313,14 @@ class _Follower:
             self._optimizer.learning_rate.assign(
                 self._plateau.next_learning_rate(result.learning_rate, val_loss=result.val_loss)
             )
+        state = TrainingState(
+            history=tuple(self._history), plateau=self._plateau.state, config=json.loads(self._config.to_json())
+        )
         is_best = result.val_loss < self._best_val_loss
         if is_best:
             self._best_val_loss = result.val_loss
-            self._checkpoints.save_best(dataclasses.asdict(result))
-        self._checkpoints.save_latest(
-            {
-                "history": [dataclasses.asdict(result) for result in self._history],
-                "plateau": self._plateau.state,
-            }
-        )
+            self._checkpoints.save_best(state)
+        self._checkpoints.save_latest(state)
         self._run.write_history(self._history)
         self._write_summaries(result)
         self.display.end_epoch(result, is_best=is_best)
@@ -312,15 +342,20 @@ class _Follower:
             writer.flush()
 
 
-@contextmanager
-def _explain_full_storage(run: RunFolder) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, tf.errors.OpError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left on device" not in str(error):
-            raise
-        raise StorageFullError(
-            f"no space is left for {run.path}. The checkpoints written before are whole: free some space, then "
-            f"go on with: python -m training train --resume {run.path}"
-        ) from error
+def _check_config(run: RunFolder, config: TrainingConfig, state: TrainingState) -> None:
+    """Raise `RunError` if config.json describes another training than the checkpoint comes from."""
+    changes = config.changes_from(state.config or {})
+    if changes:
+        listed = ", ".join(f"{name} is {now!r} and was {then!r}" for name, (now, then) in changes.items())
+        raise RunError(
+            f"{run.path / 'config.json'} was changed since the checkpoint was written: {listed}. Change it back, or "
+            "begin a new run; epochs, data and tensorboard may be changed"
+        )
+
+
+def _explain_full_storage(run: RunFolder) -> contextlib.AbstractContextManager[None]:
+    return explain_full_storage(
+        run.path,
+        "The checkpoints written before are whole: free some space, then go on with: "
+        f"python -m training train --resume {shlex.quote(str(run.path))}",
+    )
