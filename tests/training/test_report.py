@@ -88,7 +88,7 @@ def test_a_report_shows_every_plot(tmp_path, case):
             image.load()
             assert min(image.size) > 300
             assert np.asarray(image.convert("L")).std() > 5  # something is drawn
-    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    assert [path.name for path in (tmp_path / "run").glob(".*")] == [".lock"]  # no temporary file is left
 
 
 def test_a_report_says_what_was_measured_and_how_to_do_it_again(tmp_path):

@@ -16,6 +16,7 @@ from rich.progress import track
 from training.datasets.dataset import Dataset, Split
 from training.datasets.image_file import read_image
 from training.errors import DatasetError
+from training.memory import require_memory
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
 TEST_FRACTION = 0.1  # of a folder without a test split
@@ -45,10 +46,15 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
     """Return the class names of a folder found by `find_image_folders`, sorted.
 
     Raises:
-        DatasetError: there are fewer than two.
+        DatasetError: there are fewer than two, or one is not UTF-8.
     """
     by_class = folder / "train" if _has_splits(folder) else folder
     names = tuple(path.name for path in _subfolders(by_class))
+    for name in names:
+        if not _is_text(name):
+            raise DatasetError(
+                f"{_shown(by_class / name)} cannot be a class: its name is not UTF-8, as labels are. Rename the folder"
+            )
     if len(names) < 2:
         raise DatasetError(
             f"{by_class} has {'one class folder' if names else 'no class folders'}; at least 2 are needed"
@@ -103,7 +109,7 @@ def _load_splits(folder: Path, image_size: tuple[int, int] | None) -> Dataset:
     test_paths, test_labels = _list_classes(folder / "test", class_names, at_least=1, needed_for="to test")
     images = _read_images([*paths, *test_paths], image_size=image_size, folder=folder)
     train, test = Split(images[: len(paths)], labels), Split(images[len(paths) :], test_labels)
-    return Dataset(folder.resolve().name, str(folder), class_names, train, test)
+    return Dataset(folder.resolve().name, _shown(folder), class_names, train, test)
 
 
 def _load_and_split(folder: Path, image_size: tuple[int, int] | None, seed: int) -> Dataset:
@@ -115,7 +121,7 @@ def _load_and_split(folder: Path, image_size: tuple[int, int] | None, seed: int)
     for class_id in range(len(class_names)):
         members = np.flatnonzero(labels == class_id)
         is_test[rng.choice(members, max(1, round(TEST_FRACTION * len(members))), replace=False)] = True
-    source = f"{folder} (a tenth set aside for testing, seed {seed})"
+    source = f"{_shown(folder)} (a tenth set aside for testing, seed {seed})"
     train, test = Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test])
     return Dataset(folder.resolve().name, source, class_names, train, test)
 
@@ -195,6 +201,12 @@ def _decode(
 
 def _allocate(count: int, image: np.ndarray) -> np.ndarray:
     try:
+        require_memory(
+            # Split into training and test images, they are copied.
+            2 * count * image.nbytes,
+            f"{count:,} images of {image.shape[0]}x{image.shape[1]}",
+            advice="make them smaller with --image-size HEIGHTxWIDTH",
+        )
         return np.empty((count, *image.shape), np.uint8)
     except MemoryError as error:
         height, width, _ = image.shape
@@ -202,6 +214,19 @@ def _allocate(count: int, image: np.ndarray) -> np.ndarray:
             f"{count:,} images of {height}x{width} need {count * image.size / 2**30:,.1f} GiB of memory, more than "
             "there is: make them smaller with --image-size HEIGHTxWIDTH"
         ) from error
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of a file name that are not UTF-8 become surrogates
+        return False
+    return True
+
+
+def _shown(path: Path) -> str:
+    """Return a path as text, with escapes for what is not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _is_image_folder(folder: Path) -> bool:

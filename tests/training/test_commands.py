@@ -1,0 +1,199 @@
+"""The commands on a small run: moved data, more epochs, edited and damaged files, failed exports."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from training.__main__ import run_command_line
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "my pictures (2)"
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = rng.integers(0, 128, (24, 24, 3), dtype=np.uint8) + (100 if name == "dog" else 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:02d}.png")
+    return folder
+
+
+def call(*arguments):
+    """Run a command in this process, which has TensorFlow loaded already; return its exit code."""
+    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = ["training", *map(str, arguments)]
+    try:
+        return run_command_line()
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+
+
+def train(pictures, run, *more):
+    options = ["--dataset", "folder", "--data", pictures, "--batch-size", 8, "--loop", "custom", "--run", run]
+    return call("train", *options, *more)
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert train(pictures, run, "--epochs", 3, "--no-export") == 0
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(run, which):
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(run / "checkpoints" / which)))
+    names = [name for name in reader.get_variable_to_shape_map() if name.startswith(("weights", "optimizer"))]
+    return {name: reader.get_tensor(name) for name in names}
+
+
+def test_more_epochs_continue_the_run_as_if_it_had_been_asked_for_them(run, pictures, tmp_path, capfd):
+    assert call("train", "--resume", run, "--epochs", 4, "--no-export") == 0
+    assert "epoch 3/4" not in capfd.readouterr().err
+    assert train(pictures, tmp_path / "whole", "--epochs", 4, "--no-export") == 0
+    for which in ("best", "latest"):
+        continued, whole = weights(run, which), weights(tmp_path / "whole", which)
+        assert continued.keys() == whole.keys()
+        for name, value in whole.items():
+            np.testing.assert_allclose(continued[name], value, atol=1e-5)
+    assert json.loads((run / "config.json").read_text())["epochs"] == 4
+    assert len((run / "history.csv").read_text().splitlines()) == 5
+
+
+def test_fewer_epochs_than_are_done_are_refused_by_option_and_in_the_config(run, capfd):
+    before = (run / "config.json").read_bytes()
+    assert call("train", "--resume", run, "--epochs", 2, "--no-export") == 1
+    assert "has completed 3 epochs, more than the 2 asked for" in capfd.readouterr().err
+    assert (run / "config.json").read_bytes() == before
+    edit(run / "config.json", epochs=1)
+    assert call("train", "--resume", run, "--no-export") == 1
+    assert "has completed 3 epochs, more than the 1 asked for" in capfd.readouterr().err
+
+
+def test_data_that_has_moved_is_named_and_known_by_its_content(run, pictures, tmp_path, capfd):
+    moved = tmp_path / "moved"
+    shutil.copytree(pictures, moved)
+    edit(run / "config.json", data=str(tmp_path / "gone"))
+    before = (run / "config.json").read_bytes()
+    assert call("evaluate", run) == 1
+    assert call("evaluate", run, "--data", moved) == 0
+    assert (run / "config.json").read_bytes() == before
+    assert call("train", "--resume", run, "--data", moved, "--no-export") == 0
+    assert call("evaluate", run) == 0  # the resumed run remembers it
+    next((moved / "cat").iterdir()).unlink()
+    capfd.readouterr()
+    assert call("evaluate", run, "--data", moved) == 1
+    assert call("train", "--resume", run, "--data", moved, "--no-export") == 1
+    assert capfd.readouterr().err.count("was trained on other data") == 2
+
+
+@pytest.mark.parametrize(("field", "value"), [("learning_rate", 0.5), ("conv_activation", "linear"), ("seed", 4)])
+def test_an_edited_config_is_rejected_by_every_command(run, tmp_path, capfd, field, value):
+    edit(run / "config.json", **{field: value})
+    for arguments in (["evaluate", run], ["export", run, "--models-dir", tmp_path / "models", "--name", "pets"]):
+        assert call(*arguments) == 1
+        error = capfd.readouterr().err
+        assert f"config.json was changed since the checkpoint was written: {field} is {value!r}" in error or (
+            field == "seed" and "was trained on other data" in error
+        )
+    assert call("train", "--resume", run, "--no-export", "--epochs", 4) == 1
+    assert not (tmp_path / "models").exists()
+
+
+def test_an_export_falls_back_to_the_latest_checkpoint_and_deletes_nothing(run, tmp_path, caplog):
+    for which in ("best", "latest"):
+        (run / "checkpoints" / which / "checkpoint").unlink()
+    data = next((run / "checkpoints" / "best").glob("*.data*"))
+    data.write_bytes(data.read_bytes()[:100])
+    edit(run / "evaluation.json", best={"epoch": 0})  # of another checkpoint than the one exported
+    before = tree(run)
+    assert call("export", run, "--models-dir", tmp_path / "models", "--name", "pets") == 0
+    assert "is damaged" in caplog.text
+    assert "using the latest" in caplog.text
+    assert "the export has no test figures" in caplog.text
+    assert tree(run) == before
+    info = json.loads((tmp_path / "models" / "pets" / "1" / "assets.extra" / "model.json").read_text())
+    assert info["best_epoch"] == 3
+    assert info["temperature"] == 1.0
+    assert "test" not in info
+
+
+def test_lost_checkpoints_are_not_taken_for_a_run_at_its_beginning(run, capfd):
+    shutil.rmtree(run / "checkpoints")
+    assert call("train", "--resume", run, "--no-export") == 1
+    assert "has no checkpoint, though 3 epochs were completed" in capfd.readouterr().err
+    assert len((run / "history.csv").read_text().splitlines()) == 4
+
+
+def test_a_name_that_cannot_be_exported_is_told_before_anything_is_written(pictures, tmp_path, capfd):
+    assert train(pictures, tmp_path / "run", "--models-dir", tmp_path / "models") == 1
+    assert "'my pictures (2)' cannot be a model's name" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_class_names_that_are_not_utf_8_are_told_before_anything_is_written(pictures, tmp_path, capfd):
+    folder = tmp_path / "data"
+    shutil.copytree(pictures, folder)
+    os.rename(os.fsencode(folder / "dog"), os.fsencode(folder) + b"/chien\xe9")  # noqa: PTH104 - no path of text
+    assert train(folder, tmp_path / "run", "--no-export") == 1
+    error = capfd.readouterr().err
+    assert "not UTF-8" in error
+    assert "chien\\xe9" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_export_tells_how_to_export_again(run, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("training.export._prove", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    models = tmp_path / "my models"
+    assert call("train", "--resume", run, "--models-dir", models, "--name", "pets") == 4
+    error = capfd.readouterr().err
+    command = f"python -m training export {run} --models-dir '{models}' --name pets"
+    assert f"is trained and evaluated, but not exported. Export it:  {command}" in error
+    assert "Traceback" not in error
+    monkeypatch.undo()
+    assert call("export", run, "--models-dir", models, "--name", "pets") == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(13, "Permission denied", "/somewhere"), 1, "error: /somewhere: Permission denied"),
+        (OSError(28, "No space left on device"), 4, "error: no space is left"),
+        (MemoryError("5 GiB"), 1, "error: there is not enough memory (5 GiB)"),
+        (ZeroDivisionError("by zero"), 1, "error: unexpected ZeroDivisionError: by zero"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_every_error_ends_with_a_message_and_a_documented_exit_code(monkeypatch, tmp_path, capfd, error, code, message):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("training.run.RunFolder.open", lambda _: (_ for _ in ()).throw(error))
+    assert call("export", tmp_path) == code
+    told = capfd.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+    if isinstance(error, ZeroDivisionError):
+        (written,) = tmp_path.glob("training-error-*.txt")
+        assert str(written) in told
+        assert "Traceback" in written.read_text()
