@@ -114,9 +114,9 @@ def predict(
 ) -> None:
     """Classify PICTURES: files, folders, or - for one picture on standard input.
 
-    Folders are searched to any depth for .jpg, .jpeg, .png, .webp, .bmp and .gif files. Results go to standard
-    output as they come, everything else to standard error. A picture that cannot be read is named, and the
-    others go on.
+    Folders are searched to any depth for pictures (JPEG, PNG, WebP, AVIF, BMP, GIF), known by their content. Results
+    go to standard output as they come, everything else to standard error. A picture that cannot be read is named, and
+    the others go on.
 
     Exit codes: 0 every picture has its prediction; 1 some have not; 2 wrong usage; 3 the service gives no answer
     (not running, not ready, no such model, failing); 130 interrupted.
@@ -199,7 +199,7 @@ def _expand(names: tuple[str, ...], *, on_failure: Callable[[str, str], None]) -
         for error in errors:
             on_failure(str(error.filename), f"cannot be listed: {error.strerror}")
         if path is None and not errors:
-            on_failure(name, "no pictures in this folder: no .jpg, .jpeg, .png, .webp, .bmp or .gif file")
+            on_failure(name, "no pictures in this folder: no JPEG, PNG, WebP, AVIF, BMP or GIF file")
 
 
 def _read_stdin() -> bytes:

@@ -15,24 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from client.errors import ImageRejected
+from image_formats.content import HAS_AVIF, HEAD_BYTES, explain_unreadable, name_format, read_header
+from image_formats.decoding import decode_rgb, turn_upright
+from image_formats.errors import UnreadableImage
 
 # One picture: the path of a file, an encoded picture, uint8 pixels (height, width, 3), or a Pillow image.
 ImageSource = str | os.PathLike[str] | bytes | np.ndarray[Any, Any] | Image.Image
 
-PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
+# Files with these suffixes are sent even where their content is no picture, so that damage is reported.
+PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".webp"})
+# What file managers leave behind beside pictures, and what begins with "._".
+_LITTER = frozenset({"__macosx", "thumbs.db"})
 
 # As much as the service takes in one request, unless it is told otherwise.
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
 
 MAX_PIXELS = 50_000_000  # as many as the service takes
 _JPEG_AND_PNG = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
-_OTHER_FORMATS = ("WEBP", "BMP", "GIF")
 
+_TURNED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
 # Modes that PNG holds as they are. The conversion of others (CMYK, float) is the caller's to choose.
-_TURNED_FORMATS = ("JPEG", "MPO", "WEBP")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
@@ -107,7 +112,7 @@ def as_jpeg_or_png(picture: Picture) -> Picture:
     if picture.pixels is not None or picture.data.startswith(_JPEG_AND_PNG):
         return picture
     try:
-        return Picture(picture.index, picture.file, _encode_png(_upright(_open_other(picture.data))))
+        return Picture(picture.index, picture.file, _encode_png(_decode_other(picture.data)))
     except _NotReadable as error:
         raise ImageRejected(picture.index, picture.file, str(error)) from error
 
@@ -115,7 +120,10 @@ def as_jpeg_or_png(picture: Picture) -> Picture:
 def find_pictures(
     folder: str | os.PathLike[str], *, on_error: Callable[[OSError], None] | None = None
 ) -> Iterator[Path]:
-    """Yield the picture files under a folder, by their suffix: each level's files by name, then its folders by name.
+    """Yield the picture files under a folder: each level's files by name, then its folders by name.
+
+    Files are known by their content, and by a picture's suffix so that damaged ones are not passed over in silence.
+    `Thumbs.db`, `__MACOSX` and what begins with `._` is left out.
 
     Args:
         folder: walked to any depth; links to folders are not followed.
@@ -128,10 +136,29 @@ def find_pictures(
         on_error(error)
 
     for parent, folders, files in os.walk(folder, onerror=fail):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not _is_litter(name))
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:  # noqa: PTH122 - a Path each takes long
+            # `os.path`, as a Path for each takes long.
+            if not _is_litter(name) and (
+                os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES  # noqa: PTH122
+                or _begins_as_image(os.path.join(parent, name))  # noqa: PTH118
+            ):
                 yield Path(parent, name)
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith("._") or name.lower() in _LITTER
+
+
+def _begins_as_image(file: str) -> bool:
+    try:
+        # To open a pipe would wait for whoever writes to it.
+        if not os.path.isfile(file):  # noqa: PTH113
+            return False
+        with open(file, "rb", buffering=0) as stream:  # noqa: PTH123
+            return name_format(stream.read(HEAD_BYTES)) is not None
+    except OSError:
+        return False
 
 
 class _NotReadable(Exception):  # noqa: N818
@@ -169,29 +196,30 @@ def _check_pixels(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return pixels.copy()  # it is sent later, when whoever gave it may have put something else there
 
 
-def _open_other(data: bytes) -> Image.Image:
+def _decode_other(data: bytes) -> Image.Image:
+    """Decode a file that is neither JPEG nor PNG as the service does."""
+    header = read_header(data)
+    if header is None or (header.format == "AVIF" and not HAS_AVIF):
+        raise _NotReadable(explain_unreadable(data[:HEAD_BYTES]))
+    if header.problem:
+        raise _NotReadable(header.problem)
+    if header.pixels > MAX_PIXELS:
+        size = f"{header.width} x {header.height}"
+        raise _NotReadable(f"the picture has {size} pixels: at most {MAX_PIXELS:,} are taken")
     try:
-        image = Image.open(io.BytesIO(data), formats=_OTHER_FORMATS)
-    except Exception as error:  # a damaged header fails anywhere in Pillow's parsers
-        raise _NotReadable("unknown image format: expected JPEG, PNG, WebP, BMP or GIF") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise _NotReadable(f"the picture has {image.width} x {image.height} pixels: at most {MAX_PIXELS:,} are taken")
-    return image
+        return decode_rgb(data, header)
+    except UnreadableImage as error:
+        raise _NotReadable(str(error)) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn the pixels as the metadata says: PNG loses it, and the same picture as a file would be turned."""
+    """Turn the pixels as the metadata says: it is not sent, and the same picture as a file would be turned."""
     try:
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise _NotReadable(f"the Pillow image cannot be read: {error}") from error
-    try:
-        # As the service does with a file: no orientation counts but that of a JPEG (MPO: several in one) or WebP.
-        if image.format in _TURNED_FORMATS and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            return ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata does not make the pixels worse
-        return image
-    return image
+    exif = image.info.get("exif") if image.format in _TURNED_FORMATS else None
+    return turn_upright(image, exif) if isinstance(exif, bytes) else image
 
 
 def _encode_png(image: Image.Image) -> bytes:
@@ -201,6 +229,8 @@ def _encode_png(image: Image.Image) -> bytes:
         )
     if 0 in image.size:
         raise _NotReadable(f"the Pillow image has no pixels: {image.width} x {image.height}")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), (bytes, int)):
+        image = image.convert("RGBA")  # else it would be lost with the metadata
     image = image.copy()
     image.info = {}  # a stray "transparency" entry can keep Pillow from writing the file
     stream = io.BytesIO()

@@ -7,7 +7,7 @@ measures the memory again.
 
 from __future__ import annotations
 
-from serving.image_formats.header import ImageHeader
+from image_formats.header import ImageHeader
 from serving.image_header import Decoder
 
 DEFAULT_SIZE = (512, 512)  # (height, width) of a model's input where it is not known
@@ -24,13 +24,15 @@ _RESIZE_BYTES = 16
 # libwebp's animation decoder, which Pillow uses for every file, holds two canvases, and Pillow copies one of them.
 _WEBP_CANVAS_BYTES = 8
 _WEBP_COPY_BYTES = 4
-_FILE_COPIES = {"JPEG": 1, "PNG": 2, "WEBP": 2}  # without their metadata
-_STRIP_BYTES = 10_000_000  # numpy's copies of `serving.images.STRIP_PIXELS` pixels of CMYK
+# libavif holds the planes of the AV1 image, with alpha perhaps, and Pillow is given two copies of the pixels.
+_AVIF_SAMPLE_BYTES = 8
+_FILE_COPIES = {"JPEG": 1, "PNG": 2, "WEBP": 2, "AVIF": 2}  # without their metadata
+_STRIP_BYTES = 10_000_000  # numpy's copies of `image_formats.decoding.STRIP_PIXELS` pixels of CMYK
 
 # Time, on one core of a server, for a pixel, a byte of the file, a pixel in a further scan, and a file at all.
 _PIXEL_S = 15e-9  # baseline JPEG 7, progressive JPEG 13 to 18, PNG 6 to 14, GIF 9, BMP 6 ns
 _WEBP_PIXEL_S = 30e-9
-_FILE_BYTE_S = {"JPEG": 25e-9, "PNG": 25e-9, "WEBP": 25e-9}
+_FILE_BYTE_S = {"JPEG": 25e-9, "PNG": 25e-9, "WEBP": 25e-9, "AVIF": 160e-9}
 _RAW_BYTE_S = 2e-9
 _SCAN_PIXEL_S = 2e-9  # even where the scan is empty
 _INFLATED_BYTE_S = 10e-9
@@ -61,7 +63,7 @@ def decode_cost(header: ImageHeader, *, decoder: Decoder, size: tuple[int, int] 
 
 
 def _pillow_cost(header: ImageHeader) -> int:
-    """`serving.images`: decode the first frame, turn it upright, convert it to RGB, resize it."""
+    """`serving.images`: decode the first frame, convert it to RGB, turn it upright, resize it."""
     rows = max(header.width, header.height) * _ROW_BYTES  # turned, its columns become rows
     decoded = header.pixels * _pillow_bytes(header) + rows
     converted = header.pixels * _PILLOW_RGB_BYTES + rows
@@ -69,9 +71,11 @@ def _pillow_cost(header: ImageHeader) -> int:
     held = canvas_copy = 0
     if header.format == "WEBP":
         held, canvas_copy = header.pixels * _WEBP_CANVAS_BYTES, header.pixels * _WEBP_COPY_BYTES
+    if header.format == "AVIF":
+        held = header.pixels * header.sample_bytes * _AVIF_SAMPLE_BYTES
     if header.channels == 4 and header.format == "JPEG":
         held = _STRIP_BYTES
-    may_be_turned = header.format in ("JPEG", "WEBP")
+    may_be_turned = header.format in ("JPEG", "WEBP", "AVIF")
     copied = decoded + converted if may_be_turned or header.channels != 3 else decoded
     return (
         _FILE_COPIES.get(header.format, 0) * header.file_bytes

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from image_formats.content import read_header
+from image_formats.header import ImageHeader
 from serving.decode_cost import QUICK_S, decode_cost, decode_seconds
 from serving.errors import InvalidRequest, TooLarge
-from serving.image_formats.header import ImageHeader
-from serving.image_header import ImageLimits, check_image, read_header
+from serving.image_header import ImageLimits, check_image
 from serving.predictor import Predictor, Signature
 from serving.request_context import current_request
 from serving.waiting import run_sized

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving.errors import InvalidRequest, TooLarge
-from serving.image_formats import bmp, gif, jpeg, png, webp
-from serving.image_formats.header import MAX_JPEG_SCANS, ImageHeader
 
 Decoder = Literal["pillow", "tensorflow"]
 
@@ -31,25 +30,6 @@ class ImageLimits:
 
     max_pixels: int
     max_side: int
-
-
-def read_header(data: bytes) -> ImageHeader | None:
-    """Read the header of a JPEG, PNG, GIF, BMP or WebP file.
-
-    Returns:
-        What it declares; None where the bytes are no such file, or end before the image begins. Never raises.
-    """
-    if data.startswith(jpeg.SIGNATURE):
-        return jpeg.read_header(data)
-    if data.startswith(png.SIGNATURE):
-        return png.read_header(data)
-    if data.startswith(gif.SIGNATURE):
-        return gif.read_header(data)
-    if data.startswith(bmp.SIGNATURE):
-        return bmp.read_header(data)
-    if webp.is_webp(data):
-        return webp.read_header(data)
-    return None
 
 
 def check_image(header: ImageHeader, limits: ImageLimits, *, decoder: Decoder) -> None:

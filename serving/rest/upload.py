@@ -15,6 +15,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import MultiPartParser
 from werkzeug.http import parse_options_header
 
+from image_formats.png import is_opaque_and_upright
 from serving.decode_cost import decode_cost, is_quick
 from serving.errors import (
     InvalidRequest,
@@ -211,6 +212,8 @@ def _predict_files(
 ) -> Mapping[str, np.ndarray] | None:
     """Leave PNG files of the model's own size to the model, which decodes them to the same pixels, outside of Python.
 
+    Not those that may be transparent or turned: models of earlier exports drop alpha and ignore a PNG's orientation.
+
     Returns:
         What the model says; None where a file is another, or one cannot be read, which Pillow is then to explain.
     """
@@ -219,7 +222,7 @@ def _predict_files(
         return None
     height, width = size
     head = PNG_HEAD + struct.pack(">II", width, height)
-    if not all(picture.data.startswith(head) for picture in pictures):
+    if not all(picture.data.startswith(head) and is_opaque_and_upright(picture.data) for picture in pictures):
         return None
     files = np.empty(len(pictures), object)
     files[:] = [picture.data for picture in pictures]

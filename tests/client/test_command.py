@@ -118,7 +118,7 @@ def test_every_failed_picture_is_named_and_the_others_go_on(run: Run, folder: Pa
     assert result.exit_code == 1
     assert len(result.stdout.splitlines()) == 6
     assert result.stderr.splitlines() == [
-        f"{nothing}: no pictures in this folder: no .jpg, .jpeg, .png, .webp, .bmp or .gif file",
+        f"{nothing}: no pictures in this folder: no JPEG, PNG, WebP, AVIF, BMP or GIF file",
         f"{empty}: the picture is empty: it has no bytes",
         f"{bad}: not a picture",
         f"{folder}/missing.png: there is no such file",

@@ -180,7 +180,7 @@ def test_unreadable_pictures_cost_only_themselves(model: Colours, pictures: list
     failures = {outcome.index: outcome for outcome in outcomes if isinstance(outcome, Failure)}
     assert failures.keys() == {1, 4, 5}
     assert "Unknown image file format" in failures[1].reason
-    assert "expected JPEG, PNG, WebP, BMP or GIF" in failures[4].reason
+    assert "expected JPEG, PNG, WebP, AVIF, BMP or GIF" in failures[4].reason
     assert [outcome.label for outcome in outcomes if not isinstance(outcome, Failure)] == ["red", "blue", "red", "red"]
 
 

@@ -58,12 +58,12 @@ def test_a_pillow_image_is_sent_upright_as_its_file_would_be_seen(tmp_path: Path
     assert received.getexif().get(0x0112) is None
 
 
-def test_the_orientation_of_a_png_counts_for_nobody(tmp_path: Path) -> None:
+def test_a_pillow_image_from_a_png_is_sent_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(NOISE).save(tmp_path / "photo.png", exif=exif)
     with Image.open(tmp_path / "photo.png") as image:
-        np.testing.assert_array_equal(np.asarray(sent(image)), NOISE)
+        np.testing.assert_array_equal(np.asarray(sent(image)), np.rot90(NOISE, -1))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -146,11 +146,17 @@ def test_a_pipe_is_a_file_too(tmp_path: Path) -> None:
         assert read_picture(pipe, index=0).data == png_of("red")
 
 
-def test_find_pictures_is_sorted_and_knows_suffixes(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.jpeg", "c.webp", "d.bmp", "e.gif", "f.png", "g.tif", "h.txt", "png", "z/1.png", "y/2.png"):
+def test_find_pictures_is_sorted_and_knows_them_by_content(tmp_path: Path) -> None:
+    pictures = ["a.jfif", "b.JPG", "c.jpe", "d.tif", "e", "f.png", "y/2.png", "z/1.dat"]
+    litter = ["._b.JPG", "Thumbs.db", "__MACOSX/b.JPG", "y/._2.png"]
+    for name in (*pictures, *litter):
         write_png(tmp_path / name, "red")
+    (tmp_path / "damaged.jpg").write_bytes(b"")  # is to be reported
+    (tmp_path / "iphone").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")  # likewise
+    (tmp_path / "notes.txt").write_bytes(b"BMW and Benz build cars in the south of Germany.")
+    os.mkfifo(tmp_path / "pipe")
     names = [path.relative_to(tmp_path).as_posix() for path in find_pictures(tmp_path)]
-    assert names == ["a.jpeg", "b.JPG", "c.webp", "d.bmp", "e.gif", "f.png", "y/2.png", "z/1.png"]
+    assert names == sorted([*pictures, "damaged.jpg", "iphone"], key=lambda name: ("/" in name, name))
 
 
 def test_find_pictures_does_not_go_in_circles(tmp_path: Path) -> None:

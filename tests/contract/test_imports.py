@@ -1,4 +1,7 @@
-"""Who may know whom: `serving` neither Keras nor training, `client` no TensorFlow, `training` neither of the two."""
+"""Who may know whom: `serving` neither Keras nor training, `client` no TensorFlow, `training` neither of the two.
+
+All three share `image_formats`, which knows none of them.
+"""
 
 import ast
 import subprocess
@@ -12,6 +15,7 @@ FORBIDDEN = {
     "serving": {"keras", "training", "client"},
     "client": {"tensorflow", "keras", "tensorflow_serving", "training", "serving"},
     "training": {"serving", "client"},
+    "image_formats": {"tensorflow", "keras", "training", "serving", "client"},
 }
 
 

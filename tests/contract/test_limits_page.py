@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving import image_header
 from serving.__main__ import main
 from serving.decode_cost import decode_cost
 from serving.grpc import receiving
 from serving.http import protocol, server
-from serving.image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving.memory import BODIES_SHARE, SAFETY_SHARE, SMALL_SHARE, MemoryBudget
 from serving.rest import body, json_cost, json_document, json_process, upload
 from serving.settings import Settings

@@ -268,7 +268,7 @@ def test_a_picture_that_is_refused_has_the_services_words(page: Page, tmp_path: 
     page.wait_for_state("answered", cards[1:2])
     page.wait_for_state("refused", [cards[0], cards[2]])
     assert text(cards[0], ".headline") == "Could not be read"
-    assert text(cards[0], ".words").startswith("unknown image format: expected JPEG, PNG")
+    assert "expected JPEG, PNG, WebP, AVIF, BMP or GIF" in text(cards[0], ".words")
     assert not cards[0].find_element(By.CSS_SELECTOR, ".seen").is_displayed()
     assert text(cards[2], ".headline") == "Too large"
     assert "at most 3,000,000 bytes" in text(cards[2], ".words")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from image_formats.content import read_header
+from image_formats.header import ImageHeader
 from serving.decode_cost import decode_cost, is_quick
-from serving.image_formats.header import ImageHeader
-from serving.image_header import read_header
 from tests.serving.conftest import PROJECT
 from tests.serving.image_files import bmp, chunk, encode, gif, jpeg_of_scans, noise, png
 
@@ -106,6 +106,9 @@ PILLOW_FILES = {
     "gif": lambda: encode(noise(SIZE, "L"), "GIF"),
     "bmp": lambda: encode(noise(SIZE), "BMP"),
     "webp": lambda: encode(noise(SIZE), "WEBP", method=0),
+    "png with a transparent colour": lambda: encode(noise(SIZE), "PNG", compress_level=1, transparency=(1, 2, 3)),
+    "avif": lambda: encode(noise(SIZE), "AVIF", speed=10),
+    "avif alpha": lambda: encode(noise(SIZE, "RGBA"), "AVIF", speed=10),
     "webp alpha": lambda: encode(noise(SIZE, "RGBA"), "WEBP", method=0),
 }
 TENSORFLOW_FILES = {

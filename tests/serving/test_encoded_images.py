@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
+from image_formats.content import read_header
 from serving.decode_cost import decode_cost, decode_seconds
 from serving.encoded_images import (
     IMAGES_AT_ONCE,
@@ -24,7 +25,7 @@ from serving.encoded_images import (
     check_encoded_images,
 )
 from serving.errors import InvalidRequest, TooLarge
-from serving.image_header import ImageLimits, read_header
+from serving.image_header import ImageLimits
 from serving.predictor import SavedModelPredictor, Signature
 from tests.serving import saved_models
 from tests.serving.conftest import Server, picture

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from image_formats.content import read_header
+from image_formats.header import ImageHeader
 from serving.errors import InvalidRequest, TooLarge
-from serving.image_formats.header import ImageHeader
-from serving.image_header import FULL_SIZE_SCANS, Decoder, ImageLimits, check_image, read_header
+from serving.image_header import FULL_SIZE_SCANS, Decoder, ImageLimits, check_image
 from tests.serving.image_files import bmp, chunk, encode, gif, jpeg_of_scans, noise, png, segment, webp_canvas
 
 LIMITS = ImageLimits(max_pixels=1_000_000, max_side=5_000)
@@ -200,6 +201,19 @@ def test_a_side_is_limited(data: bytes) -> None:
 def test_the_limits_themselves_are_allowed() -> None:
     for width, height in ((1_000, 1_000), (5_000, 200), (1, 5_000)):
         check(png(width, height))
+
+
+def test_the_size_of_an_avif_is_that_of_its_stream_where_its_box_says_less() -> None:
+    data = encode(noise((1_200, 1_000)), "AVIF", speed=10)
+    place = data.index(b"ispe") + 8
+    data = data[:place] + struct.pack(">II", 7, 5) + data[place + 8 :]
+    with pytest.raises(TooLarge, match="1200 x 1000"):
+        check(data, decoder="pillow")
+
+
+def test_a_frame_header_that_is_too_short_is_no_frame() -> None:
+    place = PROGRESSIVE.index(b"\xff\xc2") + 2
+    assert read_header(PROGRESSIVE[:place] + b"\0\3" + PROGRESSIVE[place + 2 :]) is None
 
 
 @pytest.mark.parametrize("data", [png(0, 5), gif((0, 0), 1, frame_size=(0, 0)), jpeg_of_scans(12, size=(64, 0))])

@@ -171,9 +171,9 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "test" / "dog" / "empty.png").touch()
     message = refusal(folder)
     assert "3 of 19 files" in message
-    assert "train/cat/half.png is damaged" in message
-    assert "train/dog/notes.txt is not a JPEG" in message
-    assert "test/dog/empty.png is not a JPEG" in message
+    assert "train/cat/half.png: the picture is damaged or cut off" in message
+    assert "train/dog/notes.txt: unknown image format: expected JPEG" in message
+    assert "test/dog/empty.png: the file is empty" in message
     for number in range(9):
         (folder / "train" / "dog" / f"empty{number}.jpg").touch()
     message = refusal(folder)

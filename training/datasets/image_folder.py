@@ -14,15 +14,14 @@ from rich.console import Console
 from rich.progress import track
 
 from training.datasets.dataset import Dataset, Split
-from training.datasets.image_file import read_image
+from training.datasets.image_file import is_image_file, read_image
 from training.errors import DatasetError
 from training.memory import require_memory
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
 TEST_FRACTION = 0.1  # of a folder without a test split
 LAYOUTS = "train/<class>/* and test/<class>/*, or <class>/*"
 # What file managers leave behind, hidden files apart.
-_LITTER = ("thumbs.db", "desktop.ini")
+_LITTER = ("thumbs.db", "desktop.ini", "__macosx")
 _SHOWN_AT_MOST = 5
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ def find_image_folders(folder: Path) -> list[Path]:
     """Return `folder` if it holds images by class, in either layout; else those folders right in it that do.
 
     A layout is known by the folders `train/<class>/`, or by a folder with image files in it, which are known by their
-    suffixes.
+    content.
 
     Raises:
         DatasetError: the folder is missing or cannot be listed.
@@ -70,9 +69,9 @@ def load_image_folder(folder: Path, *, image_size: tuple[int, int] | None, seed:
     """Load every image of a folder.
 
     Every file in a class's folder has to be an image. Only what file managers leave behind is passed over: files and
-    folders whose names begin with a dot (`.DS_Store`), `Thumbs.db` and `desktop.ini`. Files that lie beside the
-    folders of the classes belong to no class and are not looked at. Without a test folder, a tenth of each class is
-    set aside for testing.
+    folders whose names begin with a dot (`.DS_Store`, `._cat.jpg`), `__MACOSX`, `Thumbs.db` and `desktop.ini`. Files
+    that lie beside the folders of the classes belong to no class and are not looked at. Without a test folder, a tenth
+    of each class is set aside for testing.
 
     Args:
         folder: `train/<class>/*` and `test/<class>/*`, or `<class>/*`, or a folder that holds just one such folder.
@@ -231,7 +230,7 @@ def _shown(path: Path) -> str:
 
 def _is_image_folder(folder: Path) -> bool:
     return _has_splits(folder) or any(
-        path.suffix.lower() in SUFFIXES for subfolder in _subfolders(folder) for path in _list(subfolder)
+        is_image_file(path) for subfolder in _subfolders(folder) for path in _list(subfolder)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serving.image_formats.header import ImageHeader
+from image_formats.header import ImageHeader
 
 SIGNATURE = b"GIF8"  # TensorFlow takes any version
 

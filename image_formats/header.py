@@ -12,11 +12,13 @@ MAX_JPEG_SCANS = 100
 class ImageHeader:
     """Size and layout of an encoded image as its file declares them; the pixels may turn out to be missing."""
 
-    format: str  # "JPEG", "PNG", "GIF", "BMP", "WEBP"
+    format: str  # "JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF"
     width: int  # of the canvas, or of a frame that reaches beyond it
     height: int
     file_bytes: int
-    channels: int  # as stored: 1 for a palette, 2 for grey with alpha, 4 for CMYK
+    channels: (
+        int  # as stored: 1 for a palette, 2 for grey with alpha, 4 for CMYK, and for RGB that is transparent or turned
+    )
     sample_bytes: int = 1  # 2 for samples of 16 bits
     frames: int = 1
     scans: int = 1  # of a JPEG; counting stops at MAX_JPEG_SCANS + 1

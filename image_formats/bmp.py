@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from serving.image_formats.header import ImageHeader
+from image_formats.header import ImageHeader
 
 SIGNATURE = b"BM"
 
@@ -13,6 +13,11 @@ MAX_RLE_BYTES = 1 << 20  # Pillow decodes it run by run in Python, which takes u
 _CORE_HEADER_BYTES = 12
 _HEADER_BYTES = (_CORE_HEADER_BYTES, 40, 52, 56, 64, 108, 124)  # Pillow takes these only, TensorFlow any
 _RLE = (1, 2)
+
+
+def is_bmp(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of a BMP file, and not some text that begins with "BM"."""
+    return head.startswith(SIGNATURE) and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in _HEADER_BYTES
 
 
 def read_header(data: bytes) -> ImageHeader | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from serving.image_formats.header import ImageHeader
+from image_formats.header import ImageHeader
 
 MAX_CHUNKS = 100_000
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from serving.image_formats.header import MAX_JPEG_SCANS, ImageHeader
+from image_formats.header import MAX_JPEG_SCANS, ImageHeader
 
-SIGNATURE = b"\xff\xd8"  # libjpeg skips what may follow before the next marker
+SIGNATURE = b"\xff\xd8\xff"  # Pillow and TensorFlow both require the start of a second marker
 
 MAX_SEGMENTS = 10_000  # 600 MB of metadata in segments of full size
 MAX_TABLE_BYTES = 1 << 18  # before the first scan; eight Huffman and four quantization tables have 2.5 KB
@@ -42,7 +42,7 @@ def read_header(data: bytes) -> ImageHeader | None:
                 is_progressive |= start + 4 < len(data) and data[start + 4] < channels  # some components only
             if scans > MAX_JPEG_SCANS:
                 break
-        elif code in _FRAMES and start + 9 < len(data):
+        elif code in _FRAMES and start + 9 < min(len(data), end):
             # A second frame is an error to libjpeg, but Pillow's own parser takes the last one.
             height = max(height, int.from_bytes(data[start + 5 : start + 7]))
             width = max(width, int.from_bytes(data[start + 7 : start + 9]))
@@ -94,7 +94,7 @@ def keep_pixel_data(data: bytes) -> tuple[bytes, bytes]:
 
 def _iterate_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield each segment's marker, where it starts and where it ends, up to the end of the first image."""
-    position = len(SIGNATURE)
+    position = 2  # behind the first marker
     has_scan = False
     while (start := _find_marker(data, position)) >= 0:
         code = data[start + 1]

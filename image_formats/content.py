@@ -1,0 +1,77 @@
+"""The format of an image file, known by its first bytes and never by its name."""
+
+from __future__ import annotations
+
+from PIL import features
+
+from image_formats import avif, bmp, gif, jpeg, png, webp
+from image_formats.header import ImageHeader
+
+HEAD_BYTES = 512  # enough to tell the format: of HEIC and AVIF the list of brands counts
+
+HAS_AVIF = bool(features.check("avif"))  # Pillow can be built without it
+SUPPORTED = ("JPEG", "PNG", "WebP", *(["AVIF"] if HAS_AVIF else []), "BMP", "GIF")
+EXPECTED = f"expected {', '.join(SUPPORTED[:-1])} or {SUPPORTED[-1]}"
+
+_TIFF = (b"II*\0", b"MM\0*")
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+
+
+def read_header(data: bytes) -> ImageHeader | None:
+    """Read the header of a JPEG, PNG, GIF, BMP, WebP or AVIF file.
+
+    Returns:
+        What it declares; None where the bytes are no such file, or end before the image begins. Never raises.
+    """
+    if data.startswith(jpeg.SIGNATURE):
+        return jpeg.read_header(data)
+    if data.startswith(png.SIGNATURE):
+        return png.read_header(data)
+    if data.startswith(gif.SIGNATURE):
+        return gif.read_header(data)
+    if data.startswith(bmp.SIGNATURE):
+        return bmp.read_header(data)
+    if webp.is_webp(data):
+        return webp.read_header(data)
+    if avif.is_avif(data):
+        return avif.read_header(data)
+    return None
+
+
+def name_format(head: bytes) -> str | None:
+    """Return the name of the image format that a file begins as, supported or not; None where it is no image.
+
+    Args:
+        head: the first `HEAD_BYTES` of the file, or all of it.
+    """
+    if head.startswith(jpeg.SIGNATURE):
+        return "JPEG"
+    if head.startswith(png.SIGNATURE):
+        return "PNG"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if bmp.is_bmp(head):
+        return "BMP"
+    if webp.is_webp(head):
+        return "WebP"
+    if avif.is_avif(head):
+        return "AVIF"
+    if avif.is_heic(head):
+        return "HEIC"
+    if head.startswith(_TIFF):
+        return "TIFF"
+    if head.startswith(_JPEG_XL):
+        return "JPEG XL"
+    return None
+
+
+def explain_unreadable(head: bytes) -> str:
+    """Say why a file that has no readable header is refused."""
+    if not head:
+        return "the file is empty"
+    name = name_format(head)
+    if name is None:
+        return f"unknown image format: {EXPECTED}"
+    if name in SUPPORTED:
+        return f"it begins as a {name} file, and is damaged or cut off"
+    return f"{name} is not supported: convert the image to JPEG or PNG ({EXPECTED})"

@@ -1,0 +1,184 @@
+"""Image files to upright RGB pixels, exactly as the exported model decodes them.
+
+Pillow's decoders give bit for bit what `tf.io.decode_jpeg(dct_method="INTEGER_ACCURATE", channels=3)` gives for JPEG
+and PNG, once the same choices are made: 16-bit samples keep their high byte, a palette is expanded, grey is repeated,
+and what is transparent is composited over white.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin
+from PIL import WebPImagePlugin as WebpImagePlugin
+
+from image_formats import jpeg, png
+from image_formats.content import HAS_AVIF
+from image_formats.errors import UnreadableImage
+from image_formats.exif import read_orientation
+from image_formats.header import ImageHeader
+
+# Importing the plugins registers their formats, so that the first request need not look for them.
+_FORMATS = tuple(
+    str(plugin.format)
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebpImagePlugin.WebPImageFile,
+        *([AvifImagePlugin.AvifImageFile] if HAS_AVIF else []),
+        BmpImagePlugin.BmpImageFile,
+        GifImagePlugin.GifImageFile,
+    )
+)
+STRIP_PIXELS = 1 << 18  # converted at once, so that intermediate copies stay small
+
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
+    """Decode an image: upright, RGB, at its own size; of an animation the first frame.
+
+    The orientation counts where EXIF data declares it: the first EXIF segment of a JPEG, the eXIf chunk of a PNG, the
+    EXIF data of WebP and AVIF. An orientation in XMP or in text chunks does not.
+
+    Args:
+        data: the file.
+        header: what it declares. Whoever calls has checked that the size is acceptable.
+
+    Raises:
+        UnreadableImage: the file is damaged or cut off.
+    """
+    exif = transparency = b""
+    if header.format == "JPEG":
+        data, exif = jpeg.keep_pixel_data(data)
+    elif header.format == "PNG":
+        kept = png.keep_pixel_data(data)
+        data, exif, transparency = kept.file, kept.exif, kept.transparency
+    # One variable holds the image at each step: the memory of the step before is free for the next.
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Exception as error:  # a damaged header fails anywhere in Pillow's parsers
+        raise UnreadableImage(f"the picture is damaged or cut off ({error or type(error).__name__})") from error
+    if header.format in ("WEBP", "AVIF"):
+        exif = image.info.get("exif", b"")
+    try:
+        image.load()
+        if transparency:
+            image = _composite_png(image, data, transparency)
+        image = _to_rgb(image)
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError) as error:
+        # Pillow's decoders say "truncated" or "broken" in several exception types.
+        raise UnreadableImage(f"the picture is damaged or cut off ({error})") from error
+    return turn_upright(image, exif)
+
+
+def turn_upright(image: Image.Image, exif: bytes) -> Image.Image:
+    """Turn an image as its EXIF data declares; the same image where that says nothing."""
+    turn = _TRANSPOSITIONS.get(read_orientation(exif))
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        return _composite(image, lambda strip: strip.convert("RGBA"))
+    if image.mode == "RGB":
+        return image  # `convert` would copy it
+    if image.mode.startswith("I;16"):
+        return _map_strips(image, _high_byte, mode="L").convert("RGB")
+    if image.mode == "CMYK":
+        return _map_strips(image, _cmyk_to_rgb_adobe if "adobe" in image.info else _cmyk_to_rgb, mode="RGB")
+    return image.convert("RGB")
+
+
+def _composite_png(image: Image.Image, file: bytes, transparency: bytes) -> Image.Image:
+    """Composite a PNG over white whose tRNS chunk makes a colour or palette entries transparent.
+
+    Pillow compares the chunk's colour with samples that it has scaled or cut to eight bits; here it is compared with
+    the samples as stored, as libpng does.
+    """
+    if image.mode == "P":
+        image.info["transparency"] = transparency
+        return _to_rgb(image)
+    depth = file[24]
+    colour = np.frombuffer(transparency, ">u2")
+    if image.mode.startswith("I;16"):
+        grey = np.uint16(colour[0])
+
+        def with_alpha(strip: Image.Image) -> Image.Image:
+            samples = np.asarray(strip)
+            return _merge(Image.fromarray(_high_byte(samples)).convert("RGB"), samples != grey)
+
+        return _composite(image, with_alpha)
+    if image.mode == "RGB" and depth == 16:
+        # Pillow keeps the high bytes; read a second time as if the bytes were swapped, it keeps the low ones.
+        low = Image.open(io.BytesIO(file), formats=("PNG",))
+        assert isinstance(low, ImageFile.ImageFile)
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+        low.load()
+        return _composite(
+            image,
+            lambda strip, low_strip: _merge(
+                strip,
+                ((np.asarray(strip) != colour >> 8) | (np.asarray(low_strip) != colour & 255)).any(axis=2),
+            ),
+            low,
+        )
+    if image.mode == "RGB":
+        return _composite(image, lambda strip: _merge(strip, (np.asarray(strip) != colour & 255).any(axis=2)))
+    # Grey samples of fewer bits were scaled up to eight.
+    most = (1 << depth) - 1
+    level = int(colour[0] & most) * (255 // most)
+    return _composite(image.convert("L"), lambda strip: _merge(strip.convert("RGB"), np.asarray(strip) != level))
+
+
+def _merge(image: Image.Image, is_opaque: np.ndarray) -> Image.Image:
+    image = image.copy()
+    image.putalpha(Image.fromarray(is_opaque.astype(np.uint8) * 255))
+    return image
+
+
+def _composite(image: Image.Image, to_rgba: Callable[..., Image.Image], *more: Image.Image) -> Image.Image:
+    """Composite over white, some rows at a time: (colour * alpha + 255 * (255 - alpha)) / 255, rounded to nearest."""
+    composited = Image.new("RGB", image.size, "white")
+    for box in _strips(image):
+        strip = to_rgba(*(each.crop(box) for each in (image, *more)))
+        composited.paste(strip, box[:2], strip)
+    return composited
+
+
+def _map_strips(image: Image.Image, convert: Callable[[np.ndarray], np.ndarray], *, mode: str) -> Image.Image:
+    """Convert pixels with numpy, some rows at a time."""
+    converted = Image.new(mode, image.size)
+    for box in _strips(image):
+        converted.paste(Image.fromarray(convert(np.asarray(image.crop(box)))), box[:2])
+    return converted
+
+
+def _strips(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    rows = max(1, STRIP_PIXELS // image.width)
+    return [(0, top, image.width, min(image.height, top + rows)) for top in range(0, image.height, rows)]
+
+
+def _high_byte(samples: np.ndarray) -> np.ndarray:
+    return (samples >> 8).astype(np.uint8)
+
+
+def _cmyk_to_rgb(ink: np.ndarray) -> np.ndarray:
+    """Convert as TensorFlow's JPEG decoder does (`core/lib/jpeg/jpeg_mem.cc`), not as Pillow would."""
+    wide = ink.astype(np.uint16)
+    rgb: np.ndarray = (wide[..., :3] * wide[..., 3:] // 255).astype(np.uint8)
+    return rgb
+
+
+def _cmyk_to_rgb_adobe(ink: np.ndarray) -> np.ndarray:
+    return _cmyk_to_rgb(255 - ink)  # Pillow has undone the inversion that Adobe files have

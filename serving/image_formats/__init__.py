@@ -1,1 +1,0 @@
-"""Headers of encoded images, one module per format, read without decoding anything."""
