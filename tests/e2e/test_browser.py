@@ -232,11 +232,14 @@ def test_what_the_model_sees_is_what_pillow_makes_of_the_picture(page: Page, tmp
         "tiny.png": Image.fromarray(pixels[:7, :40]),
         "tall.png": Image.fromarray(np.concatenate([pixels[:, :50].repeat(10, axis=1)] * 9)),  # read in strips
     }
+    cases["transparent.png"] = Image.fromarray(np.concatenate([pixels, pixels[..., :1] // 128 * 255], axis=2))
     cards = page.send(*(write(tmp_path / name, encode(image)) for name, image in cases.items()))
     page.wait_for_state("answered", cards)
     for card, image in zip(cards, cases.values(), strict=True):
         seen = page.canvas(card)
-        expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+        white = Image.new("RGBA", image.size, "white")
+        shown = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        expected = np.asarray(shown.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
         assert np.abs(seen[..., :3] - expected).max() <= 1
         assert np.all(seen[..., 3] == 255)
         assert text(card, ".seen figcaption").endswith("32 \N{MULTIPLICATION SIGN} 32")

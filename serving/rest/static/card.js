@@ -95,7 +95,7 @@ export class Card {
       return;
     }
     const bitmap = await decode(this.#file);
-    const { image, transparent } = await reduce(bitmap, width, height);
+    const image = await reduce(bitmap, width, height);
     bitmap.close();
     const canvas = this.#find(".seen canvas");
     canvas.width = width;
@@ -103,10 +103,6 @@ export class Card {
     canvas.getContext("2d").putImageData(image, 0, 0);
     canvas.setAttribute("aria-label", `${this.#file.name} at ${width} × ${height} pixels`);
     this.#find(".seen .size").textContent = `${width} × ${height}`;
-    if (transparent) {
-      // The browser does not give out the colour of a pixel that is wholly transparent.
-      this.#find(".seen .size").textContent += ", save that it also sees the colours under what is transparent";
-    }
     this.#find(".seen").hidden = false;
   }
 

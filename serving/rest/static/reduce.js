@@ -1,43 +1,26 @@
 // A picture at the model's size, by the same arithmetic as in the service, so that what is shown is what is seen:
 // antialiased bilinear interpolation as in Pillow (libImaging/Resample.c), columns first, rounded after each pass.
 
-const HEAD_BYTES = 1 << 18;
+const HEAD_BYTES = 21; // of a WebP file, up to its flags
 const STRIP_PIXELS = 1 << 20; // read at once, which bounds both the memory and the time without a pause
 
-/** Decode a file as the service does: a JPEG turned upright, colour profile ignored, alpha not blended in. */
+/** Decode a file as the service does: turned upright, colour profile ignored. */
 export async function decode(file) {
-  return createImageBitmap(await withoutOrientation(file), {
-    colorSpaceConversion: "none",
-    imageOrientation: "from-image",
-    premultiplyAlpha: "none",
-  });
-}
-
-/**
- * The file less what would turn it in a browser only: the eXIf chunk that a PNG may have before its pixels.
- * The service turns a WebP too, which not every browser does: with EXIF data it is an error.
- */
-async function withoutOrientation(file) {
-  const head = await file.slice(0, HEAD_BYTES).arrayBuffer();
+  const head = new Uint8Array(await file.slice(0, HEAD_BYTES).arrayBuffer());
   const text = new TextDecoder("latin1").decode(head);
-  if (text.startsWith("RIFF") && text.slice(8, 16) === "WEBPVP8X" && (text.charCodeAt(20) & 0x08) !== 0) {
+  if (text.startsWith("RIFF") && text.slice(8, 16) === "WEBPVP8X" && (head[20] & 0x08) !== 0) {
+    // The service turns a WebP by its EXIF data, which not every browser does.
     throw new Error("whether this browser turns the picture as the service does is not known");
   }
-  const found = text.slice(0, text.indexOf("IDAT")).indexOf("eXIf");
-  if (!text.startsWith("PNG", 1) || found < 0) {
-    return file;
-  }
-  const length = new DataView(head).getUint32(found - 4);
-  return new Blob([file.slice(0, found - 4), file.slice(found + 4 + length + 4)]); // length, type, data, checksum
+  return createImageBitmap(file, { colorSpaceConversion: "none", imageOrientation: "from-image" });
 }
 
-/** Reduce (or enlarge) a bitmap to `width` x `height`; returns { image: ImageData, transparent: boolean }. */
+/** Reduce (or enlarge) a bitmap to `width` x `height`; composited over white; returns an ImageData. */
 export async function reduce(bitmap, width, height) {
   const columns = interpolation(bitmap.width, width);
   const rows = spread(interpolation(bitmap.height, height), bitmap.height);
   const sums = new Float64Array(width * height * 3);
   const line = new Uint8ClampedArray(width * 3);
-  let transparent = false;
   const step = Math.max(1, Math.floor(STRIP_PIXELS / bitmap.width));
   const canvas = document.createElement("canvas");
   canvas.width = bitmap.width;
@@ -45,12 +28,10 @@ export async function reduce(bitmap, width, height) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   for (let top = 0; top < bitmap.height; top += step) {
     const count = Math.min(step, bitmap.height - top);
-    context.clearRect(0, 0, canvas.width, canvas.height);
+    context.fillStyle = "white";
+    context.fillRect(0, 0, canvas.width, canvas.height);
     context.drawImage(bitmap, 0, -top);
     const { data } = context.getImageData(0, 0, bitmap.width, count);
-    for (let alpha = 3; alpha < data.length && !transparent; alpha += 4) {
-      transparent = data[alpha] < 255;
-    }
     for (let y = 0; y < count; y += 1) {
       interpolateLine(data, y * bitmap.width * 4, columns, line);
       for (const { to, weight } of rows[top + y]) {
@@ -65,7 +46,7 @@ export async function reduce(bitmap, width, height) {
   for (let pixel = 0; pixel < width * height; pixel += 1) {
     image.data.set([sums[pixel * 3], sums[pixel * 3 + 1], sums[pixel * 3 + 2], 255], pixel * 4);
   }
-  return { image, transparent };
+  return image;
 }
 
 /** For each of `to` places: the first of `from` places that counts there, and the weights from there on. */
