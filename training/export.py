@@ -4,6 +4,7 @@
         saved_model.pb  variables/  fingerprint.pb
         assets.extra/model.json                    what the model is
         assets.extra/tf_serving_warmup_requests    replayed by a server when it loads the model
+        assets.extra/SHA256SUMS                    the sums of all other files, verified by the service
 
 A version is written to a hidden folder beside its final place and renamed when it is whole and has answered
 as the trained model does, so whoever watches `models/` never sees half of one.
@@ -26,22 +27,25 @@ from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-from training.calibration import apply_temperature
+from training.checksums import write_checksums
+from training.comparison import compare_answers, compare_logits, to_logits
 from training.errors import ExportError, RunError
 from training.image_decoding import decode_images
-from training.models import fold_model, freeze
+from training.models import compute_logits, fold_model, freeze
 from training.preflight import check_model_name
 from training.run import RunFolder
 from training.storage import explain_full_storage
-from training.train import load_best_model, predict_probabilities
+from training.train import load_best_model
 
 _PROOF_BATCH_SIZES = (1, 3, 64)
 _WARMUP_BATCH_SIZES = (1, 8, 64)
-_TOLERANCE = 1e-5
+
+_Logits = Callable[[np.ndarray], np.ndarray]  # uint8 (n, height, width, 3) -> float (n, classes)
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +99,6 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
     summary = run.read_dataset()
     config = run.read_config()
     card = {
-        "class_names": summary.class_names,
-        "input_shape": summary.input_shape,
         "variant": config.variant,
         "loop": config.loop,
         "preset": config.preset,
@@ -119,11 +121,18 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
         "libraries": {library: library_version(library) for library in ("tensorflow", "keras", "numpy")},
     }
     temperature = figures["temperature"]
+    logits = _make_logits(model, temperature=temperature, mirror=mirror)
+    folded = _average_mirrored(fold_model(model, config, temperature=temperature), mirror=mirror)
+    # Probabilities of 0 and 1 would hide a fault of the folding.
+    compute = tf.function(folded, reduce_retracing=True)
+    for batch_size in _PROOF_BATCH_SIZES:
+        images = _example_images(batch_size, summary.input_shape)
+        where = f"the folded network, at batch size {batch_size},"
+        compare_logits(compute(tf.constant(images)).numpy(), logits(images), where=where)
     return publish_model(
-        lambda images: tf.constant(
-            apply_temperature(predict_probabilities(model, images.numpy(), mirror=mirror), temperature)
-        ),
-        folded=with_softmax(fold_model(model, config, temperature=temperature), mirror=mirror),
+        model,
+        folded=with_softmax(folded),
+        logits=logits,
         models_dir=models_dir,
         name=name or summary.name,
         class_names=summary.class_names,
@@ -132,22 +141,35 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
     )
 
 
-def with_softmax(logits: Callable[[tf.Tensor], tf.Tensor], *, mirror: bool = False) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return the function from images to probabilities; with `mirror`, of the mean of an image and its mirror image."""
+def _make_logits(model: keras.Model, *, temperature: float, mirror: bool) -> _Logits:
+    """Return the function from images to the logits of a trained model, calibrated."""
+    logits = _average_mirrored(lambda images: compute_logits(model, images), mirror=mirror)
+    compute = tf.function(logits, reduce_retracing=True)
+    return lambda images: compute(tf.constant(images)).numpy().astype(np.float64) / temperature
+
+
+def _average_mirrored(logits: Callable[[tf.Tensor], tf.Tensor], *, mirror: bool) -> Callable[[tf.Tensor], tf.Tensor]:
+    """With `mirror`, return the function from images to the mean of an image's logits and its mirror image's."""
     if not mirror:
-        return lambda images: tf.nn.softmax(logits(images))
+        return logits
 
     def average(images: tf.Tensor) -> tf.Tensor:
         seen, mirrored = tf.split(logits(tf.concat([images, tf.reverse(images, [2])], axis=0)), 2)
-        return tf.nn.softmax((seen + mirrored) / 2)
+        return (seen + mirrored) / 2
 
     return average
+
+
+def with_softmax(logits: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return the function from images to probabilities."""
+    return lambda images: tf.nn.softmax(logits(images))
 
 
 def publish_model(
     model: Callable[[tf.Tensor], tf.Tensor],
     *,
     folded: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    logits: _Logits | None = None,
     models_dir: Path,
     name: str,
     class_names: tuple[str, ...],
@@ -161,11 +183,13 @@ def publish_model(
             float32 (n, classes) out.
         folded: the same without variables, which is what is written; by default `model` with its variables made
             constants.
+        logits: what the answers are compared with; by default the logarithms of `model`'s probabilities, which do not
+            tell those that are rounded to 0 from each other.
         models_dir: the folder of all models.
         name: of the model: letters, digits, `.`, `_` and `-`.
         class_names: a label for each column of the probabilities.
         input_shape: (height, width, 3).
-        card: what else model.json is to say.
+        card: what else model.json is to say, beside name, version, time, class names and input shape.
 
     Returns:
         The folder of the new version.
@@ -178,18 +202,17 @@ def publish_model(
     with full, _next_version(models_dir / name) as (version, partial):
         answer = folded or freeze(model, input_shape)
         _write_saved_model(answer, partial, class_names=class_names, input_shape=input_shape)
-        _write_extras(
-            partial,
-            name=name,
-            input_shape=input_shape,
-            card={
-                "name": name,
-                "version": version,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                **card,
-            },
-        )
-        _prove(model, partial, class_names=class_names, input_shape=input_shape)
+        own = {
+            "name": name,
+            "version": version,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "class_names": class_names,
+            "input_shape": input_shape,
+        }
+        _write_extras(partial, name=name, input_shape=input_shape, card={**own, **card, **own})
+        expected = logits or (lambda images: to_logits(np.asarray(model(tf.constant(images)))))
+        _prove(expected, partial, class_names=class_names, input_shape=input_shape)
+        write_checksums(partial)
     return models_dir / name / str(version)
 
 
@@ -309,21 +332,22 @@ def _example_inputs(images: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
 
 
 def _prove(
-    model: Callable[[tf.Tensor], tf.Tensor],
+    logits: _Logits,
     folder: Path,
     *,
     class_names: tuple[str, ...],
     input_shape: tuple[int, int, int],
 ) -> None:
-    """Load the export in both ways that servers do, and compare its answers with those of `model`.
+    """Load the export in both ways that servers do, and compare its answers with the trained model's logits.
 
     `tf.saved_model.load` alone does not tell: it binds an export's variables by objects, a server in C++ by names,
     and an export was seen that answered in Python only.
     """
     cases = [
-        (batch_size, signature, input_name, batch, np.asarray(model(tf.constant(images))))
+        (batch_size, signature, input_name, batch, expected)
         for batch_size in _PROOF_BATCH_SIZES
         for images in [_example_images(batch_size, input_shape)]
+        for expected in [logits(images)]
         for signature, input_name, batch in _example_inputs(images)
     ]
     for way, answers in (
@@ -334,7 +358,7 @@ def _prove(
             where = f"the exported signature {signature}, loaded by {way}, at batch size {batch_size}"
             if isinstance(answer, Exception):
                 raise ExportError(f"{where} fails: {str(answer).splitlines()[0]}") from answer
-            _compare(answer, expected, class_names, where=where)
+            compare_answers(answer, expected, class_names, where=where)
     _prove_labels(folder, class_names)
 
 
@@ -394,13 +418,3 @@ def _prove_labels(folder: Path, class_names: tuple[str, ...]) -> None:
                 raise ExportError(f"the exported signature labels fails: {answer}") from answer
             if [label.decode() for label in answer["label"].tolist()] != list(class_names):
                 raise ExportError(f"the exported signature labels gives {answer['label']}, not {class_names}")
-
-
-def _compare(answer: dict[str, np.ndarray], expected: np.ndarray, class_names: tuple[str, ...], *, where: str) -> None:
-    difference = float(np.abs(answer["probabilities"] - expected).max())
-    if not difference <= _TOLERANCE:
-        raise ExportError(f"{where} differs from the trained model by {difference:.2g}, more than {_TOLERANCE}")
-    class_ids = answer["probabilities"].argmax(axis=1)
-    labels = [class_names[class_id].encode() for class_id in class_ids]
-    if answer["class_id"].tolist() != class_ids.tolist() or answer["label"].tolist() != labels:
-        raise ExportError(f"{where} gives labels that do not belong to its probabilities")

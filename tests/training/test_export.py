@@ -20,7 +20,7 @@ from training.models import build_model
 CLASSES = ("cat", "dog", "größe")  # labels are text, not ASCII
 
 
-def publish(models_dir, *, variant="sequential", model=None, name="pets"):
+def publish(models_dir, *, variant="sequential", model=None, name="pets", **options):
     model = model or build_model(variant, (24, 32, 3), classes=3, conv_activation="relu")
     return publish_model(
         model,
@@ -28,7 +28,9 @@ def publish(models_dir, *, variant="sequential", model=None, name="pets"):
         name=name,
         class_names=CLASSES,
         input_shape=(24, 32, 3),
-        card={"seed": 7},
+        # Of what is so already, the card is not believed.
+        card={"seed": 7, "class_names": ["a"], "version": 99, "input_shape": [1, 1, 1]},
+        **options,
     )
 
 
@@ -133,6 +135,8 @@ def test_the_card_says_what_the_model_is(exported):
     card = json.loads((exported / "assets.extra" / "model.json").read_text())
     assert (card["name"], card["version"], card["seed"]) == ("pets", 1, 7)
     assert card["created"].endswith("+00:00")
+    assert card["class_names"] == list(CLASSES)
+    assert card["input_shape"] == [24, 32, 3]
 
 
 def test_the_warm_up_records_are_requests_the_model_answers(exported):
@@ -173,6 +177,28 @@ def test_an_export_that_answers_otherwise_is_not_published(tmp_path):
     with pytest.raises(ExportError, match=r"serving_default.*at batch size 1 differs from the trained model"):
         publish(tmp_path, model=model)
     assert [path.name for path in (tmp_path / "pets").iterdir()] == [".last_version"]
+
+
+def channel_logits(images, more=0.0):
+    """Large logits that are close to each other: of images of noise, three times the means of the colours."""
+    return 3 * tf.reduce_mean(tf.cast(images, tf.float32), axis=(1, 2)) + [0, more, 0]
+
+
+@pytest.mark.parametrize(("difference", "is_rounding"), [(0.02, True), (0.2, False)])
+def test_what_large_logits_differ_by_is_no_fault_if_it_is_rounding(tmp_path, difference, is_rounding):
+    images = np.random.default_rng(0).integers(0, 256, (64, 24, 32, 3), dtype=np.uint8)
+    exact, rounded = (tf.nn.softmax(channel_logits(images, more)).numpy() for more in (0, difference))
+    assert np.abs(exact - rounded).max() > 1e-3  # of the probabilities; the logits are about 400
+    expected = {
+        "model": lambda images: tf.nn.softmax(channel_logits(images)),
+        "logits": lambda images: channel_logits(images).numpy(),
+        "folded": lambda images: tf.nn.softmax(channel_logits(images, difference)),
+    }
+    if is_rounding:
+        publish(tmp_path, **expected)
+    else:
+        with pytest.raises(ExportError, match="differs from the trained model"):
+            publish(tmp_path, **expected)
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "a:predict"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import keras
+import tensorflow as tf
 
 from training.config import PRESETS, TrainingConfig
 from training.errors import DatasetError
@@ -13,7 +14,7 @@ from training.models.folding import Logits, fold_airbench, fold_article_network,
 from training.models.sequential import build_sequential
 from training.models.subclass import build_subclass
 
-__all__ = ["MIN_IMAGE_SIZE", "build_model", "fold_model", "freeze"]
+__all__ = ["MIN_IMAGE_SIZE", "build_model", "compute_logits", "fold_model", "freeze"]
 
 _BUILDERS: dict[str, Callable[..., keras.Model]] = {
     "sequential": build_sequential,
@@ -58,6 +59,17 @@ def build_model(
         blocks = PRESETS[preset or "quick"].blocks
         return airbench.build_airbench(input_shape, classes=classes, blocks=blocks, dtype=dtype)
     return _BUILDERS[variant](input_shape, classes=classes, conv_activation=conv_activation)
+
+
+def compute_logits(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
+    """Return what the softmax of a model of `build_model` is given, float32 (n, classes)."""
+    if not isinstance(model, keras.Sequential):
+        return model.logits(images)
+    *inner, output = model.layers
+    features = images
+    for layer in inner:
+        features = layer(features)
+    return tf.matmul(features, output.kernel) + output.bias
 
 
 def fold_model(model: keras.Model, config: TrainingConfig, *, temperature: float) -> Logits:

@@ -233,12 +233,16 @@ class Airbench(keras.Model):
         """Make the filters that are not trained from images, uint8 (n, height, width, 3)."""
         self.whitening.adapt(images)
 
-    def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Return the probabilities."""
+    def logits(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Return what the softmax is given."""
         height, width = (used_size(size) for size in images.shape[1:3])
         features = self.block1(self.whitening(images[:, :height, :width]), training=training)
         features = self.block3(self.block2(features, training=training), training=training)
-        return tf.nn.softmax(HEAD_SCALE * self.head(tf.reduce_max(features, axis=(1, 2))))
+        return HEAD_SCALE * self.head(tf.reduce_max(features, axis=(1, 2)))
+
+    def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Return the probabilities."""
+        return tf.nn.softmax(self.logits(images, training=training))
 
     def get_config(self) -> dict[str, Any]:
         """Return what the constructor takes."""

@@ -69,6 +69,11 @@ class ClassifierHead(layers.Layer):
         self.hidden.build(features)
         self.probabilities.build((features[0], 128))
 
+    def logits(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Return what the softmax is given."""
+        output = self.probabilities
+        return tf.matmul(self.hidden(self.flatten(inputs)), output.kernel) + output.bias
+
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Return the probabilities."""
         return self.probabilities(self.hidden(self.flatten(inputs)))
@@ -99,12 +104,19 @@ class ImageClassifier(keras.Model):
         self.block3 = ConvBlock(64, activation=conv_activation)
         self.head = ClassifierHead(classes)
 
-    def call(self, images: tf.Tensor) -> tf.Tensor:
-        """Return the probabilities."""
+    def features(self, images: tf.Tensor) -> tf.Tensor:
+        """Return what the head is given."""
         height, width = (used_size(size) for size in images.shape[1:3])
         features = self.block1(self.rescaling(images[:, :height, :width]))
-        features = self.block3(self.block2(features))
-        return self.head(features)
+        return self.block3(self.block2(features))
+
+    def logits(self, images: tf.Tensor) -> tf.Tensor:
+        """Return what the softmax is given."""
+        return self.head.logits(self.features(images))
+
+    def call(self, images: tf.Tensor) -> tf.Tensor:
+        """Return the probabilities."""
+        return self.head(self.features(images))
 
     def get_config(self) -> dict[str, Any]:
         """Return what the constructor takes."""
