@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from serving.checksums import Verification, has_checksums, verify_checksums
 from serving.errors import ModelFailed, ModelLoadError, StartupError
 from serving.model_config import ModelConfig, Volumes, describe_unreadable, find_versions, printable
 from serving.model_info import INFO_FILE, read_label_names, read_model_info
@@ -18,6 +19,8 @@ from serving.retries import Retries, Stamp, read_stamp
 from serving.warmup import WARMUP_FILE, replay_warmup_records
 
 logger = logging.getLogger(__name__)
+
+_WAIT_S = 0.2  # for a verification, before the models are polled again
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class LocalRepository(ModelRepository):
         self._volumes = Volumes()
         self._retries = Retries()
         self._loaded_versions: dict[tuple[str, int], _Loaded] = {}
+        self._verifications: dict[tuple[str, int], Verification] = {}
+        self._unverified: set[tuple[str, int]] = set()  # which the last poll could not load for that reason
         for config, found in self._list_models() or ():
             for version in config.policy.candidates(found or ())[:1]:
                 self._show(VersionStatus(config.name, version))
@@ -74,6 +79,7 @@ class LocalRepository(ModelRepository):
         Raises:
             StartupError: a label is for a version that the configuration and the folders do not call for.
         """
+        self._update_verified()
         super().load()
         if problem := self._find_label_problem(of_failed=False):
             raise StartupError(problem)
@@ -81,14 +87,24 @@ class LocalRepository(ModelRepository):
     def reload(self, configs: Sequence[ModelConfig]) -> None:
         """As `ModelRepository.reload`."""
         self._list_configs = lambda: configs
-        self.update()
+        self._update_verified()
         if missing := [config.name for config in configs if config.name not in self._available]:
             reasons = "; ".join(f"{name}: {self.problem(name)}" for name in missing)
             raise ModelFailed(f"Some models did not become available: {reasons}", code="UNKNOWN")
         if problem := self._find_label_problem():
             raise ModelFailed(problem, code="FAILED_PRECONDITION")
 
+    def _update_verified(self) -> None:
+        """Update until every version was verified once; each is loaded as soon as its own verification is done."""
+        self.update()
+        verified: set[tuple[str, int]] = set()  # those whose files change all the time are not waited for again
+        while waiting := self._unverified - verified:
+            self._verifications[min(waiting)].wait(_WAIT_S)
+            verified |= {key for key in waiting if self._verifications[key].done}
+            self.update()
+
     def _look(self) -> None:
+        self._unverified = set()
         models = self._list_models()
         if models is None:
             return
@@ -141,16 +157,37 @@ class LocalRepository(ModelRepository):
         serving = set(self._available.get(config.name, ()))
         wanted: set[int] = set()
         self._retries.forget_missing(config.name, set(found))
+        unverified = 0
         for version in config.policy.candidates(found):
-            if len(wanted) == config.policy.latest:
+            if len(wanted) + unverified == config.policy.latest:
                 break
             if version in serving:
                 self._refresh(config.name, version)
                 wanted.add(version)
+            elif not self._is_verified(config.name, version, found[version]):
+                unverified += 1
             elif self._load_version(config.name, version, found[version]):
                 wanted.add(version)
         # A version that cannot be loaded replaces none that can, not even where the policy asks for it alone.
-        self._unload(config.name, keep=wanted or serving & found.keys())
+        # Nor does one that is still being verified.
+        present = serving & found.keys()
+        self._unload(config.name, keep=wanted | present if unverified else wanted or present)
+
+    def _is_verified(self, name: str, version: int, path: Path) -> bool:
+        """Whether a version can be loaded, or its failure reported; begins to verify it if it has checksums."""
+        key, stamp = (name, version), read_stamp(path)
+        if not self._retries.is_due(key, stamp) or not has_checksums(path):
+            return True
+        verification = self._verifications.get(key)
+        if verification is None or (verification.done and verification.stamp != stamp):
+            verification = Verification(path, stamp, notify=lambda: self._released.put(None))
+            self._verifications[key] = verification
+            if self._statuses.get(name, {}).get(version) is None:
+                self._show(VersionStatus(name, version))
+        if verification.done and verification.stamp == stamp:
+            return True
+        self._unverified.add(key)
+        return False
 
     def _unload(self, name: str, *, keep: set[int]) -> None:
         super()._unload(name, keep=keep)
@@ -187,21 +224,26 @@ class LocalRepository(ModelRepository):
         """Load, warm up and serve a version; returns the number of warm-up records replayed."""
         if printable(str(path)) != str(path):
             raise ModelLoadError(f"{path}: the name is not valid UTF-8; rename the folder", code="INVALID_ARGUMENT")
+        verification = self._verifications.pop((name, version), None)
+        if verification is not None and verification.error is not None:
+            raise verification.error
         info_stamp, warmup_stamp = read_stamp(path / INFO_FILE), read_stamp(path / WARMUP_FILE)
         predictor = self._load_predictor(path)
         records = replay_warmup_records(path, predictor)
         unbatched = self._find_dependent(path, predictor)
         status = VersionStatus(name, version, state="AVAILABLE", warmup_records=records)
-        self._publish(status, _Loaded(path, predictor, unbatched, info_stamp, warmup_stamp), warmup_problem="")
+        self._publish(status, _Loaded(path, predictor, unbatched, info_stamp, warmup_stamp))
         return records
 
-    def _publish(self, status: VersionStatus, loaded: _Loaded, *, warmup_problem: str) -> None:
+    def _publish(
+        self, status: VersionStatus, loaded: _Loaded, *, info_problem: str = "", warmup_problem: str = ""
+    ) -> None:
         """Serve a loaded version with its model info, and report its limitations."""
         info = read_model_info(loaded.path)
         content = info.content
         if not (content or {}).get("class_names") and (names := read_label_names(loaded.predictor)):
             content = {**(content or {}), "class_names": names}
-        warnings = {"model_info": info.problem, "warmup": warmup_problem, "dependent_rows": ""}
+        warnings = {"model_info": info_problem or info.problem, "warmup": warmup_problem, "dependent_rows": ""}
         if loaded.unbatched:
             warnings["dependent_rows"] = (
                 f"rows of a batch influence each other in {', '.join(sorted(loaded.unbatched))}, so its requests are "
@@ -228,9 +270,11 @@ class LocalRepository(ModelRepository):
         if (info_stamp, warmup_stamp) == (loaded.info_stamp, loaded.warmup_stamp):
             return
         status = self._statuses[name][version]
+        info_problem = _find_alteration(loaded.path, INFO_FILE)
         unbatched, problem = loaded.unbatched, ""
         if warmup_stamp != loaded.warmup_stamp:
             try:
+                verify_checksums(loaded.path, only=[WARMUP_FILE])
                 records = replay_warmup_records(loaded.path, loaded.predictor)
                 unbatched = self._find_dependent(loaded.path, loaded.predictor)
             except Exception as error:  # the version is served without
@@ -241,7 +285,7 @@ class LocalRepository(ModelRepository):
         elif "warmup" in status.warnings:
             problem = f"{loaded.path / WARMUP_FILE} cannot be replayed"
         refreshed = replace(loaded, unbatched=unbatched, info_stamp=info_stamp, warmup_stamp=warmup_stamp)
-        self._publish(status, refreshed, warmup_problem=problem)
+        self._publish(status, refreshed, info_problem=info_problem, warmup_problem=problem)
 
     def _report_failure(
         self, status: VersionStatus, error: BaseException, path: Path, before: VersionStatus | None
@@ -279,3 +323,12 @@ class LocalRepository(ModelRepository):
 def _hide_folder(message: str, model: str, path: Path) -> str:
     """Return a message about a version with the model's name in place of the path to its folder."""
     return hide_paths(printable(message), {Path(printable(str(path.parent))): model})
+
+
+def _find_alteration(path: Path, file: Path) -> str:
+    """Say whether a file of a version differs from its checksum, if it has one; the version is served all the same."""
+    try:
+        verify_checksums(path, only=[file])
+    except ModelLoadError as error:
+        return str(error)
+    return ""

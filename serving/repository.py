@@ -91,7 +91,8 @@ class ModelRepository(ABC):
         self._labels: dict[str, dict[str, int]] = {}
         self._statuses: dict[str, dict[int, VersionStatus]] = {}
         self._folder_problems: tuple[FolderProblem, ...] = ()
-        self._released: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        # Versions after their last use; None asks for a poll before the next one is due.
+        self._released: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     @abstractmethod
     def _look(self) -> None:

@@ -22,7 +22,7 @@ def answer(logits, *, class_ids=None):
 
 def test_the_tolerance_is_a_share_of_the_largest_logit():
     compare_logits(LARGE + 0.9 * TOLERANCE, LARGE, where="it")
-    for wrong in (LARGE + [[0, 1.1 * TOLERANCE, 0]], LARGE / 1000, LARGE * np.nan):
+    for wrong in (LARGE + np.array([0, 1.1 * TOLERANCE, 0]), LARGE / 1000, LARGE * np.nan):
         with pytest.raises(ExportError, match="it differs from the trained model: its logits by"):
             compare_logits(wrong, LARGE, where="it")
     with pytest.raises(ExportError, match="differs"):
@@ -33,7 +33,7 @@ def test_classes_may_differ_only_where_rounding_decides():
     expected = np.array([[100.0, 100.0 + 0.5e-2, 0.0]])
     compare_logits(expected - [[0, 1e-2, 0]], expected, where="it")
     expected = np.array([[100.0, 100.0 + 2.5e-2, 0.0]])
-    wrong = expected + [[1.5e-2, -1.5e-2, 0]]
+    wrong = expected + np.array([1.5e-2, -1.5e-2, 0])
     with pytest.raises(ExportError, match="it gives other labels to 1 of 1 images"):
         compare_logits(wrong, expected, where="it")
 
