@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from training.datasets.dataset import Split
+from training.datasets.file_kind import describe_foreign_file
 from training.errors import DatasetError
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -59,6 +60,8 @@ def read_archive(path: Path) -> tuple[Split, Split]:
     Raises:
         DatasetError: the archive is damaged or another one, or a batch in it is missing, damaged or no batch.
     """
+    if kind := describe_foreign_file(path):
+        raise DatasetError(f"{path} {kind}. CIFAR-10 is read from {ARCHIVE}, from its extracted folder, or from images")
     contents: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:*") as archive:
@@ -75,7 +78,9 @@ def read_archive(path: Path) -> tuple[Split, Split]:
             while archive.fileobj is not None and archive.fileobj.read(_READ_BYTES):
                 pass
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DatasetError(f"{path} is not a whole tar archive ({error}): fetch it again") from error
+        # Where no way to open it works, the error has a line for each of them.
+        reason = f"{error}" if "\n" not in f"{error}" else "it is empty, or its beginning is no archive's"
+        raise DatasetError(f"{path} is not a whole tar archive ({reason}): fetch it again") from error
 
     def read(name: str) -> bytes:
         if name not in contents:
@@ -97,6 +102,13 @@ def _parse_batch(content: bytes, *, where: str) -> Split:
         batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise anything
         raise DatasetError(f"{where}: this is no batch of CIFAR-10: {error or type(error).__name__}") from error
+    if isinstance(batch, dict) and {"data", "labels"} <= batch.keys():
+        raise DatasetError(
+            f"{where}: its keys are text ('data'), and those of CIFAR-10's own batches are bytes (b'data'): it was "
+            f"pickled anew by another program. Use the files of the original {ARCHIVE}"
+        )
+    if isinstance(batch, dict) and b"fine_labels" in batch:
+        raise DatasetError(f"{where}: this is CIFAR-100, not CIFAR-10")
     data, labels = (batch.get(key) for key in (b"data", b"labels")) if isinstance(batch, dict) else (None, None)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         raise DatasetError(f"{where}: expected a dictionary with 'data' of uint8 (n, 3072)")
