@@ -22,15 +22,20 @@ VARIANT ?= sequential
 LOOP ?= fit
 PRESET ?=
 EPOCHS ?=
+BATCH_SIZE ?=
+IMAGE_SIZE ?=
 SEED ?= 0
 RESUME ?=
 MODELS ?= models
+NAME ?=
 HOST ?= 127.0.0.1
 PORT ?= 8501
 GRPC_PORT ?= 8500
 URL ?=
 GRPC ?=
 IMAGE ?=
+# A variable as one word of the shell, whatever is in it: a path may have spaces, quotes and dollar signs.
+quoted = '$(subst ','\'',$(value $(1)))'
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client bench-train bench-lean bench-soak check format lock clean
@@ -53,21 +58,23 @@ $(INSTALLED): requirements.lock
 demo: $(INSTALLED)  ## everything once, offline: train on drawn shapes, export, serve, classify
 	@PORT=$(PORT) scripts/demo.sh
 
-train: $(INSTALLED)  ## train, judge and export: DATASET= DATA= VARIANT= PRESET= LOOP= EPOCHS= SEED= or RESUME=runs/... EPOCHS= DATA=
-	@$(BIN)/python -m training train --models-dir $(MODELS) $(if $(RESUME),--resume $(RESUME) \
-		$(if $(DATA),--data $(DATA)) $(if $(EPOCHS),--epochs $(EPOCHS)),--dataset $(DATASET) \
-		$(if $(DATA),--data $(DATA)) --variant $(VARIANT) $(if $(PRESET),--preset $(PRESET)) --loop $(LOOP) \
-		$(if $(EPOCHS),--epochs $(EPOCHS)) --seed $(SEED))
+train: $(INSTALLED)  ## train, judge and export: DATASET= DATA= IMAGE_SIZE=HxW VARIANT= PRESET= LOOP= EPOCHS= BATCH_SIZE= SEED= NAME= or RESUME=runs/... EPOCHS= DATA=
+	@$(BIN)/python -m training train --models-dir $(call quoted,MODELS) $(if $(NAME),--name $(call quoted,NAME)) \
+		$(if $(DATA),--data $(call quoted,DATA)) $(if $(EPOCHS),--epochs $(EPOCHS)) \
+		$(if $(RESUME),--resume $(call quoted,RESUME),\
+		--dataset $(DATASET) $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) \
+		--variant $(VARIANT) $(if $(PRESET),--preset $(PRESET)) --loop $(LOOP) \
+		$(if $(BATCH_SIZE),--batch-size $(BATCH_SIZE)) --seed $(SEED))
 
 serve: $(INSTALLED)  ## serve the newest version of every model: MODELS= HOST= PORT= GRPC_PORT=
-	@$(BIN)/python -m serving --models-dir $(MODELS) --host $(HOST) --rest-port $(PORT) --grpc-port $(GRPC_PORT)
+	@$(BIN)/python -m serving --models-dir $(call quoted,MODELS) --host $(HOST) --rest-port $(PORT) --grpc-port $(GRPC_PORT)
 
 tfserving:  ## TensorFlow Serving's container on the exported models, the service in front (needs docker): MODELS=
-	@MODELS=$(abspath $(MODELS)) deploy/tfserving.sh
+	@models=$(call quoted,MODELS); case "$$models" in /*) ;; *) models="$$PWD/$$models";; esac; MODELS="$$models" deploy/tfserving.sh
 
 predict: $(INSTALLED)  ## ask the running service: IMAGE=file-or-folder
-	@test -n "$(IMAGE)" || { echo "error: name a picture or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
-	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) $(IMAGE)
+	@test -n $(call quoted,IMAGE) || { echo "error: name a picture or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
+	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) -- $(call quoted,IMAGE)
 
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
 	@$(BIN)/python -m pytest
@@ -84,7 +91,7 @@ bench-client: $(INSTALLED)  ## 10,000 pictures from a folder through the service
 	@$(BIN)/python -m benchmarks.client
 
 bench-train: $(INSTALLED)  ## the article's own code, the loops and airbench: time, accuracy, calibration (hours): DATA=
-	@$(BIN)/python -m benchmarks.train $(if $(DATA),--data $(DATA))
+	@$(BIN)/python -m benchmarks.train $(if $(DATA),--data $(call quoted,DATA))
 
 bench-lean: $(INSTALLED)  ## exported models beside the same networks saved as they are
 	@$(BIN)/python -m benchmarks.lean

@@ -1,0 +1,62 @@
+"""What `make` hands on to the programs, whatever is in a path."""
+
+import itertools
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+PYTHON = """#!/usr/bin/env python3
+import json, sys
+print(json.dumps(sys.argv[1:]))
+"""
+AWKWARD = "my 'cat' & \"dog\" pictures $HOME (2)"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with the Makefile, and a Python that only prints its arguments."""
+    shutil.copy(PROJECT / "Makefile", tmp_path)
+    (tmp_path / "requirements.lock").touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    (tmp_path / ".venv" / ".installed").touch()
+    return tmp_path
+
+
+def make(project: Path, *arguments: str) -> list[str]:
+    done = subprocess.run(["make", *arguments], cwd=project, capture_output=True, text=True, check=True)
+    given: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return given
+
+
+def options(given: list[str]) -> dict[str, str]:
+    return {name: value for name, value in itertools.pairwise(given) if name.startswith("--")}
+
+
+def test_sizes_and_the_name_are_handed_on(project: Path) -> None:
+    given = options(make(project, "train", "IMAGE_SIZE=64x48", "BATCH_SIZE=16", "NAME=pets"))
+    assert (given["--image-size"], given["--batch-size"], given["--name"]) == ("64x48", "16", "pets")
+    assert not {"--image-size", "--batch-size", "--data", "--name"} & set(make(project, "train"))
+
+
+def test_paths_may_hold_any_characters(project: Path) -> None:
+    given = options(make(project, "train", "DATASET=folder", f"DATA={AWKWARD}", f"MODELS=models {AWKWARD}"))
+    assert (given["--data"], given["--models-dir"]) == (AWKWARD, f"models {AWKWARD}")
+    assert options(make(project, "train", f"RESUME={AWKWARD}"))["--resume"] == AWKWARD
+    assert options(make(project, "serve", f"MODELS={AWKWARD}"))["--models-dir"] == AWKWARD
+    assert make(project, "predict", f"IMAGE={AWKWARD}")[-1] == AWKWARD
+
+
+def test_the_container_is_given_an_absolute_path(project: Path) -> None:
+    script = project / "deploy" / "tfserving.sh"
+    script.parent.mkdir()
+    script.write_text('#!/bin/sh\nprintf %s "[\\"$MODELS\\"]"\n')
+    script.chmod(0o755)
+    assert make(project, "tfserving", "MODELS=my models (2)") == [f"{project}/my models (2)"]
+    assert make(project, "tfserving", "MODELS=/my models") == ["/my models"]
