@@ -87,7 +87,11 @@ def main() -> None:
     help="cifar10; shapes (drawn by this program, needs no data); or a folder of images by class.",
 )
 @click.option("--data", type=click.Path(path_type=Path), help="Where the data lies: an archive or a folder.")
-@click.option("--image-size", type=_ImageSize(), help="Resize all images.  [default: their own size]")
+@click.option(
+    "--image-size",
+    type=_ImageSize(),
+    help="Resize all images.  [default: their own size; 96x96 if it differs or is large]",
+)
 @click.option(
     "--variant",
     type=click.Choice(VARIANTS),
@@ -258,7 +262,11 @@ def export(run_path: Path, *, models_dir: Path, name: str | None, mirror: bool) 
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--dataset", type=click.Choice(DATASETS), default=_DEFAULTS.dataset, show_default=True)
 @click.option("--data", type=click.Path(path_type=Path), help="Where the data lies: an archive or a folder.")
-@click.option("--image-size", type=_ImageSize(), help="Resize all images.  [default: their own size]")
+@click.option(
+    "--image-size",
+    type=_ImageSize(),
+    help="Resize all images.  [default: their own size; 96x96 if it differs or is large]",
+)
 @click.option("--per-class", type=click.IntRange(1), default=1, show_default=True, help="Pictures of each class.")
 def samples(folder: Path, *, per_class: int, **config_values: Any) -> None:
     """Write some test images of a dataset into FOLDER, as PNG files named by their class."""

@@ -92,7 +92,8 @@ class TrainingConfig:
     Attributes:
         dataset: one of `DATASETS`.
         data: where the dataset lies; `None` lets the dataset look in its usual places.
-        image_size: (height, width) in pixels to resize every image to; `None` keeps the images' own.
+        image_size: (height, width) in pixels to resize every image to; `None` keeps the images' own if they are alike
+            and small.
         variant: the network, one of `VARIANTS`: the article's in two writings, or airbench.
         preset: of airbench, one of `PRESETS`; `None` for the article's network.
         loop: which way it is trained, one of `LOOPS`.

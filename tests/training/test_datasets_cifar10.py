@@ -137,6 +137,17 @@ def test_an_image_folder_of_another_size_is_refused(tmp_path):
     assert "DATASET=folder" in message
 
 
+def test_images_of_several_sizes_are_not_resized_to_be_cifar10(tmp_path):
+    folder = make_images(tmp_path / "my images")
+    Image.new("RGB", (64, 64)).save(folder / "cat" / "large.png")
+    message = refusal(folder)
+    assert "differ in size" in message
+    assert f"make train DATASET=folder DATA='{folder}'" in message
+    (folder / "cat" / "large.png").unlink()
+    dataset = load_cifar10(tmp_path, seed=0)
+    assert (dataset.class_names, dataset.train.images.shape[1:]) == (CLASS_NAMES, (32, 32, 3))
+
+
 def test_several_image_folders_have_to_be_told_apart(tmp_path):
     for name in ("one", "two"):
         make_images(tmp_path / name)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from training.datasets import load_dataset
+from training.datasets import image_reading, load_dataset
+from training.datasets.image_folder import load_image_folder
 from training.errors import DatasetError
 
 
@@ -134,23 +135,121 @@ def test_names_of_classes_may_be_any(tmp_path):
     assert load(make_splits(tmp_path / "x", classes=names)).class_names == tuple(sorted(names))
 
 
-def test_sizes_that_differ_need_a_choice(tmp_path):
+def test_images_that_differ_in_size_get_a_small_one_which_is_told(tmp_path, caplog):
     folder = make_splits(tmp_path / "pets")
     save(folder / "train" / "dog" / "big.png", size=(60, 40))
-    message = refusal(folder)
+    with caplog.at_level(logging.INFO):
+        dataset = load(folder)
+    (message,) = caplog.messages
     assert "differ in size" in message
     assert "0.png is 32x32" in message
     assert "dog/big.png is 40x60" in message
-    assert "--image-size HEIGHTxWIDTH" in message
+    assert "all are resized to 96x96; choose another size with --image-size HEIGHTxWIDTH (make: IMAGE_SIZE=)" in message
+    assert "\n" not in message
+    assert dataset.train.images.shape == (9, 96, 96, 3)
+    assert dataset.test.images.shape == (8, 96, 96, 3)
     dataset = load(folder, image_size=(24, 48))
     assert dataset.train.images.shape == (9, 24, 48, 3)
-    assert dataset.test.images.shape == (8, 24, 48, 3)
 
 
-def test_train_and_test_must_be_of_one_size(tmp_path):
+def test_photos_get_a_small_size_which_is_told(tmp_path, caplog):
+    folder = make_classes(tmp_path / "photos", size=(2000, 1500), count=3)
+    with caplog.at_level(logging.INFO):
+        dataset = load(folder)
+    (message,) = caplog.messages
+    assert "the images in" in message
+    assert "are large" in message
+    assert "is 1500x2000: all are resized to 96x96" in message
+    assert dataset.train.images.shape[1:] == (96, 96, 3)
+
+
+def test_small_images_of_one_size_keep_it(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        assert load(make_classes(tmp_path, size=(128, 100))).train.images.shape[1:] == (100, 128, 3)
+        assert load(tmp_path, image_size=(150, 200)).train.images.shape[1:] == (150, 200, 3)
+    assert caplog.messages == []
+
+
+def test_train_and_test_get_one_size(tmp_path):
     make_classes(tmp_path / "train")
     make_classes(tmp_path / "test", size=(40, 40))
-    assert "test/cat/0.png is 40x40" in refusal(tmp_path)
+    dataset = load(tmp_path)
+    assert dataset.train.images.shape[1:] == dataset.test.images.shape[1:] == (96, 96, 3)
+
+
+def test_folders_below_a_class_belong_to_it(tmp_path, caplog):
+    for batch in ("batch1", "batch2"):
+        for name in ("cat", "dog"):
+            make_classes(tmp_path / "pets" / name, classes=(batch,))
+    with caplog.at_level(logging.INFO):
+        dataset = load(tmp_path / "pets")
+    assert dataset.class_names == ("cat", "dog")
+    assert len(dataset.train.labels) + len(dataset.test.labels) == 16
+    assert caplog.messages == [
+        f"the classes of {tmp_path / 'pets'} are cat, dog; the folders below them belong to them"
+    ]
+    save(tmp_path / "pets" / "cat" / "more" / "deep" / "x.png", colour=(1, 2, 3))
+    save(tmp_path / "pets" / "dog" / "y.png", colour=(1, 2, 3))
+    dataset = load(tmp_path / "pets")
+    assert (dataset.class_names, len(dataset.train.labels) + len(dataset.test.labels)) == (("cat", "dog"), 18)
+    for split in ("train", "test"):
+        shutil.copytree(tmp_path / "pets", tmp_path / "split" / split)
+    assert np.bincount(load(tmp_path / "split").train.labels).tolist() == [9, 9]
+
+
+def test_a_link_back_to_a_folder_above_leads_nowhere(tmp_path):
+    folder = make_classes(tmp_path / "pets")
+    (folder / "cat" / "loop").symlink_to(".")
+    (folder / "dog" / "up").symlink_to("../dog")
+    (folder / "dog" / "more").symlink_to(make_classes(tmp_path / "elsewhere", classes=("dog",)) / "dog")
+    dataset = load(folder)
+    assert np.bincount([*dataset.train.labels, *dataset.test.labels]).tolist() == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "told"),
+    [
+        ("Train", "Test", False),
+        ("TRAINING", "testing", False),
+        ("train", "val", True),
+        ("train", "Valid", True),
+        ("training", "validation", True),
+    ],
+)
+def test_splits_are_known_by_their_usual_names(tmp_path, caplog, train, test, told):
+    make_classes(tmp_path / train)
+    make_classes(tmp_path / test, count=2)
+    with caplog.at_level(logging.INFO):
+        dataset = load(tmp_path)
+    assert (dataset.class_names, len(dataset.train.labels), len(dataset.test.labels)) == (("cat", "dog"), 8, 4)
+    message = f"{tmp_path} has no test/, so the images of {test}/ are the test images"
+    assert caplog.messages == ([message] if told else [])
+
+
+def test_two_folders_for_one_use_are_refused(tmp_path):
+    for name in ("train", "val", "valid"):
+        make_classes(tmp_path / name)
+    assert "has val/, valid/ for one use: keep one" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("Train", "val"), ("train",), ("training", "valid", "test")])
+def test_splits_without_classes_are_no_classes(tmp_path, names):
+    assert "put them into a folder for each class" in refusal(make_classes(tmp_path, classes=names))
+
+
+def test_types_that_cannot_be_read_are_named(tmp_path):
+    for number in range(3):
+        for name in ("cat/{}.heic", "dog/{}.HEIC", "dog/more/{}.psd"):
+            path = tmp_path / name.format(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"no image that is known here")
+    message = refusal(tmp_path)
+    assert "are of types that cannot be read, .heic (6), .psd (3); expected JPEG, PNG" in message
+
+
+def test_images_without_classes_are_told(tmp_path):
+    save(tmp_path / "cat.1.png")
+    assert "its images are right in it; put them into a folder for each class" in refusal(tmp_path)
 
 
 def test_after_a_refusal_no_thread_goes_on_reading(tmp_path):
@@ -158,7 +257,7 @@ def test_after_a_refusal_no_thread_goes_on_reading(tmp_path):
     folder = make_splits(tmp_path / "pets", count=200, size=(8, 8))
     save(folder / "train" / "cat" / "1.png", size=(9, 9))
     with pytest.raises(DatasetError) as error:
-        load(folder)
+        load_image_folder(folder, image_size=None, seed=0, default_size=None)
     assert set(threading.enumerate()) <= before
     assert "differ in size" in str(error.value)  # and so the error, with all it refers to, was alive until here
 
@@ -211,13 +310,12 @@ def test_files_that_systems_leave_behind_are_passed_over(tmp_path):
         (lambda f: [(f / s / f"c{n}").mkdir() for s in ("train", "test") for n in range(9)], "'c4' and 4 more"),
         (lambda f: shutil.rmtree(f / "test"), "has train/ but no test/"),
         (lambda f: [shutil.rmtree(f / s / "dog") for s in ("train", "test")], "has one class folder"),
-        (lambda f: (f / "train" / "cat" / "kittens").mkdir(), "kittens is a folder"),
         (lambda f: (f / "train" / "cat" / "gone.png").symlink_to("nowhere"), "gone.png is no regular file"),
         (lambda f: os.mkfifo(f / "train" / "cat" / "pipe.png"), "pipe.png is no regular file"),
         (lambda f: [(f / "train" / "dog" / f"{n}.png").unlink() for n in range(3)], "class 'dog': 1, and at least 2"),
         (shutil.rmtree, "cannot be read as a folder: No such file"),
         (lambda f: [shutil.rmtree(f / s) for s in ("train", "test")], "is no image folder, and holds none"),
-        (lambda f: [shutil.rmtree(f), f.write_bytes(b"")], "cannot be read as a folder: Not a directory"),
+        (lambda f: [shutil.rmtree(f), f.write_bytes(b"")], "is an empty file: name a folder"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, change, message):
@@ -254,15 +352,25 @@ except DatasetError as error:
 
 
 def test_more_than_the_memory_holds_is_refused_with_a_way_out(tmp_path):
-    folder = make_classes(tmp_path / "photos", count=1, size=(4000, 4000))
+    folder = make_classes(tmp_path / "photos", count=1)
     for name in ("cat", "dog"):
         for number in range(1, 60):
             (folder / name / f"{number}.png").hardlink_to(folder / name / "0.png")
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n" + LOAD
+    large = LOAD.replace("image_size=None", "image_size=(4000, 4000)")
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n" + large
     done = subprocess.run([sys.executable, "-c", limited, folder], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("120 images of 4000x4000 need 5.4 GiB of memory")
-    assert "--image-size" in done.stderr
+    assert "--image-size 96x96 (make: IMAGE_SIZE=96x96)" in done.stderr
+
+
+def test_memory_that_the_system_would_grant_and_not_have_is_refused(tmp_path, monkeypatch):
+    """Linux grants more than there is, and ends the process once it is used."""
+    folder = make_classes(tmp_path)
+    monkeypatch.setattr(image_reading, "available_bytes", lambda: 2 * 8 * 32 * 32 * 3)
+    assert len(load(folder).train.labels) == 6
+    monkeypatch.setattr(image_reading, "available_bytes", lambda: 2 * 8 * 32 * 32 * 3 - 1)
+    assert "8 images of 32x32 need 0.0 MiB of memory" in refusal(folder)
 
 
 def test_progress_is_shown_on_a_terminal_and_nowhere_else(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from training.datasets.cifar10_batches import ARCHIVE, FOLDER, TEST_FILE, read_archive, read_batches
@@ -89,22 +90,41 @@ def _load_from(path: Path, *, seed: int) -> Dataset:
             return _make_dataset(folder, read_batches(folder))
     if (path / ARCHIVE).is_file():
         return _make_dataset(path / ARCHIVE, read_archive(path / ARCHIVE))
-    found = find_image_folders(path)
+    found = _find_images(path)
     if not found:
         raise DatasetError(f"{path} holds no CIFAR-10: expected {ARCHIVE}, {FOLDER}/, or an image folder ({LAYOUTS})")
-    if len(found) == 1 and (names := read_class_names(found[0])) != CLASS_NAMES:
+    if len(found) > 1:
+        raise DatasetError(f"{path} holds {len(found)} image folders, {found[0]} and {found[1]} among them: name one")
+    (folder,) = found
+    other = f"To train on it: make train DATASET=folder DATA={shlex.quote(str(folder))}"
+    if (names := read_class_names(folder)) != CLASS_NAMES:
         raise DatasetError(
-            f"{found[0]} is an image folder, but not of CIFAR-10: its classes are {', '.join(names[:10])}"
-            f"{', ...' if len(names) > 10 else ''}. To train on it: make train DATASET=folder DATA={found[0]}"
+            f"{folder} is an image folder, but not of CIFAR-10: its classes are {', '.join(names[:10])}"
+            f"{', ...' if len(names) > 10 else ''}. {other}"
         )
-    dataset = load_image_folder(path, image_size=None, seed=seed)
+    try:
+        dataset = load_image_folder(folder, image_size=None, seed=seed, default_size=None)
+    except DatasetError as error:
+        raise DatasetError(f"{error}\n(CIFAR-10's images are all 32x32. {other})") from error
     height, width = dataset.train.images.shape[1:3]
     if (height, width) != (32, 32):
-        raise DatasetError(
-            f"{found[0]} has images of {height}x{width}, and CIFAR-10's are 32x32. "
-            f"To train on it: make train DATASET=folder DATA={found[0]}"
-        )
+        raise DatasetError(f"{folder} has images of {height}x{width}, and CIFAR-10's are 32x32. {other}")
     return Dataset("cifar10", dataset.source, CLASS_NAMES, dataset.train, dataset.test)
+
+
+def _find_images(path: Path) -> list[Path]:
+    """Return the image folders at `path` or right in it, those of CIFAR-10's classes if there are any."""
+    if _has_own_classes(path):
+        return [path]
+    below = [child for child in sorted(path.iterdir()) if child.is_dir() and _has_own_classes(child)]
+    return below or find_image_folders(path)
+
+
+def _has_own_classes(folder: Path) -> bool:
+    try:
+        return read_class_names(folder) == CLASS_NAMES
+    except DatasetError:
+        return False
 
 
 def _make_dataset(source: Path, splits: tuple[Split, Split]) -> Dataset:

@@ -52,8 +52,8 @@ def build_model(
     if min(input_shape[:2]) < smallest:
         height, width, _ = input_shape
         raise DatasetError(
-            f"the images are {height}x{width}, and the network needs at least "
-            f"{smallest}x{smallest}: choose a size with --image-size, such as --image-size 32x32"
+            f"the images are {height}x{width}, and the network needs at least {smallest}x{smallest}: choose a size "
+            "with --image-size, such as --image-size 32x32 (make: IMAGE_SIZE=32x32)"
         )
     if variant == "airbench":
         blocks = PRESETS[preset or "quick"].blocks
