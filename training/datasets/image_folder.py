@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shlex
@@ -29,6 +30,7 @@ _SPLITS = {
 # What file managers leave behind, hidden files apart.
 _LITTER = ("thumbs.db", "desktop.ini", "__macosx")
 _SHOWN_AT_MOST = 5
+_SAMPLED_AT_MOST = 1_000  # files that are opened to tell what a folder is
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def find_image_folders(folder: Path) -> list[Path]:
     if _is_image_folder(folder):
         return [folder]
     subfolders = _subfolders(folder)
-    holders = [path for path in subfolders if any(map(is_image_file, _walk(path)))]
+    holders = [path for path in subfolders if any(map(is_image_file, _sample(path)))]
     if len(holders) > 1 and not any(map(_has_splits, subfolders)):
         return [folder]
     return [path for path in subfolders if _is_image_folder(path)]
@@ -117,7 +119,7 @@ def _explain_no_images(folder: Path) -> str:
     if any(map(is_image_file, _list(folder))):
         return f"its images are right in it; put them into a folder for each class, {LAYOUTS}"
     types = Counter(
-        path.suffix.lower() or "without a suffix" for subfolder in _subfolders(folder) for path in _walk(subfolder)
+        path.suffix.lower() or "without a suffix" for subfolder in _subfolders(folder) for path in _sample(subfolder)
     )
     if not types:
         return f"expected {LAYOUTS}"
@@ -220,6 +222,11 @@ def _find_splits(folder: Path) -> dict[str, list[Path]]:
 def _has_splits(folder: Path) -> bool:
     # A class may be called "train": then there are images in it and no folders.
     return any(_subfolders(path) for path in _find_splits(folder)["train"])
+
+
+def _sample(folder: Path) -> Iterator[Path]:
+    """Yield what `_walk` does, up to a limit: to tell what is in a folder that may be a whole disk."""
+    return itertools.islice(_walk(folder), _SAMPLED_AT_MOST)
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
