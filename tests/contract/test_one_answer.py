@@ -19,7 +19,7 @@ from PIL import Image
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from client import Client, GrpcClient
-from training.datasets.image_folder import read_image
+from training.datasets.image_file import read_image
 from training.datasets.shapes import draw_shapes
 
 # Beside float32's rounding: batches of different sizes add in different orders.
