@@ -38,7 +38,7 @@ IMAGE ?=
 quoted = '$(subst ','\'',$(value $(1)))'
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client bench-train bench-lean bench-soak check format lock clean
+.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check format lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -92,6 +92,10 @@ bench-client: $(INSTALLED)  ## 10,000 pictures from a folder through the service
 
 bench-train: $(INSTALLED)  ## the article's own code, the loops and airbench: time, accuracy, calibration (hours): DATA=
 	@$(BIN)/python -m benchmarks.train $(if $(DATA),--data $(call quoted,DATA))
+
+bench-compare: $(INSTALLED)  ## this service beside itself at an earlier commit (needs wrk and h2load): BEFORE=commit
+	@test -n "$(BEFORE)" || { echo "error: name a commit: make bench-compare BEFORE=HEAD~1" >&2; exit 2; }
+	@$(BIN)/python -m benchmarks.compare $(BEFORE)
 
 bench-lean: $(INSTALLED)  ## exported models beside the same networks saved as they are
 	@$(BIN)/python -m benchmarks.lean

@@ -150,8 +150,8 @@ def accepts(target: Target) -> Callable[[], bool]:
     return ask
 
 
-def start_ours(form: str, models: Path, log: Path) -> Contestant:
-    """Start this service, with what it does by itself."""
+def start_ours(form: str, models: Path, log: Path, *, project: Path = PROJECT) -> Contestant:
+    """Start this service, or that of another checkout, with what it does by itself."""
     port, grpc_port = free_port(), free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "serving", "--models-dir", str(models), "--rest-port", str(port)]
@@ -160,6 +160,7 @@ def start_ours(form: str, models: Path, log: Path) -> Contestant:
         is_ready=answers(url + "/readyz"),
         env={},
         log=log,
+        cwd=project,
     )
     paths = {"upload": "/predict", "v2": f"/v2/models/{MODEL}/infer"}
     path = paths.get(form.split()[0], f"/v1/models/{MODEL}:predict")

@@ -35,19 +35,27 @@ class ServerProcess:
         is_ready: asked until it says so.
         env: beside the environment.
         log: where its output goes.
+        cwd: the folder that it runs in; None: this process's.
 
     Raises:
         RuntimeError: it ends, or is not ready in two minutes; the end of its log is in the message.
     """
 
     def __init__(
-        self, command: Sequence[str], *, is_ready: Callable[[], bool], env: Mapping[str, str], log: Path
+        self,
+        command: Sequence[str],
+        *,
+        is_ready: Callable[[], bool],
+        env: Mapping[str, str],
+        log: Path,
+        cwd: Path | None = None,
     ) -> None:
         started_s = time.perf_counter()
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 command,
                 env={**os.environ, **env},
+                cwd=cwd,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
