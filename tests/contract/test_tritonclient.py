@@ -210,9 +210,9 @@ def test_options_that_mean_nothing_here_do_no_harm(client):
             ),
         ),
         ("400", "shared memory is not supported", lambda c: c.infer("colours", [in_shared_memory()])),
-        ("404", r"Latest\(nobody\)", lambda c: c.infer("nobody", [images(pixels(0))])),
-        ("404", r"Specific\(colours, 8\)", lambda c: c.infer("colours", [images(pixels(0))], model_version="8")),
-        ("404", r"Latest\(nobody\)", lambda c: c.get_model_metadata("nobody")),
+        ("404", 'no model "nobody"', lambda c: c.infer("nobody", [images(pixels(0))])),
+        ("404", "no version 8 of model colours", lambda c: c.infer("colours", [images(pixels(0))], model_version="8")),
+        ("404", 'no model "nobody"', lambda c: c.get_model_metadata("nobody")),
         ("404", "there is nothing at", lambda c: c.get_model_config("colours")),
     ],
 )
