@@ -21,6 +21,8 @@ MANIFEST = PROJECT / "deploy" / "kubernetes" / "service.yaml"
 
 # p99 of the small requests beside an attack. They take 1 to 5 ms alone; this tells a delay from a queue of seconds.
 MAX_P99_S = 1.0
+# All attacks at once keep both cores busy, and leave the process little more than its memory limit.
+MAX_P99_OF_ALL_S = 6.0
 # Over gRPC every message passes through one thread of the library, large ones too: a gigabyte of them is heard.
 MAX_P99_GRPC_S = 3.0
 # What may stay of a burst: the allocator's caches and the threads' stacks, but not the bodies or the images.
@@ -111,7 +113,12 @@ def hostile() -> Iterator[HostileProcess]:
 
 
 def attack(
-    limited: LimitedService, hostile: HostileProcess, names: Sequence[str], *, seconds: float = 0
+    limited: LimitedService,
+    hostile: HostileProcess,
+    names: Sequence[str],
+    *,
+    seconds: float = 0,
+    max_p99_s: float = MAX_P99_S,
 ) -> Mapping[str, Sequence[Outcome]]:
     """Make attacks; fails where the service ends, fails to respond properly, or delays the clients beside them."""
     service, probe, server = limited.ensure()
@@ -136,7 +143,7 @@ def attack(
     assert not failed, f"{len(failed)} well-behaved requests failed:\n" + "\n".join(failed[:10])
     late = []
     for of_kind in latencies.values():
-        most_s = MAX_P99_GRPC_S if of_kind.kind == "grpc" else MAX_P99_S
+        most_s = max(MAX_P99_GRPC_S, max_p99_s) if of_kind.kind == "grpc" else max_p99_s
         if of_kind.samples and of_kind.percentile_s(99) > most_s:
             late.append(f"more than {most_s} s: {of_kind}")
     assert not late, "well-behaved requests waited too long:\n" + "\n".join(late)
@@ -154,7 +161,7 @@ def test_an_attack_costs_neither_the_service_nor_its_other_clients(
 
 
 def test_all_attacks_at_once(limited: LimitedService, hostile: HostileProcess) -> None:
-    attack(limited, hostile, ATTACKS, seconds=10)
+    attack(limited, hostile, ATTACKS, seconds=10, max_p99_s=MAX_P99_OF_ALL_S)
     service, _, _ = limited.ensure()
     waited_until_s = time.monotonic() + RETURNED_WITHIN_S
     while service.resident_mb() > limited.resting_mb + KEPT_MB:
