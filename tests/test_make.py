@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,7 +31,9 @@ def project(tmp_path: Path) -> Path:
 
 
 def make(project: Path, *arguments: str) -> list[str]:
-    done = subprocess.run(["make", *arguments], cwd=project, capture_output=True, text=True, check=True)
+    # The tests may run below make, which would hand its flags on, and have its children print their folder.
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(["make", *arguments], cwd=project, env=env, capture_output=True, text=True, check=True)
     given: list[str] = json.loads(done.stdout.splitlines()[-1])
     return given
 

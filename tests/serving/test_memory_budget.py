@@ -161,7 +161,7 @@ def test_an_attack_costs_neither_the_service_nor_its_other_clients(
 
 
 def test_all_attacks_at_once(limited: LimitedService, hostile: HostileProcess) -> None:
-    attack(limited, hostile, ATTACKS, seconds=10, max_p99_s=MAX_P99_OF_ALL_S)
+    attack(limited, hostile, ATTACKS, seconds=5, max_p99_s=MAX_P99_OF_ALL_S)
     service, _, _ = limited.ensure()
     waited_until_s = time.monotonic() + RETURNED_WITHIN_S
     while service.resident_mb() > limited.resting_mb + KEPT_MB:
