@@ -142,7 +142,7 @@ def attack(
     assert not faults, "\n".join(faults[:10])
     failed = []
     for of_kind in latencies.values():
-        # A small gRPC message that is late by a fifth of a second is taken for a long one, and may be told to try again.
+        # A small gRPC message that is late by a fifth of a second is taken for a long one, and may be refused.
         refused = [error for error in of_kind.errors if "UNAVAILABLE no memory is free for a long message" in error]
         few = len(refused) <= MAX_REFUSED_GRPC
         failed += [f"{of_kind.kind}: {error}" for error in of_kind.errors if not (few and error in refused)]
