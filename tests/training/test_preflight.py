@@ -7,11 +7,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
 from training import memory, preflight
 from training.config import TrainingConfig
-from training.datasets import Dataset, Split
-from training.errors import ExportError, MemoryTooSmallError, StorageFullError
+from training.datasets import Dataset, Split, image_reading
+from training.datasets.image_folder import load_image_folder
+from training.errors import DatasetError, ExportError, MemoryTooSmallError, StorageFullError
 from training.memory import available_bytes, checkpoint_bytes
 from training.models import build_model
 from training.preflight import check_free_space, check_memory, check_model_name, check_models_folder
@@ -79,6 +81,18 @@ def test_too_little_memory_is_told_with_the_numbers(monkeypatch):
     assert "--batch-size" in text
     with pytest.raises(MemoryTooSmallError, match=r"network with a batch of 1 \("):  # its Dense layer alone
         check_memory(TrainingConfig(batch_size=1), dataset(4, 1500, 2000))
+
+
+def test_images_that_do_not_fit_into_memory_are_told_with_the_numbers(tmp_path, monkeypatch):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (400, 300)).save(tmp_path / name / f"{number}.png")
+    monkeypatch.setattr(image_reading, "available_bytes", lambda: 2**20)
+    with pytest.raises(
+        DatasetError, match=r"6 images of 300x400 need 2\.1 MiB of memory, .*, more than there is \(1\.0 MiB\)"
+    ):
+        load_image_folder(tmp_path, image_size=(300, 400), seed=0)
 
 
 def test_available_memory_is_the_least_of_machine_and_control_groups(tmp_path):
