@@ -30,7 +30,7 @@ def check_out(commit: str, folder: Path) -> None:
     """Write the files of a commit to a folder.
 
     Raises:
-        click.ClickException: there is no such commit here.
+        click.ClickException: the repository has no such commit.
     """
     archive = subprocess.run(["git", "archive", commit], cwd=PROJECT, capture_output=True, check=False)
     if archive.returncode:

@@ -25,7 +25,7 @@ from image_formats.errors import UnreadableImage
 # One picture: the path of a file, an encoded picture, uint8 pixels (height, width, 3), or a Pillow image.
 ImageSource = str | os.PathLike[str] | bytes | np.ndarray[Any, Any] | Image.Image
 
-# Files with these suffixes are sent even where their content is no picture, so that damage is reported.
+# Files with these suffixes are sent even if their content is not an image, so that damage is reported.
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".webp"})
 # What file managers leave behind beside pictures, and what begins with "._".
 _LITTER = frozenset({"__macosx", "thumbs.db"})
@@ -152,7 +152,7 @@ def _is_litter(name: str) -> bool:
 
 def _begins_as_image(file: str) -> bool:
     try:
-        # To open a pipe would wait for whoever writes to it.
+        # Opening a pipe would block until it has a writer.
         if not os.path.isfile(file):  # noqa: PTH113
             return False
         with open(file, "rb", buffering=0) as stream:  # noqa: PTH123

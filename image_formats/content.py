@@ -21,7 +21,7 @@ def read_header(data: bytes) -> ImageHeader | None:
     """Read the header of a JPEG, PNG, GIF, BMP, WebP or AVIF file.
 
     Returns:
-        What it declares; None where the bytes are no such file, or end before the image begins. Never raises.
+        The header; None if the bytes are not such a file, or end before the image data. Never raises.
     """
     if data.startswith(jpeg.SIGNATURE):
         return jpeg.read_header(data)
@@ -39,7 +39,7 @@ def read_header(data: bytes) -> ImageHeader | None:
 
 
 def name_format(head: bytes) -> str | None:
-    """Return the name of the image format that a file begins as, supported or not; None where it is no image.
+    """Return the name of a file's image format, supported or not, by its first bytes; None if it is not an image.
 
     Args:
         head: the first `HEAD_BYTES` of the file, or all of it.

@@ -53,7 +53,7 @@ def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
 
     Args:
         data: the file.
-        header: what it declares. Whoever calls has checked that the size is acceptable.
+        header: the file's header. The caller has checked the size.
 
     Raises:
         UnreadableImage: the file is damaged or cut off.

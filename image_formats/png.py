@@ -125,7 +125,7 @@ def _colour_type(kept: dict[bytes, memoryview]) -> int:
 
 
 def _is_transparency(kept: dict[bytes, memoryview], size: int) -> bool:
-    """Whether a tRNS chunk of this size counts, by the rules of libpng: others are no error, and are ignored."""
+    """Whether libpng applies a tRNS chunk of this size; it ignores others without an error."""
     colour_type = _colour_type(kept)
     if colour_type == PALETTE:
         return b"PLTE" in kept and 0 < size <= (len(kept[b"PLTE"]) - 12) // 3

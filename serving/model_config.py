@@ -179,10 +179,10 @@ def version_number(text: str) -> int | None:
 
 
 def read_version_number(text: str) -> int:
-    """Return the version that a request asks for by number, of whatever protocol.
+    """Parse the version number of a request; the same rule holds for all protocols.
 
     Raises:
-        InvalidRequest: it is no version number.
+        InvalidRequest: it is not a version number.
     """
     number = version_number(text)
     if number is None:

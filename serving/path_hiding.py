@@ -1,4 +1,4 @@
-"""Keeps paths of this machine's disk out of responses: whoever asks need not know them. The log has them."""
+"""Removes paths of the server's file system from responses. The log keeps them."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def read_signatures(path: Path) -> dict[str, Signature]:
     """Read the SignatureDefs of the SavedModel in `path`, of its graph tagged "serve" and nothing else.
 
     Raises:
-        ModelLoadError: there is no SavedModel, it is damaged, or it holds no graph for serving.
+        ModelLoadError: the SavedModel is missing or damaged, or has no graph tagged for serving.
     """
     file = path / "saved_model.pb"
     if not file.exists() and (text_file := path / "saved_model.pbtxt").exists():
