@@ -17,7 +17,7 @@ JPEG = {"Content-Type": "image/jpeg"}
 REFUSED = frozenset({"400", "413", "503", "504"})
 REFUSED_GRPC = frozenset({"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"})
 SERVED_OR_LATE = frozenset({"200", "503", "504"})
-# The clients run at a low priority, and beside other attacks may send more slowly than the server allows: 408.
+# The clients give way to all others, and beside other attacks may send more slowly than the server allows: 408.
 SERVED_OR_REFUSED = SERVED_OR_LATE | {"408", "413"}
 INFLATED_BYTES = 94_000_000  # of 91 KB
 

@@ -1,7 +1,7 @@
 """Requests that cost a server far more than their senders: each attack is a set of calls that are sent at once.
 
-They run in a process of their own with low priority (`HostileProcess`), so that the clients beside them are delayed by
-the server only.
+They run in a process of their own that the scheduler lets run when nothing else does (`HostileProcess`), so that the
+clients beside them are delayed by the server only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Self
 
 TIMEOUT_S = 60
-NICENESS = 10
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
 PIECE_BYTES = 256 * 1024
 
@@ -184,12 +183,20 @@ def count_outcomes(outcomes: Iterable[Outcome]) -> dict[str, int]:
     return counts
 
 
+def give_way() -> None:
+    """Let this process run only while a core has nothing else to do.
+
+    A low priority is not enough: a hundred threads of low priority have more weight together than a few of the server.
+    """
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 class HostileProcess:
-    """A process of low priority that makes attacks."""
+    """A process that makes attacks, and gives way to all others."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=os.nice, initargs=(NICENESS,))
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=give_way)
 
     def prepare(self, names: Sequence[str], server: Server) -> None:
         """Make the bodies, so that `start` sends them at once."""

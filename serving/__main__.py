@@ -20,7 +20,7 @@ from serving.errors import StartupError
 from serving.http.protocol import HttpLimits, access_logger
 from serving.http.server import listen, run_http_server
 from serving.liveness import Liveness
-from serving.memory import TRIM_BYTES, MemoryBudget, return_freed_memory
+from serving.memory import TRIM_BYTES, MemoryBudget, keep_freed_memory, return_freed_memory
 from serving.model_config import ModelsFolder
 from serving.models import name_remote_models
 from serving.repository import ModelRepository
@@ -167,6 +167,7 @@ def main(**options: Any) -> None:
     Every option can also be set in the environment: --rest-port as SERVING_REST_PORT, and so on.
     """
     open_standard_streams()
+    keep_freed_memory()
     try:
         settings = Settings(**options)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -6,7 +6,6 @@ that answers requests holds it.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -26,9 +25,6 @@ from serving.path_hiding import hide_paths
 
 DEFAULT_SIGNATURE = "serving_default"
 
-# Blocks up to this size are kept when they are freed; the largest that glibc can be asked to keep.
-KEPT_BYTES = 32 * 1024 * 1024
-ARENAS = 4  # each keeps blocks of its own; by default there are eight for each core
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "DT_FLOAT": np.dtype(np.float32),
@@ -203,7 +199,6 @@ def start_tensorflow(intra_op_threads: int) -> Any:
     The first session of a process settles how many threads an operation may have, and writes to the process's error
     output that an optimization is off, whatever the log level. So one is made here, where nobody hears it.
     """
-    keep_freed_memory()
     import tensorflow as tf
 
     # TensorFlow's own objects outlive every collection; to look through them takes a tenth of a second, each time.
@@ -225,19 +220,6 @@ def start_tensorflow(intra_op_threads: int) -> Any:
         os.dup2(kept, 2)
         os.close(kept)
     return config
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next call of a model, where it is glibc.
-
-    By default it gives large blocks back to the system at once, and to have them mapped again, page by page, takes a
-    sixth of the time of a call with 64 images. The larger blocks of decoded images still go back at once.
-    """
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_TRIM_THRESHOLD and so on of malloc.h
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(trim_threshold, KEPT_BYTES)
-        mallopt(mmap_threshold, KEPT_BYTES)
-        mallopt(arena_max, ARENAS)
 
 
 def read_signatures(path: Path) -> dict[str, Signature]:

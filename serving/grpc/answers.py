@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from serving.errors import ServingError
-from serving.grpc.receiving import receive_message
+from serving.grpc.receiving import MessageReceiver
 from serving.memory import MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 from serving.waiting import LoopGreenlets, call_from_loop, run_sized
@@ -35,12 +35,12 @@ class GrpcLimits:
     Args:
         greenlets: where requests are processed.
         budget: memory for requests.
-        max_message_bytes: the largest request.
+        receiver: of their messages.
     """
 
     greenlets: LoopGreenlets
     budget: MemoryBudget
-    max_message_bytes: int
+    receiver: MessageReceiver
 
 
 def make_handler(
@@ -60,20 +60,24 @@ def make_handler(
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         memory = RequestMemory(limits.budget)
         is_processed = False
+        response, failure = b"", None
         try:
             try:
-                data = await receive_message(
-                    context, memory, max_message_bytes=limits.max_message_bytes, deadline_s=deadline_s
-                )
+                data = await limits.receiver.receive(context, memory, deadline_s=deadline_s)
             except ServingError as error:
-                await context.abort(getattr(grpc.StatusCode, error.code), str(error))
-            is_processed = True  # to its end, even where the client cancels the call: so the memory is released there
-            response, failure = await call_from_loop(
-                lambda: _answer_and_release(answer, request_type, data, memory, limits),
-                greenlets=limits.greenlets,
-                in_thread=is_long,
-                make_context=lambda is_cancelled: RequestContext(deadline_s, is_cancelled, memory),
-            )
+                failure = getattr(grpc.StatusCode, error.code), str(error)
+            else:
+                # To its end, even where the client cancels the call: so the memory is released there.
+                is_processed = True
+                response, failure = await call_from_loop(
+                    lambda: _answer_and_release(answer, request_type, data, memory, limits),
+                    greenlets=limits.greenlets,
+                    in_thread=is_long,
+                    make_context=lambda is_cancelled: RequestContext(deadline_s, is_cancelled, memory),
+                )
+                del data
+            # What `abort` raises is in circles of references: until a garbage collection it stays, and so would what
+            # the variables here hold. The message must not be among it, nor an exception, which holds variables, too.
             if failure:
                 await context.abort(*failure)
             return response

@@ -19,7 +19,7 @@ from serving.errors import ModelNotFound, StartupError
 from serving.grpc.answers import GrpcLimits, make_handler
 from serving.grpc.model_service import ModelService
 from serving.grpc.prediction_service import PredictionService
-from serving.grpc.receiving import COPIES
+from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.grpc.service_names import MODEL_SERVICE, PREDICTION_SERVICE, describe_services
 from serving.liveness import Liveness
 from serving.memory import MemoryBudget
@@ -91,6 +91,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", self._max_message_bytes),
                 ("grpc.max_send_message_length", -1),
+                *CHANNEL_OPTIONS,
                 ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
                 ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
             ]
@@ -113,7 +114,7 @@ class GrpcServer:
             self._repository, self._metrics, max_bytes=self._max_message_bytes, max_rows=self._max_rows
         )
         models = ModelService(self._repository)
-        limits = GrpcLimits(LoopGreenlets(self._threads), self._budget, self._max_message_bytes)
+        limits = GrpcLimits(LoopGreenlets(self._threads), self._budget, MessageReceiver(self._max_message_bytes))
         make = partial(make_handler, limits=limits)
         return {
             PREDICTION_SERVICE: {
