@@ -100,11 +100,14 @@ class MessageReceiver:
         if message is grpc.aio.EOF:
             raise ServingError("the call has no message")
         data: bytes = message
-        self._note(connection, sends_large=len(data) > SMALL_BYTES)
+        is_large = len(data) > SMALL_BYTES
+        self._note(connection, sends_large=is_large)
         if memory.held_bytes:
             memory.shrink_body_to(max(1, len(data)))
-        else:
-            await memory.grow_body(len(data), is_small=len(data) <= SMALL_BYTES, deadline_s=deadline_s)
+        elif not is_large:
+            await memory.grow_body(len(data), is_small=True, deadline_s=deadline_s)
+        elif not memory.try_large_body(len(data)):
+            raise _no_memory()  # nor can it wait here: many could, and each takes what it would wait for
         return data
 
     def _note(self, connection: str, *, sends_large: bool) -> None:

@@ -21,11 +21,10 @@ MANIFEST = PROJECT / "deploy" / "kubernetes" / "service.yaml"
 
 # p99 of the small requests beside an attack. They take 1 to 5 ms alone; this tells a delay from a queue of seconds.
 MAX_P99_S = 1.0
-# All attacks at once keep both cores busy, and leave the process little more than its memory limit.
-MAX_P99_OF_ALL_S = 6.0
+# All attacks at once keep both cores busy.
+MAX_P99_OF_ALL_S = 3.0
 # Over gRPC every message passes through one thread of the library, large ones too: a gigabyte of them is heard.
 MAX_P99_GRPC_S = 3.0
-MAX_REFUSED_GRPC = 2
 # What may stay of a burst: the allocator's caches and the threads' stacks, but not the bodies or the images.
 KEPT_MB = 300
 RETURNED_WITHIN_S = 15
@@ -140,12 +139,7 @@ def attack(
         print(of_kind)
     faults = [f"{name}: {o}: {o.fault}" for name, of_attack in outcomes.items() for o in of_attack if o.fault]
     assert not faults, "\n".join(faults[:10])
-    failed = []
-    for of_kind in latencies.values():
-        # A small gRPC message that is late by a fifth of a second is taken for a long one, and may be refused.
-        refused = [error for error in of_kind.errors if "UNAVAILABLE no memory is free for a long message" in error]
-        few = len(refused) <= MAX_REFUSED_GRPC
-        failed += [f"{of_kind.kind}: {error}" for error in of_kind.errors if not (few and error in refused)]
+    failed = [f"{of_kind.kind}: {error}" for of_kind in latencies.values() for error in of_kind.errors]
     assert not failed, f"{len(failed)} well-behaved requests failed:\n" + "\n".join(failed[:10])
     late = []
     for of_kind in latencies.values():

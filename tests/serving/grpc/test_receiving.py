@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from serving.errors import InvalidRequest
 from serving.grpc import receiving
 from serving.grpc.answers import OBJECT_BYTES, GrpcLimits, make_handler
-from serving.grpc.receiving import COPIES
+from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.memory import MemoryBudget, Reservation
 from serving.request_context import current_request
 from serving.waiting import LoopGreenlets, Pause, end_pauses
@@ -41,8 +42,8 @@ class Service:
         self._answer = answer
 
     async def start(self, threads: ThreadPoolExecutor) -> None:
-        limits = GrpcLimits(LoopGreenlets(threads), self.budget, self.max_bytes)
-        options = [("grpc.max_receive_message_length", self.max_bytes)]
+        limits = GrpcLimits(LoopGreenlets(threads), self.budget, MessageReceiver(self.max_bytes))
+        options = [("grpc.max_receive_message_length", self.max_bytes), *CHANNEL_OPTIONS]
         self.server = grpc.aio.server(options=options)
         handlers = {"Echo": make_handler(self._answer, BytesValue, limits=limits)}
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
@@ -262,7 +263,7 @@ def test_a_long_message_without_memory_is_refused_soon() -> None:
         async with service.connect() as client:
             call = await client.stall()
             assert await call.code() == grpc.StatusCode.UNAVAILABLE
-            assert "no memory is free for a long message" in await call.details()
+            assert "no memory is free for a large message" in await call.details()
         held.release()
         await service.assert_at_rest()
 
@@ -270,7 +271,7 @@ def test_a_long_message_without_memory_is_refused_soon() -> None:
 
 
 def test_a_small_message_that_is_a_little_late_needs_no_memory_for_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiving, "PATIENCE_S", 10.0)
+    monkeypatch.setattr(receiving, "PATIENCE", 500)
 
     async def check(service: Service) -> None:
         held = hold_bodies(service)
@@ -307,7 +308,9 @@ def test_a_message_that_does_not_arrive_gives_way_to_those_who_wait(monkeypatch:
         async with service.connect() as stalled, service.connect() as client:
             call = await stalled.stall()
             await until(lambda: service.used == held.held + LONG_BYTES)
-            assert await client.echo(4_000_000, timeout_s=5) == 4_000_000  # waits for memory
+            with contextlib.suppress(grpc.RpcError):  # the first of a connection does not wait
+                await client.echo(4_000_000, timeout_s=5)
+            assert await client.echo(4_000_000, timeout_s=5) == 4_000_000
             assert await call.code() == grpc.StatusCode.UNAVAILABLE
         held.release()
         await service.assert_at_rest()
@@ -325,7 +328,7 @@ def test_a_message_that_does_not_arrive_gives_way_to_long_messages(monkeypatch: 
             await until(lambda: service.used == held.held + LONG_BYTES)
             for _ in range(5):  # for two seconds
                 call = await client.stall()
-                await asyncio.sleep(2 * receiving.PATIENCE_S)
+                await asyncio.sleep(0.4)
                 with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
                     await send_late(call, 10)
                 if await call.code() == grpc.StatusCode.OK:
@@ -363,21 +366,99 @@ def test_small_messages_do_not_wait_behind_large_ones_that_wait_for_memory() -> 
     run(check)
 
 
-def test_large_messages_wait_for_memory_within_their_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiving, "AT_ONCE_S", 2.0)  # they are there by then, however busy the machine is
-
+def test_a_large_message_that_was_refused_waits_for_memory_the_next_time() -> None:
     async def check(service: Service) -> None:
         held = hold_bodies(service)
         async with service.connect() as client:
+            with pytest.raises(grpc.RpcError) as error:
+                await client.echo(4_000_000)
+            assert error.value.code() == grpc.StatusCode.UNAVAILABLE
             waiting = asyncio.create_task(client.echo(4_000_000))
+            await until(lambda: service.budget.large.has_waiters)
             with pytest.raises(grpc.RpcError) as error:
                 await client.echo(4_000_000, timeout_s=0.5)
             assert error.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            assert not waiting.done()
             held.release()
             assert await waiting == 4_000_000
         await service.assert_at_rest()
 
     run(check)
+
+
+def test_a_connection_that_sends_small_messages_again_needs_no_memory_for_the_largest() -> None:
+    async def check(service: Service) -> None:
+        async with service.connect() as client:
+            for size in (4_000_000, 1):
+                await client.echo(size)
+            held = hold_bodies(service)
+            assert await client.echo(1, timeout_s=5) == 1
+            held.release()
+        await service.assert_at_rest()
+
+    run(check)
+
+
+def test_what_arrives_of_large_messages_without_memory_is_bounded() -> None:
+    """Forty messages of 8 MB on connections that have sent a small one: a few are received, the others are refused."""
+
+    async def check(service: Service) -> None:
+        held = hold_bodies(service)
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(service.connect()) for _ in range(40)]
+            await asyncio.gather(*(client.echo(1) for client in clients))
+            calls = [client.begin(MAX_BYTES - 100) for client in clients]
+            assert {await call.code() for call in calls} == {grpc.StatusCode.UNAVAILABLE}
+        held.release()
+        await service.assert_at_rest()
+
+    run(check)
+
+
+def test_calls_on_new_connections_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that send nothing and have no memory keep others waiting for a moment only."""
+
+    async def check(service: Service) -> None:
+        held = hold_bodies(service)
+        async with contextlib.AsyncExitStack() as stack:
+            stalled = [await stack.enter_async_context(service.connect()) for _ in range(12)]
+            calls = [await client.stall() for client in stalled]
+            client = await stack.enter_async_context(service.connect())
+            assert await client.echo(1, timeout_s=5) == 1
+            assert sum(call.done() for call in calls) >= len(calls) - receiving.NEW_AT_ONCE
+        held.release()
+        await service.assert_at_rest()
+
+    monkeypatch.setattr(receiving, "PATIENCE", 10_000)
+    run(check)
+
+
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_a_call_that_fails_leaves_no_message_to_the_garbage_collection(has_memory: bool) -> None:
+    def answer(*_: Any) -> Any:
+        raise InvalidRequest("not like this")
+
+    async def check(service: Service) -> None:
+        held = None if has_memory else hold_bodies(service)
+        async with service.connect() as client:
+            with contextlib.suppress(grpc.RpcError):
+                await client.echo(1)
+            gc.collect()
+            gc.disable()
+            tracemalloc.start()
+            try:
+                for _ in range(5):
+                    with pytest.raises(grpc.RpcError):
+                        await client.echo(MAX_BYTES - 100, timeout_s=0.5)
+                await until(lambda: tracemalloc.get_traced_memory()[0] < MAX_BYTES / 2)
+            finally:
+                tracemalloc.stop()
+                gc.enable()
+        if held:
+            held.release()
+        await service.assert_at_rest()
+
+    run(check, answer=answer)
 
 
 def test_a_call_that_is_cancelled_while_it_is_processed_leaves_nothing_reserved() -> None:
