@@ -72,7 +72,7 @@ class PictureClient:
             ImageRejected: a picture cannot be read, the first of them; the rest is not sent any more.
                 `predict_iter` gives the others' predictions.
             ClientError: the service gives no answer.
-            TypeError: something given is no picture in any of these forms.
+            TypeError: something given is not a picture in any of these forms.
         """
         predictions = []
         for outcome in self.predict_iter(images):
@@ -93,7 +93,7 @@ class PictureClient:
 
         Raises:
             ClientError: the service gives no answer.
-            TypeError: something given is no picture in any of the forms taken.
+            TypeError: something given is not a picture in any of the forms taken.
         """
         return map_in_order(self._predict_batch, self._gather(images), in_flight=REQUESTS_IN_FLIGHT)
 

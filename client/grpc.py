@@ -295,7 +295,7 @@ class GrpcTransport:
             case grpc.StatusCode.UNAVAILABLE:
                 return ServerBusy(f"{self.address} is not ready: {details}")
             case grpc.StatusCode.UNIMPLEMENTED:
-                return UnexpectedReply(f"what listens at {self.address} is no TensorFlow Serving: {details}")
+                return UnexpectedReply(f"what listens at {self.address} is not a TensorFlow Serving: {details}")
         return ServerFailed(f"{self.address} failed to answer: {code.name}, {details}")
 
 

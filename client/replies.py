@@ -26,7 +26,7 @@ class Reply:
 
     @cached_property
     def json(self) -> Any:
-        """What the body says as JSON; None where it is no JSON."""
+        """What the body says as JSON; None where it is not JSON."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):

@@ -30,7 +30,7 @@ def read_image(data: bytes, *, size: tuple[int, int], limits: ImageLimits) -> np
         uint8 array of shape (height, width, 3), RGB.
 
     Raises:
-        InvalidRequest: the data is no such file, is damaged or is cut off.
+        InvalidRequest: the data is not such a file, is damaged or is cut off.
         TooLarge: the header announces a larger picture than allowed; nothing is decoded.
     """
     header = check_file(data, limits)

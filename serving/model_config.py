@@ -206,7 +206,7 @@ def read_config_file(path: Path) -> list[ModelConfig]:
     except OSError as error:
         raise StartupError(f"cannot read the model config {path}: {error.strerror}") from error
     except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise StartupError(f"{path} is no ModelServerConfig in text format: {error}") from error
+        raise StartupError(f"{path} is not a ModelServerConfig in text format: {error}") from error
     except InvalidRequest as error:
         raise StartupError(f"{path}: {error}") from error
 

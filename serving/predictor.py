@@ -377,7 +377,7 @@ def _dtype_text(array: np.ndarray) -> str:
 
 def _answer_for(error: Any) -> ServingError:
     message, code = hide_paths(_reason(error)), _code_name(error)
-    if code == "INVALID_ARGUMENT" or message.startswith("Unsupported object type"):  # an element that is no bytes
+    if code == "INVALID_ARGUMENT" or message.startswith("Unsupported object type"):  # an element that is not bytes
         return InvalidRequest(message)
     return ModelFailed(message, code=code)
 

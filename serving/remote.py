@@ -43,7 +43,7 @@ ATTEMPTS = 3
 
 # "Task size 65 is larger than maximum input batch size 64": what a server with batching says of too many rows.
 _BATCH_LIMIT = re.compile(r"larger than maximum (?:input )?batch size (\d+)")
-_UNREADABLE = "Exception deserializing response!"  # gRPC's details where a response is no message of its type
+_UNREADABLE = "Exception deserializing response!"  # gRPC's details where a response is not a message of its type
 
 
 class RemoteRepository(ModelRepository):

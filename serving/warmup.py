@@ -70,7 +70,7 @@ def read_warmup_records(path: Path, signatures: Mapping[str, Signature]) -> Iter
                 raise ModelLoadError(f"{file} holds more than {MAX_RECORDS} warm-up records", code="INVALID_ARGUMENT")
             log = prediction_log_pb2.PredictionLog.FromString(record)
             if log.WhichOneof("log_type") != "predict_log":
-                raise ModelLoadError(f"warm-up record {count} of {file} is no predict request", code="UNIMPLEMENTED")
+                raise ModelLoadError(f"warm-up record {count} of {file} is not a predict request", code="UNIMPLEMENTED")
             request = log.predict_log.request
             name = request.model_spec.signature_name or DEFAULT_SIGNATURE
             inputs = dict(signatures[name].defaults) if name in signatures else {}

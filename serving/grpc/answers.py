@@ -108,7 +108,7 @@ def _answer(answer: _Answer, request_type: Any, data: bytes) -> tuple[bytes, _Fa
         response: bytes = answer(message, context.deadline_s).SerializeToString()
     except DecodeError:
         name = request_type.DESCRIPTOR.full_name
-        return b"", (grpc.StatusCode.INTERNAL, f"the message sent is no {name}: it cannot be parsed")
+        return b"", (grpc.StatusCode.INTERNAL, f"the message sent is not a {name}: it cannot be parsed")
     except ServingError as error:
         return b"", (getattr(grpc.StatusCode, error.code), str(error)[:MAX_DETAILS])
     except Exception:

@@ -61,7 +61,7 @@ def read_tensor(tensor: Any, *, name: str, max_bytes: int) -> np.ndarray:
     try:
         dtype_name = types_pb2.DataType.Name(tensor.dtype)
     except ValueError as error:
-        raise InvalidRequest(f"tensor parsing error: {name}: {tensor.dtype} is no dtype") from error
+        raise InvalidRequest(f"tensor parsing error: {name}: {tensor.dtype} is not a dtype") from error
     dtype = NUMPY_DTYPES.get(dtype_name)
     if dtype is None:
         raise InvalidRequest(f"tensor parsing error: {name}: {dtype_name} cannot be sent")

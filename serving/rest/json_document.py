@@ -29,11 +29,11 @@ def parse_document(body: bytes) -> Any:
     """Parse a JSON document, taking what RapidJSON takes with its flag for `NaN`, and nothing after the document.
 
     `NaN`, `Infinity`, `Inf` and their negatives are numbers. Of the keys of the document, of `inputs` and of the
-    objects in `instances`, the first counts where one comes twice; an object with "b64" twice is no base64. Bytes in
-    strings that are no UTF-8 are kept, as lone surrogates ("surrogateescape").
+    objects in `instances`, the first counts where one comes twice; an object with "b64" twice is not base64. Bytes in
+    strings that are not UTF-8 are kept, as lone surrogates ("surrogateescape").
 
     Raises:
-        InvalidRequest: it is no JSON, and the message is that of RapidJSON, which TensorFlow Serving uses; or it is
+        InvalidRequest: it is not JSON, and the message is that of RapidJSON, which TensorFlow Serving uses; or it is
             nested deeper than any tensor.
     """
     try:
@@ -111,7 +111,7 @@ def _first_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_as_bytes(text: bytes, skipped: int) -> Any:
-    """Parse what is no UTF-8: TensorFlow Serving does not look at the encoding, a string there is bytes."""
+    """Parse what is not UTF-8: TensorFlow Serving does not look at the encoding, a string there is bytes."""
     # What is wrong with the JSON is found first, in a document of the same length.
     _parse_with_rapidjson(b" " * skipped + text.translate(_ASCII))
     try:

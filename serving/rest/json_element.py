@@ -57,7 +57,7 @@ def decode_string(value: str | dict[str, Any]) -> bytes:
     """Return the bytes of a string, or of an object with the one key "b64".
 
     Raises:
-        InvalidRequest: it is another object, or what it holds is no base64.
+        InvalidRequest: it is another object, or what it holds is not base64.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")

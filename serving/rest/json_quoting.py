@@ -47,7 +47,7 @@ def type_name(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace what stands for bytes that are no UTF-8, so that the text can be sent in a reply."""
+    """Replace what stands for bytes that are not UTF-8, so that the text can be sent in a reply."""
     return text.encode("utf-8", "replace").decode()
 
 

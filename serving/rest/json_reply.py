@@ -83,7 +83,7 @@ def _dump(reply: dict[str, Any]) -> bytes:
     try:
         text: bytes = orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
     except orjson.JSONEncodeError:
-        pass  # a string that is no UTF-8
+        pass  # a string that is not UTF-8
     else:
         if not _has_null(text):  # what orjson makes of a number that is not finite
             return text

@@ -72,7 +72,7 @@ def answer(_: str) -> Response:
     """Answer any request under /v1/."""
     method = request.method
     if method not in _METHODS:
-        raise MethodNotImplemented(f"{method} is no method of this API")
+        raise MethodNotImplemented(f"{method} is not a method of this API")
     path = _request_target()
     if method == "OPTIONS":
         return Response(status=200 if re.search("https?://", request.headers.get("Origin", "")) else 400)
@@ -149,7 +149,7 @@ def read_predict(body: bytes, signatures: Mapping[str, Signature] | None, max_ro
         max_rows: most rows of a request.
 
     Raises:
-        InvalidRequest: it is no JSON, or does not fit the signature.
+        InvalidRequest: it is not JSON, or does not fit the signature.
         TooLarge: it has more rows.
     """
     document = _read_document(body)
@@ -172,7 +172,7 @@ def read_examples(body: bytes) -> str:
     """Check a classify or regress request; returns the name of its signature.
 
     Raises:
-        InvalidRequest: it is no JSON, or its `examples` are none.
+        InvalidRequest: it is not JSON, or its `examples` are not.
     """
     document = _read_document(body)
     check_examples(document)
@@ -287,7 +287,7 @@ def _describe_tensor(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _read_body() -> bytes:
-    """Read the request's body, inflated if it says it is gzip; what is no gzip counts as empty, as it does there."""
+    """Read the request's body, inflated if it says it is gzip; what is not gzip counts as empty, as it does there."""
     body: bytes = request.get_data(cache=False)
     if "gzip" not in request.environ.get("HTTP_CONTENT_ENCODING", ""):
         return body

@@ -45,7 +45,7 @@ def split_body(body: bytes, header_length: str | None) -> tuple[dict[str, Any], 
         header_length: the value of Inference-Header-Content-Length; without it the body is all JSON.
 
     Raises:
-        InvalidRequest: the header is no length within the body, or what it measures is no JSON object.
+        InvalidRequest: the header is not a length within the body, or what it measures is not a JSON object.
     """
     length = json_length(body, header_length)
     view = memoryview(body)
@@ -67,7 +67,7 @@ def json_length(body: bytes, header_length: str | None) -> int:
     """Return how many bytes of a body are JSON.
 
     Raises:
-        InvalidRequest: the header is no length within the body.
+        InvalidRequest: the header is not a length within the body.
     """
     length = len(body)
     if header_length is not None:
@@ -83,7 +83,7 @@ def read_id(document: Mapping[str, Any]) -> str | None:
     """Return the request's `id`, which the reply repeats.
 
     Raises:
-        InvalidRequest: it is no string.
+        InvalidRequest: it is not a string.
     """
     identifier = document.get("id")
     if identifier is not None and not isinstance(identifier, str):

@@ -77,7 +77,7 @@ def decode_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarr
         shape: what the request says; at most MAX_DIMENSIONS sizes.
 
     Raises:
-        InvalidRequest: it is no such list, there are more or fewer elements than the shape has, or one is of another
+        InvalidRequest: it is not such a list, there are more or fewer elements than the shape has, or one is of another
             type or out of range: nothing is rounded to whole numbers, wrapped or made infinite. A float that is whole
             (106.0) is a whole number: some clients have no other numbers.
     """
@@ -129,7 +129,7 @@ def encode_json(array: np.ndarray, spec: TensorSpec) -> Any:
     """Return an output's elements as a flat list, or as an array of one dimension that orjson writes.
 
     Raises:
-        InvalidRequest: JSON has no way to say what it holds: NaN, an infinity, or bytes that are no UTF-8.
+        InvalidRequest: JSON has no way to say what it holds: NaN, an infinity, or bytes that are not UTF-8.
     """
     flat = array.ravel()
     if array.dtype.hasobject:
@@ -137,7 +137,7 @@ def encode_json(array: np.ndarray, spec: TensorSpec) -> Any:
             return [element.decode() for element in flat]
         except UnicodeDecodeError as error:
             raise InvalidRequest(
-                f"output {spec.name} holds bytes that are no UTF-8, which JSON cannot carry; ask for it as binary data"
+                f"output {spec.name} holds bytes that are not UTF-8, which JSON cannot carry; ask for it as binary data"
             ) from error
     if array.dtype.kind == "f" and not np.isfinite(flat).all():
         raise InvalidRequest(

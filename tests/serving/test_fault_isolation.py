@@ -101,7 +101,7 @@ SERVED_WITHOUT_INFO: dict[str, tuple[Fault, str]] = {
     "deep nesting of objects": (write_info('{"a":' * 100_000), "nested too deeply"),
     "classes that are objects": (write_info('{"class_names": [{"a": 1}, {}, []]}'), "class_names must"),
     "a class that is huge": (write_info('{"class_names": [' + "9" * 5_000 + ', "b", "c"]}'), "model.json"),
-    "accuracy that is no number": (write_info('{"test": {"accuracy": NaN}}'), "test.accuracy must"),
+    "accuracy that is not a number": (write_info('{"test": {"accuracy": NaN}}'), "test.accuracy must"),
     "everything of another type": (write_info('{"class_names": 1, "dataset": [], "test": "x"}'), "class_names must"),
     "folder as model.json": (replace_file("assets.extra/model.json", Path.mkdir), "not a regular file"),
     "pipe as model.json": (replace_file("assets.extra/model.json", os.mkfifo), "not a regular file"),

@@ -82,7 +82,7 @@ DOCUMENTS = {
 UNDERESTIMATED = {
     "not a number": repeat(b"NaN"),
     "strings": repeat(b'"abcdefgh"', signature=b"strings"),
-    "bytes that are no UTF-8": repeat(b'"' + b"\xe9" * (3 * MB - 10) + b'"', signature=b"strings"),
+    "bytes that are not UTF-8": repeat(b'"' + b"\xe9" * (3 * MB - 10) + b'"', signature=b"strings"),
     "a string with one wide character": repeat(b'"' + b"a" * (3 * MB - 20) + EMOJI + b'"', signature=b"strings"),
     "a wide string for a number": repeat(b'"' + b"a" * (3 * MB - 20) + EMOJI + b'"'),
     "a large file as base64": repeat(b'{"b64":"' + b"A" * (3 * MB // 4 * 4 - 32) + b'"}', signature=b"strings"),

@@ -109,7 +109,7 @@ V1_DOCUMENTS = {
     "no strings in lists": v1({"inputs": [[], []]}, "strings"),
     "base64": strings({"b64": "AAEC/w=="}, {"b64": ""}),
     "string with a null byte": strings("a\0b"),
-    "string that is no UTF-8": b'{"signature_name":"strings","inputs":["\xff\xfe","\xe9"]}',
+    "string that is not UTF-8": b'{"signature_name":"strings","inputs":["\xff\xfe","\xe9"]}',
     "a key twice": b'{"instances":[[1]],"instances":[[2]]}',
     "too deep": b'{"instances":' + b"[" * 400 + b"]" * 400 + b"}",
     "no JSON": b'{"instances":[[1,]]}',

@@ -294,7 +294,7 @@ def test_every_datatype_goes_through_a_model_unchanged(client: FlaskClient) -> N
     refused = post(client, "echo", {"inputs": inputs}, b"".join(sent.values()))
     assert "output FP16: FP16 cannot be sent as JSON; ask for it as binary data" in error(refused)
     refused = post(client, "echo", {"inputs": inputs, "outputs": [{"name": "BYTES"}]}, b"".join(sent.values()))
-    assert "output BYTES holds bytes that are no UTF-8" in error(refused)
+    assert "output BYTES holds bytes that are not UTF-8" in error(refused)
 
 
 def test_infinities_are_answered_as_bytes_only(client: FlaskClient) -> None:
