@@ -57,7 +57,7 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
         ("time for a request", f"{Settings.request_timeout_s:.0f} s", "--request-timeout-s"),
         ("rows that wait", f"{Settings.max_queue_size:,}", "--max-queue-size"),
         ("memory for all requests", f"{SAFETY_SHARE:.0%}".replace("%", " %"), "--memory-budget"),
-        ("gRPC message", f"at most {GRPC_SHARE * 32:.0f}/32 of the memory budget", "--max-request-bytes"),
+        ("gRPC message", f"at most {GRPC_SHARE * 48:.0f}/48 of the memory budget", "--max-request-bytes"),
         ("time for a gRPC message", f"{receiving.TIMEOUT_S:.0f} s", None),
         ("time for a gRPC message", f"{receiving.CONTENDED_TIMEOUT_S:.0f} s while others wait", None),
     ],
