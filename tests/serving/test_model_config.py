@@ -37,7 +37,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("model_config_list {", "no ModelServerConfig in text format"),
+        ("model_config_list {", "not a ModelServerConfig in text format"),
         ("", "Only ModelConfigList"),
         ('model_config_list { config { name: "a" base_path: "m" } }', "absolute base_path, got 'm'"),
         ('model_config_list { config { name: "a/b" base_path: "/m" } }', "a name without / and :"),

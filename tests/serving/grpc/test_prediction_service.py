@@ -258,7 +258,7 @@ def broken_tensor(dtype: int, shape: tuple[int, ...], **fields: Any) -> Any:
         (broken_tensor(4, (-1, 32, 32, 3), int_val=[3]), "INVALID_ARGUMENT", "not fully given"),
         (broken_tensor(4, (2**40, 32, 32, 3), int_val=[3]), "RESOURCE_EXHAUSTED", "rows"),
         (broken_tensor(20, (1,)), "INVALID_ARGUMENT", "DT_RESOURCE cannot be sent"),
-        (broken_tensor(999, (1,)), "INVALID_ARGUMENT", "no dtype"),
+        (broken_tensor(999, (1,)), "INVALID_ARGUMENT", "not a dtype"),
         (broken_tensor(7, (1,), string_val=[b"x"]), "INVALID_ARGUMENT", "expected uint8"),
     ],
 )
@@ -277,7 +277,7 @@ def test_a_message_that_cannot_be_parsed_is_refused_in_words(stubs: Any) -> None
     with pytest.raises(grpc.RpcError) as refused:
         predict(b"garbage", timeout=60)
     assert refused.value.code() == grpc.StatusCode.INTERNAL
-    assert refused.value.details() == "the message sent is no tensorflow.serving.PredictRequest: it cannot be parsed"
+    assert refused.value.details() == "the message sent is not a tensorflow.serving.PredictRequest: it cannot be parsed"
 
 
 def test_many_pictures_in_one_request(stubs: Any) -> None:
