@@ -119,13 +119,13 @@ class MessageReceiver:
     async def _read_in_turn(self, context: Any, memory: RequestMemory, deadline_s: float) -> asyncio.Future[Any]:
         """Begin to read on a connection that has sent nothing yet, and wait as `_has_arrived` does."""
         if self._waiting >= MAX_WAITING:
-            raise Overloaded("too many calls on new connections wait; try again later")
+            raise _too_many_new()
         self._waiting += 1
         try:
             async with asyncio.timeout(deadline_s - time.monotonic()):
                 await self._turns.acquire()
         except TimeoutError:
-            raise Overloaded("too many calls on new connections wait; try again later") from None
+            raise _too_many_new() from None
         finally:
             self._waiting -= 1
         try:
@@ -168,6 +168,10 @@ async def _wait_with_memory(reading: asyncio.Future[Any], memory: RequestMemory)
         await asyncio.wait((reading,), timeout=CHECK_S)
         if time.monotonic() - began_s > (CONTENDED_TIMEOUT_S if memory.is_contended else TIMEOUT_S):
             raise Overloaded("the message did not arrive in time")
+
+
+def _too_many_new() -> Overloaded:
+    return Overloaded("too many calls on new connections wait; try again later")
 
 
 def _no_memory() -> Overloaded:
