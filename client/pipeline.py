@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# The interpreter handles a signal between two instructions of the main thread. One that reaches the process just before
+# that thread begins to wait does not end the wait, so no wait is long: Ctrl-C is heard within this time.
+MAX_WAIT_S = 0.2
 
 
 def map_in_order(
@@ -33,9 +37,9 @@ def map_in_order(
     for item in remaining:
         calls.append(_start(function, item))
         if len(calls) == in_flight:
-            yield from calls.popleft().result()
+            yield from _wait_for(calls.popleft())
     while calls:
-        yield from calls.popleft().result()
+        yield from _wait_for(calls.popleft())
 
 
 def _start(function: Callable[[Item], Result], item: Item) -> Future[Result]:
@@ -50,3 +54,9 @@ def _start(function: Callable[[Item], Result], item: Item) -> Future[Result]:
     # A thread that the interpreter does not wait for as it ends: not with the next Ctrl-C, at any rate.
     Thread(target=call, daemon=True).start()
     return future
+
+
+def _wait_for(call: Future[Result]) -> Result:
+    while not call.done():
+        wait([call], timeout=MAX_WAIT_S)
+    return call.result()
