@@ -7,6 +7,7 @@ import time
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from itertools import accumulate
 
@@ -28,6 +29,7 @@ from prometheus_client.utils import floatToGoString as format_bound  # noqa: N81
 from serving.memory import MemoryBudget
 from serving.predictor import Predictor, Signature
 from serving.repository import ModelRepository
+from serving.waiting import lower_priority, wait_for
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -100,6 +102,8 @@ class Metrics:
             self._registry.register(collector)
         self._tfs_requests: Tally[tuple[str, str]] = Tally()
         self._lock = threading.Lock()
+        self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics", initializer=lower_priority)
+        self._page: Future[bytes] | None = None
 
     def watch(self, repository: ModelRepository) -> None:
         """Show the states of a repository's versions too."""
@@ -133,7 +137,18 @@ class Metrics:
             self._tfs_requests[model, code] += 1
 
     def render(self) -> bytes:
-        """Return the page in Prometheus' text format."""
+        """Return the page in Prometheus' text format, as of this call or later.
+
+        It takes milliseconds, in which other requests would wait, so a thread of its own renders it, and those who ask
+        while it is busy share the next rendering.
+        """
+        with self._lock:
+            if self._page is None or self._page.running() or self._page.done():
+                self._page = self._renderer.submit(self._render)
+            page = self._page
+        return wait_for(page)
+
+    def _render(self) -> bytes:
         name = ":tensorflow:serving:request_count"
         with self._lock:
             counts = sorted(self._tfs_requests.items())

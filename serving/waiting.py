@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextvars import Context
 from typing import ParamSpec, TypeVar
 
@@ -287,8 +287,12 @@ def run_blocking(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) ->
 
 
 def _call_in_thread(threads: Executor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    return wait_for(threads.submit(function, *args, **kwargs))
+
+
+def wait_for(future: Future[R]) -> R:
+    """Wait for a future, and return its result or raise its exception."""
     pause = Pause()
-    future = threads.submit(function, *args, **kwargs)
     future.add_done_callback(lambda _: end_pauses([pause]))
     pause.wait()
     return future.result()

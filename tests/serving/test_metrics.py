@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.app import create_app
 from serving.memory import RequestMemory
+from serving.metrics import Metrics
 from serving.settings import Settings
 from tests.serving.conftest import picture
 
@@ -141,3 +145,31 @@ def test_the_memory_budget_is_shown(models_dir: Path) -> None:
     assert "\nserving_memory_used_bytes 3e+06\n" in client.get("/metrics").text
     memory.release()
     assert "\nserving_memory_used_bytes 0.0\n" in client.get("/metrics").text
+
+
+def test_those_who_ask_while_the_page_is_rendered_share_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    metrics.observe_request(route="/a", model="", status=200, seconds=0.1)
+    render = metrics._render
+    began, go_on = threading.Event(), threading.Event()
+    count = 0
+
+    def render_slowly() -> bytes:
+        nonlocal count
+        count += 1
+        began.set()
+        assert go_on.wait(10)
+        return render()
+
+    monkeypatch.setattr(metrics, "_render", render_slowly)
+    with ThreadPoolExecutor(20) as threads:
+        first = threads.submit(metrics.render)
+        assert began.wait(10)
+        others = [threads.submit(metrics.render) for _ in range(19)]
+        while not (metrics._page and len(metrics._page._done_callbacks) == len(others)):
+            time.sleep(0.001)
+        metrics.observe_request(route="/b", model="", status=200, seconds=0.1)
+        go_on.set()
+        pages = [asked.result(10) for asked in [first, *others]]
+    assert count == 2
+    assert all(b'route="/b"' in page for page in pages[1:])  # they are not older than the request
