@@ -9,6 +9,7 @@ import math
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from functools import partial
@@ -30,6 +31,7 @@ RETRY_S = 0.05  # after a connection could not be accepted
 FRESH_S, IN_USE_S = 1.0, 10.0
 SPARE_FILES = 40  # descriptors that models, log and gRPC need beside the connections
 CONNECT_TIMEOUT_S = 1.0  # to take over a connection that was accepted
+ACCEPT_FOR_S = 0.01  # then it is the turn of the connections that are open
 LOG_INTERVAL_S = 5.0  # between two lines that say so
 TICKS_PER_SECOND = 10  # uvicorn's
 CHECK_INTERVAL_S = 1.0  # between two checks of the connections' time limits
@@ -195,10 +197,11 @@ class Server(uvicorn.Server):
 
 
 class Acceptor:
-    """Accepts connections, all that wait at once.
+    """Accepts connections, as many in an iteration of the event loop as fit into ACCEPT_FOR_S.
 
     The loop's own servers accept one per iteration, and iterations are long when many requests come: the last of 256
-    new connections would wait for seconds.
+    new connections would wait for seconds. Without an end, clients that connect and disconnect as fast as they are
+    accepted would stop the loop.
 
     Args:
         listener: a socket that listens; closed with the acceptor.
@@ -231,7 +234,8 @@ class Acceptor:
         return len(self._tasks)
 
     def _accept(self) -> None:
-        while True:
+        until_s = time.monotonic() + ACCEPT_FOR_S
+        while time.monotonic() < until_s:
             if not self._may_accept() and not self._make_room():
                 self._pause("the most connections are open that may be")
                 return

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import numpy as np
 import pytest
 import uvloop
 
-from serving.http.server import Acceptor, listen
+from serving.http.server import ACCEPT_FOR_S, Acceptor, listen
 from tests.serving.conftest import Server, picture
 
 MAX_BYTES = 2_000_000
@@ -231,6 +232,42 @@ def test_all_connections_that_wait_are_taken_in_one_turn() -> None:
         address = listener.getsockname()
         clients = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(100)]
         uvloop.run(serve(listener, clients))
+
+
+def test_the_connections_that_are_open_have_their_turn_while_others_come() -> None:
+    accepted: list[socket.socket] = []
+    turns: list[int] = []
+
+    class SlowListener:
+        """Accepts one connection in the time that a turn may take."""
+
+        def __init__(self, listener: socket.socket) -> None:
+            self._listener = listener
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._listener, name)
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            connection, address = self._listener.accept()
+            accepted.append(connection)
+            time.sleep(ACCEPT_FOR_S)
+            return connection, address
+
+    async def serve(listener: socket.socket) -> None:
+        acceptor = Acceptor(cast(socket.socket, SlowListener(listener)), asyncio.Protocol)
+        while len(accepted) < 10:
+            turns.append(len(accepted))
+            await asyncio.sleep(0)
+        acceptor.close()
+        await asyncio.sleep(0.1)
+
+    listener = listen("127.0.0.1", 0)
+    with ExitStack() as stack:
+        address = listener.getsockname()
+        for _ in range(10):
+            stack.enter_context(socket.create_connection(address, timeout=10))
+        uvloop.run(serve(listener))
+    assert set(turns) == set(range(10))
 
 
 def test_out_of_files_it_answers_those_it_has_and_takes_more_later(server: Server) -> None:
