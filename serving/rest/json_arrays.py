@@ -15,19 +15,30 @@ SLICE_ELEMENTS = 64 * 1024  # written within a few milliseconds
 
 def write_large(array: np.ndarray) -> np.ndarray | orjson.Fragment:
     """Return an array of numbers as it is, for orjson to write; a large one as JSON that is written already."""
-    return orjson.Fragment(dump_array(array)) if array.ndim and array.size > SLICE_ELEMENTS else array
+    return orjson.Fragment(b"".join(dump_array(array))) if is_large(array) else array
 
 
-def dump_array(array: np.ndarray) -> bytes:
-    """Write an array of numbers as nested lists; numbers that are not finite as `NaN` and `Infinity`."""
-    if array.ndim == 0 or array.size <= SLICE_ELEMENTS:
-        return _dump_slice(array)
+def is_large(array: np.ndarray) -> bool:
+    """Whether an array is written in slices."""
+    return array.ndim > 0 and array.size > SLICE_ELEMENTS
+
+
+def dump_array(array: np.ndarray) -> list[bytes]:
+    """Write an array of numbers as nested lists, in slices; numbers that are not finite as `NaN` and `Infinity`."""
+    if not is_large(array):
+        return [_dump_slice(array)]
     row_size = array.size // len(array)
     if row_size > SLICE_ELEMENTS:
-        return b"[" + b",".join([dump_array(row) for row in array]) + b"]"
-    step = max(1, SLICE_ELEMENTS // max(1, row_size))
-    slices = [_dump_slice(array[start : start + step])[1:-1] for start in range(0, len(array), step)]
-    return b"[" + b",".join(slices) + b"]"
+        lists = [dump_array(row) for row in array]
+    else:
+        step = SLICE_ELEMENTS // max(1, row_size)
+        lists = [[_dump_slice(array[start : start + step])[1:-1]] for start in range(0, len(array), step)]
+    slices = [b"["]
+    for part in lists:
+        slices += part
+        slices.append(b",")
+    slices[-1] = b"]"
+    return slices
 
 
 def _dump_slice(array: np.ndarray) -> bytes:
