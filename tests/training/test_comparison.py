@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from training.comparison import RELATIVE_TOLERANCE, compare_answers, compare_logits
 from training.errors import ExportError
@@ -59,3 +60,14 @@ def test_probabilities_of_0_and_1_are_answers_too():
     compare_answers(answer(LARGE), LARGE, NAMES, where="it")
     with pytest.raises(ExportError, match="differs from the trained model"):
         compare_answers(answer(LARGE[:, ::-1]), LARGE, NAMES, where="it")
+
+
+def test_probabilities_that_a_softmax_rounds_to_0_are_equal():
+    # TensorFlow's softmax gives 0 for all that is smaller than about twice the smallest normal float32.
+    margins = np.linspace(80, 95, 3001)
+    logits = np.stack([margins, 0 * margins, margins - 1], axis=1).astype(np.float32)
+    rounded = answer(logits) | {"probabilities": tf.nn.softmax(logits).numpy()}
+    assert 0 < np.count_nonzero(rounded["probabilities"][:, 1]) < len(margins)
+    compare_answers(rounded, logits, NAMES, where="it")
+    with pytest.raises(ExportError, match="the logarithms of its probabilities by"):
+        compare_answers(rounded, logits + np.array([0, 0.1, 0], np.float32), NAMES, where="it")
