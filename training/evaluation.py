@@ -123,10 +123,11 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, class_names: Sequenc
     right = predicted == labels
     confusion = np.zeros((len(class_names), len(class_names)), np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    own = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), np.finfo(np.float32).tiny)
+    # A softmax's rounding can also give a little more than 1.
+    own = np.clip(probabilities[np.arange(len(labels)), labels].astype(np.float64), np.finfo(np.float32).tiny, 1)
     return Evaluation(
         accuracy=float(right.mean()),
-        loss=float(-np.log(own).mean()),
+        loss=abs(float(np.log(own).mean())),  # a negated 0 would be printed as -0.0000
         count=len(labels),
         per_class=tuple(_class_figures(confusion, class_id, name) for class_id, name in enumerate(class_names)),
         confusion=confusion,

@@ -56,6 +56,11 @@ def test_a_probability_of_zero_for_the_right_class_leaves_the_loss_finite():
     assert 80 < evaluate(one_hot_ish([[1, 0, 0]]), np.array([1]), NAMES).loss < 100
 
 
+def test_a_perfect_loss_is_0_and_not_below():
+    for right in (1.0, np.nextafter(np.float32(1), np.float32(2))):  # as a float32 softmax rounds
+        assert f"{evaluate(one_hot_ish([[right, 0, 0]]), np.array([0]), NAMES).loss:.4f}" == "0.0000"
+
+
 def test_json_has_no_nan():
     text = json.dumps(evaluate(one_hot_ish([[1, 0, 0]]), np.array([1]), NAMES).to_json(), allow_nan=False)
     assert json.loads(text)["per_class"][1]["precision"] is None
