@@ -127,7 +127,9 @@ def test_a_split_that_is_not_read_is_told(tmp_path, caplog):
     make_classes(folder / "val")
     with caplog.at_level(logging.WARNING):
         load(folder)
-    assert caplog.messages == [f"only train/ and test/ are read of {folder}, not val"]
+    assert caplog.messages == [
+        f"only train/ and test/ are read of {folder}, not val; the images for validation are set aside from train/"
+    ]
 
 
 def test_names_of_classes_may_be_any(tmp_path):
@@ -294,6 +296,10 @@ def test_files_that_systems_leave_behind_are_passed_over(tmp_path):
         (folder / name).write_bytes(b"\0")
     for name in (".cache", "train/.cache", "train/cat/.thumbnails"):
         (folder / name).mkdir()
+    for name in ("ehthumbs.db", "Picasa.ini", "Icon\r"):
+        (folder / "train" / "dog" / name).write_bytes(b"")
+    save(folder / "train" / "@eaDir" / "cat" / "thumbnail.png")
+    (folder / "train" / "lost+found").mkdir(mode=0)
     dataset = load(folder)
     assert dataset.class_names == ("cat", "dog")
     assert len(dataset.train.labels) == len(dataset.test.labels) == 8
@@ -308,6 +314,7 @@ def test_files_that_systems_leave_behind_are_passed_over(tmp_path):
         (lambda f: [(f / s / "fox").mkdir() for s in ("train", "test")], "train has no images in the class 'fox'"),
         (lambda f: [p.unlink() for p in (f / "test" / "dog").iterdir()], "test has no images in the class 'dog'"),
         (lambda f: [(f / s / f"c{n}").mkdir() for s in ("train", "test") for n in range(9)], "'c4' and 4 more"),
+        (lambda f: (shutil.rmtree(f / "test"), save(f / "test" / "0.png")), "test are right in it"),
         (lambda f: shutil.rmtree(f / "test"), "has train/ but no test/"),
         (lambda f: [shutil.rmtree(f / s / "dog") for s in ("train", "test")], "has one class folder"),
         (lambda f: (f / "train" / "cat" / "gone.png").symlink_to("nowhere"), "gone.png is no regular file"),

@@ -27,8 +27,8 @@ _SPLITS = {
     "test": ("test", "testing"),
     "validation": ("val", "valid", "validation"),
 }
-# What file managers leave behind, hidden files apart.
-_LITTER = ("thumbs.db", "desktop.ini", "__macosx")
+# What file managers, disks and file systems leave behind, hidden files apart.
+_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir", "lost+found")
 _SHOWN_AT_MOST = 5
 _SAMPLED_AT_MOST = 1_000  # files that are opened to tell what a folder is
 
@@ -87,8 +87,8 @@ def load_image_folder(
     """Load every image of a folder.
 
     Every file in a class's folder, and in the folders below it, has to be an image. Only what file managers leave
-    behind is passed over: files and folders whose names begin with a dot (`.DS_Store`, `._cat.jpg`), `__MACOSX`,
-    `Thumbs.db` and `desktop.ini`. Files that lie beside the folders of the classes belong to no class and are not
+    behind is passed over: files and folders whose names begin with a dot (`.DS_Store`, `._cat.jpg`), and those of
+    `_LITTER`. Files that lie beside the folders of the classes belong to no class and are not
     looked at. Without a test folder, that of the validation images is used for testing; without either, a tenth of
     each class is set aside.
 
@@ -144,8 +144,19 @@ def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size:
         logger.info("%s has no test/, so the images of %s/ are the test images", folder, test_folder.name)
     read = (train_folder.name, test_folder.name)
     if others := [path.name for path in _subfolders(folder) if path.name not in read]:
-        logger.warning("only %s/ and %s/ are read of %s, not %s", *read, folder, _listed(others))
+        logger.warning(
+            "only %s/ and %s/ are read of %s, not %s; the images for validation are set aside from %s/",
+            *read,
+            folder,
+            _listed(others),
+            train_folder.name,
+        )
     test_classes = [path.name for path in _subfolders(test_folder)]
+    if not test_classes and any(map(is_image_file, _list(test_folder))):
+        raise DatasetError(
+            f"the images of {test_folder} are right in it, so their classes are not known: put them into a folder for "
+            "each class, or move the folder away, and a tenth of the training images is set aside for testing"
+        )
     if missing := [name for name in class_names if name not in test_classes]:
         raise DatasetError(f"{test_folder} lacks the {_classes(missing)} that {train_folder} has")
     if unknown := [name for name in test_classes if name not in class_names]:
