@@ -236,6 +236,27 @@ def test_the_configurations_are_ones_that_tensorflow_serving_reads(tmp_path: Pat
     assert [(c.name, c.base_path) for c in parsed.model_config_list.config] == [("a", "/models/a"), ("b", "/models/b")]
 
 
+def test_the_model_config_has_what_tensorflow_serving_can_serve(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    latin_1 = os.fsdecode(b"caf\xe9")
+    for folder in (
+        "a/99999999999999999999",
+        'b "1"\\\n/1',
+        "c/1x",
+        "d/1\N{SUPERSCRIPT TWO}",
+        f"{latin_1}/1",
+        "größe/007",
+    ):
+        (models / folder).mkdir(parents=True)
+        (models / folder / "saved_model.pb").touch()
+    write = [sys.executable, str(DEPLOY / "write_models_config.py"), str(models), str(tmp_path / "out")]
+    done = subprocess.run(write, check=True, capture_output=True, text=True)
+    parsed = text_format.Parse((tmp_path / "out").read_text(), model_server_config_pb2.ModelServerConfig())
+    names = ['b "1"\\\n', "größe"]
+    assert [(c.name, c.base_path) for c in parsed.model_config_list.config] == [(n, f"/models/{n}") for n in names]
+    assert done.stderr == "'caf\\udce9' is left out: the name is not valid UTF-8; rename the folder\n"
+
+
 def test_nothing_turns_on_the_batching_that_an_empty_batch_hangs() -> None:
     settings = re.compile(r"^[^#\n]*batching", re.M)  # outside comments
     assert not [path for path in DEPLOY.rglob("*") if path.is_file() and settings.search(path.read_text())]
