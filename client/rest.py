@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import math
 import secrets
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -176,17 +180,24 @@ class RestTransport:
             "(--timeout), or send fewer pictures at once with batch_size (--batch-size)"
         )
 
+    def _status_command(self) -> str:
+        """Return the command line of `status`, with the Python that runs this process: the PATH may have none."""
+        python = Path(sys.executable or "python")
+        with contextlib.suppress(ValueError):
+            python = python.relative_to(Path.cwd())
+        return shlex.join([str(python), "-m", "client", "status", "--url", self.url])
+
     def _error(self, reply: Reply) -> ClientError:
         """Return the error that a reply without predictions stands for."""
         if reply.status == 503:
             return ServerBusy(
                 f"the service at {self.url} is not ready: {reply.error or reply.summary}; "
-                "`python -m client status` tells when it is"
+                f"`{self._status_command()}` tells when it is"
             )
         if reply.error is None:
             return reply.unexpected("predictions or an error as JSON")
         if reply.status == 404:
-            return ModelNotFound(f"{reply.error} ({self.url}); `python -m client status` lists what is served")
+            return ModelNotFound(f"{reply.error} ({self.url}); `{self._status_command()}` lists what is served")
         if reply.status >= 500:
             return ServerFailed(f"the service at {self.url} failed ({reply.status}): {reply.error}")
         match reply.status, reply.json:

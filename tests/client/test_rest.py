@@ -62,7 +62,11 @@ def test_what_may_pass_is_tried_again(service: Service, waits: Waits, trouble: C
 @pytest.mark.parametrize(
     ("trouble", "kind", "message"),
     [
-        (busy(), ServerBusy, "is not ready: colours is being loaded; .*status.* tells when"),
+        (
+            busy(),
+            ServerBusy,
+            "is not ready: colours is being loaded; `\\S+ -m client status --url http://127.0.0.1:[0-9]+` tells",
+        ),
         (hang_up, ConnectionFailed, "connection to http://127.0.0.1:[0-9]+ broke"),
         (hang_up_midway, ConnectionFailed, "connection to http://127.0.0.1:[0-9]+ broke"),
     ],
@@ -87,7 +91,11 @@ def test_retries_are_bounded(
 @pytest.mark.parametrize(
     ("answer", "kind", "message"),
     [
-        (reply(404, {"error": "no model cats; served: colours"}), ModelNotFound, "no model cats; served: colours"),
+        (
+            reply(404, {"error": "no model cats; served: colours"}),
+            ModelNotFound,
+            "no model cats; served: colours .*-m client status --url http:",
+        ),
         (reply(400, {"error": "several models are served"}), RequestRejected, r"refuses .* \(400\): several models"),
         (
             reply(400, {"error": "several; use the query parameter model", "models": ["a", "b"]}),
