@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from click.core import ParameterSource
 
 from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, PRESETS, VARIANTS, TrainingConfig
 from training.errors import RunError, StorageFullError, TrainingError
+from training.shell_command import format_command
 from training.storage import is_full
 
 if TYPE_CHECKING:
@@ -220,8 +220,7 @@ def train(
     try:
         _export(run, models_dir=models_dir, name=name)
     except BaseException:
-        words = ["python", "-m", "training", "export", str(run.path), "--models-dir", str(models_dir)]
-        again = shlex.join(words + (["--name", name] if name else []))
+        again = format_command("export", run.path, "--models-dir", models_dir, *(["--name", name] if name else []))
         click.echo(f"{run.path} is trained and evaluated, but not exported. Export it:  {again}", err=True)
         raise
 
@@ -301,7 +300,7 @@ def _show_what_is_kept(run: RunFolder) -> None:
     best = state.history[-1]
     click.echo(
         f"{run.path} keeps its best checkpoint, of epoch {best.epoch} (val loss {best.val_loss:.4f}).\n"
-        f"Go on with it:  python -m training train --resume {shlex.quote(str(run.path))}",
+        f"Go on with it:  {format_command('train', '--resume', run.path)}",
         err=True,
     )
 

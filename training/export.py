@@ -18,7 +18,6 @@ import functools
 import json
 import logging
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -39,9 +38,11 @@ from training.image_decoding import decode_images
 from training.models import compute_logits, fold_model, freeze
 from training.preflight import check_model_name
 from training.run import RunFolder
+from training.shell_command import format_command
 from training.storage import explain_full_storage
 from training.train import load_best_model
 
+MAX_VERSION = 2**63 - 1  # an int64 in TensorFlow Serving's protocol
 _PROOF_BATCH_SIZES = (1, 3, 64)
 _WARMUP_BATCH_SIZES = (1, 8, 64)
 
@@ -71,7 +72,7 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
     if view not in judged:
         raise RunError(
             f"{run.path} was not judged with mirror averaging, which fits a temperature of its own: "
-            f"python -m training evaluate {run.path} --mirror"
+            f"{format_command('evaluate', run.path, '--mirror')}"
         )
     model, best = load_best_model(run)
     try:
@@ -85,16 +86,16 @@ def export_run(run: RunFolder, *, models_dir: Path, name: str | None = None, mir
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{run.path / 'evaluation.json'} is not what a run writes ({error!r}). Evaluate the run again: "
-            f"python -m training evaluate {shlex.quote(str(run.path))}"
+            f"{format_command('evaluate', run.path)}"
         ) from error
     if evaluated_epoch != best["epoch"]:
         figures = {"temperature": 1.0}
         logger.warning(
             "evaluation.json is of epoch %s, and the checkpoint of epoch %d: the export has no test figures, and its "
-            "confidences are not calibrated. For both: python -m training evaluate %s, then export again",
+            "confidences are not calibrated. For both: %s, then export again",
             evaluated_epoch,
             best["epoch"],
-            shlex.quote(str(run.path)),
+            format_command("evaluate", run.path),
         )
     summary = run.read_dataset()
     config = run.read_config()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from training.evaluation import CALIBRATION_BINS, Calibration, Evaluation
 from training.plots import plot_calibration, plot_confusion, plot_curves, render_png
 from training.run import RunFolder
 from training.sample_sheet import plot_samples
+from training.shell_command import format_command
 
 # In the command, even where they are the default.
 _ALWAYS_SHOWN = ("dataset", "variant", "preset", "loop", "dtype", "epochs", "seed")
@@ -195,7 +195,7 @@ def _settings(config: TrainingConfig, dataset: Dataset) -> Iterator[tuple[str, s
 
 def _command(config: TrainingConfig) -> str:
     """Return the command line that asks for this run again."""
-    words = ["python -m training train"]
+    words = ["train"]
     defaults = TrainingConfig.fill_in(variant=config.variant, preset=config.preset)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -205,8 +205,8 @@ def _command(config: TrainingConfig) -> str:
         if value is True:
             words.append(option)
         else:
-            words.append(f"{option} {shlex.quote(_text(value))}")
-    return " ".join(words)
+            words += [option, _text(value)]
+    return format_command(*words)
 
 
 def _text(value: Any) -> str:

@@ -27,6 +27,7 @@ from training.config import TrainingConfig
 from training.datasets import Dataset
 from training.epochs import EpochResult
 from training.errors import RunError
+from training.shell_command import format_command
 from training.storage import make_folder, sync, write_file
 
 
@@ -193,7 +194,7 @@ class RunFolder:
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(
                 f"{self.path / 'history.csv'} cannot be read ({error!r}). It is written anew by: "
-                f"python -m training train --resume {self.path}"
+                f"{format_command('train', '--resume', self.path)}"
             ) from error
 
     def write_evaluation(self, values: dict[str, Any]) -> None:
@@ -207,7 +208,7 @@ class RunFolder:
             RunError: the run has not been evaluated.
         """
         return self._read_json(
-            "evaluation.json", missing=f"evaluate the run first: python -m training evaluate {self.path}"
+            "evaluation.json", missing=f"evaluate the run first: {format_command('evaluate', self.path)}"
         )
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import shlex
 from typing import Any
 
 import keras
@@ -32,6 +31,7 @@ from training.plateau import PlateauSchedule
 from training.progress import ProgressDisplay
 from training.report import write_report
 from training.run import DatasetSummary, RunFolder
+from training.shell_command import format_command
 from training.storage import explain_full_storage
 
 _EVALUATION_BATCH_SIZE = 250
@@ -99,7 +99,7 @@ def load_best_model(run: RunFolder) -> tuple[keras.Model, dict[str, Any]]:
     if state is None:
         raise RunError(
             f"{run.path} has no checkpoint: no epoch was completed. Go on with it: "
-            f"python -m training train --resume {run.path}"
+            f"{format_command('train', '--resume', run.path)}"
         )
     _check_config(run, config, state)
     return model, dataclasses.asdict(state.history[-1])
@@ -357,5 +357,5 @@ def _explain_full_storage(run: RunFolder) -> contextlib.AbstractContextManager[N
     return explain_full_storage(
         run.path,
         "The checkpoints written before are whole: free some space, then go on with: "
-        f"python -m training train --resume {shlex.quote(str(run.path))}",
+        f"{format_command('train', '--resume', run.path)}",
     )

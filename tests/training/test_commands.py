@@ -169,7 +169,7 @@ def test_a_failed_export_tells_how_to_export_again(run, tmp_path, capfd, monkeyp
     models = tmp_path / "my models"
     assert call("train", "--resume", run, "--models-dir", models, "--name", "pets") == 4
     error = capfd.readouterr().err
-    command = f"python -m training export {run} --models-dir '{models}' --name pets"
+    command = f"{sys.executable} -m training export {run} --models-dir '{models}' --name pets"
     assert f"is trained and evaluated, but not exported. Export it:  {command}" in error
     assert "Traceback" not in error
     monkeypatch.undo()

@@ -130,7 +130,8 @@ def test_a_report_says_what_was_measured_and_how_to_do_it_again(tmp_path):
 )
 def test_the_command_in_a_report_asks_for_the_same_run(tmp_path, config):
     text = report(tmp_path / "run", config=config)
-    (line,) = [line for line in text.splitlines() if line.startswith("python -m training train ")]
+    (line,) = [line for line in text.splitlines() if " -m training train " in line]
+    assert shlex.split(line)[0] == sys.executable
     values = train_command.make_context("train", shlex.split(line)[4:]).params
     for other in ("run_path", "resume", "export", "models_dir", "name"):
         del values[other]

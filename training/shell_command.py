@@ -1,0 +1,19 @@
+"""Command lines of this package, as messages and reports suggest them."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from pathlib import Path
+
+
+def format_command(*words: str | Path) -> str:
+    """Return `python -m training` with `words` as a line for the shell, with the Python that runs this process.
+
+    After `make` no `python` is on the PATH: it is `.venv/bin/python`.
+    """
+    python = Path(sys.executable or "python")
+    with contextlib.suppress(ValueError):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), "-m", "training", *map(str, words)])
