@@ -217,6 +217,12 @@ def publish_model(
     return models_dir / name / str(version)
 
 
+def _version_numbers(*names: str) -> list[int]:
+    """Return 0 and the version numbers among `names`; as for the servers, larger numbers are names and no versions."""
+    digits = (name for name in names if name.isascii() and name.isdigit())
+    return [0, *(number for number in map(int, digits) if number <= MAX_VERSION)]
+
+
 @contextlib.contextmanager
 def _next_version(folder: Path) -> Iterator[tuple[int, Path]]:
     """Give the next version's number and a hidden folder to write it to; publish it if nothing was raised."""
@@ -228,8 +234,12 @@ def _next_version(folder: Path) -> Iterator[tuple[int, Path]]:
             shutil.rmtree(abandoned)
         # The file remembers versions that have been deleted since: numbers are never used again.
         counter.seek(0)
-        versions = [int(path.name) for path in folder.iterdir() if path.name.isascii() and path.name.isdigit()]
-        version = max([int(counter.read() or 0), *versions]) + 1
+        version = max(_version_numbers(counter.read().strip(), *(path.name for path in folder.iterdir()))) + 1
+        if version > MAX_VERSION:
+            raise ExportError(
+                f"{folder} has version {MAX_VERSION}, the largest possible, so no newer one can be exported: rename "
+                "it, or export with another --name"
+            )
         partial = folder / f".{version}.partial"
         try:
             yield version, partial

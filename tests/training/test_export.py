@@ -14,7 +14,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from training.config import VARIANTS
 from training.errors import ExportError
-from training.export import publish_model
+from training.export import _next_version, publish_model
 from training.models import build_model
 
 CLASSES = ("cat", "dog", "größe")  # labels are text, not ASCII
@@ -162,6 +162,32 @@ def test_versions_only_grow(tmp_path):
     assert publish(tmp_path).name == "3"
     (tmp_path / "pets" / "0041").mkdir()
     assert publish(tmp_path).name == "42"
+
+
+@pytest.mark.parametrize(
+    ("folders", "remembered", "version"),
+    [
+        (["7", "99999999999999999999", "9223372036854775808"], "", 8),
+        ([], "99999999999999999999", 1),
+        (["2"], "\0\0", 3),
+        (["9223372036854775806"], "4", 2**63 - 1),
+    ],
+)
+def test_numbers_that_no_version_can_have_are_passed_over(tmp_path, folders, remembered, version):
+    for name in folders:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".last_version").write_text(remembered)
+    with _next_version(tmp_path) as (number, partial):
+        partial.mkdir()
+    assert number == version
+    assert (tmp_path / str(version)).is_dir()
+    assert (tmp_path / ".last_version").read_text() == f"{version}\n"
+
+
+def test_there_is_no_version_after_the_largest(tmp_path):
+    (tmp_path / "9223372036854775807").mkdir()
+    with pytest.raises(ExportError, match="the largest possible, so no newer one can"), _next_version(tmp_path):
+        pass
 
 
 class Moody(keras.layers.Layer):
