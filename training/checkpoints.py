@@ -47,11 +47,13 @@ class TrainingState:
         history: the figures of every epoch up to this checkpoint's.
         plateau: of `PlateauSchedule`.
         config: the run's config as JSON values; `None` in checkpoints of earlier versions.
+        content_hash: of the data that the run is trained on; `None` in checkpoints of earlier versions.
     """
 
     history: tuple[EpochResult, ...]
     plateau: dict[str, float]
     config: dict[str, Any] | None
+    content_hash: str | None = None
 
     def to_json(self) -> str:
         """Return the state as JSON text that `from_json` reads back."""
@@ -71,6 +73,7 @@ class TrainingState:
             history=tuple(EpochResult(**result) for result in history),
             plateau=values.get("plateau", {}),
             config=values.get("config"),
+            content_hash=values.get("content_hash"),
         )
 
 

@@ -157,13 +157,19 @@ class RunFolder:
         Raises:
             RunError: the run ended before it had read its data.
         """
-        values = self._read_json("dataset.json", missing="the run ended before it had read its data")
+        path, again = self.path / "dataset.json", format_command("train", "--resume", self.path)
+        values = self._read_json(
+            "dataset.json",
+            missing=f"the run ended before it had read its data, or the file was lost. It is written anew by: {again}",
+        )
         try:
             values["class_names"] = tuple(values["class_names"])
             values["input_shape"] = tuple(values["input_shape"])
             return DatasetSummary(**values)
         except (KeyError, TypeError) as error:
-            raise RunError(f"{self.path / 'dataset.json'} is not what a run writes: {error!r}") from error
+            raise RunError(
+                f"{path} is not what a run writes ({error!r}). Delete it, then write it anew by: {again}"
+            ) from error
 
     def read_exported_name(self) -> str | None:
         """Return what a model exported from this run is called; `None` if it has not read its data yet."""

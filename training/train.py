@@ -58,7 +58,7 @@ def train_and_evaluate(run: RunFolder, dataset: Dataset, *, config: TrainingConf
     """
     config = config or run.read_config()
     with run.lock(), _explain_full_storage(run):
-        run.record_dataset(DatasetSummary.of(dataset))
+        _record_dataset(run, dataset)
         _train(run, config, dataset)
         return _judge(run, config, dataset)["test"]
 
@@ -79,7 +79,7 @@ def evaluate_run(run: RunFolder, dataset: Dataset, *, mirror: bool = False) -> d
     """
     config = run.read_config()
     with run.lock(), _explain_full_storage(run):
-        run.record_dataset(DatasetSummary.of(dataset))
+        _record_dataset(run, dataset)
         return _judge(run, config, dataset, mirror=mirror)
 
 
@@ -134,6 +134,30 @@ def predict_probabilities(model: keras.Model, images: np.ndarray, *, mirror: boo
     )
 
 
+def _record_dataset(run: RunFolder, dataset: Dataset) -> None:
+    """Remember the run's data, or check that it is what it was: by dataset.json or, if that is lost, by a checkpoint.
+
+    Raises:
+        RunError: the run was begun with other data.
+    """
+    summary = DatasetSummary.of(dataset)
+    state = None if (run.path / "dataset.json").exists() else read_best_state(run.checkpoints)
+    if state is not None:
+        if state.content_hash is None:
+            logger.warning(
+                "%s is lost: it cannot be checked that %s is the data that the run was begun with",
+                run.path / "dataset.json",
+                summary.source,
+            )
+        elif state.content_hash != summary.content_hash:
+            raise RunError(
+                f"{run.path} was trained on other data than these {summary.train_images:,} training images from "
+                f"{summary.source}: the content hash in its checkpoint differs. Name the "
+                "data that it was begun with, by --data"
+            )
+    run.record_dataset(summary)
+
+
 def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -145,7 +169,7 @@ def _train(run: RunFolder, config: TrainingConfig, dataset: Dataset) -> None:
     steps = steps_per_epoch(train, config.batch_size)
     optimizer = make_optimizer(config, steps_per_epoch=steps)
     checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=optimizer)
-    follower = _Follower(run, config, checkpoints, optimizer)
+    follower = _Follower(run, config, checkpoints, optimizer, content_hash=dataset.content_hash)
     first_epoch = follower.restore()
     if config != run.read_config():
         run.write_config(config)
@@ -250,7 +274,10 @@ class _Follower:
         config: TrainingConfig,
         checkpoints: Checkpoints,
         optimizer: keras.optimizers.Optimizer,
+        *,
+        content_hash: str,
     ) -> None:
+        self._content_hash = content_hash
         self._run = run
         self._config = config
         self._checkpoints = checkpoints
@@ -314,7 +341,10 @@ class _Follower:
                 self._plateau.next_learning_rate(result.learning_rate, val_loss=result.val_loss)
             )
         state = TrainingState(
-            history=tuple(self._history), plateau=self._plateau.state, config=json.loads(self._config.to_json())
+            history=tuple(self._history),
+            plateau=self._plateau.state,
+            config=json.loads(self._config.to_json()),
+            content_hash=self._content_hash,
         )
         is_best = result.val_loss < self._best_val_loss
         if is_best:

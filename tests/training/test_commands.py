@@ -1,5 +1,6 @@
 """The commands on a small run: moved data, more epochs, edited and damaged files, failed exports."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import tensorflow as tf
 from PIL import Image
 
 from training.__main__ import run_command_line
+from training.checkpoints import read_best_state
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,31 @@ def test_data_that_has_moved_is_named_and_known_by_its_content(run, pictures, tm
     assert call("evaluate", run, "--data", moved) == 1
     assert call("train", "--resume", run, "--data", moved, "--no-export") == 1
     assert capfd.readouterr().err.count("was trained on other data") == 2
+
+
+def test_other_data_is_refused_even_if_dataset_json_is_lost(run, pictures, tmp_path, capfd):
+    other = tmp_path / "other"
+    shutil.copytree(pictures, other)
+    next((other / "cat").iterdir()).unlink()
+    before = (run / "dataset.json").read_bytes()
+    (run / "dataset.json").unlink()
+    for arguments in (["train", "--no-export", "--epochs", 4, "--resume", run], ["evaluate", run]):
+        assert call(*arguments, "--data", other) == 1
+        assert "was trained on other data" in capfd.readouterr().err
+        assert not (run / "dataset.json").exists()
+    assert call("export", run, "--models-dir", tmp_path / "models", "--name", "pets") == 1
+    assert f"{sys.executable} -m training train --resume {run}" in capfd.readouterr().err
+    assert call("train", "--no-export", "--resume", run) == 0  # the run's own data
+    assert (run / "dataset.json").read_bytes() == before
+
+
+def test_what_cannot_be_checked_is_told_of_a_run_of_an_earlier_version(run, monkeypatch, caplog):
+    (run / "dataset.json").unlink()
+    monkeypatch.setattr(
+        "training.train.read_best_state", lambda folder: dataclasses.replace(read_best_state(folder), content_hash=None)
+    )
+    assert call("evaluate", run) == 0
+    assert "dataset.json is lost: it cannot be checked that" in caplog.text
 
 
 @pytest.mark.parametrize(("field", "value"), [("learning_rate", 0.5), ("conv_activation", "linear"), ("seed", 4)])
