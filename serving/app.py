@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any, cast
 
 import orjson
-from flask import Flask, Request, Response, current_app, g, request
+from flask import Flask, Request, Response, current_app, g, request, request_tearing_down
 from flask.json.provider import JSONProvider
-from flask.sessions import NullSession, SessionInterface
+from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
-from werkzeug.routing import MapAdapter
+from werkzeug.routing import MapAdapter, Rule
 
 from serving.errors import ServingError
 from serving.liveness import Liveness
@@ -67,71 +67,72 @@ def create_app(settings: Settings) -> Flask:
     return app
 
 
-class BoundedRequest(Request):
-    """A request whose body is here already (serving/http/wsgi.py), or is too long to be."""
+class BufferedRequest(Request):
+    """A request whose body the HTTP server has read already (serving/http/wsgi.py): it is not read a second time."""
 
-    def get_data(self, *_: Any, **__: Any) -> Any:
-        """Return the body; a `RequestEntityTooLarge` where it is longer than the limit."""
-        limit: int = current_app.config["MAX_CONTENT_LENGTH"]
-        if int(self.environ.get("CONTENT_LENGTH") or 0) > limit:
-            raise RequestEntityTooLarge
+    def get_data(self, cache: bool = True, as_text: Any = False, parse_form_data: bool = False) -> Any:
+        """Return the body, as `werkzeug.Request.get_data` does.
+
+        Raises:
+            RequestEntityTooLarge: it is longer than MAX_CONTENT_LENGTH.
+        """
         stream = self.environ["wsgi.input"]
-        body = stream.getvalue() if isinstance(stream, BytesIO) else stream.read(limit + 1)
-        if len(body) > limit:
-            raise RequestEntityTooLarge
-        return body
-
-
-class NoSessions(SessionInterface):
-    """No route here has a session, so all requests share an empty one."""
-
-    def __init__(self) -> None:
-        self._empty = NullSession()
-
-    def open_session(self, *_: Any) -> NullSession:
-        """Return the empty session."""
-        return self._empty
-
-    def save_session(self, *_: Any) -> None:
-        """Keep nothing."""
+        limit = self.max_content_length
+        if isinstance(stream, BytesIO) and not parse_form_data:
+            body = stream.getvalue()
+            if limit is not None and max(len(body), int(self.environ.get("CONTENT_LENGTH") or 0)) > limit:
+                raise RequestEntityTooLarge
+        else:
+            body = super().get_data(cache, parse_form_data=parse_form_data)
+            # Werkzeug ends a body of unknown length at the limit, without a word.
+            if len(body) == limit and self.environ.get("wsgi.input_terminated") and stream.read(1):
+                raise RequestEntityTooLarge
+        return body.decode(errors="replace") if as_text else body
 
 
 class Service(Flask):
-    """Flask that counts its requests, and passes over what no route here uses: before-hooks, async views, hosts.
+    """Flask that counts its requests.
 
-    Those cost a small request as much as its answer does.
+    Flask's loops over hooks take as long as a small request's response, so they are entered only where there are hooks.
     """
 
-    request_class = BoundedRequest
+    request_class = BufferedRequest
     response_class = PlainResponse
-    session_interface = NoSessions()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.metrics = Metrics()
-        self._known_paths: dict[tuple[str, str], Any] = {}
-
-    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function: none of them is async."""
-        return func
+        self._known_paths: dict[tuple[str, str], tuple[Rule, Mapping[str, Any]]] = {}
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
-        """Match by path and method alone."""
-        if request is None:
-            return None
-        # No route redirects, so the Host header is not needed, whatever it holds.
-        query = request.environ["QUERY_STRING"]
-        adapter = KnownPaths(self.url_map, "localhost", "/", "", "http", request.path, request.method, query)
+        """Match by path and method alone, unless hosts or subdomains matter."""
+        by_host = self.url_map.host_matching or self.subdomain_matching
+        if request is None or by_host or self.config["SERVER_NAME"] or self.config["TRUSTED_HOSTS"]:
+            return super().create_url_adapter(request)
+        environ = request.environ
+        adapter = KnownPaths(
+            self.url_map,
+            server_name=environ.get("HTTP_HOST") or environ["SERVER_NAME"],
+            script_name=environ.get("SCRIPT_NAME") or "/",
+            subdomain="",
+            url_scheme=environ["wsgi.url_scheme"],
+            path_info=request.path,
+            default_method=request.method,
+            query_args=environ.get("QUERY_STRING", ""),
+        )
         adapter.known = self._known_paths
         return adapter
 
-    def preprocess_request(self) -> None:
-        """Note when the request began."""
+    def preprocess_request(self) -> ResponseReturnValue | None:
+        """Note when the request began, and call the hooks."""
         g.started_s = time.perf_counter()
         self.metrics.in_flight.inc()
+        if self.before_request_funcs or self.url_value_preprocessors:
+            return super().preprocess_request()
+        return None
 
     def process_response(self, response: Response) -> Response:
-        """Count the request, once its blueprint has seen the response."""
+        """Call the hooks, and count the request."""
         response = super().process_response(response)
         if response.status_code in (429, 503) and "Retry-After" not in response.headers:
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
@@ -149,25 +150,31 @@ class Service(Flask):
         self.metrics.observe_request(route=route, model=model, status=status, seconds=seconds)
         return response
 
-    def do_teardown_request(self, exc: BaseException | None = None) -> None:  # noqa: ARG002
-        """Note that the request has ended."""
+    def do_teardown_request(self, exc: BaseException | None = None) -> None:
+        """Call the hooks, and note that the request has ended."""
         self.metrics.in_flight.dec()
+        if self.teardown_request_funcs or request_tearing_down.receivers:
+            super().do_teardown_request(exc)
 
 
 class KnownPaths(MapAdapter):
     """Matches each method and path once: the same few come again and again."""
 
-    known: dict[tuple[str, str], Any]  # what each was matched with; the app's, for all its requests
+    known: dict[tuple[str, str], tuple[Rule, Mapping[str, Any]]]  # the app's, for all its requests
 
     def match(self, *args: Any, **kwargs: Any) -> Any:
-        """As `MapAdapter.match`, which Flask calls with nothing but `return_rule=True`."""
+        """Return the rule and its arguments, as `MapAdapter.match` does."""
+        if args or kwargs != {"return_rule": True}:  # not Flask's own call
+            return super().match(*args, **kwargs)
         key = self.default_method, self.path_info
-        if (found := self.known.get(key)) is None:
-            found = super().match(*args, **kwargs)
+        found = self.known.get(key)
+        if found is None:
+            found = super().match(return_rule=True)
             if len(self.known) >= MAX_KNOWN_PATHS:
                 self.known.clear()
             self.known[key] = found
-        return found
+        rule, arguments = found
+        return rule, dict(arguments)  # hooks may change them
 
 
 class OrjsonProvider(JSONProvider):
