@@ -25,7 +25,7 @@ def test_a_minute_of_hostile_and_normal_traffic(tmp_path: Path) -> None:
         "--slice-seconds",
         "1",
         "--max-p99-s",
-        "5",
+        "3",
         "--log",
         str(tmp_path / "log"),
     ]
