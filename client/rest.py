@@ -183,7 +183,7 @@ class RestTransport:
     def _status_command(self) -> str:
         """Return the command line of `status`, with the Python that runs this process: the PATH may have none."""
         python = Path(sys.executable or "python")
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):  # OSError: the working directory is gone
             python = python.relative_to(Path.cwd())
         return shlex.join([str(python), "-m", "client", "status", "--url", self.url])
 

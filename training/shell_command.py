@@ -14,6 +14,6 @@ def format_command(*words: str | Path) -> str:
     After `make` no `python` is on the PATH: it is `.venv/bin/python`.
     """
     python = Path(sys.executable or "python")
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OSError):  # OSError: the working directory is gone
         python = python.relative_to(Path.cwd())
     return shlex.join([str(python), "-m", "training", *map(str, words)])
