@@ -14,6 +14,7 @@ from PIL import Image
 
 from training.__main__ import run_command_line
 from training.checkpoints import read_best_state
+from training.shell_command import format_command
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_other_data_is_refused_even_if_dataset_json_is_lost(run, pictures, tmp_p
         assert "was trained on other data" in capfd.readouterr().err
         assert not (run / "dataset.json").exists()
     assert call("export", run, "--models-dir", tmp_path / "models", "--name", "pets") == 1
-    assert f"{sys.executable} -m training train --resume {run}" in capfd.readouterr().err
+    assert format_command("train", "--resume", run) in capfd.readouterr().err
     assert call("train", "--no-export", "--resume", run) == 0  # the run's own data
     assert (run / "dataset.json").read_bytes() == before
 
@@ -196,7 +197,7 @@ def test_a_failed_export_tells_how_to_export_again(run, tmp_path, capfd, monkeyp
     models = tmp_path / "my models"
     assert call("train", "--resume", run, "--models-dir", models, "--name", "pets") == 4
     error = capfd.readouterr().err
-    command = f"{sys.executable} -m training export {run} --models-dir '{models}' --name pets"
+    command = format_command("export", run, "--models-dir", models, "--name", "pets")
     assert f"is trained and evaluated, but not exported. Export it:  {command}" in error
     assert "Traceback" not in error
     monkeypatch.undo()
