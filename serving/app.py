@@ -91,10 +91,7 @@ class BufferedRequest(Request):
 
 
 class Service(Flask):
-    """Flask that counts its requests.
-
-    Flask's loops over hooks take as long as a small request's response, so they are entered only where there are hooks.
-    """
+    """Flask that counts its requests, and runs its loops over hooks only once there are hooks."""
 
     request_class = BufferedRequest
     response_class = PlainResponse

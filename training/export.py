@@ -218,7 +218,7 @@ def publish_model(
 
 
 def _version_numbers(*names: str) -> list[int]:
-    """Return 0 and the version numbers among `names`; as for the servers, larger numbers are names and no versions."""
+    """Return 0 and the version numbers among `names`. A number over MAX_VERSION is not one: the servers ignore it."""
     digits = (name for name in names if name.isascii() and name.isdigit())
     return [0, *(number for number in map(int, digits) if number <= MAX_VERSION)]
 

@@ -103,7 +103,7 @@ class RunFolder:
             RunError: there is no run at `path`.
         """
         if not (path / "config.json").is_file():
-            raise RunError(f"{path} is no run folder: it has no config.json")
+            raise RunError(f"{path} is not a run folder: it has no config.json")
         return cls(path)
 
     @contextlib.contextmanager

@@ -387,5 +387,5 @@ def _explain_full_storage(run: RunFolder) -> contextlib.AbstractContextManager[N
     return explain_full_storage(
         run.path,
         "The checkpoints written before are whole: free some space, then go on with: "
-        f"{format_command('train', '--resume', run.path)}",
+        + format_command("train", "--resume", run.path),
     )

@@ -41,7 +41,7 @@ def encode_outputs(outputs: Mapping[str, np.ndarray], signature: Signature, *, a
         [column] = columns.values()
         if isinstance(column, np.ndarray) and is_large(column):
             # Joined without the interpreter's lock, which orjson holds while it copies: 80 ms for 150 MB.
-            return b"".join([b'{"%s":' % key.encode(), *dump_array(column), b"}"])
+            return b"".join([f'{{"{key}":'.encode(), *dump_array(column), b"}"])
         return _dump({key: column})
     if not as_rows:
         return _dump({key: {name: _write(column) for name, column in columns.items()}})

@@ -20,14 +20,14 @@ def test_the_python_of_the_virtual_environment_is_named_as_one_types_it(monkeypa
 def test_a_command_runs_where_no_python_is_on_the_path():
     environment = {**os.environ, "PATH": "/nowhere", "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
-        ["/bin/sh", "-c", format_command("train", "--resume", "no run here")],
+        ["/bin/sh", "-c", format_command("train", "--resume", "nowhere")],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
-    assert "no run here is no run folder" in done.stderr
+    assert "nowhere is not a run folder" in done.stderr
 
 
 @pytest.mark.parametrize("package", ["training", "serving", "client"])

@@ -248,11 +248,11 @@ def test_a_full_disk_keeps_the_best_and_has_its_own_exit_code(pictures, small_di
         (["train", "--epochs", "0"], 2, "epochs"),
         (["train", "--image-size", "32"], 2, "HEIGHTxWIDTH"),
         (["train", "--plateau-factor", "2"], 2, "plateau_factor"),
-        (["train", "--resume", "nowhere"], 1, "nowhere is no run folder"),
+        (["train", "--resume", "nowhere"], 1, "nowhere is not a run folder"),
         (["train", "--resume", "nowhere", "--epochs", "3", "--seed", "1"], 2, "leave out --seed"),
         (["train", "--dataset", "shapes", "--name", "my pictures (2)"], 1, "such as --name my-pictures-2"),
-        (["evaluate", "nowhere"], 1, "nowhere is no run folder"),
-        (["export", "nowhere"], 1, "nowhere is no run folder"),
+        (["evaluate", "nowhere"], 1, "nowhere is not a run folder"),
+        (["export", "nowhere"], 1, "nowhere is not a run folder"),
     ],
 )
 def test_wrong_usage_is_explained(tmp_path, arguments, code, message):

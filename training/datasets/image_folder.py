@@ -86,11 +86,11 @@ def load_image_folder(
 ) -> Dataset:
     """Load every image of a folder.
 
-    Every file in a class's folder, and in the folders below it, has to be an image. Only what file managers leave
-    behind is passed over: files and folders whose names begin with a dot (`.DS_Store`, `._cat.jpg`), and those of
-    `_LITTER`. Files that lie beside the folders of the classes belong to no class and are not
-    looked at. Without a test folder, that of the validation images is used for testing; without either, a tenth of
-    each class is set aside.
+    Every file in a class's folder, and in the folders below it, has to be an image. Only what file managers and file
+    systems leave behind is skipped: files and folders whose names begin with a dot (`.DS_Store`, `._cat.jpg`), or are
+    known as such (`Thumbs.db`, `__MACOSX`, `@eaDir`, `lost+found`). Files beside the class folders belong to no class
+    and are ignored. Without a test folder, that of the validation images is used for testing; without either, a tenth
+    of each class is set aside.
 
     Args:
         folder: `train/<class>/*` and `test/<class>/*`, or `<class>/*`, or a folder that holds just one such folder.
