@@ -21,7 +21,7 @@ import click
 import numpy as np
 import tensorflow as tf
 
-from serving.predictor import SavedModelPredictor
+from serving.inference.saved_model import SavedModelPredictor
 from training.config import TrainingConfig
 from training.export import publish_model, with_softmax
 from training.models import build_model, fold_model

@@ -15,15 +15,15 @@ from typing import Any, NoReturn, TextIO
 import click
 from flask import Flask
 
-from serving.app import create_app
+from serving.api.app import create_app
 from serving.errors import StartupError
 from serving.http.protocol import HttpLimits, access_logger
 from serving.http.server import listen, run_http_server
-from serving.liveness import Liveness
+from serving.inference.backends import name_remote_models
+from serving.inference.liveness import Liveness
+from serving.inference.model_config import ModelsFolder
+from serving.inference.repository import ModelRepository
 from serving.memory import TRIM_BYTES, MemoryBudget, keep_freed_memory, return_freed_memory
-from serving.model_config import ModelsFolder
-from serving.models import name_remote_models
-from serving.repository import ModelRepository
 from serving.settings import LOG_LEVELS, Settings
 
 logger = logging.getLogger("serving")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from serving.errors import Overloaded, TooLarge
-from serving.waiting import Pause, end_pauses
+from serving.greenlets import Pause, end_pauses
 
 # Shares of the budget. Small requests have a pool of their own, so that large ones cannot keep them waiting. Of the
 # rest, bodies may take a part only, so that requests that have been read can be worked on; a lone one may take all.

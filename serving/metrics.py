@@ -26,10 +26,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString as format_bound  # noqa: N813
 
+from serving.greenlets import lower_priority, wait_for
+from serving.inference.repository import ModelRepository
+from serving.inference.signatures import Predictor, Signature
 from serving.memory import MemoryBudget
-from serving.predictor import Predictor, Signature
-from serving.repository import ModelRepository
-from serving.waiting import lower_priority, wait_for
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.errors import StartupError
-from serving.image_header import ImageLimits
-from serving.images import PILLOW_MAX_PIXELS
+from serving.images.decoding import PILLOW_MAX_PIXELS
+from serving.images.limits import ImageLimits
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 

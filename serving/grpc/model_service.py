@@ -12,8 +12,8 @@ from tensorflow.core.protobuf import error_codes_pb2
 from tensorflow_serving.apis import get_model_status_pb2, model_management_pb2
 
 from serving.errors import InvalidRequest, ServingError
-from serving.model_config import read_config
-from serving.repository import ModelRepository, VersionStatus
+from serving.inference.model_config import read_config
+from serving.inference.repository import ModelRepository, VersionStatus
 
 logger = logging.getLogger(__name__)
 

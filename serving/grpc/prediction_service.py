@@ -14,11 +14,11 @@ from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import get_model_metadata_pb2, predict_pb2
 
 from serving.errors import InvalidRequest, ModelFailed, ServingError
-from serving.grpc.tensors import count_elements, read_tensor, write_tensor
+from serving.greenlets import run_sized
+from serving.inference.repository import ModelRepository, ModelVersion
+from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, TensorSpec, check_rows
+from serving.inference.tensor_proto import count_elements, read_tensor, write_tensor
 from serving.metrics import Metrics
-from serving.predictor import DEFAULT_SIGNATURE, Signature, TensorSpec, check_rows
-from serving.repository import ModelRepository, ModelVersion
-from serving.waiting import run_sized
 
 
 class PredictionService:

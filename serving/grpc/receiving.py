@@ -15,8 +15,8 @@ from typing import Any
 import grpc
 
 from serving.errors import Overloaded, ServingError
+from serving.greenlets import SMALL_BYTES
 from serving.memory import RequestMemory
-from serving.waiting import SMALL_BYTES
 
 COPIES = 3  # of a message while gRPC hands it over: what was received, what it is joined in, and the result
 

@@ -16,16 +16,16 @@ from grpc_reflection.v1alpha import reflection
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_management_pb2, predict_pb2
 
 from serving.errors import ModelNotFound, StartupError
-from serving.grpc.answers import GrpcLimits, make_handler
+from serving.greenlets import LoopGreenlets, lower_priority
+from serving.grpc.handlers import GrpcLimits, make_handler
 from serving.grpc.model_service import ModelService
 from serving.grpc.prediction_service import PredictionService
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.grpc.service_names import MODEL_SERVICE, PREDICTION_SERVICE, describe_services
-from serving.liveness import Liveness
+from serving.inference.liveness import Liveness
+from serving.inference.repository import ModelRepository
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
-from serving.repository import ModelRepository
-from serving.waiting import LoopGreenlets, lower_priority
 
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 

@@ -30,10 +30,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from serving.errors import Overloaded, ServingError
+from serving.greenlets import SMALL_BYTES, LoopGreenlets, lower_priority
 from serving.http.wsgi import Response, WsgiApp, call_app, make_environ, set_body
 from serving.memory import MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
-from serving.waiting import SMALL_BYTES, LoopGreenlets, lower_priority
 
 logger = logging.getLogger("serving")
 access_logger = logging.getLogger("serving.access")

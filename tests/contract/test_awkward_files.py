@@ -13,8 +13,8 @@ from PIL import Image
 
 from client.images import as_jpeg_or_png, read_picture
 from serving.errors import InvalidRequest
-from serving.image_header import ImageLimits
-from serving.images import read_image as read_upload
+from serving.images.decoding import read_image as read_upload
+from serving.images.limits import ImageLimits
 from tests.serving.image_files import chunk, encode, segment
 from training.datasets.image_file import read_image as read_training_image
 from training.errors import DatasetError

@@ -40,7 +40,7 @@ def test_no_module_imports_what_its_package_must_not_know(package):
 
 def test_the_http_server_knows_neither_flask_nor_the_settings():
     """It takes any WSGI application; what it needs of the settings is handed to it."""
-    forbidden = {"flask", "werkzeug", "serving.app", "serving.settings", "serving.rest", "serving.grpc"}
+    forbidden = {"flask", "werkzeug", "serving.api.app", "serving.settings", "serving.api", "serving.grpc"}
     paths = [path for path in (PROJECT / "serving" / "http").glob("*.py") if path.stem != "__init__"]
     assert {"server", "protocol", "wsgi"} <= {path.stem for path in paths}
     names = {name for path in paths for name in imported(path, in_full=True)}
@@ -56,7 +56,7 @@ def test_the_http_server_knows_neither_flask_nor_the_settings():
     [
         ("client", "client, client.__main__, client.grpc", {"tensorflow", "keras"}),
         ("training", "training.config, training.datasets, training.__main__", {"tensorflow", "keras"}),
-        ("serving", "serving.app, serving.__main__", {"tensorflow", "keras", "training"}),
+        ("serving", "serving.api.app, serving.__main__", {"tensorflow", "keras", "training"}),
     ],
 )
 def test_importing_it_brings_nothing_of_that_along(package, modules, forbidden):

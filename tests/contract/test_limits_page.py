@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from image_formats.header import MAX_JPEG_SCANS, ImageHeader
-from serving import image_header
 from serving.__main__ import main
-from serving.decode_cost import decode_cost
+from serving.api import compression as body
+from serving.api import json_cost, json_process
+from serving.api.predict import routes as upload
+from serving.api.tensorflow_serving import json_document
 from serving.grpc import receiving
 from serving.http import protocol, server
+from serving.images import limits as image_header
+from serving.images.decode_cost import decode_cost
 from serving.memory import BODIES_SHARE, SAFETY_SHARE, SMALL_SHARE, MemoryBudget
-from serving.rest import body, json_cost, json_document, json_process, upload
 from serving.settings import Settings
 
 PROJECT = Path(__file__).parents[2]

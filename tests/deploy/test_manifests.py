@@ -21,9 +21,9 @@ from benchmarks.memory_cgroup import parse_bytes
 from benchmarks.service import Service
 from image_formats.header import ImageHeader
 from serving.__main__ import main
-from serving.decode_cost import decode_cost
-from serving.grpc.answers import OBJECT_BYTES
+from serving.grpc.handlers import OBJECT_BYTES
 from serving.grpc.receiving import COPIES
+from serving.images.decode_cost import decode_cost
 from serving.memory import SAFETY_SHARE, MemoryBudget
 from serving.settings import Settings
 from tests.serving.saved_models import save_adder

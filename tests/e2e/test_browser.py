@@ -16,8 +16,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from serving.image_header import ImageLimits
-from serving.images import read_image
+from serving.images.decoding import read_image
+from serving.images.limits import ImageLimits
 from tests.serving.conftest import Server, encode, picture
 from tests.serving.saved_models import save_colour_classifier, write_warmup_records
 

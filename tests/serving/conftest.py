@@ -23,7 +23,7 @@ from PIL import Image
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks import memory_cgroup
-from serving.app import create_app
+from serving.api.app import create_app
 from serving.settings import Settings
 from tests.serving import saved_models
 

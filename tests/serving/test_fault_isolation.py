@@ -20,12 +20,13 @@ from flask import Flask
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
-from serving.app import create_app
+from serving.api.app import create_app
 from serving.errors import ModelFailed
 from serving.grpc.model_service import ModelService
-from serving.local import LocalRepository
-from serving.model_config import ModelConfig, ModelsFolder, VersionPolicy
-from serving.predictor import Predictor, SavedModelPredictor
+from serving.inference.local import LocalRepository
+from serving.inference.model_config import ModelConfig, ModelsFolder, VersionPolicy
+from serving.inference.saved_model import SavedModelPredictor
+from serving.inference.signatures import Predictor
 from serving.settings import Settings
 from tests.serving.conftest import Server, picture
 

@@ -16,6 +16,7 @@ import uvloop
 
 from serving import memory
 from serving.errors import Overloaded, TooLarge
+from serving.greenlets import LoopGreenlets
 from serving.memory import (
     SMALL_STEP_BYTES,
     UNCOUNTED_BYTES,
@@ -26,7 +27,6 @@ from serving.memory import (
     memory_limit_bytes,
     resident_bytes,
 )
-from serving.waiting import LoopGreenlets
 
 MB = 1024 * 1024
 PATIENCE_S = 20.0  # of what is expected to be granted

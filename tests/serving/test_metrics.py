@@ -12,7 +12,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.app import create_app
+from serving.api.app import create_app
 from serving.memory import RequestMemory
 from serving.metrics import Metrics
 from serving.settings import Settings

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from serving.app import create_app
-from serving.local import LocalRepository
-from serving.model_config import ModelsFolder
-from serving.predictor import SavedModelPredictor
+from serving.api.app import create_app
+from serving.inference.local import LocalRepository
+from serving.inference.model_config import ModelsFolder
+from serving.inference.saved_model import SavedModelPredictor
 from serving.settings import Settings
 from tests.serving.conftest import Server
 from tests.serving.saved_models import write_warmup_records

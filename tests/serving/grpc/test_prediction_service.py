@@ -25,12 +25,12 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from serving.app import create_app
+from serving.api.app import create_app
 from serving.errors import InvalidRequest
+from serving.greenlets import SMALL_BYTES
 from serving.grpc.prediction_service import PredictionService
 from serving.metrics import Metrics
 from serving.settings import Settings
-from serving.waiting import SMALL_BYTES
 from tests.serving.conftest import Server, picture
 from tests.serving.saved_models import save_colour_classifier, save_multiplier
 

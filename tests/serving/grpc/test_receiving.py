@@ -19,12 +19,12 @@ import uvloop
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from serving.errors import InvalidRequest
+from serving.greenlets import LoopGreenlets, Pause, end_pauses
 from serving.grpc import receiving
-from serving.grpc.answers import OBJECT_BYTES, GrpcLimits, make_handler
+from serving.grpc.handlers import OBJECT_BYTES, GrpcLimits, make_handler
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.memory import MemoryBudget, Reservation
 from serving.request_context import current_request
-from serving.waiting import LoopGreenlets, Pause, end_pauses
 
 BUDGET_BYTES = 160_000_000
 MAX_BYTES = 8_000_000

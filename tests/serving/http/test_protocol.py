@@ -18,12 +18,12 @@ import uvloop
 from uvicorn.server import ServerState
 
 from serving.errors import ModelFailed
+from serving.greenlets import offload
 from serving.http import protocol
 from serving.http.protocol import Connection, HttpLimits
 from serving.http.server import Acceptor, Server, _no_asgi_app, listen
 from serving.memory import MemoryBudget, RequestMemory, Reservation
 from serving.request_context import RequestContext, current_request
-from serving.waiting import offload
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST_HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"

@@ -1,0 +1,1 @@
+"""The HTTP API: a Flask app, and one package for each protocol."""

@@ -1,0 +1,53 @@
+"""`/healthz`, `/readyz` and the metrics: what an orchestrator and Prometheus ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response, current_app
+
+from serving.inference.liveness import Liveness
+from serving.inference.repository import ModelRepository
+from serving.metrics import CONTENT_TYPE, Metrics
+
+blueprint = Blueprint("health", __name__)
+
+
+@blueprint.get("/healthz")
+def healthz() -> tuple[dict[str, Any], int]:
+    """Answer that the process is alive, whether or not it has models; 503 with the reason where a restart is needed."""
+    liveness: Liveness = current_app.extensions["liveness"]
+    problem = liveness.problem
+    return ({"status": "alive"}, 200) if problem is None else ({"status": "dead", "reason": problem}, 503)
+
+
+@blueprint.get("/readyz")
+def readyz() -> tuple[dict[str, Any], int]:
+    """Return 200 when at least one model and all required ones are loaded and warmed up, else 503 with the reason.
+
+    `models` has every version that was tried, with its `error`; `problems` the folders that cannot be read, of a
+    model or, without one, the models folder.
+    """
+    repository: ModelRepository = current_app.extensions["repository"]
+    reason = repository.not_ready_because
+    models = [
+        {
+            "name": version.name,
+            "version": version.version,
+            "state": version.state,
+            "warmup_records": version.warmup_records,
+            "error": version.error_message or None,
+        }
+        for version in repository.all_versions()
+    ]
+    problems = [{"model": problem.model, "error": problem.reason} for problem in repository.folder_problems]
+    body = {"ready": reason is None, "reason": reason, "models": models, "problems": problems}
+    return body, 200 if reason is None else 503
+
+
+@blueprint.get("/metrics")
+@blueprint.get("/monitoring/prometheus/metrics")
+def metrics() -> Response:
+    """Answer the metrics in Prometheus' text format."""
+    app_metrics: Metrics = current_app.extensions["metrics"]
+    return Response(app_metrics.render(), content_type=CONTENT_TYPE)

@@ -1,0 +1,1 @@
+"""`POST /predict`: images in, labels and probabilities out."""

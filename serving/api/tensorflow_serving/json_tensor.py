@@ -1,0 +1,223 @@
+"""JSON to arrays, by a signature: the requests of TensorFlow Serving's `util/json_tensor.cc`, messages included.
+
+Values that fit are converted level by level at the speed of C. Only what does not fit, and what is left over of mixed
+kinds, is walked in the order in which TensorFlow Serving walks it, to find the same fault first.
+
+Where TensorFlow Serving is silently wrong this refuses: integers outside their dtype's range (it wraps them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from serving.api.tensorflow_serving.json_element import JSON_TYPES, decode_element, decode_string, is_base64
+from serving.api.tensorflow_serving.json_quoting import printable, quote, quote_document
+from serving.errors import InvalidRequest
+from serving.inference.signatures import Signature, TensorSpec
+
+MAX_DIMENSIONS = 254  # TensorFlow's; numpy's are fewer
+_MAX_ARRAY_DIMENSIONS = 63  # of a row: numpy's 64, less that of the rows
+
+
+class _TooManyDimensions(InvalidRequest):
+    """Lists nested deeper than any tensor: said of the request as a whole, not of a row."""
+
+
+def decode_inputs(document: Mapping[str, Any], signature: Signature) -> dict[str, np.ndarray]:
+    """Make the arrays of a predict request: the row form (`instances`) or the columnar form (`inputs`).
+
+    Args:
+        document: the request, with one of the two keys.
+        signature: what the arrays are for; it has an input.
+
+    Returns:
+        An array for each input, of its dtype; shapes are as they came.
+
+    Raises:
+        InvalidRequest: the values do not fit; the message says which.
+    """
+    if "instances" in document:
+        return _decode_rows(document, signature.inputs)
+    return _decode_columns(document["inputs"], signature.inputs)
+
+
+def _decode_rows(document: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
+    instances = document["instances"]
+    if not isinstance(instances, list):
+        raise InvalidRequest(f"JSON Value: {quote_document(document)} Expecting 'instances' to be an list/array")
+    if not instances:
+        raise InvalidRequest(f"JSON Value: {quote_document(document)} No values in 'instances' array")
+    are_named = _is_named(instances[0])
+    if not are_named and len(specs) > 1:
+        raise InvalidRequest(
+            "instances is a plain list, but expecting list of objects as multiple input tensors required as per "
+            "tensorinfo_map"
+        )
+    if not are_named:
+        ((name, spec),) = specs.items()
+        array = _convert(instances, spec)
+        return _walk_rows(instances, specs) if array is None else {name: array}
+    arrays = {}
+    if all(isinstance(instance, dict) and instance.keys() == specs.keys() for instance in instances):
+        for name, spec in specs.items():
+            array = _convert([instance[name] for instance in instances], spec)
+            if array is None:
+                break
+            arrays[name] = array
+    return arrays if len(arrays) == len(specs) else _walk_rows(instances, specs)
+
+
+def _walk_rows(instances: list[Any], specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
+    """Convert row by row; a row that does not fit is named by its position (FillTensorMapFromInstancesList)."""
+    are_named = _is_named(instances[0])
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in specs}
+    for index, instance in enumerate(instances):
+        where = f"Failed to process element: {index}"
+        if not are_named:
+            if _is_named(instance):
+                raise InvalidRequest(f"Expecting value/list but got object at item {index} of input list")
+            (name,) = specs
+            _append_row(rows[name], instance, specs[name], where=where)
+            continue
+        if not _is_named(instance):
+            raise InvalidRequest(f"Expecting object but got list at item {index} of input list")
+        for key, value in instance.items():
+            where_key = f"{where} key: {printable(key)}"
+            if key not in specs:
+                raise _row_error(where_key, f"JSON object: does not have named input: {printable(key)}")
+            _append_row(rows[key], value, specs[key], where=where_key)
+        if len(instance) != len(specs):
+            raise InvalidRequest(
+                f"{where} of 'instances' list. JSON object: {quote(instance)} keys must be equal to: {','.join(specs)}"
+            )
+    return {name: np.stack(arrays) for name, arrays in rows.items()}
+
+
+def _append_row(rows: list[np.ndarray], value: Any, spec: TensorSpec, *, where: str) -> None:
+    try:
+        row = _to_array(value, spec)
+    except _TooManyDimensions:
+        raise
+    except InvalidRequest as error:
+        raise _row_error(where, str(error)) from error
+    if rows and row.size != rows[0].size:
+        raise _row_error(where, f"Expecting tensor size: {rows[0].size} but got: {row.size}")
+    if rows and row.shape != rows[0].shape:
+        raise _row_error(where, f"Expecting shape {_shape_text(rows[0])} but got: {_shape_text(row)}")
+    rows.append(row)
+
+
+def _decode_columns(inputs: Any, specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
+    if not _is_named(inputs):
+        if len(specs) > 1:
+            raise InvalidRequest(
+                "inputs is a plain value/list, but expecting an object as multiple input tensors required as per "
+                "tensorinfo_map"
+            )
+        ((name, spec),) = specs.items()
+        return {name: _to_array(inputs, spec)}
+    arrays = {}
+    for name, spec in specs.items():
+        if name not in inputs:
+            raise InvalidRequest(f"Missing named input: {name} in 'inputs' object.")
+        arrays[name] = _to_array(inputs[name], spec)
+    return arrays
+
+
+def _to_array(value: Any, spec: TensorSpec) -> np.ndarray:
+    array = _convert(value, spec)
+    return _walk(value, spec) if array is None else array
+
+
+def _convert(value: Any, spec: TensorSpec) -> np.ndarray | None:
+    """Convert nested lists in one go; None where they are ragged or an element does not fit."""
+    dtype = spec.numpy_dtype
+    if dtype is None or dtype.kind not in JSON_TYPES:
+        return None
+    shape: list[int] = []
+    elements = [value]
+    while (types := set(map(type, elements))) == {list}:
+        sizes = set(map(len, elements))
+        if len(sizes) != 1 or len(shape) == _MAX_ARRAY_DIMENSIONS:
+            return None
+        shape.append(sizes.pop())
+        elements = list(chain.from_iterable(elements))
+    if not types <= JSON_TYPES[dtype.kind]:
+        return None
+    try:
+        return _array_of(elements, dtype).reshape(shape)
+    except (InvalidRequest, OverflowError, ValueError):  # an element is out of range, or no base64
+        return None
+
+
+def _array_of(elements: list[Any], dtype: np.dtype[Any]) -> np.ndarray:
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):  # beyond the largest float32 lies Infinity, as TensorFlow Serving has it
+            return np.array(elements, np.float64).astype(dtype)
+    if dtype == np.uint8:
+        return np.frombuffer(bytes(elements), dtype)  # pixels; several times faster than from a list
+    if dtype.kind == "O":
+        array = np.empty(len(elements), dtype)
+        array[:] = [decode_string(element) for element in elements]
+        return array
+    return np.array(elements, dtype)
+
+
+def _walk(value: Any, spec: TensorSpec) -> np.ndarray:
+    """Convert element by element, each checked against the shape that the first ones have (FillTensorProto)."""
+    shape = _promised_shape(value)
+    if len(shape) > MAX_DIMENSIONS:
+        raise _TooManyDimensions(f"tensor parsing error: {spec.name}")
+    elements: list[Any] = []
+    _collect(value, spec, shape, 0, elements)
+    if len(shape) > _MAX_ARRAY_DIMENSIONS:
+        raise _TooManyDimensions(f"input {spec.name}: expected {spec}, got {len(shape)} dimensions")
+    if spec.numpy_dtype is None:  # though there is no element that could have been refused
+        raise InvalidRequest(f"input {spec.name}: JSON cannot hold {spec}")
+    array = np.empty(len(elements), spec.numpy_dtype)
+    array[:] = elements
+    return array.reshape(shape)
+
+
+def _promised_shape(value: Any) -> tuple[int, ...]:
+    """Return the shape that the first element of every list promises (GetDenseTensorShape)."""
+    shape = []
+    while isinstance(value, list):
+        shape.append(len(value))
+        value = value[0] if value else None
+    return tuple(shape)
+
+
+def _collect(value: Any, spec: TensorSpec, shape: tuple[int, ...], level: int, elements: list[Any]) -> None:
+    if not isinstance(value, list):
+        if level != len(shape):
+            raise InvalidRequest(
+                f"JSON Value: {quote(value)} found at incorrect level: {level + 1} in the JSON DOM. "
+                f"Expected at level: {len(shape)}"
+            )
+        elements.append(decode_element(value, spec))
+        return
+    if level >= len(shape):
+        raise InvalidRequest(f"Encountered list at unexpected level: {level} expected < {len(shape)}")
+    if len(value) != shape[level]:
+        raise InvalidRequest(
+            f"Encountered list at unexpected size: {len(value)} at level: {level} expected size: {shape[level]}"
+        )
+    for item in value:
+        _collect(item, spec, shape, level + 1, elements)
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, dict) and not is_base64(value)
+
+
+def _row_error(where: str, message: str) -> InvalidRequest:
+    return InvalidRequest(f"{where} of 'instances' list. Error: INVALID_ARGUMENT: {message}")
+
+
+def _shape_text(array: np.ndarray) -> str:
+    return f"[{','.join(map(str, array.shape))}]"

@@ -1,0 +1,1 @@
+"""The page, its scripts and styles."""

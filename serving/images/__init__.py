@@ -1,0 +1,1 @@
+"""Encoded images: limits, cost and decoding."""

@@ -1,0 +1,64 @@
+"""Uploaded bytes to uint8 pixels of a model's input size, within limits."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from image_formats.content import HAS_AVIF, HEAD_BYTES, explain_unreadable, read_header
+from image_formats.decoding import decode_rgb
+from image_formats.errors import UnreadableImage
+from image_formats.header import ImageHeader
+from serving.errors import InvalidRequest
+from serving.greenlets import offload
+from serving.images.decode_cost import is_quick
+from serving.images.limits import ImageLimits, check_image
+
+PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond it Pillow itself refuses
+
+
+def read_image(data: bytes, *, size: tuple[int, int], limits: ImageLimits) -> np.ndarray:
+    """Decode one picture, upright, at a model's input size.
+
+    Args:
+        data: a JPEG, PNG, WebP, AVIF, BMP or GIF file; of an animation the first frame is taken.
+        size: (height, width) of the result. A picture of another size is resized, without keeping its
+            proportions, by antialiased bilinear interpolation.
+        limits: how large the picture may be before resizing.
+
+    Returns:
+        uint8 array of shape (height, width, 3), RGB.
+
+    Raises:
+        InvalidRequest: the data is not such a file, is damaged or is cut off.
+        TooLarge: the header announces a larger picture than allowed; nothing is decoded.
+    """
+    header = check_file(data, limits)
+    if is_quick(header):
+        return _decode(data, header, size)
+    return offload(_decode, data, header, size)
+
+
+def check_file(data: bytes, limits: ImageLimits) -> ImageHeader:
+    """Read the header of an uploaded picture and check it against the limits, without Pillow.
+
+    Raises:
+        InvalidRequest: the data is not a picture of a format that is served, or has parts that no picture needs.
+        TooLarge: the header announces a larger picture than allowed.
+    """
+    header = read_header(data)
+    if header is None or (header.format == "AVIF" and not HAS_AVIF):
+        raise InvalidRequest(explain_unreadable(data[:HEAD_BYTES]))
+    check_image(header, limits, decoder="pillow")
+    return header
+
+
+def _decode(data: bytes, header: ImageHeader, size: tuple[int, int]) -> np.ndarray:
+    try:
+        image = decode_rgb(data, header)
+    except UnreadableImage as error:
+        raise InvalidRequest(str(error)) from error
+    height, width = size
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image)

@@ -1,0 +1,1 @@
+"""The models: loading, versions, batching and calls. Knows no protocol."""

@@ -1,0 +1,335 @@
+"""The models on disk: polled, loaded, warmed up, and tried again when a broken one is mended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from serving.errors import ModelFailed, ModelLoadError, StartupError
+from serving.inference.checksums import Verification, has_checksums, verify_checksums
+from serving.inference.model_config import ModelConfig, Volumes, describe_unreadable, find_versions, printable
+from serving.inference.model_info import INFO_FILE, read_label_names, read_model_info
+from serving.inference.path_hiding import hide_paths
+from serving.inference.repository import MAX_MESSAGE, FolderProblem, ModelRepository, ModelVersion, VersionStatus
+from serving.inference.retries import Retries, Stamp, read_stamp
+from serving.inference.saved_model import SavedModelPredictor
+from serving.inference.signatures import Predictor
+from serving.inference.warmup import WARMUP_FILE, replay_warmup_records
+
+logger = logging.getLogger(__name__)
+
+_WAIT_S = 0.2  # for a verification, before the models are polled again
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A loaded version, with the state of the files that may arrive after it was loaded."""
+
+    path: Path
+    predictor: Predictor  # as loaded, without what requests go through
+    unbatched: Collection[str]
+    info_stamp: Stamp
+    warmup_stamp: Stamp
+
+
+class LocalRepository(ModelRepository):
+    """Keeps the versions loaded that the configuration and the folders call for.
+
+    A version that cannot be loaded is reported with the reason, replaces none that can, and is tried again when its
+    files change, else after an increasing delay. No fault of one model stops another. A folder that cannot be read
+    any more leaves what was loaded from it in use.
+
+    Args:
+        configs: lists the models that are to be served, anew at each poll.
+        required: the models without which the repository is not ready.
+        load_predictor: makes a predictor of a version's folder, or raises `ModelLoadError`.
+        find_dependent: names the signatures of a version whose rows influence each other.
+        wrap_predictor: what requests go through instead of the predictor itself, once it is warmed up. It is given
+            the model's name, the predictor, and the signatures whose requests must not be batched.
+    """
+
+    def __init__(
+        self,
+        configs: Callable[[], Sequence[ModelConfig]],
+        *,
+        required: Sequence[str] = (),
+        load_predictor: Callable[[Path], Predictor] = SavedModelPredictor,
+        find_dependent: Callable[[Path, Predictor], Collection[str]] = lambda *_: (),
+        wrap_predictor: Callable[[str, Predictor, Collection[str]], Predictor] = lambda _, predictor, __: predictor,
+    ) -> None:
+        super().__init__((), required=required)
+        self._list_configs = configs
+        self._load_predictor = load_predictor
+        self._find_dependent = find_dependent
+        self._wrap_predictor = wrap_predictor
+        self._volumes = Volumes()
+        self._retries = Retries()
+        self._loaded_versions: dict[tuple[str, int], _Loaded] = {}
+        self._verifications: dict[tuple[str, int], Verification] = {}
+        self._unverified: set[tuple[str, int]] = set()  # which the last poll could not load for that reason
+        for config, found in self._list_models() or ():
+            for version in config.policy.candidates(found or ())[:1]:
+                self._show(VersionStatus(config.name, version))
+
+    def load(self) -> None:
+        """As `ModelRepository.load`.
+
+        Raises:
+            StartupError: a label is for a version that the configuration and the folders do not call for.
+        """
+        self._update_verified()
+        super().load()
+        if problem := self._find_label_problem(of_failed=False):
+            raise StartupError(problem)
+
+    def reload(self, configs: Sequence[ModelConfig]) -> None:
+        """As `ModelRepository.reload`."""
+        self._list_configs = lambda: configs
+        self._update_verified()
+        if missing := [config.name for config in configs if config.name not in self._available]:
+            reasons = "; ".join(f"{name}: {self.problem(name)}" for name in missing)
+            raise ModelFailed(f"Some models did not become available: {reasons}", code="UNKNOWN")
+        if problem := self._find_label_problem():
+            raise ModelFailed(problem, code="FAILED_PRECONDITION")
+
+    def _update_verified(self) -> None:
+        """Update until every version was verified once; each is loaded as soon as its own verification is done."""
+        self.update()
+        verified: set[tuple[str, int]] = set()  # those whose files change all the time are not waited for again
+        while waiting := self._unverified - verified:
+            self._verifications[min(waiting)].wait(_WAIT_S)
+            verified |= {key for key in waiting if self._verifications[key].done}
+            self.update()
+
+    def _look(self) -> None:
+        self._unverified = set()
+        models = self._list_models()
+        if models is None:
+            return
+        for config, found in models:
+            if found is None:
+                continue
+            try:
+                self._update_model(config, found)
+            except Exception:  # the fault of one model must not stop the others
+                logger.exception("model %s could not be updated", config.name)
+        for name in self._available.keys() - set(self._names):
+            self._unload(name, keep=set())
+        self._labels = {config.name: dict(config.labels) for config, _ in models}
+
+    def _list_models(self) -> list[tuple[ModelConfig, dict[int, Path] | None]] | None:
+        """List the models to serve, each with its versions on disk, None where its folder cannot be read.
+
+        Returns:
+            None where the models folder itself cannot be read; what is served stays as it is.
+        """
+        try:
+            configs = self._list_configs()
+        except OSError as error:
+            path = Path(error.filename or "the models folder")
+            problem = describe_unreadable(path, error)
+            self._set_folder_problems([FolderProblem(printable(str(path)), None, problem)])
+            return None
+        models: list[tuple[ModelConfig, dict[int, Path] | None]] = []
+        problems = []
+        for config in configs:
+            path = config.base_path
+            found: dict[int, Path] | None
+            try:
+                found = find_versions(path)
+                self._volumes.check(path, is_empty=not found)
+            except OSError as error:
+                found = None
+                problem = describe_unreadable(path, error)
+                if isinstance(error, FileNotFoundError):
+                    problem = f"no version to serve: {problem}"
+                problems.append(FolderProblem(printable(str(path)), config.name, problem))
+                if config.discovered and config.name not in self._names:
+                    continue  # maybe no model at all
+            models.append((config, found))
+        self._set_folder_problems(problems)
+        self._names = tuple(sorted(config.name for config, _ in models))
+        return models
+
+    def _update_model(self, config: ModelConfig, found: dict[int, Path]) -> None:
+        serving = set(self._available.get(config.name, ()))
+        wanted: set[int] = set()
+        self._retries.forget_missing(config.name, set(found))
+        unverified = 0
+        for version in config.policy.candidates(found):
+            if len(wanted) + unverified == config.policy.latest:
+                break
+            if version in serving:
+                self._refresh(config.name, version)
+                wanted.add(version)
+            elif not self._is_verified(config.name, version, found[version]):
+                unverified += 1
+            elif self._load_version(config.name, version, found[version]):
+                wanted.add(version)
+        # A version that cannot be loaded replaces none that can, not even where the policy asks for it alone.
+        # Nor does one that is still being verified.
+        present = serving & found.keys()
+        self._unload(config.name, keep=wanted | present if unverified else wanted or present)
+
+    def _is_verified(self, name: str, version: int, path: Path) -> bool:
+        """Whether a version can be loaded, or its failure reported; begins to verify it if it has checksums."""
+        key, stamp = (name, version), read_stamp(path)
+        if not self._retries.is_due(key, stamp) or not has_checksums(path):
+            return True
+        verification = self._verifications.get(key)
+        if verification is None or (verification.done and verification.stamp != stamp):
+            verification = Verification(path, stamp, notify=lambda: self._released.put(None))
+            self._verifications[key] = verification
+            if self._statuses.get(name, {}).get(version) is None:
+                self._show(VersionStatus(name, version))
+        if verification.done and verification.stamp == stamp:
+            return True
+        self._unverified.add(key)
+        return False
+
+    def _unload(self, name: str, *, keep: set[int]) -> None:
+        super()._unload(name, keep=keep)
+        for key in [key for key in self._loaded_versions if key[0] == name and key[1] not in keep]:
+            del self._loaded_versions[key]
+
+    def _load_version(self, name: str, version: int, path: Path) -> bool:
+        stamp = read_stamp(path)
+        if not self._retries.is_due((name, version), stamp):
+            return False
+        started_s = time.perf_counter()
+        before = self._statuses.get(name, {}).get(version)
+        logger.info("loading %s version %d from %s", name, version, printable(str(path)))
+        self._show(VersionStatus(name, version, state="LOADING"))
+        try:
+            records = self._load_files(name, version, path)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a model raises, the others are to be served
+            self._retries.record_failure((name, version), stamp)
+            self._report_failure(VersionStatus(name, version, state="END"), error, path, before)
+            return False
+        self._retries.forget((name, version))
+        logger.info(
+            "%s version %d is available after %.1f s, %s",
+            name,
+            version,
+            time.perf_counter() - started_s,
+            f"{records} warm-up records replayed" if records else "no warm-up records to replay",
+        )
+        return True
+
+    def _load_files(self, name: str, version: int, path: Path) -> int:
+        """Load, warm up and serve a version; returns the number of warm-up records replayed."""
+        if printable(str(path)) != str(path):
+            raise ModelLoadError(f"{path}: the name is not valid UTF-8; rename the folder", code="INVALID_ARGUMENT")
+        verification = self._verifications.pop((name, version), None)
+        if verification is not None and verification.error is not None:
+            raise verification.error
+        info_stamp, warmup_stamp = read_stamp(path / INFO_FILE), read_stamp(path / WARMUP_FILE)
+        predictor = self._load_predictor(path)
+        records = replay_warmup_records(path, predictor)
+        unbatched = self._find_dependent(path, predictor)
+        status = VersionStatus(name, version, state="AVAILABLE", warmup_records=records)
+        self._publish(status, _Loaded(path, predictor, unbatched, info_stamp, warmup_stamp))
+        return records
+
+    def _publish(
+        self, status: VersionStatus, loaded: _Loaded, *, info_problem: str = "", warmup_problem: str = ""
+    ) -> None:
+        """Serve a loaded version with its model info, and report its limitations."""
+        info = read_model_info(loaded.path)
+        content = info.content
+        if not (content or {}).get("class_names") and (names := read_label_names(loaded.predictor)):
+            content = {**(content or {}), "class_names": names}
+        warnings = {"model_info": info_problem or info.problem, "warmup": warmup_problem, "dependent_rows": ""}
+        if loaded.unbatched:
+            warnings["dependent_rows"] = (
+                f"rows of a batch influence each other in {', '.join(sorted(loaded.unbatched))}, so its requests are "
+                "never batched"
+            )
+        warnings = {kind: warning for kind, warning in warnings.items() if warning}
+        current = self._available.get(status.name, {}).get(status.version)
+        before = self._loaded_versions.get((status.name, status.version))
+        if current is None or before is None or set(before.unbatched) != set(loaded.unbatched):
+            wrapped = self._wrap_predictor(status.name, loaded.predictor, loaded.unbatched)
+            self._serve(ModelVersion(status.name, status.version, wrapped, content))
+        else:
+            self._replace(replace(current, card=content))
+        self._loaded_versions[status.name, status.version] = loaded
+        message = _hide_folder("; ".join(warnings.values()), status.name, loaded.path)
+        self._show(replace(status, error_message=message, warnings=tuple(warnings)))
+        for warning in warnings.values():
+            logger.warning("%s version %d: %s", status.name, status.version, printable(warning))
+
+    def _refresh(self, name: str, version: int) -> None:
+        """Read the model info and replay the warm-up records that came, or were changed, after a version was loaded."""
+        loaded = self._loaded_versions[name, version]
+        info_stamp, warmup_stamp = read_stamp(loaded.path / INFO_FILE), read_stamp(loaded.path / WARMUP_FILE)
+        if (info_stamp, warmup_stamp) == (loaded.info_stamp, loaded.warmup_stamp):
+            return
+        status = self._statuses[name][version]
+        info_problem = _find_alteration(loaded.path, INFO_FILE)
+        unbatched, problem = loaded.unbatched, ""
+        if warmup_stamp != loaded.warmup_stamp:
+            try:
+                verify_checksums(loaded.path, only=[WARMUP_FILE])
+                records = replay_warmup_records(loaded.path, loaded.predictor)
+                unbatched = self._find_dependent(loaded.path, loaded.predictor)
+            except Exception as error:  # the version is served without
+                problem = f"{error}"
+            else:
+                status = replace(status, warmup_records=records)
+                logger.info("%s version %d: %d warm-up records replayed", name, version, records)
+        elif "warmup" in status.warnings:
+            problem = f"{loaded.path / WARMUP_FILE} cannot be replayed"
+        refreshed = replace(loaded, unbatched=unbatched, info_stamp=info_stamp, warmup_stamp=warmup_stamp)
+        self._publish(status, refreshed, info_problem=info_problem, warmup_problem=problem)
+
+    def _report_failure(
+        self, status: VersionStatus, error: BaseException, path: Path, before: VersionStatus | None
+    ) -> None:
+        """Show why a version cannot be loaded; the log is told once of each reason."""
+        foreseen = isinstance(error, ModelLoadError)
+        code = error.code if isinstance(error, ModelLoadError) else "INTERNAL"
+        message = str(error) if foreseen else f"cannot load {path}: {type(error).__name__}: {error}"
+        if isinstance(error, MemoryError):
+            code = "RESOURCE_EXHAUSTED"
+        self._show(replace(status, error_code=code, error_message=_hide_folder(message, status.name, path)))
+        shown = self._statuses[status.name][status.version].error_message
+        if before is None or before.error_message != shown:
+            logger.error(
+                "%s version %d is not served: %s",
+                status.name,
+                status.version,
+                printable(message)[:MAX_MESSAGE],
+                exc_info=None if foreseen else error,
+            )
+
+    def _find_label_problem(self, *, of_failed: bool = True) -> str | None:
+        """Say which label is for a version that is not served; `of_failed`: also where that could not be loaded."""
+        for name, labels in self._labels.items():
+            for label, version in labels.items():
+                failed = version in self._statuses.get(name, {}) or self._folder_problem(name) is not None
+                if version not in self._available.get(name, {}) and (of_failed or not failed):
+                    return (
+                        f"Request to assign label {label} to version {version} of model {name}, which is not currently "
+                        "available for inference"
+                    )
+        return None
+
+
+def _hide_folder(message: str, model: str, path: Path) -> str:
+    """Return a message about a version with the model's name in place of the path to its folder."""
+    return hide_paths(printable(message), {Path(printable(str(path.parent))): model})
+
+
+def _find_alteration(path: Path, file: Path) -> str:
+    """Say whether a file of a version differs from its checksum, if it has one; the version is served all the same."""
+    try:
+        verify_checksums(path, only=[file])
+    except ModelLoadError as error:
+        return str(error)
+    return ""

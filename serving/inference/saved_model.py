@@ -1,0 +1,247 @@
+"""A SavedModel in this process: its signatures, and the calls of TensorFlow.
+
+TensorFlow is imported when the first model is loaded, so only the server process pays for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serving.errors import InvalidRequest, ModelFailed, ModelLoadError, ServingError, deadline_exceeded
+from serving.inference.path_hiding import hide_paths
+from serving.inference.signatures import Signature, TensorSpec, check_inputs
+
+
+class SavedModelPredictor:
+    """A SavedModel in this process.
+
+    Args:
+        path: the version's folder, which holds `saved_model.pb` or `saved_model.pbtxt`.
+        intra_op_threads: TensorFlow's threads for one call. The first predictor of a process decides for all.
+
+    Raises:
+        ModelLoadError: the folder holds no SavedModel that can be loaded.
+    """
+
+    def __init__(self, path: Path, *, intra_op_threads: int = 1) -> None:
+        self.signatures: Mapping[str, Signature] = read_signatures(path)
+        config = start_tensorflow(intra_op_threads)
+        import tensorflow as tf
+
+        # A session, as in TensorFlow Serving: what cannot be restored there fails here too, and a call costs two
+        # thirds of one of the functions that `tf.saved_model.load` gives.
+        graph = tf.Graph()
+        self._session = tf.compat.v1.Session(graph=graph, config=config)
+        try:
+            with graph.as_default():
+                tf.compat.v1.saved_model.load(self._session, ["serve"], str(path))
+            self._calls = {name: self._make_call(signature) for name, signature in self.signatures.items()}
+        except tf.errors.OpError as error:
+            self._session.close()
+            raise ModelLoadError(f"cannot load {path}: {_reason(error)}", code=_code_name(error)) from error
+        except MemoryError as error:
+            self._session.close()
+            raise ModelLoadError(f"not enough memory to load {path}", code="RESOURCE_EXHAUSTED") from error
+        except Exception as error:  # a damaged graph fails in every part of the loader
+            self._session.close()
+            raise ModelLoadError(f"cannot load {path}: {_reason(error)}") from error
+
+    def _make_call(self, signature: Signature) -> Callable[..., list[Any]] | None:
+        if not signature.inputs or not signature.outputs:
+            return None  # an initializer
+        from tensorflow.core.protobuf import config_pb2
+
+        options = config_pb2.CallableOptions(
+            feed=[spec.tensor_name for spec in signature.inputs.values()],
+            fetch=[spec.tensor_name for spec in signature.outputs.values()],
+            run_options=config_pb2.RunOptions(inter_op_thread_pool=-1),  # in the thread that asks
+        )
+        # What `Session.make_callable` does where nothing is fed; with feeds it goes the long way, which costs as much
+        # again as a small model does.
+        call: Callable[..., list[Any]] = self._session._make_callable_from_options(options)
+        return call
+
+    def predict(
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
+        """As `Predictor.predict`; TensorFlow cannot be stopped, so only what has not begun heeds the deadline."""
+        call = self._calls.get(signature)
+        if call is None:
+            raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
+        described = self.signatures[signature]
+        check_inputs(described, inputs)
+        if deadline_s is not None and time.monotonic() >= deadline_s:
+            raise deadline_exceeded()
+        import tensorflow as tf
+
+        try:
+            outputs = call(*(inputs[name] for name in described.inputs))
+        except tf.errors.OpError as error:
+            raise _answer_for(error) from error
+        except (TypeError, ValueError) as error:  # an object array that does not hold strings
+            raise InvalidRequest(hide_paths(_reason(error))) from error
+        # asarray: a scalar tensor comes as a scalar, bytes for a string.
+        return {
+            name: np.asarray(output, dtype=spec.numpy_dtype)
+            for (name, spec), output in zip(described.outputs.items(), outputs, strict=True)
+        }
+
+
+@cache
+def start_tensorflow(intra_op_threads: int) -> Any:
+    """Import TensorFlow and settle its threads; returns the ConfigProto of every session.
+
+    The first session of a process settles how many threads an operation may have, and writes to the process's error
+    output that an optimization is off, whatever the log level. So one is made here, where nobody hears it.
+    """
+    import tensorflow as tf
+
+    # TensorFlow's own objects outlive every collection; to look through them takes a tenth of a second, each time.
+    gc.freeze()
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # that sessions are an old way to load a model
+    config = tf.compat.v1.ConfigProto(
+        intra_op_parallelism_threads=intra_op_threads,
+        inter_op_parallelism_threads=-1,  # in the thread that asks: handing over costs more than it brings
+        use_per_session_threads=True,
+    )
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        with tf.Graph().as_default(), tf.compat.v1.Session(config=config) as session:
+            session.run(tf.constant(0))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    return config
+
+
+def read_signatures(path: Path) -> dict[str, Signature]:
+    """Read the SignatureDefs of the SavedModel in `path`, of its graph tagged "serve" and nothing else.
+
+    Raises:
+        ModelLoadError: the SavedModel is missing or damaged, or has no graph tagged for serving.
+    """
+    file = path / "saved_model.pb"
+    if not file.exists() and (text_file := path / "saved_model.pbtxt").exists():
+        file = text_file
+    saved_model = _read_saved_model(file)
+    # As TensorFlow's loader chooses it: others may be for an accelerator ("serve", "gpu") or for training.
+    tag_sets = [set(graph.meta_info_def.tags) for graph in saved_model.meta_graphs]
+    if {"serve"} not in tag_sets:
+        others = ", ".join(" and ".join(f'"{tag}"' for tag in sorted(tags)) or "nothing" for tags in tag_sets)
+        found = f"; its graphs are tagged {others}" if others else ""
+        raise ModelLoadError(f'{file} holds no graph tagged "serve" and nothing else{found}', code="NOT_FOUND")
+    try:
+        return read_signature_defs(saved_model.meta_graphs[tag_sets.index({"serve"})].signature_def)
+    except ValueError as error:
+        raise ModelLoadError(f"{file}: {error}", code="INVALID_ARGUMENT") from error
+
+
+def _read_saved_model(file: Path) -> Any:
+    from google.protobuf import text_format
+    from google.protobuf.message import DecodeError
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    try:
+        if file.exists() and not file.is_file():
+            raise ModelLoadError(f"{file} is not a regular file", code="FAILED_PRECONDITION")
+        if file.suffix == ".pbtxt":
+            return text_format.Parse(file.read_text(encoding="utf-8"), saved_model_pb2.SavedModel())
+        return saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelLoadError(f"no saved_model.pb or saved_model.pbtxt in {file.parent}", code="NOT_FOUND") from error
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {file}: {error.strerror}", code="UNKNOWN") from error
+    except DecodeError as error:
+        raise ModelLoadError(f"Can't parse {file} as binary proto", code="DATA_LOSS") from error
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"Can't parse {file} as text proto: {error}", code="DATA_LOSS") from error
+
+
+def read_signature_defs(definitions: Mapping[str, Any]) -> dict[str, Signature]:
+    """Read SignatureDef messages, as a model's metadata or a saved_model.pb holds them.
+
+    Raises:
+        ValueError: an input or output has a dtype that this version of TensorFlow does not know, or a default value
+            cannot be read.
+    """
+    from tensorflow.core.framework import types_pb2
+
+    def describe(signature: str, key: str, tensor: Any) -> TensorSpec:
+        shape = tensor.tensor_shape
+        if tensor.dtype not in types_pb2.DataType.values():
+            raise ValueError(f'signature "{signature}": {key} has the unknown dtype {tensor.dtype}')
+        return TensorSpec(
+            name=key,
+            dtype=types_pb2.DataType.Name(tensor.dtype),
+            shape=None if shape.unknown_rank else tuple(None if axis.size < 0 else axis.size for axis in shape.dim),
+            tensor_name=tensor.name,
+        )
+
+    return {
+        name: Signature(
+            name=name,
+            method_name=definition.method_name,
+            inputs={key: describe(name, key, tensor) for key, tensor in sorted(definition.inputs.items())},
+            outputs={key: describe(name, key, tensor) for key, tensor in sorted(definition.outputs.items())},
+            defaults={
+                key: _make_array(tensor)
+                for key, tensor in sorted(definition.defaults.items())
+                if key in definition.inputs
+            },
+        )
+        for name, definition in sorted(definitions.items())
+    }
+
+
+def _make_array(tensor: Any) -> np.ndarray:
+    import tensorflow as tf
+
+    try:
+        array: np.ndarray = tf.make_ndarray(tensor)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return array
+
+
+def _answer_for(error: Any) -> ServingError:
+    message, code = hide_paths(_reason(error)), _code_name(error)
+    if code == "INVALID_ARGUMENT" or message.startswith("Unsupported object type"):  # an element that is not bytes
+        return InvalidRequest(message)
+    return ModelFailed(message, code=code)
+
+
+def _code_name(error: Any) -> str:
+    """CamelCase of the exception's class to the status API's code: NotFoundError -> NOT_FOUND."""
+    if not type(error).__name__.endswith("Error") or type(error).__name__ == "OpError":
+        return "UNKNOWN"
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).upper()
+
+
+# What TensorFlow prints before the reason: the wrapping, one block per node, the count of root errors.
+_PREAMBLE = re.compile(r'Graph execution error:|Detected at node |<stack traces unavailable>| +File "|\d+ root error|$')
+
+
+def _reason(error: Exception) -> str:
+    """Return the one line of an error of TensorFlow's that tells a caller what is wrong."""
+    if isinstance(error, UnicodeDecodeError):  # of the message, which quotes bytes of the request
+        text = bytes(error.object).decode("utf-8", "backslashreplace")
+    else:
+        text = str(getattr(error, "message", None) or error)
+    lines = text.splitlines()
+    line = next((line for line in lines if not _PREAMBLE.match(line)), "no reason given")
+    line = re.sub(r"^\s*\(0\) [A-Z_]+:|\{\{[^}]*\}\}| \[Op:[^]]*\]", "", line)
+    return line.strip() or "no reason given"

@@ -1,0 +1,166 @@
+"""The signatures of a model, their tensors, and `Predictor`, the interface of whatever runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+from serving.errors import InvalidRequest, TooLarge
+
+DEFAULT_SIGNATURE = "serving_default"
+NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "DT_FLOAT": np.dtype(np.float32),
+    "DT_DOUBLE": np.dtype(np.float64),
+    "DT_INT8": np.dtype(np.int8),
+    "DT_INT16": np.dtype(np.int16),
+    "DT_INT32": np.dtype(np.int32),
+    "DT_INT64": np.dtype(np.int64),
+    "DT_UINT8": np.dtype(np.uint8),
+    "DT_UINT16": np.dtype(np.uint16),
+    "DT_UINT32": np.dtype(np.uint32),
+    "DT_UINT64": np.dtype(np.uint64),
+    "DT_BOOL": np.dtype(np.bool_),
+    "DT_HALF": np.dtype(np.float16),
+    "DT_COMPLEX64": np.dtype(np.complex64),
+    "DT_COMPLEX128": np.dtype(np.complex128),
+    "DT_STRING": np.dtype(np.object_),  # elements are bytes
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a signature, as its SignatureDef describes it."""
+
+    name: str
+    dtype: str  # as in TensorFlow's types.proto: "DT_UINT8"
+    shape: tuple[int | None, ...] | None  # None: of any rank; None in it: of any size
+    tensor_name: str  # in the graph: "serving_default_images:0"
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any] | None:
+        """The dtype of the arrays that carry it; None for a type that has no arrays (DT_RESOURCE)."""
+        return NUMPY_DTYPES.get(self.dtype)
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether its first axis is the batch: present, and of any size."""
+        return bool(self.shape) and self.shape is not None and self.shape[0] is None
+
+    def fits(self, array: np.ndarray) -> bool:
+        """Whether an array has its dtype and shape."""
+        return array.dtype == self.numpy_dtype and _fits(array.shape, self.shape)
+
+    def __str__(self) -> str:
+        """As people write it: `uint8 (n, 32, 32, 3)`."""
+        dtype = self.dtype.removeprefix("DT_").lower()
+        return f"{dtype} of any shape" if self.shape is None else f"{dtype} {_shape_text(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One callable of a model: named tensors in, named tensors out."""
+
+    name: str
+    method_name: str  # "tensorflow/serving/predict"
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    defaults: Mapping[str, np.ndarray] = field(default_factory=dict)  # of inputs that a gRPC request may leave out
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether all its inputs and outputs have a batch axis."""
+        return bool(self.inputs) and all(spec.is_batched for spec in (*self.inputs.values(), *self.outputs.values()))
+
+
+class Predictor(Protocol):
+    """What can answer for a model, in this process or elsewhere. Called from several threads at once."""
+
+    @property
+    def signatures(self) -> Mapping[str, Signature]:
+        """Every SignatureDef of the model by its name, those that cannot be called included."""
+
+    def predict(
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run a signature.
+
+        Args:
+            signature: its name, "serving_default" for example.
+            inputs: one array per input of the signature, of exactly its dtype (`TensorSpec.numpy_dtype`;
+                strings are object arrays of bytes), rows along axis 0.
+            deadline_s: when the answer is of no use any more, on the clock of `time.monotonic`.
+
+        Returns:
+            One array per output of the signature.
+
+        Raises:
+            InvalidRequest: the signature does not exist or the inputs do not fit it.
+            ModelFailed: the model refused the inputs, or failed.
+        """
+
+
+def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
+    """Refuse arrays that do not fit a signature, before a kernel can see them.
+
+    TensorFlow itself trusts the caller here: a convolution given the wrong rank aborts the whole process.
+
+    Raises:
+        InvalidRequest: an input is missing, unexpected, of another dtype or shape, empty, or has another
+            number of rows than the rest.
+    """
+    expected = signature.inputs
+    if inputs.keys() != expected.keys():
+        _refuse_names(signature, inputs)
+    rows: dict[str, int] = {}
+    for name, spec in expected.items():
+        array = inputs[name]
+        if not spec.fits(array):
+            raise InvalidRequest(f"input {name}: expected {spec}, got {_dtype_text(array)} {_shape_text(array.shape)}")
+        if spec.is_batched:
+            rows[name] = array.shape[0]
+    for name, count in rows.items():
+        if count == 0:
+            raise InvalidRequest(f"input {name} has no rows: an empty batch cannot be predicted")
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{name} has {count}" for name, count in rows.items())
+        raise InvalidRequest(f"all inputs need the same number of rows, but {counts}")
+
+
+def check_rows(rows: int, most: int) -> None:
+    """Raise TooLarge where a request has more rows than are taken."""
+    if rows > most:
+        raise TooLarge(f"the request has {rows:,} rows, and at most {most:,} are taken; send several requests")
+
+
+def _refuse_names(signature: Signature, inputs: Mapping[str, np.ndarray]) -> NoReturn:
+    expected = signature.inputs
+    if missing := sorted(expected.keys() - inputs.keys()):
+        raise InvalidRequest(f'signature "{signature.name}" needs the input {", ".join(missing)}')
+    raise InvalidRequest(
+        f'signature "{signature.name}" has no input {", ".join(sorted(inputs.keys() - expected.keys()))}; '
+        f"it takes {', '.join(f'{name}: {spec}' for name, spec in expected.items())}"
+    )
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> bool:
+    if expected is None:
+        return True
+    if len(shape) != len(expected):
+        return False
+    for want, have in zip(expected, shape, strict=True):  # noqa: SIM110 - a generator costs more than the rest
+        if want is not None and want != have:
+            return False
+    return True
+
+
+def _shape_text(shape: tuple[int | None, ...]) -> str:
+    sizes = ["n" if size is None and axis == 0 else "?" if size is None else str(size)
+             for axis, size in enumerate(shape)]  # fmt: skip
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _dtype_text(array: np.ndarray) -> str:
+    return "string" if array.dtype == np.object_ else array.dtype.name

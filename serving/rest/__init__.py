@@ -1,1 +1,0 @@
-"""The HTTP dialects: each translates requests to a predictor's signature call and back."""

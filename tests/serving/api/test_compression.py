@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import gzip
+import zlib
+
+import pytest
+
+from serving.api import compression as module
+from serving.api.compression import DEFLATE, GZIP, inflate
+from serving.errors import TooLarge
+
+
+@pytest.mark.parametrize(("wbits", "compress"), [(GZIP, gzip.compress), (DEFLATE, zlib.compress)])
+def test_what_was_compressed_comes_back(wbits, compress):
+    assert inflate(compress(b"tensor" * 1000), wbits=wbits) == b"tensor" * 1000
+    assert inflate(compress(b""), wbits=wbits) == b""
+
+
+@pytest.mark.parametrize("body", [gzip.compress(b"tensor")[:-1], gzip.compress(b"tensor") + b"x", b"", b"tensor"])
+def test_a_damaged_body_is_refused(body):
+    with pytest.raises(ValueError, match=r"."):
+        inflate(body, wbits=GZIP)
+
+
+def test_the_limit_is_the_last_size_that_is_taken(monkeypatch):
+    monkeypatch.setattr(module, "MAX_INFLATED_BYTES", 5_000)
+    assert inflate(gzip.compress(bytes(5_000)), wbits=GZIP) == bytes(5_000)
+    for size in (5_001, 5_000_000):
+        with pytest.raises(TooLarge, match="5,000 bytes"):
+            inflate(gzip.compress(bytes(size)), wbits=GZIP)

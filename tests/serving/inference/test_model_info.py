@@ -1,0 +1,113 @@
+"""What is read of model.json, whatever is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from serving.inference.model_info import MAX_INFO_BYTES, ModelInfo, read_model_info
+
+
+def read(version: Path, text: bytes | str) -> ModelInfo:
+    file = version / "assets.extra" / "model.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    info = read_model_info(version)
+    orjson.dumps([info.content])  # what is read can be sent
+    return info
+
+
+def test_what_is_shown_is_read(tmp_path: Path) -> None:
+    whole = {"class_names": ["a", "b"], "dataset": {"name": "paint", "hash": 1}, "test": {"accuracy": 1}, "seed": [0]}
+    assert read(tmp_path, json.dumps(whole)) == ModelInfo(
+        {"class_names": ["a", "b"], "dataset": {"name": "paint"}, "test": {"accuracy": 1.0}}
+    )
+    assert read(tmp_path, "{}") == ModelInfo({})
+    assert read(tmp_path, '{"class_names": null, "dataset": null, "test": {"accuracy": null}}') == ModelInfo({})
+
+
+def test_without_a_file_there_is_nothing_to_report(tmp_path: Path) -> None:
+    assert read_model_info(tmp_path) == ModelInfo(None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[1]",
+        b"null",
+        b'"text"',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"class_names": ' + b"9" * 5_000 + b"}",
+        b" " * (MAX_INFO_BYTES + 1),
+        b"\0" * 100,
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, text: bytes) -> None:
+    info = read(tmp_path, text)
+    assert info.content is None
+    assert str(tmp_path / "assets.extra" / "model.json") in info.problem
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        *(
+            ("class_names", value, "class_names must")
+            for value in (
+                3,
+                "ab",
+                {"0": "a"},
+                [{"name": "a"}],
+                [["a"], "b"],
+                [None],
+                [True],
+                ["a", "a"],
+                [1.5],
+                [1, "1"],
+            )
+        ),
+        *(("dataset", value, "dataset must be an object") for value in ("paint", 1, ["name"], True)),
+        *(("dataset", {"name": value}, "dataset.name must") for value in (1, [], {}, True)),
+        *(("test", value, "test must be an object") for value in (0.5, [0.5], "high")),
+        *(
+            ("test", {"accuracy": value}, "test.accuracy must")
+            for value in ("high", True, [], -0.1, 1.1, 10**400, float("nan"), float("inf"))
+        ),
+    ],
+)
+def test_a_field_of_another_type_is_reported_and_the_others_are_read(
+    tmp_path: Path, field: str, value: Any, problem: str
+) -> None:
+    good = {"class_names": ["a"], "dataset": {"name": "paint"}, "test": {"accuracy": 0.5}}
+    info = read(tmp_path, json.dumps(good | {field: value}))
+    assert info.content == {key: value for key, value in good.items() if key != field}
+    assert problem in info.problem
+
+
+def test_lone_surrogates_are_escaped(tmp_path: Path) -> None:
+    info = read(tmp_path, r'{"class_names": ["\ud800", "\udcff", "ok"], "dataset": {"name": "\udfff\ud800"}}')
+    assert info.content == {"class_names": [r"\ud800", r"\xff", "ok"], "dataset": {"name": r"\udfff\ud800"}}
+
+
+@pytest.mark.timeout(60)
+def test_a_file_that_is_no_regular_one_is_reported_and_not_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "assets.extra" / "model.json"
+    file.mkdir(parents=True)
+    assert "is not a regular file" in read_model_info(tmp_path).problem
+    file.rmdir()
+    os.mkfifo(file)
+    assert "is not a regular file" in read_model_info(tmp_path).problem
+    file.unlink()
+    file.symlink_to(file)
+    assert "cannot be read" in read_model_info(tmp_path).problem

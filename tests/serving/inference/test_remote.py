@@ -1,0 +1,218 @@
+"""The service in front of another server process that does the inference over gRPC."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from tensorflow_serving.apis import prediction_service_pb2_grpc
+
+from serving.errors import InvalidRequest, ModelFailed, ModelNotFound
+from serving.inference.remote import RemotePredictor, RemoteRepository
+from serving.inference.signatures import Signature, TensorSpec
+from tests.serving.conftest import Server, picture
+
+
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path) -> Iterator[Server]:
+    """The server that has the models."""
+    folder = tmp_path_factory.mktemp("behind")
+    shutil.copytree(colours, folder / "models" / "colours" / "7")
+    shutil.copytree(adder, folder / "models" / "adder" / "1")
+    server = Server(folder / "models", folder / "log")
+    server.wait_for("/readyz")
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory, behind: Server) -> Iterator[Server]:
+    """The service in front; it has no models folder."""
+    folder = tmp_path_factory.mktemp("front")
+    remote = ("--remote", f"127.0.0.1:{behind.grpc_port}", "--remote-model", "colours", "--remote-model", "adder")
+    server = Server(folder / "none", folder / "log", *remote)
+    server.wait_for("/readyz")
+    yield server
+    assert server.stop() == 0
+
+
+def test_an_upload_is_answered_as_by_the_server_behind(front: Server, behind: Server) -> None:
+    answers = [
+        httpx.post(server.url + "/predict?model=colours", content=picture("red"), headers={"Content-Type": "image/png"})
+        for server in (front, behind)
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json()["model"] == answers[1].json()["model"] == {"name": "colours", "version": 7}
+    ours, theirs = (answer.json()["predictions"][0] for answer in answers)
+    assert ours["label"] == theirs["label"] == "red"
+    assert list(ours["probabilities"].values()) == pytest.approx(list(theirs["probabilities"].values()), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/v1/models/colours", None),
+        ("GET", "/v1/models/colours/metadata", None),
+        ("GET", "/v1/models/nobody", None),
+        ("POST", "/v1/models/adder:predict", b'{"inputs": {"a": [[1, 2]], "b": [[3, 4]]}}'),
+        ("POST", "/v1/models/adder:predict", b'{"inputs": "hi", "signature_name": "shout"}'),
+        ("POST", "/v1/models/adder:predict", b'{"inputs": "", "signature_name": "shout"}'),
+        ("POST", "/v1/models/adder:predict", b'{"inputs": {"a": [[1]], "b": [[3, 4]]}}'),
+        ("POST", "/v1/models/colours/versions/9:predict", b'{"instances": [1]}'),
+        ("POST", "/v1/models/colours:predict", b"{"),
+        ("GET", "/v2/models/colours", None),
+        ("GET", "/v2/health/ready", None),
+        (
+            "POST",
+            "/v2/models/adder/infer",
+            (
+                b'{"inputs": [{"name": "a", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]},'
+                b' {"name": "b", "shape": [1, 2], "datatype": "FP32", "data": [3, 4]}]}'
+            ),
+        ),
+    ],
+)
+def test_the_rest_api_is_the_same(front: Server, behind: Server, method: str, path: str, body: bytes | None) -> None:
+    ours, theirs = (httpx.request(method, server.url + path, content=body) for server in (front, behind))
+    assert (ours.status_code, ours.json()) == (theirs.status_code, theirs.json())
+
+
+def test_it_is_not_ready_while_the_server_behind_is_away(
+    start_server: Callable[..., Server], models_dir: Path, tmp_path: Path
+) -> None:
+    behind = start_server(models_dir)
+    remote = ("--remote", f"127.0.0.1:{behind.grpc_port}", "--remote-model", "colours", "--poll-interval-s", "0.2")
+    front = start_server(tmp_path / "none", *remote)
+    behind.wait_for("/readyz")
+    front.wait_for("/readyz")
+    assert behind.stop() == 0
+    front.wait_for("/readyz", 503)
+    assert "cannot be reached" in httpx.get(front.url + "/readyz").json()["reason"]
+    assert httpx.get(front.url + "/healthz").status_code == 200
+    answer = httpx.post(front.url + "/predict", content=picture("red"), headers={"Content-Type": "image/png"})
+    assert answer.status_code in (404, 503)
+    assert front.stop() == 0
+
+
+def test_without_names_and_without_a_folder_it_does_not_start(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start_server(tmp_path / "none", "--remote", "127.0.0.1:1")
+    assert server.process.wait(timeout=60) == 1
+    assert "name each with --remote-model" in server.log
+
+
+class Scripted(prediction_service_pb2_grpc.PredictionServiceServicer):
+    """Answers every Predict with the next status of a list."""
+
+    def __init__(self, *codes: grpc.StatusCode) -> None:
+        self.codes = list(codes)
+        self.remaining_s: list[float] = []
+
+    def Predict(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802, ARG002
+        self.remaining_s.append(context.time_remaining())
+        context.abort(self.codes.pop(0), "as scripted")
+
+
+@pytest.fixture
+def ask() -> Iterator[Callable[..., Scripted]]:
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    spec = TensorSpec("x", "DT_FLOAT", (None,), "x:0")
+    signature = Signature("serving_default", "predict", {"x": spec}, {"x": spec})
+
+    def ask(scripted: Scripted, deadline_s: float | None = None) -> Scripted:
+        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(scripted, server)
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        predictor = RemotePredictor(stub, "m", 1, {"serving_default": signature}, address="somewhere:8500")
+        predictor.predict("serving_default", {"x": np.zeros(1, np.float32)}, deadline_s=deadline_s)
+        return scripted
+
+    yield ask
+    channel.close()
+    server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "status"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest, 400),
+        (grpc.StatusCode.NOT_FOUND, ModelNotFound, 404),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, ModelFailed, 429),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, ModelFailed, 504),
+        (grpc.StatusCode.INTERNAL, ModelFailed, 500),
+    ],
+)
+def test_statuses_become_those_of_http_and_are_not_asked_for_twice(
+    ask: Callable[..., Scripted], code: grpc.StatusCode, error: type[Exception], status: int
+) -> None:
+    scripted = Scripted(code, code)
+    with pytest.raises(error) as raised:
+        ask(scripted)
+    assert raised.value.status == status  # type: ignore[attr-defined]
+    assert len(scripted.codes) == 1
+
+
+def test_only_what_was_not_taken_is_sent_again(ask: Callable[..., Scripted]) -> None:
+    unavailable = grpc.StatusCode.UNAVAILABLE
+    scripted = Scripted(unavailable, unavailable, grpc.StatusCode.INTERNAL, unavailable)
+    with pytest.raises(ModelFailed, match="as scripted") as raised:
+        ask(scripted)
+    assert (raised.value.status, scripted.codes) == (500, [unavailable])
+
+
+def test_after_three_attempts_it_is_unavailable(ask: Callable[..., Scripted]) -> None:
+    scripted = Scripted(*[grpc.StatusCode.UNAVAILABLE] * 4)
+    with pytest.raises(ModelFailed, match="somewhere:8500 cannot be reached") as raised:
+        ask(scripted)
+    assert (raised.value.status, len(scripted.codes)) == (503, 1)
+
+
+def test_the_deadline_is_passed_on(ask: Callable[..., Scripted]) -> None:
+    scripted = Scripted(grpc.StatusCode.INTERNAL, grpc.StatusCode.INTERNAL)
+    with pytest.raises(ModelFailed):
+        ask(scripted, time.monotonic() + 5)
+    with pytest.raises(ModelFailed):
+        ask(scripted)
+    assert 3 < scripted.remaining_s[0] <= 6
+    assert 25 < scripted.remaining_s[1] <= 31
+
+
+def test_the_classes_keep_their_names(tmp_path: Path, start_server: Callable[..., Server]) -> None:
+    """Over gRPC they come from the signature `labels`, for the card stays on the other server's disk."""
+    import tensorflow as tf
+
+    class Labelled(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec((None, 4, 4, 3), tf.uint8, "images")])
+        def classify(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+            rows = tf.shape(images)[0]
+            return {
+                "probabilities": tf.ensure_shape(tf.tile([[0.75, 0.25]], [rows, 1]), (None, 2)),
+                "class_id": tf.zeros([rows], tf.int64),
+                "label": tf.fill([rows], "ham"),
+            }
+
+        @tf.function(input_signature=[tf.TensorSpec((None,), tf.int64, "class_id")])
+        def labels(self, class_id: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"label": tf.gather(tf.constant(["ham", "eggs"]), class_id)}
+
+    model = Labelled()
+    signatures = {"serving_default": model.classify, "labels": model.labels}
+    tf.saved_model.save(model, str(tmp_path / "models" / "food" / "1"), signatures=signatures)
+    behind = start_server(tmp_path / "models")
+    behind.wait_for("/readyz")
+    repository = RemoteRepository(f"127.0.0.1:{behind.grpc_port}", ["food"])
+    repository.load()
+    assert repository.ready
+    assert repository.resolve("food").card == {"class_names": ["ham", "eggs"]}
+    assert behind.stop() == 0

@@ -1,0 +1,357 @@
+"""The service in front of a server that cannot be reached, takes few rows at a time, or responds with nonsense."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import tensorflow as tf
+from flask import Flask
+from flask.testing import FlaskClient
+from tensorflow.core.framework import types_pb2
+from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_service_pb2_grpc,
+)
+from werkzeug.test import TestResponse
+
+from serving.api.app import create_app
+from serving.settings import Settings
+from tests.serving.conftest import Server, free_ports, picture
+
+PREDICT = "tensorflow.serving.PredictionService"
+JSON = {"content_type": "application/json"}
+
+
+def leave(message: Any) -> None:
+    """Change nothing."""
+
+
+class Backend(prediction_service_pb2_grpc.PredictionServiceServicer, model_service_pb2_grpc.ModelServiceServicer):
+    """A gRPC server with the model `m` (x float32 (n, 2) to y = 2 x, k int64 (n,)) and, at will, other answers."""
+
+    def __init__(self) -> None:
+        self.limit = 10**9
+        self.rows: list[int] = []
+        self.edit_reply: Callable[[Any], None] = leave
+        self.edit_metadata: Callable[[Any], None] = leave
+        self.edit_status: Callable[[Any], None] = leave
+        self.refusal: str | None = None
+        self._server = grpc.server(futures.ThreadPoolExecutor(4))
+        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(self, self._server)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{self.port}"
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(None).wait()
+
+    def GetModelStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if request.model_spec.name == "missing":
+            context.abort(grpc.StatusCode.NOT_FOUND, "Could not find any versions of model missing")
+        reply = get_model_status_pb2.GetModelStatusResponse()
+        reply.model_version_status.add(version=1, state=get_model_status_pb2.ModelVersionStatus.AVAILABLE)
+        if request.model_spec.name == "m":
+            self.edit_status(reply.model_version_status[0])
+        return reply
+
+    def GetModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        described = get_model_metadata_pb2.SignatureDefMap()
+        definition = described.signature_def["serving_default"]
+        definition.method_name = "tensorflow/serving/predict"
+        for tensors, name, dtype, shape in (
+            (definition.inputs, "x", types_pb2.DT_FLOAT, (-1, 2)),
+            (definition.outputs, "y", types_pb2.DT_FLOAT, (-1, 2)),
+            (definition.outputs, "k", types_pb2.DT_INT64, (-1,)),
+        ):
+            tensors[name].name = name + ":0"
+            tensors[name].dtype = dtype
+            for size in shape:
+                tensors[name].tensor_shape.dim.add().size = size
+        if request.model_spec.name == "m":
+            self.edit_metadata(definition)
+        reply = get_model_metadata_pb2.GetModelMetadataResponse()
+        reply.metadata["signature_def"].Pack(described)
+        return reply
+
+    def Predict(self, request: Any, context: Any) -> Any:  # noqa: N802
+        x = tf.make_ndarray(request.inputs["x"])
+        self.rows.append(len(x))
+        if self.refusal is not None:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, self.refusal)
+        if len(x) > self.limit:
+            message = f"Task size {len(x)} is larger than maximum input batch size {self.limit}"
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+        reply = predict_pb2.PredictResponse()
+        reply.outputs["y"].CopyFrom(tf.make_tensor_proto(2 * x))
+        reply.outputs["k"].CopyFrom(tf.make_tensor_proto(np.arange(len(x), dtype=np.int64)))
+        self.edit_reply(reply)
+        return reply
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    backend = Backend()
+    yield backend
+    backend.stop()
+
+
+def make_app(address: str, *models: str) -> Flask:
+    return create_app(Settings(models_dir=Path("unused"), remote=address, remote_models=models or ("m",)))
+
+
+@pytest.fixture
+def app(backend: Backend) -> Flask:
+    app = make_app(backend.address)
+    app.extensions["repository"].load()
+    return app
+
+
+def ask(client: FlaskClient, rows: int = 1, model: str = "m") -> TestResponse:
+    x = [[float(i), 0.5] for i in range(rows)]
+    return client.post(f"/v1/models/{model}:predict", json={"inputs": x})
+
+
+@pytest.mark.parametrize("limit", [64, 7, 1])
+def test_more_rows_than_the_server_takes_are_sent_in_parts(app: Flask, backend: Backend, limit: int) -> None:
+    backend.limit = limit
+    for rows in (limit, limit + 1, 3 * limit + 2):
+        answer = ask(app.test_client(), rows).json
+        assert answer is not None
+        assert answer["outputs"]["y"] == [[2.0 * i, 1.0] for i in range(rows)]
+    assert [rows for rows in backend.rows if rows > limit] == [limit + 1]  # the limit is remembered
+    assert backend.rows[2:4] == ([limit, 1] if limit > 1 else [1, 1])
+
+
+def test_a_limit_that_becomes_smaller_is_learned(app: Flask, backend: Backend) -> None:
+    for limit in (8, 3):
+        backend.limit = limit
+        answer = ask(app.test_client(), 20).json
+        assert answer is not None
+        assert len(answer["outputs"]["y"]) == 20
+    assert app.test_client().post("/v2/models/m/infer", json=v2_request(10)).status_code == 200
+
+
+def v2_request(rows: int) -> dict[str, Any]:
+    return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, 2], "data": [1.0] * 2 * rows}]}
+
+
+def test_outputs_that_cannot_be_joined_are_refused(backend: Backend) -> None:
+    def without_rows(definition: Any) -> None:
+        for name, array in (("y", np.float32(1)), ("k", np.int64(1))):
+            definition.outputs[name].tensor_shape.Clear()
+            edits.append(set_output(name, array))
+
+    edits: list[Callable[[Any], None]] = []
+    backend.edit_metadata = without_rows
+    backend.edit_reply = lambda reply: [edit(reply) for edit in edits] and None
+    backend.limit = 4
+    app = make_app(backend.address)
+    app.extensions["repository"].load()
+    assert ask(app.test_client(), 4).json == {"outputs": {"y": 1.0, "k": 1}}
+    for _ in range(2):
+        answer = ask(app.test_client(), 5)
+        assert (answer.status_code, "send fewer" in (answer.json or {})["error"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "Task size 4 is larger than maximum input batch size 0",
+        "Task size 4 is larger than maximum input batch size 4",
+        "the image is larger than maximum size",
+    ],
+)
+def test_other_refusals_are_passed_on(app: Flask, backend: Backend, refusal: str) -> None:
+    backend.refusal = refusal
+    answer = ask(app.test_client(), 4)
+    assert (answer.status_code, answer.json) == (400, {"error": refusal})
+    assert backend.rows == [4]
+
+
+def set_output(name: str, array: Any) -> Callable[[Any], None]:
+    def edit(reply: Any) -> None:
+        reply.outputs[name].CopyFrom(tf.make_tensor_proto(array))
+
+    return edit
+
+
+def edit_tensor(edit: Callable[[Any], None]) -> Callable[[Any], None]:
+    return lambda reply: edit(reply.outputs["y"])
+
+
+INVALID: dict[str, Callable[[Any], None]] = {
+    "no outputs": lambda reply: reply.outputs.clear(),
+    "an output missing": lambda reply: reply.outputs.pop("k"),
+    "an output of another name": lambda reply: (reply.outputs.pop("k"), set_output("z", [1])(reply)),
+    "another dtype": set_output("y", np.zeros((2, 2), np.int32)),
+    "strings": set_output("y", [[b"a", b"b"], [b"c", b"d"]]),
+    "too few rows": set_output("y", np.zeros((1, 2), np.float32)),
+    "too many rows": set_output("y", np.zeros((3, 2), np.float32)),
+    "no rows": set_output("y", np.zeros((0, 2), np.float32)),
+    "another rank": set_output("y", np.zeros(2, np.float32)),
+    "a scalar": set_output("y", np.float32(1)),
+    "another size": set_output("y", np.zeros((2, 3), np.float32)),
+    "too little content": edit_tensor(lambda tensor: setattr(tensor, "tensor_content", b"\0" * 3)),
+    "an unknown dtype": edit_tensor(lambda tensor: setattr(tensor, "dtype", 999)),
+    "no dtype": edit_tensor(lambda tensor: setattr(tensor, "dtype", 0)),
+    "a resource": edit_tensor(lambda tensor: setattr(tensor, "dtype", types_pb2.DT_RESOURCE)),
+    "a negative size": edit_tensor(lambda tensor: setattr(tensor.tensor_shape.dim[0], "size", -1)),
+    "an unknown rank": edit_tensor(lambda tensor: setattr(tensor.tensor_shape, "unknown_rank", True)),
+    "terabytes": edit_tensor(lambda tensor: setattr(tensor.tensor_shape.dim[0], "size", 2**40)),
+    "an empty tensor": edit_tensor(lambda tensor: tensor.Clear()),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_an_invalid_response_is_502(app: Flask, backend: Backend, case: str) -> None:
+    backend.edit_reply = INVALID[case]
+    client = app.test_client()
+    for answer in (ask(client, 2), client.post("/v2/models/m/infer", json=v2_request(2))):
+        assert answer.status_code == 502, answer.text
+        assert f"TensorFlow Serving at {backend.address} cannot be used" in (answer.json or {})["error"]
+        assert "Retry-After" not in answer.headers
+    backend.edit_reply = leave
+    assert ask(client, 2).status_code == 200
+
+
+def test_outputs_that_were_not_announced_are_left_out(app: Flask, backend: Backend) -> None:
+    backend.edit_reply = set_output("z", [1])
+    assert (ask(app.test_client(), 2).json or {})["outputs"].keys() == {"y", "k"}
+
+
+def test_a_response_that_is_no_message_is_502(app: Flask, backend: Backend) -> None:
+    def garbage(request: bytes, context: Any) -> bytes:  # noqa: ARG001
+        return b"\xff\xff\xff"
+
+    backend.stop()
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    handler = grpc.unary_unary_rpc_method_handler(garbage)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(PREDICT, {"Predict": handler}),))
+    assert server.add_insecure_port(backend.address) == backend.port
+    server.start()
+    try:
+        answer = ask(app.test_client())
+        assert (answer.status_code, "cannot be parsed" in (answer.json or {})["error"]) == (502, True)
+    finally:
+        server.stop(None).wait()
+
+
+def set_unknown_dtype(definition: Any) -> None:
+    definition.inputs["x"].dtype = 250
+
+
+def set_unknown_state(status: Any) -> None:
+    status.state = 77
+
+
+def set_unknown_code(status: Any) -> None:
+    status.status.error_code = 77
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda backend: setattr(backend, "edit_metadata", set_unknown_dtype),
+        lambda backend: setattr(backend, "edit_status", set_unknown_state),
+        lambda backend: setattr(backend, "edit_status", set_unknown_code),
+    ],
+)
+def test_a_model_described_with_nonsense_is_502_and_leaves_the_others_in_use(
+    backend: Backend, edit: Callable[[Backend], None]
+) -> None:
+    edit(backend)
+    app = make_app(backend.address, "m", "n", "missing")
+    repository = app.extensions["repository"]
+    repository.load()
+    client = app.test_client()
+    for page in ("/readyz", "/metrics", "/models.json", "/", "/v1/models/n"):
+        assert client.get(page).status_code == 200
+    assert ask(client, model="n").status_code == 200
+    assert ask(client, model="missing").status_code == 404
+    answer = ask(client)
+    assert (answer.status_code, "cannot be used" in (answer.json or {})["error"]) == (502, True)
+    problems = {model["name"]: model["problem"] for model in client.get("/models.json").json or []}
+    assert "cannot be used" in problems["m"]
+
+
+def every_way(client: FlaskClient) -> dict[str, TestResponse]:
+    form = {"image": (io.BytesIO(picture("red")), "a.png")}
+    return {
+        "predict": ask(client),
+        "version": client.post("/v1/models/m/versions/1:predict", json={"instances": [[1.0, 2.0]]}),
+        "classify": client.post("/v1/models/m:classify", json={"examples": [{"x": 1.0}]}),
+        "metadata": client.get("/v1/models/m/metadata"),
+        "status": client.get("/v1/models/m"),
+        "v2": client.post("/v2/models/m/infer", json=v2_request(1)),
+        "v2 metadata": client.get("/v2/models/m"),
+        "body": client.post("/predict", data=picture("red"), content_type="image/png"),
+        "form": client.post("/predict?model=m", data=form),
+    }
+
+
+def assert_unreachable(client: FlaskClient) -> None:
+    for way, answer in every_way(client).items():
+        assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "1"), way
+        assert "cannot be reached" in (answer.json or {})["error"], way
+    assert client.get("/readyz").status_code == 503
+    assert "cannot be reached" in (client.get("/readyz").json or {})["reason"]
+    for page in ("/metrics", "/models.json", "/", "/healthz"):
+        assert client.get(page).status_code == 200
+    assert client.get("/v1/models/nobody").status_code == 404
+
+
+def test_an_unreachable_server_is_503_from_the_start() -> None:
+    app = make_app(f"127.0.0.1:{free_ports(1)[0]}")
+    repository = app.extensions["repository"]
+    client = app.test_client()
+    for way, answer in every_way(client).items():
+        assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "1"), way
+    repository.load()
+    for _ in range(2):
+        assert_unreachable(client)
+        repository.update()
+
+
+def test_a_server_that_goes_away_is_503_before_and_after_that_is_noticed(app: Flask, backend: Backend) -> None:
+    client = app.test_client()
+    assert ask(client).status_code == 200
+    backend.stop()
+    answer = ask(client)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    for _ in range(2):
+        app.extensions["repository"].update()
+        assert_unreachable(client)
+
+
+def test_the_process_says_so_over_both_protocols(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    remote = ("--remote", f"127.0.0.1:{free_ports(1)[0]}", "--remote-model", "m", "--poll-interval-s", "0.2")
+    server = start_server(tmp_path / "none", *remote)
+    server.wait_for("/readyz", 503)
+    server.wait_until(lambda: "not ready: m: TensorFlow Serving at" in server.log)
+    for _ in range(3):
+        answer = httpx.post(server.url + "/v1/models/m:predict", json={"instances": [1]})
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        request = predict_pb2.PredictRequest()
+        request.model_spec.name = "m"
+        with pytest.raises(grpc.RpcError) as refused:
+            prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=30)
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        status = get_model_status_pb2.GetModelStatusRequest()
+        status.model_spec.name = "m"
+        with pytest.raises(grpc.RpcError) as refused:
+            model_service_pb2_grpc.ModelServiceStub(channel).GetModelStatus(status, timeout=30)
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert server.stop() == 0
