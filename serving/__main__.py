@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import click
-from flask import Flask
 
-from serving.api.app import create_app
+from serving.api.app import make_app
+from serving.api.flask_app import ServingApp
 from serving.errors import StartupError
 from serving.http.protocol import HttpLimits, access_logger
 from serving.http.server import listen, run_http_server
 from serving.inference.backends import name_remote_models
-from serving.inference.liveness import Liveness
 from serving.inference.model_config import ModelsFolder
-from serving.inference.repository import ModelRepository
 from serving.memory import TRIM_BYTES, MemoryBudget, keep_freed_memory, return_freed_memory
 from serving.settings import LOG_LEVELS, Settings
 
@@ -180,7 +178,7 @@ def main(**options: Any) -> None:
         listener = open_port(settings.host, settings.rest_port, flag="--rest-port")
         if settings.grpc_port:
             open_port(settings.host, settings.grpc_port, flag="--grpc-port").close()  # gRPC opens its own
-        app = create_app(settings)
+        app = make_app(settings)
     except StartupError as error:
         raise click.ClickException(str(error)) from error
     serve(app, settings, listener)
@@ -223,7 +221,7 @@ def open_port(host: str, port: int, *, flag: str) -> socket.socket:
         ) from error
 
 
-def serve(app: Flask, settings: Settings, listener: socket.socket) -> NoReturn:
+def serve(app: ServingApp, settings: Settings, listener: socket.socket) -> NoReturn:
     """Serve the app, its models loaded in the background, until a signal comes; ends the process."""
     # TensorFlow's own lines; what it refuses arrives as exceptions, with the reason in them.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -231,18 +229,16 @@ def serve(app: Flask, settings: Settings, listener: socket.socket) -> NoReturn:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     stopping = threading.Event()
-    liveness: Liveness = app.extensions["liveness"]
     follower = threading.Thread(
         target=follow_models, args=(app, settings, listener.getsockname()[0], stopping), name="models", daemon=True
     )
-    liveness.require(follower)
+    app.liveness.require(follower)
     follower.start()
-    budget: MemoryBudget = app.extensions["memory_budget"]
-    threading.Thread(target=watch_memory, args=(budget,), name="memory", daemon=True).start()
+    threading.Thread(target=watch_memory, args=(app.memory,), name="memory", daemon=True).start()
     run_http_server(
         lambda: HttpLimits(
             app,
-            budget,
+            app.memory,
             max_body_bytes=settings.max_request_bytes,
             request_timeout_s=settings.request_timeout_s,
             threads=settings.threads,
@@ -273,13 +269,13 @@ def watch_memory(budget: MemoryBudget) -> NoReturn:
         budget.adapt()
 
 
-def follow_models(app: Flask, settings: Settings, address: str, stopping: threading.Event) -> None:
+def follow_models(app: ServingApp, settings: Settings, address: str, stopping: threading.Event) -> None:
     """Load the app's models, and poll for what becomes of them. Models that cannot be loaded are tried again.
 
     Meanwhile the app answers over HTTP already: that it is alive, and not ready. Over gRPC it does so as soon as
     TensorFlow, which the messages come with, is imported.
     """
-    repository: ModelRepository = app.extensions["repository"]
+    repository = app.inference.repository
     names = ", ".join(repository.all_names())
     waiting = f"waiting for a model: <name>/<version>/saved_model.pb in {settings.models_dir}"
     logger.info(
@@ -293,9 +289,8 @@ def follow_models(app: Flask, settings: Settings, address: str, stopping: thread
         if settings.grpc_port:
             start_grpc(app, settings, address, stopping)
         repository.load()
-        budget: MemoryBudget = app.extensions["memory_budget"]
-        budget.adapt(in_use=True)
-        logger.info("memory budget: %s MB for all requests", f"{budget.total_bytes / 1e6:,.0f}")
+        app.memory.adapt(in_use=True)
+        logger.info("memory budget: %s MB for all requests", f"{app.memory.total_bytes / 1e6:,.0f}")
     except StartupError as error:
         _give_up(str(error))
     except Exception:
@@ -308,7 +303,7 @@ def follow_models(app: Flask, settings: Settings, address: str, stopping: thread
     repository.watch(settings.poll_interval_s)
 
 
-def start_grpc(app: Flask, settings: Settings, address: str, stopping: threading.Event) -> None:
+def start_grpc(app: ServingApp, settings: Settings, address: str, stopping: threading.Event) -> None:
     """Start the gRPC server on the app's models; it takes no more calls when `stopping` is set.
 
     Raises:
@@ -317,14 +312,13 @@ def start_grpc(app: Flask, settings: Settings, address: str, stopping: threading
     from serving.grpc.server import GrpcServer
 
     server = GrpcServer(
-        app.extensions["repository"],
-        app.extensions["metrics"],
-        app.extensions["memory_budget"],
-        app.extensions["liveness"],
+        app.inference,
+        app.metrics,
+        app.memory,
+        app.liveness,
         address=f"[{address}]:{settings.grpc_port}" if ":" in address else f"{address}:{settings.grpc_port}",
         threads=settings.threads,
         max_message_bytes=settings.max_request_bytes,
-        max_rows=settings.max_rows,
     )
     app.extensions["grpc_server"] = server
 

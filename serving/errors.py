@@ -42,11 +42,14 @@ class ServingError(Exception):
     +-- InvalidBackendResponse    502  INTERNAL            a remote server's response cannot be used
 
     `retry_after_s` is the `Retry-After` header of the response: set where the same request can succeed later.
+    `tensorflow_serving` is the error that TensorFlow Serving's APIs respond with instead, where that server has its own
+    message or status for the case.
     """
 
     status = 500
     code = "INTERNAL"
     retry_after_s: int | None = None
+    tensorflow_serving: ServingError | None = None
 
     def body(self) -> dict[str, Any]:
         """Return what the client is sent, as JSON."""

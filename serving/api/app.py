@@ -1,207 +1,58 @@
-"""`create_app()`: the blueprints, the JSON of every reply and error, and the count of every request."""
+"""`make_app()`: the service's objects, the blueprint of each protocol, and the JSON of every error."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping
-from io import BytesIO
-from typing import Any, cast
 
-import orjson
-from flask import Flask, Request, Response, current_app, g, request, request_tearing_down
-from flask.json.provider import JSONProvider
-from flask.typing import ResponseReturnValue
+from flask import Response, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
-from werkzeug.routing import MapAdapter, Rule
 
 from serving.api import monitoring
-from serving.api.json_process import JsonProcess
+from serving.api.flask_app import ServingApp, current_app
 from serving.api.open_inference import routes as open_inference
 from serving.api.predict import routes as predict
-from serving.api.responses import PlainResponse, json_response
+from serving.api.responses import error_response, json_response
 from serving.api.tensorflow_serving import routes as tensorflow_serving
 from serving.api.web import routes as web
 from serving.errors import ServingError
 from serving.inference.backends import make_repository
 from serving.inference.liveness import Liveness
+from serving.inference.service import InferenceService
 from serving.memory import MemoryBudget
-from serving.metrics import TFS_STATUS, Metrics
+from serving.metrics import Metrics
 from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-MAX_KNOWN_PATHS = 256
-RETRY_AFTER_S = 1  # of responses that name no time of their own
 
-
-def create_app(settings: Settings) -> Flask:
-    """Make the service for the models that the settings name, none of which is loaded yet.
-
-    `app.extensions` holds the "repository", whose `load()` makes it ready, the "liveness", the "metrics" and the
-    "settings".
+def make_app(settings: Settings) -> ServingApp:
+    """Make the service for the models that the settings name; `app.inference.repository.load()` loads them.
 
     Raises:
         StartupError: there is no model to serve.
     """
-    app = Service(__name__, static_folder=None)
-    app.json = OrjsonProvider(app)
-    app.url_map.merge_slashes = False  # `//host/path` is a path that is not there, and never a redirect
-    app.url_map.strict_slashes = False
-    app.config["MAX_CONTENT_LENGTH"] = settings.max_request_bytes
-    metrics = app.metrics
+    metrics = Metrics()
     liveness = Liveness()
+    memory = MemoryBudget(settings.memory_budget)
     repository = make_repository(settings, metrics, liveness)
-    budget = MemoryBudget(settings.memory_budget)
     metrics.watch(repository)
-    metrics.watch_memory(budget)
-    app.extensions.update(
-        settings=settings,
+    metrics.watch_memory(memory)
+    app = ServingApp(
+        settings,
+        inference=InferenceService(repository, max_rows=settings.max_rows),
         metrics=metrics,
         liveness=liveness,
-        repository=repository,
-        memory_budget=budget,
-        json_process=JsonProcess(),
+        memory=memory,
     )
     for module in (monitoring, predict, tensorflow_serving, open_inference, web):
         app.register_blueprint(module.blueprint)
-    app.register_error_handler(ServingError, _answer_serving_error)
-    app.register_error_handler(HTTPException, _answer_http_error)
-    app.register_error_handler(Exception, _answer_fault)
+    app.register_error_handler(ServingError, error_response)
+    app.register_error_handler(HTTPException, _http_error_response)
+    app.register_error_handler(Exception, _internal_error_response)
     return app
 
 
-class BufferedRequest(Request):
-    """A request whose body the HTTP server has read already (serving/http/wsgi.py): it is not read a second time."""
-
-    def get_data(self, cache: bool = True, as_text: Any = False, parse_form_data: bool = False) -> Any:
-        """Return the body, as `werkzeug.Request.get_data` does.
-
-        Raises:
-            RequestEntityTooLarge: it is longer than MAX_CONTENT_LENGTH.
-        """
-        stream = self.environ["wsgi.input"]
-        limit = self.max_content_length
-        if isinstance(stream, BytesIO) and not parse_form_data:
-            body = stream.getvalue()
-            if limit is not None and max(len(body), int(self.environ.get("CONTENT_LENGTH") or 0)) > limit:
-                raise RequestEntityTooLarge
-        else:
-            body = super().get_data(cache, parse_form_data=parse_form_data)
-            # Werkzeug ends a body of unknown length at the limit, without a word.
-            if len(body) == limit and self.environ.get("wsgi.input_terminated") and stream.read(1):
-                raise RequestEntityTooLarge
-        return body.decode(errors="replace") if as_text else body
-
-
-class Service(Flask):
-    """Flask that counts its requests, and runs its loops over hooks only once there are hooks."""
-
-    request_class = BufferedRequest
-    response_class = PlainResponse
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.metrics = Metrics()
-        self._known_paths: dict[tuple[str, str], tuple[Rule, Mapping[str, Any]]] = {}
-
-    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
-        """Match by path and method alone, unless hosts or subdomains matter."""
-        by_host = self.url_map.host_matching or self.subdomain_matching
-        if request is None or by_host or self.config["SERVER_NAME"] or self.config["TRUSTED_HOSTS"]:
-            return super().create_url_adapter(request)
-        environ = request.environ
-        adapter = KnownPaths(
-            self.url_map,
-            server_name=environ.get("HTTP_HOST") or environ["SERVER_NAME"],
-            script_name=environ.get("SCRIPT_NAME") or "/",
-            subdomain="",
-            url_scheme=environ["wsgi.url_scheme"],
-            path_info=request.path,
-            default_method=request.method,
-            query_args=environ.get("QUERY_STRING", ""),
-        )
-        adapter.known = self._known_paths
-        return adapter
-
-    def preprocess_request(self) -> ResponseReturnValue | None:
-        """Note when the request began, and call the hooks."""
-        g.started_s = time.perf_counter()
-        self.metrics.in_flight.inc()
-        if self.before_request_funcs or self.url_value_preprocessors:
-            return super().preprocess_request()
-        return None
-
-    def process_response(self, response: Response) -> Response:
-        """Call the hooks, and count the request."""
-        response = super().process_response(response)
-        if response.status_code in (429, 503) and "Retry-After" not in response.headers:
-            response.headers["Retry-After"] = str(RETRY_AFTER_S)
-        context: Any = cast(Any, g)._get_current_object()
-        asked: Request = cast(Any, request)._get_current_object()
-        seconds = time.perf_counter() - context.started_s
-        status = response.status_code
-        model = context.get("model", "")
-        if model not in self.extensions["repository"].all_names():
-            model = ""  # made-up names must not become labels that stay for ever
-        elif "is_tfs_predict" in context:
-            code = TFS_STATUS.get(status, "INTERNAL")
-            self.metrics.observe_tfs_predict(model=model, code=code, seconds=seconds, api="REST")
-        route = asked.url_rule.rule if asked.url_rule else "unmatched"
-        self.metrics.observe_request(route=route, model=model, status=status, seconds=seconds)
-        return response
-
-    def do_teardown_request(self, exc: BaseException | None = None) -> None:
-        """Call the hooks, and note that the request has ended."""
-        self.metrics.in_flight.dec()
-        if self.teardown_request_funcs or request_tearing_down.receivers:
-            super().do_teardown_request(exc)
-
-
-class KnownPaths(MapAdapter):
-    """Matches each method and path once: the same few come again and again."""
-
-    known: dict[tuple[str, str], tuple[Rule, Mapping[str, Any]]]  # the app's, for all its requests
-
-    def match(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the rule and its arguments, as `MapAdapter.match` does."""
-        if args or kwargs != {"return_rule": True}:  # not Flask's own call
-            return super().match(*args, **kwargs)
-        key = self.default_method, self.path_info
-        found = self.known.get(key)
-        if found is None:
-            found = super().match(return_rule=True)
-            if len(self.known) >= MAX_KNOWN_PATHS:
-                self.known.clear()
-            self.known[key] = found
-        rule, arguments = found
-        return rule, dict(arguments)  # hooks may change them
-
-
-class OrjsonProvider(JSONProvider):
-    """JSON by orjson; numpy's arrays and scalars included, so float32 keeps its own digits."""
-
-    def dumps(self, obj: Any, **_: Any) -> str:
-        """Return `obj` as JSON text."""
-        return orjson.dumps(obj, option=orjson.OPT_SERIALIZE_NUMPY).decode()
-
-    def loads(self, s: str | bytes, **_: Any) -> Any:
-        """Return what the JSON text `s` says."""
-        return orjson.loads(s)
-
-    def response(self, *args: Any, **kwargs: Any) -> Response:
-        """Return `args` or `kwargs` as a JSON reply."""
-        return json_response(self._prepare_response_obj(args, kwargs))
-
-
-def _answer_serving_error(error: ServingError) -> Response:
-    response = json_response(error.body(), status=error.status)
-    if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(error.retry_after_s)
-    return response
-
-
-def _answer_http_error(error: HTTPException) -> Response | HTTPException:
+def _http_error_response(error: HTTPException) -> Response | HTTPException:
     if error.code is None or error.code < 400:
         return error  # a redirect
     if isinstance(error, NotFound):
@@ -213,11 +64,11 @@ def _answer_http_error(error: HTTPException) -> Response | HTTPException:
         message = f"the request is too large: at most {current_app.config['MAX_CONTENT_LENGTH']:,} bytes"
     else:
         message = error.description or error.name
-    reply = json_response({"error": message}, status=error.code)
-    reply.headers.extend(header for header in error.get_headers() if header[0] != "Content-Type")
-    return reply
+    response = json_response({"error": message}, status=error.code)
+    response.headers.extend(header for header in error.get_headers() if header[0] != "Content-Type")
+    return response
 
 
-def _answer_fault(error: Exception) -> Response:
+def _internal_error_response(error: Exception) -> Response:
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
-    return json_response({"error": "the service failed to answer; the reason is in its log"}, status=500)
+    return json_response({"error": "internal error; the reason is in the service's log"}, status=500)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Response, current_app
+from flask import Blueprint, Response
 
-from serving.inference.liveness import Liveness
-from serving.inference.repository import ModelRepository
-from serving.metrics import CONTENT_TYPE, Metrics
+from serving.api.flask_app import current_app
+from serving.metrics import CONTENT_TYPE
 
 blueprint = Blueprint("health", __name__)
 
@@ -16,8 +15,7 @@ blueprint = Blueprint("health", __name__)
 @blueprint.get("/healthz")
 def healthz() -> tuple[dict[str, Any], int]:
     """Answer that the process is alive, whether or not it has models; 503 with the reason where a restart is needed."""
-    liveness: Liveness = current_app.extensions["liveness"]
-    problem = liveness.problem
+    problem = current_app.liveness.problem
     return ({"status": "alive"}, 200) if problem is None else ({"status": "dead", "reason": problem}, 503)
 
 
@@ -28,7 +26,7 @@ def readyz() -> tuple[dict[str, Any], int]:
     `models` has every version that was tried, with its `error`; `problems` the folders that cannot be read, of a
     model or, without one, the models folder.
     """
-    repository: ModelRepository = current_app.extensions["repository"]
+    repository = current_app.inference.repository
     reason = repository.not_ready_because
     models = [
         {
@@ -49,5 +47,4 @@ def readyz() -> tuple[dict[str, Any], int]:
 @blueprint.get("/monitoring/prometheus/metrics")
 def metrics() -> Response:
     """Answer the metrics in Prometheus' text format."""
-    app_metrics: Metrics = current_app.extensions["metrics"]
-    return Response(app_metrics.render(), content_type=CONTENT_TYPE)
+    return Response(current_app.metrics.render(), content_type=CONTENT_TYPE)

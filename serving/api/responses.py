@@ -1,4 +1,4 @@
-"""Responses that need nothing worked out when they are sent."""
+"""JSON responses, and the response to an error of the service."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import orjson
 from flask import Response
 
+from serving.errors import ServingError
+
 
 class PlainResponse(Response):
-    """A response that is sent as it is: the server adds the length.
+    """A response that is sent without further work: the server adds the length.
 
-    Views make their responses of this class, which is the app's: Flask would have to turn others into it.
+    It is the app's response class, so Flask does not convert what views return.
     """
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
@@ -29,5 +31,13 @@ def json_response(document: Any, *, status: int = 200) -> PlainResponse:
 
 
 def encoded_response(text: bytes, *, status: int = 200) -> PlainResponse:
-    """Make a response of JSON that is written already."""
+    """Make a response of encoded JSON."""
     return PlainResponse([text], status, content_type="application/json")
+
+
+def error_response(error: ServingError) -> PlainResponse:
+    """Make the response to an error."""
+    response = json_response(error.body(), status=error.status)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    return response

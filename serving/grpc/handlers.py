@@ -24,7 +24,7 @@ MAX_DETAILS = 4_000  # gRPC sends them in a header, which has to stay small
 # Memory of a message as objects, per byte: a varint of one byte becomes an integer of 8.
 OBJECT_BYTES = 8
 
-_Answer = Callable[[Any, float | None], Any]
+_Method = Callable[[Any], Any]
 _Failure = tuple[grpc.StatusCode, str]
 
 
@@ -44,15 +44,15 @@ class GrpcLimits:
 
 
 def make_handler(
-    answer: _Answer, request_type: Any, *, limits: GrpcLimits, is_long: bool = False
+    method: _Method, request_type: Any, *, limits: GrpcLimits, is_long: bool = False
 ) -> grpc.RpcMethodHandler:
     """Make the handler of a method with one request and one response.
 
     Args:
-        answer: is given the request, and its deadline on the clock of `time.monotonic` or None; returns the response.
+        method: callable(request) that returns the response.
         request_type: the class of the request's message.
         limits: of the server.
-        is_long: the answer blocks for long, and is given a thread.
+        is_long: the method blocks for long, and is called in a thread.
     """
 
     async def handle(_: Any, context: Any) -> bytes:
@@ -70,7 +70,7 @@ def make_handler(
                 # To its end, even where the client cancels the call: so the memory is released there.
                 is_processed = True
                 response, failure = await call_from_loop(
-                    lambda: _answer_and_release(answer, request_type, data, memory, limits),
+                    lambda: _respond_and_release(method, request_type, data, memory, limits),
                     greenlets=limits.greenlets,
                     in_thread=is_long,
                     make_context=lambda is_cancelled: RequestContext(deadline_s, is_cancelled, memory),
@@ -90,28 +90,29 @@ def make_handler(
     return grpc.stream_unary_rpc_method_handler(handle)
 
 
-def _answer_and_release(
-    answer: _Answer, request_type: Any, data: bytes, memory: RequestMemory, limits: GrpcLimits
+def _respond_and_release(
+    method: _Method, request_type: Any, data: bytes, memory: RequestMemory, limits: GrpcLimits
 ) -> tuple[bytes, _Failure | None]:
     try:
-        return _answer(answer, request_type, data)
+        return _respond(method, request_type, data)
     finally:
         memory.release_in(limits.greenlets.threads)
 
 
-def _answer(answer: _Answer, request_type: Any, data: bytes) -> tuple[bytes, _Failure | None]:
+def _respond(method: _Method, request_type: Any, data: bytes) -> tuple[bytes, _Failure | None]:
     """Return the serialized response, or how the call fails; nobody but the log sees a stack trace."""
     context = current_request.get()
     try:
         context.reserve(len(data) * OBJECT_BYTES)
         message = run_sized(len(data), request_type.FromString, data)
-        response: bytes = answer(message, context.deadline_s).SerializeToString()
+        response: bytes = method(message).SerializeToString()
     except DecodeError:
         name = request_type.DESCRIPTOR.full_name
         return b"", (grpc.StatusCode.INTERNAL, f"the message sent is not a {name}: it cannot be parsed")
     except ServingError as error:
+        error = error.tensorflow_serving or error
         return b"", (getattr(grpc.StatusCode, error.code), str(error)[:MAX_DETAILS])
     except Exception:
         logger.exception("a gRPC call failed")
-        return b"", (grpc.StatusCode.INTERNAL, "the service failed to answer; the reason is in its log")
+        return b"", (grpc.StatusCode.INTERNAL, "internal error; the reason is in the service's log")
     return response, None

@@ -10,52 +10,51 @@ import time
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import get_model_metadata_pb2, predict_pb2
 
 from serving.errors import InvalidRequest, ModelFailed, ServingError
 from serving.greenlets import run_sized
-from serving.inference.repository import ModelRepository, ModelVersion
-from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, TensorSpec, check_rows
+from serving.inference.repository import ModelVersion
+from serving.inference.service import InferenceRequest, InferenceService
+from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, check_rows
 from serving.inference.tensor_proto import count_elements, read_tensor, write_tensor
 from serving.metrics import Metrics
+from serving.tfs_messages import make_signature_defs
 
 
 class PredictionService:
     """Answers from a repository's models.
 
     Args:
-        repository: the models.
-        metrics: is told of every Predict.
+        inference: runs the requests.
+        metrics: counts and times every Predict.
         max_bytes: how large one input may be.
-        max_rows: most rows of a request.
     """
 
-    def __init__(self, repository: ModelRepository, metrics: Metrics, *, max_bytes: int, max_rows: int) -> None:
-        self._repository = repository
+    def __init__(self, inference: InferenceService, metrics: Metrics, *, max_bytes: int) -> None:
+        self._inference = inference
         self._metrics = metrics
         self._max_bytes = max_bytes
-        self._max_rows = max_rows
 
-    def predict(self, request: Any, deadline_s: float | None) -> Any:
+    def predict(self, request: Any) -> Any:
         """Run a signature of a model."""
         started_s = time.perf_counter()
         code = ServingError.code
         try:
             with self._metrics.in_flight.track_inprogress():
-                reply = self._predict(request, deadline_s)
+                response = self._predict(request)
             code = "OK"
         except ServingError as error:
             code = error.code
             raise
         finally:
             model = request.model_spec.name
-            if model in self._repository.all_names():
+            if model in self._inference.repository.all_names():
                 seconds = time.perf_counter() - started_s
                 self._metrics.observe_tfs_predict(model=model, code=code, seconds=seconds, api="GRPC")
-        return reply
+        return response
 
-    def get_model_metadata(self, request: Any, _: float | None) -> Any:
+    def get_model_metadata(self, request: Any) -> Any:
         """Describe the signatures of a model."""
         if not request.HasField("model_spec"):
             raise InvalidRequest("Missing ModelSpec")
@@ -64,17 +63,17 @@ class PredictionService:
         for field in request.metadata_field:
             if field != "signature_def":
                 raise InvalidRequest(f"Metadata field {field} is not supported")
-        version = resolve(self._repository, request.model_spec)
-        reply = get_model_metadata_pb2.GetModelMetadataResponse()
-        reply.model_spec.name = version.name
-        reply.model_spec.version.value = version.version
-        reply.metadata["signature_def"].Pack(_describe_signatures(version.predictor.signatures.values()))
-        return reply
+        version = resolve(self._inference, request.model_spec)
+        response = get_model_metadata_pb2.GetModelMetadataResponse()
+        response.model_spec.name = version.name
+        response.model_spec.version.value = version.version
+        response.metadata["signature_def"].Pack(make_signature_defs(version))
+        return response
 
-    def _predict(self, request: Any, deadline_s: float | None) -> Any:
+    def _predict(self, request: Any) -> Any:
         if not request.HasField("model_spec"):
             raise InvalidRequest("Missing ModelSpec")
-        version = resolve(self._repository, request.model_spec)
+        version = resolve(self._inference, request.model_spec)
         name = request.model_spec.signature_name or DEFAULT_SIGNATURE
         signature = version.predictor.signatures.get(name)
         if signature is None:
@@ -83,23 +82,23 @@ class PredictionService:
         wanted = _read_filter(request.output_filter, signature)
         for alias, tensor in request.inputs.items():
             if signature.inputs[alias].is_batched and tensor.tensor_shape.dim:  # before a large tensor is copied
-                check_rows(tensor.tensor_shape.dim[0].size, self._max_rows)
+                check_rows(tensor.tensor_shape.dim[0].size, self._inference.max_rows)
         inputs = {
             alias: run_sized(count_elements(tensor), read_tensor, tensor, name=alias, max_bytes=self._max_bytes)
             for alias, tensor in request.inputs.items()
         }
-        outputs = version.predictor.predict(name, {**signature.defaults, **inputs}, deadline_s=deadline_s)
+        result = self._inference.predict(version, InferenceRequest(name, {**signature.defaults, **inputs}))
         response = predict_pb2.PredictResponse()
         response.model_spec.name = version.name
         response.model_spec.version.value = version.version
         response.model_spec.signature_name = name
         for alias in wanted:
-            array, tensor = outputs[alias], response.outputs[alias]
+            array, tensor = result.outputs[alias], response.outputs[alias]
             run_sized(array.nbytes, write_tensor, tensor, array, dtype_name=signature.outputs[alias].dtype)
         return response
 
 
-def resolve(repository: ModelRepository, spec: Any) -> ModelVersion:
+def resolve(inference: InferenceService, spec: Any) -> ModelVersion:
     """Return the version that a ModelSpec names.
 
     Raises:
@@ -109,7 +108,7 @@ def resolve(repository: ModelRepository, spec: Any) -> ModelVersion:
     if not spec.name:
         raise InvalidRequest("ModelSpec has no name specified.")
     choice = spec.WhichOneof("version_choice")
-    return repository.resolve(
+    return inference.resolve(
         spec.name,
         version=spec.version.value if choice == "version" else None,
         label=spec.version_label if choice == "version_label" else None,
@@ -156,26 +155,3 @@ def _read_filter(output_filter: Iterable[str], signature: Signature) -> list[str
 
 def _in_braces(names: Iterable[str]) -> str:
     return "{" + ",".join(sorted(names)) + "}"
-
-
-def _describe_signatures(signatures: Iterable[Signature]) -> Any:
-    described = get_model_metadata_pb2.SignatureDefMap()
-    for signature in signatures:
-        definition = described.signature_def[signature.name]
-        definition.method_name = signature.method_name
-        for tensors, specs in ((definition.inputs, signature.inputs), (definition.outputs, signature.outputs)):
-            for spec in specs.values():
-                _describe_tensor(tensors[spec.name], spec)
-        for name, array in signature.defaults.items():
-            write_tensor(definition.defaults[name], array, dtype_name=signature.inputs[name].dtype)
-    return described
-
-
-def _describe_tensor(tensor: Any, spec: TensorSpec) -> None:
-    tensor.name = spec.tensor_name
-    tensor.dtype = types_pb2.DataType.Value(spec.dtype)
-    if spec.shape is None:
-        tensor.tensor_shape.unknown_rank = True
-    for size in spec.shape or ():
-        tensor.tensor_shape.dim.add().size = -1 if size is None else size
-    tensor.tensor_shape.SetInParent()

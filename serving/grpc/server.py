@@ -23,7 +23,7 @@ from serving.grpc.prediction_service import PredictionService
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.grpc.service_names import MODEL_SERVICE, PREDICTION_SERVICE, describe_services
 from serving.inference.liveness import Liveness
-from serving.inference.repository import ModelRepository
+from serving.inference.service import InferenceService
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 
@@ -41,14 +41,13 @@ class GrpcServer:
     """Answers TensorFlow Serving's gRPC API, on a port of its own, from an event loop in a thread of its own.
 
     Args:
-        repository: the models.
-        metrics: is told of every Predict.
+        inference: runs the requests.
+        metrics: counts and times every Predict.
         budget: memory for messages.
         liveness: what the health service tells, beside the repository's readiness.
         address: "host:port".
         threads: large requests answered at the same time.
         max_message_bytes: the largest request.
-        max_rows: most rows of a request.
 
     Raises:
         StartupError: the port cannot be listened on.
@@ -56,7 +55,7 @@ class GrpcServer:
 
     def __init__(
         self,
-        repository: ModelRepository,
+        inference: InferenceService,
         metrics: Metrics,
         budget: MemoryBudget,
         liveness: Liveness,
@@ -64,14 +63,12 @@ class GrpcServer:
         address: str,
         threads: int,
         max_message_bytes: int,
-        max_rows: int,
     ) -> None:
-        self._repository = repository
+        self._inference = inference
         self._metrics = metrics
         self._budget = budget
         self._liveness = liveness
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grpc", initializer=lower_priority)
-        self._max_rows = max_rows
         self._max_message_bytes = min(max_message_bytes, budget.large.body_limit // COPIES)
         # That a client has gone before its answer was sent is no fault of the service, and no line of its log.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
@@ -110,10 +107,8 @@ class GrpcServer:
         return server
 
     def _make_handlers(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
-        prediction = PredictionService(
-            self._repository, self._metrics, max_bytes=self._max_message_bytes, max_rows=self._max_rows
-        )
-        models = ModelService(self._repository)
+        prediction = PredictionService(self._inference, self._metrics, max_bytes=self._max_message_bytes)
+        models = ModelService(self._inference)
         limits = GrpcLimits(LoopGreenlets(self._threads), self._budget, MessageReceiver(self._max_message_bytes))
         make = partial(make_handler, limits=limits)
         return {
@@ -130,13 +125,13 @@ class GrpcServer:
             HEALTH_SERVICE: {"Check": make(self._check_health, health_pb2.HealthCheckRequest)},
         }
 
-    def _check_health(self, request: Any, _: float | None) -> Any:
+    def _check_health(self, request: Any) -> Any:
         """Tell whether the service named, or all of it, can answer; nothing has to be kept in step with the repository.
 
         The other method, Watch, is UNIMPLEMENTED, which clients take for "always asked anew".
         """
         if request.service not in _KNOWN:
             raise ModelNotFound(f"there is no service {request.service}")
-        serving = self._repository.ready and self._liveness.problem is None
+        serving = self._inference.not_ready_because is None and self._liveness.problem is None
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if serving else states.NOT_SERVING)

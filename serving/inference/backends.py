@@ -44,7 +44,6 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
             metrics.time_predictor(model, predictor),
             max_batch_rows=settings.max_batch_size,
             max_queued_rows=settings.max_queue_size,
-            max_request_rows=settings.max_rows,
             concurrency=settings.concurrency,
             liveness=liveness,
             inspect=inspector.inspect,

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from serving.errors import InvalidRequest, Overloaded, ServingError, client_disconnected, deadline_exceeded
+from serving.errors import Overloaded, ServingError, client_disconnected, deadline_exceeded
 from serving.greenlets import Pause, call_soon, end_pauses, lower_priority
 from serving.inference.liveness import Liveness
-from serving.inference.signatures import Predictor, Signature, check_inputs, check_rows
+from serving.inference.signatures import Predictor, Signature, count_rows
 from serving.request_context import current_request
 
 # Fewer are worth a call only if no more are being read.
@@ -106,7 +106,6 @@ class Batcher:
         inner: the predictor.
         max_batch_rows: most rows in one call; larger requests are split into several.
         max_queued_rows: while so many rows wait, or more, requests are refused at once.
-        max_request_rows: most rows of one request.
         concurrency: calls of the model at the same time, in each lane.
         liveness: is told of every call, so that it can tell when one does not come back.
         inspect: looks at the inputs of each request before it is queued: raises an error where they must not be
@@ -120,7 +119,6 @@ class Batcher:
         *,
         max_batch_rows: int,
         max_queued_rows: int,
-        max_request_rows: int,
         concurrency: int,
         liveness: Liveness,
         inspect: Callable[[Signature, Mapping[str, np.ndarray]], bool] = lambda *_: False,
@@ -132,7 +130,6 @@ class Batcher:
         self._gathered = {name for name, signature in inner.signatures.items() if signature.is_batched} - {*unbatched}
         self._max_batch_rows = max_batch_rows
         self._max_queued_rows = max_queued_rows
-        self._max_request_rows = max_request_rows
         self._concurrency = concurrency
         self._inspect = inspect
         self._lock = threading.Lock()
@@ -147,19 +144,14 @@ class Batcher:
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
     ) -> dict[str, np.ndarray]:
-        """See `Predictor.predict`.
+        """See `Predictor.predict`. The inputs are valid: `InferenceService.predict` has checked them.
 
         Raises:
-            TooLarge: the request has more rows than are taken.
             Overloaded: too many requests wait, or it could not be finished before the deadline.
             ModelFailed: the deadline passed while it waited (DEADLINE_EXCEEDED), or the client disconnected.
         """
-        described = self.signatures.get(signature)
-        if described is None or not described.inputs:
-            raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
-        check_inputs(described, inputs)
-        rows = _count_rows(described, inputs)
-        check_rows(rows, self._max_request_rows)
+        described = self.signatures[signature]
+        rows = count_rows(described, inputs)
         takes_long = self._inspect(described, inputs)
         key = (signature, tuple([(name, inputs[name].shape[1:]) for name in described.inputs]))
         is_alone = signature not in self._gathered
@@ -400,8 +392,3 @@ class Batcher:
             end = start + request.rows
             request.outputs = {name: array[start:end] for name, array in outputs.items()}
             start = end
-
-
-def _count_rows(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int:
-    """Return the size of the batch axis; 1 where there is none."""
-    return next((len(inputs[name]) for name, spec in signature.inputs.items() if spec.is_batched), 1)

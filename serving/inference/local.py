@@ -10,7 +10,7 @@ from pathlib import Path
 
 from serving.errors import ModelFailed, ModelLoadError, StartupError
 from serving.inference.checksums import Verification, has_checksums, verify_checksums
-from serving.inference.model_config import ModelConfig, Volumes, describe_unreadable, find_versions, printable
+from serving.inference.model_config import ModelConfig, Volumes, describe_unreadable, find_versions
 from serving.inference.model_info import INFO_FILE, read_label_names, read_model_info
 from serving.inference.path_hiding import hide_paths
 from serving.inference.repository import MAX_MESSAGE, FolderProblem, ModelRepository, ModelVersion, VersionStatus
@@ -18,6 +18,7 @@ from serving.inference.retries import Retries, Stamp, read_stamp
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Predictor
 from serving.inference.warmup import WARMUP_FILE, replay_warmup_records
+from serving.quoting import printable
 
 logger = logging.getLogger(__name__)
 
@@ -240,11 +241,10 @@ class LocalRepository(ModelRepository):
         self, status: VersionStatus, loaded: _Loaded, *, info_problem: str = "", warmup_problem: str = ""
     ) -> None:
         """Serve a loaded version with its model info, and report its limitations."""
-        info = read_model_info(loaded.path)
-        content = info.content
-        if not (content or {}).get("class_names") and (names := read_label_names(loaded.predictor)):
-            content = {**(content or {}), "class_names": names}
-        warnings = {"model_info": info_problem or info.problem, "warmup": warmup_problem, "dependent_rows": ""}
+        info, problem = read_model_info(loaded.path)
+        if not info.class_names:
+            info = replace(info, class_names=read_label_names(loaded.predictor))
+        warnings = {"model_info": info_problem or problem, "warmup": warmup_problem, "dependent_rows": ""}
         if loaded.unbatched:
             warnings["dependent_rows"] = (
                 f"rows of a batch influence each other in {', '.join(sorted(loaded.unbatched))}, so its requests are "
@@ -255,9 +255,9 @@ class LocalRepository(ModelRepository):
         before = self._loaded_versions.get((status.name, status.version))
         if current is None or before is None or set(before.unbatched) != set(loaded.unbatched):
             wrapped = self._wrap_predictor(status.name, loaded.predictor, loaded.unbatched)
-            self._serve(ModelVersion(status.name, status.version, wrapped, content))
+            self._serve(ModelVersion(status.name, status.version, wrapped, info))
         else:
-            self._replace(replace(current, card=content))
+            self._replace(replace(current, info=info))
         self._loaded_versions[status.name, status.version] = loaded
         message = _hide_folder("; ".join(warnings.values()), status.name, loaded.path)
         self._show(replace(status, error_message=message, warnings=tuple(warnings)))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.errors import InvalidRequest, StartupError
+from serving.quoting import printable
 
 logger = logging.getLogger(__name__)
 
@@ -159,14 +160,6 @@ def describe_unreadable(path: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return printable(f"{path} does not exist")
     return printable(f"{path} cannot be read: {error.strerror or error}")
-
-
-def printable(text: str) -> str:
-    """Return text as valid Unicode, with bytes of file names that are not UTF-8, and lone surrogates, escaped."""
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def version_number(text: str) -> int | None:

@@ -1,6 +1,6 @@
-"""What a model says of itself: `assets.extra/model.json`, and the names of its classes by its signature `labels`.
+"""Model info: `assets.extra/model.json`, and the class names of the signature `labels`.
 
-It is shown, and never needed to serve the model.
+The service shows it, and does not need it to serve the model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from serving.inference.model_config import printable
 from serving.inference.signatures import DEFAULT_SIGNATURE, Predictor
+from serving.quoting import printable
 
 logger = logging.getLogger(__name__)
 
@@ -28,51 +28,64 @@ LABELS_SIGNATURE = "labels"  # class_id to label, in the models that this projec
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What `model.json` says that this service shows, and what is wrong with the file.
+    """What a model's `model.json` says, as far as this service shows it.
 
-    `content` has `class_names` (different strings), `dataset.name` and `test.accuracy` (0 to 1), as far as they are
-    given; it is None where there is no file, or none that can be read. `problem` is a sentence, or empty.
+    Args:
+        class_names: in the order of the class ids, all different; empty where they are not known.
+        dataset: the name of the dataset it was trained on.
+        test_accuracy: from 0 to 1.
     """
 
-    content: dict[str, Any] | None
-    problem: str = ""
+    class_names: tuple[str, ...] = ()
+    dataset: str | None = None
+    test_accuracy: float | None = None
 
 
-def read_model_info(path: Path) -> ModelInfo:
-    """Read `assets.extra/model.json` of a version, whatever is in it."""
+def read_model_info(path: Path) -> tuple[ModelInfo, str]:
+    """Read `assets.extra/model.json` of a version.
+
+    Returns:
+        The valid fields, and what is wrong with the file: a sentence, or "". Nothing in the file can keep a model from
+        being served.
+    """
     file = path / INFO_FILE
+    info = ModelInfo()
     try:
         if not stat.S_ISREG(file.stat().st_mode):  # to open a pipe would wait for a writer
-            return ModelInfo(None, f"{file} is not a regular file")
+            return info, f"{file} is not a regular file"
         with file.open("rb") as stream:
             text = stream.read(MAX_INFO_BYTES + 1)
         if len(text) > MAX_INFO_BYTES:
-            return ModelInfo(None, f"{file} is larger than {MAX_INFO_BYTES:,} bytes")
+            return info, f"{file} is larger than {MAX_INFO_BYTES:,} bytes"
         document = json.loads(text)
     except FileNotFoundError:
-        return ModelInfo(None)
+        return info, ""
     except OSError as error:
-        return ModelInfo(None, f"{file} cannot be read: {error.strerror or error}")
+        return info, f"{file} cannot be read: {error.strerror or error}"
     except RecursionError:
-        return ModelInfo(None, f"{file} is nested too deeply")
+        return info, f"{file} is nested too deeply"
     except (ValueError, MemoryError) as error:
-        return ModelInfo(None, f"{file} is not valid JSON: {error}")
+        return info, f"{file} is not valid JSON: {error}"
     if not isinstance(document, dict):
-        return ModelInfo(None, f"{file} must hold a JSON object")
-    info: dict[str, Any] = {}
+        return info, f"{file} must hold a JSON object"
+    fields: dict[str, Any] = {}
     problems = []
-    for read in (_read_class_names, _read_dataset, _read_accuracy):
+    for field, read in (
+        ("class_names", _read_class_names),
+        ("dataset", _read_dataset),
+        ("test_accuracy", _read_accuracy),
+    ):
         try:
-            info.update(read(document))
+            fields[field] = read(document)
         except ValueError as error:
             problems.append(str(error))
-    return ModelInfo(info, f"{file}: {'; '.join(problems)}" if problems else "")
+    return ModelInfo(**fields), f"{file}: {'; '.join(problems)}" if problems else ""
 
 
-def _read_class_names(document: Mapping[str, Any]) -> dict[str, Any]:
+def _read_class_names(document: Mapping[str, Any]) -> tuple[str, ...]:
     names = document.get("class_names")
     if names is None:
-        return {}
+        return ()
     if not isinstance(names, list) or not all(isinstance(n, str | int) and not isinstance(n, bool) for n in names):
         raise ValueError("class_names must be a list of strings")
     if len(names) > MAX_CLASSES:
@@ -80,25 +93,23 @@ def _read_class_names(document: Mapping[str, Any]) -> dict[str, Any]:
     names = [printable(str(name)) for name in names]
     if len(set(names)) < len(names):
         raise ValueError("class_names must differ from each other")
-    return {"class_names": names}
+    return tuple(names)
 
 
-def _read_dataset(document: Mapping[str, Any]) -> dict[str, Any]:
+def _read_dataset(document: Mapping[str, Any]) -> str | None:
     name = _read_member(document, "dataset", "name")
-    if name is None:
-        return {}
-    if not isinstance(name, str):
+    if name is not None and not isinstance(name, str):
         raise ValueError("dataset.name must be a string")
-    return {"dataset": {"name": printable(name)}}
+    return None if name is None else printable(name)
 
 
-def _read_accuracy(document: Mapping[str, Any]) -> dict[str, Any]:
+def _read_accuracy(document: Mapping[str, Any]) -> float | None:
     accuracy = _read_member(document, "test", "accuracy")
     if accuracy is None:
-        return {}
+        return None
     if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
         raise ValueError("test.accuracy must be a number from 0 to 1")
-    return {"test": {"accuracy": float(accuracy)}}
+    return float(accuracy)
 
 
 def _read_member(document: Mapping[str, Any], key: str, member: str) -> Any:
@@ -108,20 +119,20 @@ def _read_member(document: Mapping[str, Any], key: str, member: str) -> Any:
     return None if value is None else value.get(member)
 
 
-def read_label_names(predictor: Predictor) -> list[str] | None:
-    """Ask a model for the names of its classes; None where it has no signature `labels`, or that fails."""
+def read_label_names(predictor: Predictor) -> tuple[str, ...]:
+    """Return the class names from a model's signature `labels`; empty where it has none, or that fails."""
     default = predictor.signatures.get(DEFAULT_SIGNATURE)
     lookup = predictor.signatures.get(LABELS_SIGNATURE)
     shape = default.outputs["probabilities"].shape if default and "probabilities" in default.outputs else None
     if not lookup or lookup.inputs.keys() != {"class_id"} or "label" not in lookup.outputs:
-        return None
+        return ()
     if not shape or shape[-1] is None or shape[-1] > MAX_CLASSES:
-        return None
+        return ()
     try:
         class_ids = np.arange(shape[-1], dtype=lookup.inputs["class_id"].numpy_dtype)
         labels = predictor.predict(LABELS_SIGNATURE, {"class_id": class_ids})["label"]
-        names = [label.decode("utf-8", "replace") for label in labels.tolist()]
+        names = tuple(label.decode("utf-8", "replace") for label in labels.tolist())
     except Exception as error:  # whatever this signature does, the others can be served
         logger.warning("the labels of the classes cannot be read, so their numbers are shown: %s", error)
-        return None
-    return names
+        return ()
+    return names if len(set(names)) == len(names) else ()

@@ -27,13 +27,14 @@ from tensorflow_serving.apis import (
 
 from serving.errors import InvalidBackendResponse, InvalidRequest, ModelFailed, ModelNotFound, NotReady, ServingError
 from serving.greenlets import run_blocking
-from serving.inference.model_config import ModelConfig, printable
-from serving.inference.model_info import read_label_names
+from serving.inference.model_config import ModelConfig
+from serving.inference.model_info import ModelInfo, read_label_names
 from serving.inference.path_hiding import hide_paths
 from serving.inference.repository import ModelRepository, ModelVersion, VersionStatus
 from serving.inference.saved_model import read_signature_defs
 from serving.inference.signatures import NUMPY_DTYPES, Predictor, Signature, TensorSpec, check_inputs
 from serving.inference.tensor_proto import read_tensor, write_tensor
+from serving.quoting import printable
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +169,7 @@ class RemoteRepository(ModelRepository):
             raise ValueError("it does not describe the model's signatures")
         signatures = read_signature_defs(described.signature_def)
         predictor = RemotePredictor(self._prediction, name, version, signatures, address=self._address)
-        names = read_label_names(predictor)  # the model info stays on the server's disk
-        info = {"class_names": names} if names else None
+        info = ModelInfo(read_label_names(predictor))  # model.json stays on the server's disk
         self._serve(ModelVersion(name, version, self._wrap_predictor(name, predictor), info))
         logger.info("%s version %d is available at %s", name, version, self._address)
 
@@ -216,7 +216,7 @@ class RemotePredictor:
         self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float
     ) -> dict[str, np.ndarray]:
         """Send a request, in parts where the server takes fewer rows at a time."""
-        rows = _count_rows(signature, inputs) or 1
+        rows = _batch_rows(signature, inputs) or 1
         if rows <= self._max_rows:
             try:
                 return self._predict_once(signature, inputs, deadline_s)
@@ -250,7 +250,7 @@ class RemotePredictor:
         for name, array in inputs.items():
             _write_input(request.inputs[name], array, signature.inputs[name])
         reply = self._send(request, deadline_s)
-        rows = _count_rows(signature, inputs)
+        rows = _batch_rows(signature, inputs)
         return {name: self._read_output(reply.outputs, spec, rows=rows) for name, spec in signature.outputs.items()}
 
     def _read_output(self, outputs: Mapping[str, Any], spec: TensorSpec, *, rows: int | None) -> np.ndarray:
@@ -282,7 +282,7 @@ class RemotePredictor:
         raise AssertionError("the last attempt returns or raises")
 
 
-def _count_rows(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int | None:
+def _batch_rows(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int | None:
     """Return the number of rows of a request; None where not all inputs have a batch axis."""
     if not inputs or not all(spec.is_batched for spec in signature.inputs.values()):
         return None

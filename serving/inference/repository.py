@@ -10,13 +10,15 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
-from serving.errors import HTTP_STATUS_OF_CODE, InvalidRequest, ModelNotFound, NotReady
-from serving.inference.model_config import ModelConfig, printable
+from serving.errors import HTTP_STATUS_OF_CODE, InvalidRequest, ModelNotFound, NotReady, ServingError
+from serving.inference.model_config import ModelConfig
+from serving.inference.model_info import ModelInfo
 from serving.inference.path_hiding import hide_paths
 from serving.inference.signatures import Predictor
+from serving.quoting import printable, quote
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +29,12 @@ CODES = {*HTTP_STATUS_OF_CODE, "OK", "UNKNOWN", "INTERNAL", "DATA_LOSS"}  # of t
 
 @dataclass(frozen=True, eq=False)
 class ModelVersion:
-    """A version that answers. Whoever holds its predictor may use it; it is unloaded when nobody does."""
+    """An available version. It is unloaded after its last use: when nothing refers to its predictor any more."""
 
     name: str
     version: int
     predictor: Predictor
-    card: dict[str, Any] | None  # the model info: shown, never needed to serve
+    info: ModelInfo = field(default_factory=ModelInfo)
 
 
 @dataclass(frozen=True)
@@ -124,26 +126,50 @@ class ModelRepository(ABC):
         return sorted(self._available.get(name, {}))
 
     def resolve(self, name: str, *, version: int | None = None, label: str | None = None) -> ModelVersion:
-        """Return the newest version of a model that can answer, or the one asked for by number or by label.
+        """Return the newest available version of a model, or the one with a number or a label.
 
         Raises:
             NotReady: the model exists and is still being loaded.
-            ModelNotFound: there is nothing of that name and version to answer with.
+            ModelNotFound: the model, or that version of it, is not available.
             InvalidRequest: no version of the model has that label.
         """
-        if label is not None:
-            version = self._labels.get(name, {}).get(label)
-            if version is None:
-                raise InvalidRequest(f"Unrecognized servable version label: {label}")
+        if label is not None and (version := self._labels.get(name, {}).get(label)) is None:
+            raise self._unknown_label(name, label)
         available = self._available.get(name, {})
         if version is None and available:
             return available[max(available)]
         if version is not None and version in available:
             return available[version]
+        raise self._not_available(name, version)
+
+    def _unknown_label(self, name: str, label: str) -> ServingError:
+        error: ServingError
+        if name not in self._available:  # labels are known once the model is loaded
+            error = self._not_available(name, None)
+        else:
+            labels = ", ".join(sorted(self._labels.get(name, {})))
+            has = f"it has {labels}" if labels else "it has no labels"
+            error = InvalidRequest(f"model {name} has no label {quote(label)}; {has}")
+        error.tensorflow_serving = InvalidRequest(f"Unrecognized servable version label: {label}")
+        return error
+
+    def _not_available(self, name: str, version: int | None) -> ServingError:
+        available = sorted(self._available.get(name, {}))
         if not self._loaded and not available and name in self._names:
-            raise NotReady(f"model {name} is still being loaded; try again in a few seconds")
+            return NotReady(f"model {name} is still being loaded; try again in a few seconds")
+        if name not in self._names:
+            names = ", ".join(self._names)
+            error = ModelNotFound(
+                f"there is no model {quote(name)}; {f'available: {names}' if names else 'no model is served'}"
+            )
+        elif version is None:
+            error = ModelNotFound(f"model {name} cannot be used: {self.problem(name)}")
+        else:
+            numbers = ", ".join(map(str, available)) or "none"
+            error = ModelNotFound(f"there is no version {version} of model {name}; available: {numbers}")
         wanted = f"Latest({name})" if version is None else f"Specific({name}, {version})"
-        raise ModelNotFound(f"Servable not found for request: {wanted}")
+        error.tensorflow_serving = ModelNotFound(f"Servable not found for request: {wanted}")
+        return error
 
     def versions(self, name: str, number: int | None = None) -> list[VersionStatus]:
         """List the versions of a model that were tried or wait to be, newest first, or the one of this number.

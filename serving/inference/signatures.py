@@ -129,6 +129,11 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None
         raise InvalidRequest(f"all inputs need the same number of rows, but {counts}")
 
 
+def count_rows(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int:
+    """Return the size of the batch axis; 1 where there is none."""
+    return next((len(inputs[name]) for name, spec in signature.inputs.items() if spec.is_batched), 1)
+
+
 def check_rows(rows: int, most: int) -> None:
     """Raise TooLarge where a request has more rows than are taken."""
     if rows > most:

@@ -11,7 +11,7 @@ from image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving.__main__ import main
 from serving.api import compression as body
 from serving.api import json_cost, json_process
-from serving.api.predict import routes as upload
+from serving.api.predict import parsing as upload
 from serving.api.tensorflow_serving import json_document
 from serving.grpc import receiving
 from serving.http import protocol, server

@@ -23,7 +23,7 @@ from PIL import Image
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks import memory_cgroup
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.settings import Settings
 from tests.serving import saved_models
 
@@ -57,8 +57,8 @@ def app(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> Flask:
     """The app with one model, `colours` version 7, loaded. Not to be changed."""
     models_dir = tmp_path_factory.mktemp("models")
     shutil.copytree(colours, models_dir / "colours" / "7")
-    app = create_app(Settings(models_dir=models_dir, max_request_bytes=200_000, max_image_pixels=250_000, max_images=5))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir, max_request_bytes=200_000, max_image_pixels=250_000, max_images=5))
+    app.inference.repository.load()
     return app
 
 

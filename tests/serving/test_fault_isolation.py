@@ -20,12 +20,13 @@ from flask import Flask
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.errors import ModelFailed
 from serving.grpc.model_service import ModelService
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelConfig, ModelsFolder, VersionPolicy
 from serving.inference.saved_model import SavedModelPredictor
+from serving.inference.service import InferenceService
 from serving.inference.signatures import Predictor
 from serving.settings import Settings
 from tests.serving.conftest import Server, picture
@@ -124,18 +125,18 @@ def publish(colours: Path, models_dir: Path, version: int) -> None:
 def grpc_status(repository: Any, name: str) -> Any:
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = name
-    return ModelService(repository).get_model_status(request, None).model_version_status
+    return ModelService(InferenceService(repository, max_rows=1)).get_model_status(request).model_version_status
 
 
 def assert_pages(app: Flask) -> None:
     """Every page is there, and neither a page nor an error tells where the server's files are."""
     client = app.test_client()
-    hidden = str(app.extensions["settings"].models_dir.parent)
+    hidden = str(app.settings.models_dir.parent)
     for page in PAGES:
         response = client.get(page)
         assert response.status_code == 200, page
         assert hidden not in response.text, page
-    for name in app.extensions["repository"].all_names():
+    for name in app.inference.repository.all_names():
         for page in (f"/v1/models/{name}", f"/v1/models/{name}/metadata", f"/v2/models/{name}/ready"):
             assert hidden not in client.get(page).text, page
         response = client.post(f"/predict?model={quote(name)}", data=b"x", content_type="image/png")
@@ -147,12 +148,12 @@ def assert_pages(app: Flask) -> None:
 @pytest.mark.parametrize("case", ALL)
 def test_only_the_faulty_model_is_reported(models_dir: Path, colours: Path, case: str, when: str) -> None:
     fault, error = ALL[case]
-    app = create_app(Settings(models_dir=models_dir))
-    repository = app.extensions["repository"]
+    app = make_app(Settings(models_dir=models_dir))
+    repository = app.inference.repository
     if when == "at the start":
         add_faulty(models_dir, colours, fault)
-        app = create_app(Settings(models_dir=models_dir))
-        repository = app.extensions["repository"]
+        app = make_app(Settings(models_dir=models_dir))
+        repository = app.inference.repository
         repository.load()
     else:
         repository.load()
@@ -189,8 +190,8 @@ def test_a_signature_with_more_classes_than_memory_does_no_harm(models_dir: Path
         signature.outputs["probabilities"].tensor_shape.dim[1].size = 10**12
 
     add_faulty(models_dir, colours, edit_signature(edit))
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir))
+    app.inference.repository.load()
     assert_pages(app)
 
 
@@ -198,10 +199,10 @@ def test_known_dtypes_without_arrays_do_no_harm_to_others(models_dir: Path, colo
     for name, number in (("alpha", 14), ("beta", 20), ("gamma", 21)):  # bfloat16, resource, variant
         add_faulty(models_dir, colours, set_dtype(number, of="inputs"), name)
         add_faulty(models_dir, colours, set_dtype(number, of="outputs"), name + "-out")
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir))
+    app.inference.repository.load()
     assert_pages(app)
-    assert app.extensions["repository"].resolve("colours").version == 10
+    assert app.inference.repository.resolve("colours").version == 10
 
 
 ERRORS = [
@@ -255,8 +256,8 @@ def test_whatever_is_raised_while_loading_stays_with_its_model(
     repository = LocalRepository(
         ModelsFolder(models_dir), load_predictor=Failing, find_dependent=find_dependent, wrap_predictor=wrap
     )
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"] = repository
+    app = make_app(Settings(models_dir=models_dir))
+    app.inference.repository = repository
     repository.load()
     assert (repository.names(), repository.ready) == (["colours", "zeta"], True)
     (status,) = repository.versions("alpha")
@@ -311,12 +312,12 @@ def test_only_the_faulty_folder_is_reported(
 ) -> None:
     name, make = FOLDERS[case]
     folder = Path(os.fsdecode(os.fsencode(models_dir) + b"/" + name))
-    app = create_app(Settings(models_dir=models_dir))
-    repository = app.extensions["repository"]
+    app = make_app(Settings(models_dir=models_dir))
+    repository = app.inference.repository
     if when == "at the start":
         make(folder)
-        app = create_app(Settings(models_dir=models_dir))
-        repository = app.extensions["repository"]
+        app = make_app(Settings(models_dir=models_dir))
+        repository = app.inference.repository
         repository.load()
     else:
         repository.load()
@@ -360,8 +361,8 @@ def test_a_version_that_cannot_be_listed_is_reported(models_dir: Path) -> None:
     version, assets = models_dir / "colours" / "11", models_dir / "colours" / "10" / "assets.extra"
     make_unlistable(version)
     make_unlistable(models_dir / "colours" / "lost+found")
-    app = create_app(Settings(models_dir=models_dir))
-    repository = app.extensions["repository"]
+    app = make_app(Settings(models_dir=models_dir))
+    repository = app.inference.repository
     repository.load()
     assert (repository.resolve("colours").version, repository.folder_problems) == (10, ())
     assert "Permission denied" in repository.versions("colours")[0].error_message
@@ -379,8 +380,8 @@ def test_a_version_that_cannot_be_listed_is_reported(models_dir: Path) -> None:
 @pytest.mark.usefixtures("as_user")
 def test_a_models_folder_that_cannot_be_listed_at_the_start_is_waited_for(models_dir: Path) -> None:
     models_dir.chmod(0)
-    app = create_app(Settings(models_dir=models_dir))
-    repository = app.extensions["repository"]
+    app = make_app(Settings(models_dir=models_dir))
+    repository = app.inference.repository
     repository.load()
     assert "the models folder cannot be read: Permission denied" in str(repository.not_ready_because)
     for page in ("/metrics", "/models.json", "/", "/healthz"):

@@ -12,7 +12,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.memory import RequestMemory
 from serving.metrics import Metrics
 from serving.settings import Settings
@@ -22,8 +22,8 @@ from tests.serving.conftest import picture
 @pytest.fixture
 def fresh(models_dir: Path) -> Flask:
     """An app of its own, as its counters start at nothing."""
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir))
+    app.inference.repository.load()
     return app
 
 
@@ -129,18 +129,18 @@ def test_what_is_predicted_is_counted_whatever_its_path_looks_like(fresh: Flask)
 
 
 def test_a_name_cannot_break_the_page(fresh: Flask) -> None:
-    fresh.extensions["metrics"].observe_tfs_predict(model='a"b\\c', code="OK", seconds=0.001, api="REST")
+    fresh.metrics.observe_tfs_predict(model='a"b\\c', code="OK", seconds=0.001, api="REST")
     text = fresh.test_client().get("/metrics").text
     assert ':tensorflow:serving:request_count{model_name="a\\"b\\\\c",status="OK"} 1\n' in text
 
 
 def test_the_memory_budget_is_shown(models_dir: Path) -> None:
-    app = create_app(Settings(models_dir=models_dir, memory_budget=100_000_000))
+    app = make_app(Settings(models_dir=models_dir, memory_budget=100_000_000))
     client = app.test_client()
     page = client.get("/metrics").text
     assert "\nserving_memory_budget_bytes 1e+08\n" in page
     assert "\nserving_memory_used_bytes 0.0\n" in page
-    memory = RequestMemory(app.extensions["memory_budget"])
+    memory = RequestMemory(app.memory)
     memory.grow(3_000_000, deadline_s=None)
     assert "\nserving_memory_used_bytes 3e+06\n" in client.get("/metrics").text
     memory.release()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
 from serving.inference.saved_model import SavedModelPredictor
@@ -115,8 +115,8 @@ def test_records_that_arrive_later_show_what_must_not_be_batched(tmp_path: Path)
 
     version = tmp_path / "coupled" / "1"
     tf.saved_model.save(tf.Module(), str(version), signatures=parse)
-    app = create_app(Settings(models_dir=tmp_path))
-    repository = app.extensions["repository"]
+    app = make_app(Settings(models_dir=tmp_path))
+    repository = app.inference.repository
     repository.load()
     assert repository.versions("coupled")[0].warnings == ()
     assert "serving_default" in repository.resolve("coupled").predictor._gathered
@@ -151,8 +151,8 @@ def save_labelled(path: Path, labels: list[str]) -> None:
 def test_the_classes_are_named_by_the_signature_where_there_is_no_info(tmp_path: Path) -> None:
     version = tmp_path / "food" / "1"
     save_labelled(version, ["ham", "eggs"])
-    app = create_app(Settings(models_dir=tmp_path))
-    repository = app.extensions["repository"]
+    app = make_app(Settings(models_dir=tmp_path))
+    repository = app.inference.repository
     repository.load()
 
     def class_names() -> list[str]:
@@ -175,9 +175,9 @@ def test_the_classes_are_named_by_the_signature_where_there_is_no_info(tmp_path:
 @pytest.mark.parametrize("labels", [["ham"], ["ham", "ham"], ["\x00", ""]])
 def test_a_labels_signature_of_any_kind_does_no_harm(tmp_path: Path, labels: list[str]) -> None:
     save_labelled(tmp_path / "food" / "1", labels)
-    app = create_app(Settings(models_dir=tmp_path))
-    app.extensions["repository"].load()
-    assert app.extensions["repository"].ready
+    app = make_app(Settings(models_dir=tmp_path))
+    app.inference.repository.load()
+    assert app.inference.repository.ready
     (model,) = app.test_client().get("/models.json").json or []
     assert len(model["class_names"]) == 2
     assert app.test_client().get("/").status_code == 200

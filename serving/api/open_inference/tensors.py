@@ -14,14 +14,13 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import orjson
 
 from serving.errors import InvalidRequest
 from serving.inference.signatures import NUMPY_DTYPES, TensorSpec
+from serving.quoting import quote
 
 MAX_DIMENSIONS = 64  # numpy's
 _LENGTH = struct.Struct("<I")
-_QUOTED_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -154,17 +153,6 @@ def encode_binary(array: np.ndarray, spec: TensorSpec) -> tuple[Any, int]:
         return joined, len(joined)
     flat = np.ascontiguousarray(array.ravel(), datatype_of(spec).dtype)
     return flat, flat.nbytes
-
-
-def quote(value: Any) -> str:
-    """Spell a value of a request for an error message; of a long one what it is, or its beginning."""
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, str) and len(value) > _QUOTED_CHARACTERS:
-        return quote(value[:_QUOTED_CHARACTERS]) + "..."
-    return orjson.dumps(value).decode()
 
 
 def _flatten(data: list[Any], spec: TensorSpec) -> tuple[list[Any], tuple[int, ...]]:

@@ -9,13 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from serving.api.tensorflow_serving.json_quoting import printable, quote_document, type_name
+from serving.api.tensorflow_serving.json_quoting import quote_document, replace_surrogates, type_name
+from serving.api.tensorflow_serving.predict import parse_object
 from serving.errors import InvalidRequest, ModelFailed, ServingError
 from serving.inference.signatures import DEFAULT_SIGNATURE, Signature
 
 _INPUT = "inputs"
 _CLASSIFY_OUTPUTS = ("classes", "scores")
 _REGRESS_OUTPUT = "outputs"
+
+
+def parse(body: bytes) -> str:
+    """Check a classify or regress request; returns the name of its signature, or "".
+
+    Raises:
+        InvalidRequest: it is not JSON, or its `examples` are not valid.
+    """
+    document = parse_object(body)
+    check_examples(document)
+    name: str = document.get("signature_name", "")
+    return name
 
 
 def check_examples(document: Mapping[str, Any]) -> None:
@@ -50,7 +63,7 @@ def refusal(name: str, signatures: Mapping[str, Signature], *, method: str) -> S
     """
     signature = signatures.get(name or DEFAULT_SIGNATURE)
     if signature is None:
-        return InvalidRequest(f"No signature was found with the name: {printable(name) or DEFAULT_SIGNATURE}")
+        return InvalidRequest(f"No signature was found with the name: {replace_surrogates(name) or DEFAULT_SIGNATURE}")
     kind = {"classify": "classification", "regress": "regression"}[method]
     described = f"SignatureDef: inputs {{\n{_describe(signature)}\n}}"
     outputs = signature.outputs.keys()

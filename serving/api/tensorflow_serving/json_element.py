@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.api.tensorflow_serving.json_quoting import RepeatedKeys, quote, type_name
+from serving.api.tensorflow_serving.json_quoting import RepeatedKeys, quote_json, type_name
 from serving.errors import InvalidRequest
 from serving.inference.signatures import TensorSpec
 
@@ -35,7 +35,7 @@ def decode_element(value: Any, spec: TensorSpec) -> Any:
     """
     dtype = spec.numpy_dtype
     if dtype is None or dtype.kind not in JSON_TYPES:
-        raise InvalidRequest(f"Conversion of JSON Value: {quote(value)} to type: {dtype_name(spec.dtype)}")
+        raise InvalidRequest(f"Conversion of JSON Value: {quote_json(value)} to type: {dtype_name(spec.dtype)}")
     if type(value) not in JSON_TYPES[dtype.kind]:
         raise _type_error(value, spec)
     if dtype.kind == "O":
@@ -62,7 +62,7 @@ def decode_string(value: str | dict[str, Any]) -> bytes:
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")
     if not is_base64(value):
-        raise InvalidRequest(f"JSON Value: {quote(value)} not formatted correctly for base64 data")
+        raise InvalidRequest(f"JSON Value: {quote_json(value)} not formatted correctly for base64 data")
     # As absl::Base64Unescape: white space anywhere, padding all there or not at all.
     symbols = b"".join(value["b64"].encode("utf-8", "surrogateescape").split())
     match = _BASE64.fullmatch(symbols)
@@ -84,5 +84,5 @@ def dtype_name(dtype: str) -> str:
 
 def _type_error(value: Any, spec: TensorSpec) -> InvalidRequest:
     return InvalidRequest(
-        f"JSON Value: {quote(value)} Type: {type_name(value)} is not of expected type: {dtype_name(spec.dtype)}"
+        f"JSON Value: {quote_json(value)} Type: {type_name(value)} is not of expected type: {dtype_name(spec.dtype)}"
     )

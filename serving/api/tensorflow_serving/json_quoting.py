@@ -26,7 +26,7 @@ class _NotWritable(Exception):  # noqa: N818
     """A number is not finite, at which RapidJSON's writer stops."""
 
 
-def quote(value: Any) -> str:
+def quote_json(value: Any) -> str:
     """Spell a value as TensorFlow Serving's messages do."""
     return _join(value, max_bytes=None)
 
@@ -46,7 +46,7 @@ def type_name(value: Any) -> str:
     return names.get(type(value), "Number")
 
 
-def printable(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Replace what stands for bytes that are not UTF-8, so that the text can be sent in a reply."""
     return text.encode("utf-8", "replace").decode()
 
@@ -92,7 +92,7 @@ def _pieces(value: Any, line: str) -> Iterator[str]:
 
 
 def _string(text: str) -> str:
-    return rapidjson.dumps(printable(text), ensure_ascii=False)
+    return rapidjson.dumps(replace_surrogates(text), ensure_ascii=False)
 
 
 def _float(number: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from serving.api.tensorflow_serving.json_element import JSON_TYPES, decode_element, decode_string, is_base64
-from serving.api.tensorflow_serving.json_quoting import printable, quote, quote_document
+from serving.api.tensorflow_serving.json_quoting import quote_document, quote_json, replace_surrogates
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
 
@@ -86,13 +86,14 @@ def _walk_rows(instances: list[Any], specs: Mapping[str, TensorSpec]) -> dict[st
         if not _is_named(instance):
             raise InvalidRequest(f"Expecting object but got list at item {index} of input list")
         for key, value in instance.items():
-            where_key = f"{where} key: {printable(key)}"
+            where_key = f"{where} key: {replace_surrogates(key)}"
             if key not in specs:
-                raise _row_error(where_key, f"JSON object: does not have named input: {printable(key)}")
+                raise _row_error(where_key, f"JSON object: does not have named input: {replace_surrogates(key)}")
             _append_row(rows[key], value, specs[key], where=where_key)
         if len(instance) != len(specs):
             raise InvalidRequest(
-                f"{where} of 'instances' list. JSON object: {quote(instance)} keys must be equal to: {','.join(specs)}"
+                f"{where} of 'instances' list. JSON object: {quote_json(instance)} "
+                f"keys must be equal to: {','.join(specs)}"
             )
     return {name: np.stack(arrays) for name, arrays in rows.items()}
 
@@ -196,7 +197,7 @@ def _collect(value: Any, spec: TensorSpec, shape: tuple[int, ...], level: int, e
     if not isinstance(value, list):
         if level != len(shape):
             raise InvalidRequest(
-                f"JSON Value: {quote(value)} found at incorrect level: {level + 1} in the JSON DOM. "
+                f"JSON Value: {quote_json(value)} found at incorrect level: {level + 1} in the JSON DOM. "
                 f"Expected at level: {len(shape)}"
             )
         elements.append(decode_element(value, spec))

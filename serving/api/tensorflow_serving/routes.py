@@ -1,46 +1,33 @@
 """TensorFlow Serving's REST API: `/v1/models/...`.
 
-After `model_servers/http_rest_api_handler.cc` and its documentation, "RESTful API". The differences that are meant
-are listed in docs/tensorflow-serving.md.
+After `model_servers/http_rest_api_handler.cc` and its documentation, "RESTful API". The intended differences are listed
+in docs/tensorflow-serving.md.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, unquote
 
-import numpy as np
-from flask import Blueprint, Response, current_app, g, request
+from flask import Blueprint, Response, g, request
 from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import NotImplemented as MethodNotImplemented
 from werkzeug.routing import BaseConverter, Rule
 
 from serving.api.compression import inflate
-from serving.api.json_process import LARGE_JSON_BYTES, JsonProcess
-from serving.api.responses import encoded_response, json_response
-from serving.api.tensorflow_serving.classify_regress import check_examples, refusal
-from serving.api.tensorflow_serving.json_document import parse_document
-from serving.api.tensorflow_serving.json_pixels import find_pixel_input, read_pixels
-from serving.api.tensorflow_serving.json_quoting import printable, quote_document
-from serving.api.tensorflow_serving.json_response import encode_outputs
-from serving.api.tensorflow_serving.json_tensor import decode_inputs
+from serving.api.flask_app import current_app
+from serving.api.json_process import LARGE_JSON_BYTES
+from serving.api.responses import encoded_response, error_response, json_response
+from serving.api.tensorflow_serving import classify_regress, predict
 from serving.errors import InvalidRequest, ServingError
-from serving.greenlets import run_sized
+from serving.greenlets import offload, run_sized
 from serving.inference.model_config import read_version_number
-from serving.inference.repository import ModelRepository, ModelVersion
-from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, TensorSpec, check_rows
-from serving.inference.tensor_proto import write_tensor
-from serving.request_context import current_request
-from serving.settings import Settings
-
-R = TypeVar("R")
+from serving.inference.repository import ModelVersion
 
 JSON_ELEMENT_BYTES = 16  # of a response: a float32 with its comma
 
-blueprint = Blueprint("tfserving", __name__)
+blueprint = Blueprint("tensorflow_serving", __name__)
 
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
 # The request target is matched as it was sent, with its query and its percent-escapes; the name of the model and the
@@ -64,12 +51,12 @@ def add_routes(state: BlueprintSetupState) -> None:
     """Route every path under /v1/, and every method: werkzeug's rules can, Flask's have to name their methods."""
     state.app.url_map.converters["rest"] = _RestOfPath
     for prefix in ("/v1/", "/V1/"):
-        state.app.url_map.add(Rule(prefix + "<rest:_>", endpoint="tfserving.answer"))
-    state.app.view_functions["tfserving.answer"] = answer
+        state.app.url_map.add(Rule(prefix + "<rest:_>", endpoint="tensorflow_serving.respond"))
+    state.app.view_functions["tensorflow_serving.respond"] = respond
 
 
-def answer(_: str) -> Response:
-    """Answer any request under /v1/."""
+def respond(_: str) -> Response:
+    """Respond to any request under /v1/."""
     method = request.method
     if method not in _METHODS:
         raise MethodNotImplemented(f"{method} is not a method of this API")
@@ -98,192 +85,82 @@ def _request_target() -> str:
     return target
 
 
-@dataclass(frozen=True)
-class PredictRequest:
-    """A predict request's JSON, read."""
-
-    signature_name: str
-    inputs: Mapping[str, np.ndarray]
-    as_rows: bool  # it came as `instances`
+@blueprint.errorhandler(ServingError)
+def _error_response(error: ServingError) -> Response:
+    return error_response(error.tensorflow_serving or error)
 
 
 def _predict(call: re.Match[str]) -> Response:
     g.model, g.is_tfs_predict = _model_name(call), True
     number = _version(call)
     body = _read_body()
-    problem = None
-    signatures: Mapping[str, Signature] | None = None
+    version, problem, parsed = None, None, None
     try:
-        predictor = _resolve(call, number).predictor
-        signatures = predictor.signatures
+        version = _resolve(call, number)
     except ServingError as error:
-        problem = error  # a fault in the body is reported first
-    read = None if signatures is None else _read_pixels(body, signatures)
-    if read is None:
-        settings: Settings = current_app.extensions["settings"]
-        read = _parse(read_predict, body, signatures, settings.max_rows)
+        problem = error  # an error in the body is reported first
+    signatures = version.predictor.signatures if version else None
+    if signatures is not None and len(body) <= LARGE_JSON_BYTES:
+        parsed = run_sized(len(body), predict.parse_pixels, body, signatures)
+    if parsed is None:
+        max_rows = current_app.settings.max_rows
+        parsed = current_app.json_process.parse(predict.parse, body, signatures, max_rows)
     if problem:
         raise problem
-    assert read is not None  # the model is known
-    outputs = predictor.predict(read.signature_name, read.inputs, deadline_s=current_request.get().deadline_s)
-    signature = predictor.signatures[read.signature_name]
-    size = sum(array.size for array in outputs.values()) * JSON_ELEMENT_BYTES
-    return encoded_response(run_sized(size, encode_outputs, outputs, signature, as_rows=read.as_rows))
-
-
-def _read_pixels(body: bytes, signatures: Mapping[str, Signature]) -> PredictRequest | None:
-    """Read a request for a model of images that holds nothing but pixels; None where it is another."""
-    spec = find_pixel_input(signatures.get(DEFAULT_SIGNATURE))
-    if spec is None or len(body) > LARGE_JSON_BYTES:
-        return None
-    read = run_sized(len(body), read_pixels, body, spec)
-    return None if read is None else PredictRequest(DEFAULT_SIGNATURE, {spec.name: read[0]}, as_rows=read[1])
-
-
-def read_predict(body: bytes, signatures: Mapping[str, Signature] | None, max_rows: int) -> PredictRequest | None:
-    """Read a predict request.
-
-    Args:
-        body: the JSON.
-        signatures: the model's; None where there is no such model, so that only the document itself is checked.
-        max_rows: most rows of a request.
-
-    Raises:
-        InvalidRequest: it is not JSON, or does not fit the signature.
-        TooLarge: it has more rows.
-    """
-    document = _read_document(body)
-    if signatures is None:
-        return None
-    signature = _signature(document, signatures)
-    if isinstance(document.get("instances"), list):
-        check_rows(len(document["instances"]), max_rows)
-    return PredictRequest(signature.name, decode_inputs(document, signature), as_rows="instances" in document)
+    assert version is not None
+    assert parsed is not None
+    result = current_app.inference.predict(version, parsed)
+    size = sum(array.size for array in result.outputs.values()) * JSON_ELEMENT_BYTES
+    return encoded_response(run_sized(size, predict.render, result, as_rows=parsed.as_rows))
 
 
 def _classify_or_regress(call: re.Match[str]) -> Response:
     number = _version(call)
-    name = _parse(read_examples, _read_body())
-    predictor = _resolve(call, number).predictor
-    raise refusal(name, predictor.signatures, method=call["method"])
-
-
-def read_examples(body: bytes) -> str:
-    """Check a classify or regress request; returns the name of its signature.
-
-    Raises:
-        InvalidRequest: it is not JSON, or its `examples` are not.
-    """
-    document = _read_document(body)
-    check_examples(document)
-    name: str = document.get("signature_name", "")
-    return name
-
-
-def _parse(function: Callable[..., R], body: bytes, *args: Any) -> R:
-    process: JsonProcess = current_app.extensions["json_process"]
-    return process.parse(function, body, *args)
-
-
-def _read_document(body: bytes) -> dict[str, Any]:
-    """Read a request's JSON, which comes first: a bad document for a model that is not there is a bad document."""
-    document = parse_document(body)
-    if not isinstance(document, dict):
-        raise InvalidRequest(f"JSON Value: {quote_document(document)} Is not object")
-    if not isinstance(document.get("signature_name", ""), str):
-        raise InvalidRequest(
-            f"JSON Value: {quote_document(document)} not formatted correctly. "
-            "'signature_name' key must be a string value."
-        )
-    return document
+    name = current_app.json_process.parse(classify_regress.parse, _read_body())
+    signatures = _resolve(call, number).predictor.signatures
+    raise classify_regress.refusal(name, signatures, method=call["method"])
 
 
 def _resolve(match: re.Match[str], number: int | None) -> ModelVersion:
     label = None if match["label"] is None else unquote(match["label"])
-    version = _repository().resolve(_model_name(match), version=number, label=label)
+    version = current_app.inference.resolve(_model_name(match), version=number, label=label)
     g.model = version.name
     return version
 
 
-def _signature(document: Mapping[str, Any], signatures: Mapping[str, Signature]) -> Signature:
-    """Return the signature that a request asks for, once it is sure that the request has tensors for it."""
-    name = document.get("signature_name") or DEFAULT_SIGNATURE
-    signature = signatures.get(name)
-    if signature is None:
-        raise InvalidRequest(f'Serving signature name: "{printable(name)}" not found in signature def')
-    if not signature.inputs:
-        raise InvalidRequest(f"Failed to get input map for signature: {document.get('signature_name') or 'DEFAULT'}")
-    if "instances" in document and "inputs" in document:
-        raise InvalidRequest(
-            f"JSON Value: {quote_document(document)} Not formatted correctly expecting only one of 'inputs' or "
-            "'instances' keys to exist "
-        )
-    if "instances" not in document and "inputs" not in document:
-        raise InvalidRequest("Missing 'inputs' or 'instances' key")
-    return signature
-
-
 def _status(match: re.Match[str]) -> Response:
     number = _version(match)
-    name = _model_name(match)
-    versions = _repository().versions(name, number)
-    return json_response(
-        {
-            "model_version_status": [
-                {
-                    "version": str(version.version),
-                    "state": version.state,
-                    "status": {"error_code": version.error_code, "error_message": version.error_message},
-                }
-                for version in versions
-            ]
-        }
-    )
+    versions = current_app.inference.status(_model_name(match), number)
+
+    def describe() -> dict[str, Any]:
+        from serving import tfs_messages
+
+        return _to_json(tfs_messages.make_status(versions))
+
+    return json_response(offload(describe))  # TensorFlow may still be being imported
 
 
 def _metadata(match: re.Match[str]) -> Response:
     version = _resolve(match, _version(match))
-    return json_response(
-        {
+
+    def describe() -> dict[str, Any]:
+        from serving import tfs_messages
+
+        return {
             "model_spec": {"name": version.name, "signature_name": "", "version": str(version.version)},
-            "metadata": {"signature_def": {"signature_def": _describe_signatures(version)}},
+            "metadata": {"signature_def": _to_json(tfs_messages.make_signature_defs(version))},
         }
-    )
+
+    return json_response(offload(describe))
 
 
-def _describe_signatures(version: ModelVersion) -> dict[str, Any]:
-    return {
-        name: {
-            "inputs": {key: _describe_tensor(spec) for key, spec in signature.inputs.items()},
-            "outputs": {key: _describe_tensor(spec) for key, spec in signature.outputs.items()},
-            "method_name": signature.method_name,
-            "defaults": {
-                key: _describe_default(array, signature.inputs[key]) for key, array in signature.defaults.items()
-            },
-        }
-        for name, signature in version.predictor.signatures.items()
-    }
-
-
-def _describe_default(array: np.ndarray, spec: TensorSpec) -> dict[str, Any]:
+def _to_json(message: Any) -> dict[str, Any]:
     from google.protobuf import json_format
-    from tensorflow.core.framework import tensor_pb2
 
-    tensor = tensor_pb2.TensorProto()
-    write_tensor(tensor, array, dtype_name=spec.dtype)
-    described: dict[str, Any] = json_format.MessageToDict(
-        tensor, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    document: dict[str, Any] = json_format.MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    return described
-
-
-def _describe_tensor(spec: TensorSpec) -> dict[str, Any]:
-    dimensions = [{"size": str(-1 if size is None else size), "name": ""} for size in spec.shape or ()]
-    return {
-        "name": spec.tensor_name,
-        "dtype": spec.dtype,
-        "tensor_shape": {"dim": dimensions, "unknown_rank": spec.shape is None},
-    }
+    return document
 
 
 def _read_body() -> bytes:
@@ -307,8 +184,3 @@ def _version(match: re.Match[str]) -> int | None:
     if match["version"] is None:
         return None
     return read_version_number(match["version"])
-
-
-def _repository() -> ModelRepository:
-    repository: ModelRepository = current_app.extensions["repository"]
-    return repository

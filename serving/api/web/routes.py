@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Response, current_app, render_template
+from flask import Blueprint, Response, render_template
 
-from serving.api.predict.routes import class_names, picture_size
+from serving.api.flask_app import current_app
 from serving.errors import InvalidBackendResponse, ModelNotFound, NotReady, ServingError
+from serving.inference.image_classifier import class_names, image_size
 from serving.inference.model_info import MAX_CLASSES
 from serving.inference.repository import ModelRepository, ModelVersion
 from serving.inference.signatures import DEFAULT_SIGNATURE
@@ -61,7 +62,7 @@ def describe_models() -> list[dict[str, Any]]:
         `class_names`, and what its model info says of it, None where it does not: `dataset` (a name) and
         `test_accuracy` (0 to 1).
     """
-    repository: ModelRepository = current_app.extensions["repository"]
+    repository = current_app.inference.repository
     names = repository.all_names()
     described = [_describe(repository, name) for name in names]
     unreadable = (problem for problem in repository.folder_problems if problem.model not in (None, *names))
@@ -73,7 +74,7 @@ def describe_models() -> list[dict[str, Any]]:
 def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
     try:
         version = repository.resolve(name)
-        height, width = picture_size(version.predictor, model=name)
+        height, width = image_size(version.predictor, model=name)
     except NotReady as error:
         return {"name": name, "available": False, "loading": True, "problem": str(error)}
     except ModelNotFound:
@@ -94,22 +95,15 @@ def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
         "height": height,
         "width": width,
         "class_names": _class_names(version),
-        "dataset": _look_up(version.card, "dataset", "name", kind=str),
-        "test_accuracy": _look_up(version.card, "test", "accuracy", kind=float),
+        "dataset": version.info.dataset,
+        "test_accuracy": version.info.test_accuracy,
     }
 
 
 def _class_names(version: ModelVersion) -> list[str]:
-    """Return the names of the classes; none where neither the signature nor the card tells how many there are."""
+    """Return the names of the classes; none where neither the signature nor the model info tells how many there are."""
     shape = version.predictor.signatures[DEFAULT_SIGNATURE].outputs["probabilities"].shape
     count = None if shape is None else shape[1]
     if count is None or count > MAX_CLASSES:  # a signature may say anything
-        count = len(_look_up(version.card, "class_names", kind=list) or [])
-    return class_names(version.card, count=count)
-
-
-def _look_up(card: Any, *keys: str, kind: type) -> Any:
-    """Return what a card says under nested keys; None where it says nothing, or nothing of this kind."""
-    for key in keys:
-        card = card.get(key) if isinstance(card, dict) else None
-    return card if isinstance(card, kind) else None
+        count = len(version.info.class_names)
+    return class_names(version, count=count)

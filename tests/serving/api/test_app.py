@@ -115,7 +115,7 @@ def test_errors_are_json(client: FlaskClient) -> None:
 def test_a_fault_of_ours_keeps_its_trace_to_the_log(
     app: Flask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    repository = app.extensions["repository"]
+    repository = app.inference.repository
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("secret detail")
@@ -123,13 +123,13 @@ def test_a_fault_of_ours_keeps_its_trace_to_the_log(
     monkeypatch.setattr(repository, "resolve", fail)
     response = app.test_client().post("/predict", data=GOOD, content_type="image/png")
     assert response.status_code == 500
-    assert response.json == {"error": "the service failed to answer; the reason is in its log"}
+    assert response.json == {"error": "internal error; the reason is in the service's log"}
     assert "secret detail" in caplog.text
     assert "POST /predict" in caplog.text
 
 
 def test_an_error_of_the_model_keeps_its_status(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = app.extensions["repository"].resolve("colours")
+    version = app.inference.repository.resolve("colours")
 
     def run_out(*_: object, **__: object) -> None:
         raise ModelFailed("out of memory", code="RESOURCE_EXHAUSTED")
@@ -160,7 +160,7 @@ def test_every_503_and_429_says_when_to_try_again(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(app.extensions["repository"], "resolve", fail)
+    monkeypatch.setattr(app.inference.repository, "resolve", fail)
     for path in ("/predict", "/v1/models/colours:predict", "/v2/models/colours/infer"):
         response = app.test_client().post(path, data=b'{"instances": []}', content_type="image/png")
         assert (response.status_code, response.headers.get("Retry-After")) == expected, path

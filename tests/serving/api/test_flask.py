@@ -10,7 +10,7 @@ from flask import Blueprint, Flask, Response, abort, g, redirect, request, reque
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import Client
 
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.settings import Settings
 
 
@@ -19,7 +19,7 @@ def app(tmp_path: Path) -> Flask:
     folder = tmp_path / "m" / "1"
     folder.mkdir(parents=True)
     (folder / "saved_model.pb").touch()  # never loaded
-    return create_app(Settings(models_dir=tmp_path))
+    return make_app(Settings(models_dir=tmp_path))
 
 
 def test_a_before_hook_may_refuse_any_request(app: Flask) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serving.api import json_cost as module
 from serving.api.json_cost import JsonCost, json_cost
 from serving.api.json_process import LARGE_JSON_BYTES, JsonProcess
-from serving.api.tensorflow_serving.routes import read_predict
+from serving.api.tensorflow_serving.predict import parse as parse_predict
 from serving.errors import ServingError
 from tests.serving.api.test_json_process import MAX_ROWS, SIGNATURES
 
@@ -41,7 +41,7 @@ def accept(_: bytes) -> str:
 def process() -> Iterator[JsonProcess]:
     """A process that has parsed before, so that what it keeps is not counted."""
     process = JsonProcess()
-    process.parse(read_predict, repeat(b"[1]", LARGE_JSON_BYTES + 1_000), SIGNATURES, MAX_ROWS)
+    process.parse(parse_predict, repeat(b"[1]", LARGE_JSON_BYTES + 1_000), SIGNATURES, MAX_ROWS)
     yield process
     process._end()
 
@@ -58,7 +58,7 @@ def peak_of_parsing(process: JsonProcess, body: bytes) -> int:
     Path(f"/proc/{pid}/clear_refs").write_text("5")  # sets the peak to what is resident
     before = status_bytes(pid, "VmRSS")
     with contextlib.suppress(ServingError):
-        process.parse(read_predict, body, SIGNATURES, 100_000_000)
+        process.parse(parse_predict, body, SIGNATURES, 100_000_000)
     assert process._process.pid == pid, "the process has ended"
     return status_bytes(pid, "VmHWM") - before
 

@@ -20,8 +20,10 @@ import pytest
 
 from serving.api import json_process
 from serving.api.json_process import ARRAY_BYTES, LARGE_JSON_BYTES, JsonProcess
-from serving.api.open_inference.routes import InferRequest, read_infer
-from serving.api.tensorflow_serving.routes import read_examples, read_predict
+from serving.api.open_inference.parsing import InferRequest
+from serving.api.open_inference.parsing import parse as parse_infer
+from serving.api.tensorflow_serving.classify_regress import parse as parse_examples
+from serving.api.tensorflow_serving.predict import parse as parse_predict
 from serving.errors import InvalidRequest, ModelFailed, Overloaded, ServingError, TooLarge, UnreadableImages
 from serving.greenlets import SMALL_BYTES
 from serving.inference.signatures import Signature, TensorSpec
@@ -85,7 +87,7 @@ def outcome(function: Callable[..., Any], *args: Any) -> Any:
         return result
     inputs = {name: (array.dtype, array.shape, repr(array.ravel().tolist())) for name, array in result.inputs.items()}
     rest = (result.identifier, result.outputs) if isinstance(result, InferRequest) else (result.as_rows,)
-    return result.signature_name, inputs, rest
+    return result.signature, inputs, rest
 
 
 def v1(document: Any, name: str = "") -> bytes:
@@ -128,21 +130,21 @@ V1_DOCUMENTS = {
 @pytest.mark.parametrize("name", V1_DOCUMENTS)
 def test_a_predict_request_is_read_as_it_is_here(process: JsonProcess, name: str) -> None:
     body = V1_DOCUMENTS[name] + PADDING
-    expected = outcome(read_predict, body, SIGNATURES, MAX_ROWS)
-    assert outcome(process.parse, read_predict, body, SIGNATURES, MAX_ROWS) == expected
+    expected = outcome(parse_predict, body, SIGNATURES, MAX_ROWS)
+    assert outcome(process.parse, parse_predict, body, SIGNATURES, MAX_ROWS) == expected
     if name == "too many rows":
         assert expected[0] is TooLarge
 
 
 def test_a_document_for_a_model_that_is_not_there_is_checked_all_the_same(process: JsonProcess) -> None:
-    assert process.parse(read_predict, b'{"instances":[]}' + PADDING, None, MAX_ROWS) is None
+    assert process.parse(parse_predict, b'{"instances":[]}' + PADDING, None, MAX_ROWS) is None
     with pytest.raises(InvalidRequest, match="JSON Parse error"):
-        process.parse(read_predict, b'{"instances":[}' + PADDING, None, MAX_ROWS)
+        process.parse(parse_predict, b'{"instances":[}' + PADDING, None, MAX_ROWS)
 
 
 @pytest.mark.parametrize("document", [b'{"examples":[{"x":1}],"signature_name":"s"}', b'{"examples":1}', b"{}"])
 def test_a_classify_request_is_read_as_it_is_here(process: JsonProcess, document: bytes) -> None:
-    assert outcome(process.parse, read_examples, document + PADDING) == outcome(read_examples, document + PADDING)
+    assert outcome(process.parse, parse_examples, document + PADDING) == outcome(parse_examples, document + PADDING)
 
 
 def v2_tensor(name: str, datatype: str, shape: list[int], **rest: Any) -> dict[str, Any]:
@@ -173,34 +175,34 @@ V2_DOCUMENTS = {
 @pytest.mark.parametrize("name", V2_DOCUMENTS)
 def test_an_inference_request_is_read_as_it_is_here(process: JsonProcess, name: str) -> None:
     body = V2_DOCUMENTS[name] + PADDING
-    expected = outcome(read_infer, body, None, "m", SIGNATURES)
-    assert outcome(process.parse, read_infer, body, None, "m", SIGNATURES) == expected
+    expected = outcome(parse_infer, body, None, "m", SIGNATURES)
+    assert outcome(process.parse, parse_infer, body, None, "m", SIGNATURES) == expected
 
 
 def test_binary_tensors_behind_a_large_document_come_back_whole(process: JsonProcess) -> None:
     pixels = np.arange(600_000, dtype=np.float32)
     text = v2([v2_tensor("x", "FP32", [2, 300_000], parameters={"binary_data_size": pixels.nbytes})]) + PADDING
     body = text + pixels.tobytes()
-    read = process.parse(read_infer, body, str(len(text)), "m", SIGNATURES)
+    read = process.parse(parse_infer, body, str(len(text)), "m", SIGNATURES)
     assert read.inputs["x"].shape == (2, 300_000)
     assert (read.inputs["x"].ravel() == pixels).all()
-    short = outcome(read_infer, body[:-4], str(len(text)), "m", SIGNATURES)
-    assert outcome(process.parse, read_infer, body[:-4], str(len(text)), "m", SIGNATURES) == short
+    short = outcome(parse_infer, body[:-4], str(len(text)), "m", SIGNATURES)
+    assert outcome(process.parse, parse_infer, body[:-4], str(len(text)), "m", SIGNATURES) == short
     assert short[0] is InvalidRequest
 
 
 def test_millions_of_values_come_back_whole(process: JsonProcess) -> None:
-    numbers = process.parse(read_predict, v1({"instances": [list(range(400_000))] * 2}), SIGNATURES, MAX_ROWS)
+    numbers = process.parse(parse_predict, v1({"instances": [list(range(400_000))] * 2}), SIGNATURES, MAX_ROWS)
     assert (numbers.inputs["x"] == np.arange(400_000, dtype=np.float32)).all()
     values = [str(number % 1_000) * (number % 3) for number in range(400_000)]
-    read = process.parse(read_predict, strings(*values), SIGNATURES, MAX_ROWS)
+    read = process.parse(parse_predict, strings(*values), SIGNATURES, MAX_ROWS)
     assert read.inputs["s"].tolist() == [value.encode() for value in values]
 
 
 def test_small_documents_need_no_process() -> None:
     process = JsonProcess()
-    assert process.parse(read_predict, V1_DOCUMENTS["numbers"], SIGNATURES, MAX_ROWS) is not None
-    assert process.parse(read_predict, V1_DOCUMENTS["numbers"] + b" " * 500_000, SIGNATURES, MAX_ROWS) is not None
+    assert process.parse(parse_predict, V1_DOCUMENTS["numbers"], SIGNATURES, MAX_ROWS) is not None
+    assert process.parse(parse_predict, V1_DOCUMENTS["numbers"] + b" " * 500_000, SIGNATURES, MAX_ROWS) is not None
     assert pid_of(process) is None
 
 
@@ -243,7 +245,7 @@ def context() -> Iterator[Callable[..., None]]:
 
 
 def assert_works(process: JsonProcess) -> None:
-    read = process.parse(read_predict, V1_DOCUMENTS["numbers"] + PADDING, SIGNATURES, MAX_ROWS)
+    read = process.parse(parse_predict, V1_DOCUMENTS["numbers"] + PADDING, SIGNATURES, MAX_ROWS)
     assert read.inputs["x"].tolist() == [[1, 2.5], [3, -4]]
 
 
@@ -444,7 +446,7 @@ def test_memory_is_reserved_before_a_document_is_parsed(
     memory = RequestMemory(budget)
     context(memory=memory)
     body = b'{"instances":[[1]]}'.ljust(size)
-    process.parse(read_predict, body, SIGNATURES, MAX_ROWS)
+    process.parse(parse_predict, body, SIGNATURES, MAX_ROWS)
     # Of a small one nothing is; of a large one the arrays are left.
     held = ARRAY_BYTES * len(body) if size > SMALL_BYTES else 0
     assert budget.used_bytes == memory.held_bytes == held

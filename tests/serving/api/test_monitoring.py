@@ -7,7 +7,7 @@ from pathlib import Path
 from flask import Flask
 from flask.testing import FlaskClient
 
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.settings import Settings
 
 
@@ -24,7 +24,7 @@ def test_a_loaded_service_is_alive_and_ready(client: FlaskClient) -> None:
 
 
 def test_a_service_that_has_not_loaded_is_alive_and_not_ready(models_dir: Path) -> None:
-    client = create_app(Settings(models_dir=models_dir)).test_client()
+    client = make_app(Settings(models_dir=models_dir)).test_client()
     assert client.get("/healthz").status_code == 200
     response = client.get("/readyz")
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
@@ -39,8 +39,8 @@ def test_one_model_that_failed_is_shown_and_leaves_the_others_ready(models_dir: 
     shutil.copytree(adder, models_dir / "adder" / "1")
     for version in ("2", "10"):
         (models_dir / "colours" / version / "saved_model.pb").write_bytes(b"\xff")
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir))
+    app.inference.repository.load()
     response = app.test_client().get("/readyz")
     assert response.status_code == 200
     assert response.json is not None
@@ -52,15 +52,15 @@ def test_one_model_that_failed_is_shown_and_leaves_the_others_ready(models_dir: 
     assert 'serving_model_version_state{model="colours",state="END",version="10"} 1.0' in (
         app.test_client().get("/metrics").text
     )
-    app = create_app(Settings(models_dir=models_dir, require_models=("colours",)))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir, require_models=("colours",)))
+    app.inference.repository.load()
     response = app.test_client().get("/readyz")
     assert (response.status_code, (response.json or {})["ready"]) == (503, False)
     assert "colours: Can't parse" in (response.json or {})["reason"]
 
 
 def test_a_process_that_only_a_restart_can_mend_says_so(app: Flask) -> None:
-    client, liveness = app.test_client(), app.extensions["liveness"]
+    client, liveness = app.test_client(), app.liveness
     assert (client.get("/healthz").status_code, client.get("/v2/health/live").status_code) == (200, 200)
     thread = threading.Thread(target=lambda: None, name="answer")
     thread.start()

@@ -25,7 +25,7 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.errors import InvalidRequest
 from serving.greenlets import SMALL_BYTES
 from serving.grpc.prediction_service import PredictionService
@@ -126,14 +126,14 @@ def test_the_version_asked_for(stubs: Any) -> None:
 def multiplier(tmp_path_factory: pytest.TempPathFactory) -> Flask:
     models_dir = tmp_path_factory.mktemp("models")
     save_multiplier(models_dir / "multiplier" / "1")
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir, max_rows=10))
+    app.inference.repository.load()
     return app
 
 
 def multiply(app: Flask, **inputs: Any) -> Any:
-    service = PredictionService(app.extensions["repository"], Metrics(), max_bytes=1_000, max_rows=10)
-    return service.predict(ask("multiplier", **inputs), None)
+    service = PredictionService(app.inference, Metrics(), max_bytes=1_000)
+    return service.predict(ask("multiplier", **inputs))
 
 
 def test_default_values_stand_for_the_inputs_that_a_request_leaves_out(multiplier: Flask) -> None:
@@ -182,9 +182,9 @@ def test_default_values_are_described(multiplier: Flask) -> None:
     assert (defaults["k"]["dtype"], defaults["k"]["float_val"]) == ("DT_FLOAT", [3.0])
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
     request.model_spec.name = "multiplier"
-    service = PredictionService(multiplier.extensions["repository"], Metrics(), max_bytes=1_000, max_rows=10)
+    service = PredictionService(multiplier.inference, Metrics(), max_bytes=1_000)
     signatures = get_model_metadata_pb2.SignatureDefMap()
-    service.get_model_metadata(request, None).metadata["signature_def"].Unpack(signatures)
+    service.get_model_metadata(request).metadata["signature_def"].Unpack(signatures)
     assert tf.make_ndarray(signatures.signature_def["serving_default"].defaults["k"]) == 3.0
 
 

@@ -30,13 +30,13 @@ BUDGET_BYTES = 160_000_000
 MAX_BYTES = 8_000_000
 LATE_S = 4 * receiving.AT_ONCE_S
 
-Answer = Callable[[Any, float | None], Any]
+Answer = Callable[[Any], Any]
 
 
 class Service:
     """A gRPC server whose method gives back what it is sent."""
 
-    def __init__(self, *, max_bytes: int = MAX_BYTES, answer: Answer = lambda message, _: message) -> None:
+    def __init__(self, *, max_bytes: int = MAX_BYTES, answer: Answer = lambda message: message) -> None:
         self.budget = MemoryBudget(BUDGET_BYTES)
         self.max_bytes = max_bytes
         self._answer = answer
@@ -139,7 +139,7 @@ def test_messages_are_received_and_leave_nothing_behind() -> None:
 def test_memory_for_a_message_is_held_until_it_is_answered() -> None:
     held: list[int] = []
 
-    def answer(message: Any, _: float | None) -> Any:
+    def answer(message: Any) -> Any:
         memory = current_request.get().memory
         assert memory
         held.append(memory.held_bytes)
@@ -232,7 +232,7 @@ def test_a_long_message_has_memory_for_the_largest_until_it_is_there() -> None:
         assert used[-1] < 2_000_000 < LONG_BYTES
         await service.assert_at_rest()
 
-    def answer(message: Any, _: float | None) -> Any:
+    def answer(message: Any) -> Any:
         memory = current_request.get().memory
         assert memory
         used.append(memory.held_bytes)
@@ -465,7 +465,7 @@ def test_a_call_that_is_cancelled_while_it_is_processed_leaves_nothing_reserved(
     pauses: list[Pause] = []
     ended: list[bool] = []
 
-    def answer(message: Any, _: float | None) -> Any:
+    def answer(message: Any) -> Any:
         pauses.append(Pause())
         pauses[0].wait(10)
         current_request.get().reserve(1_000_000)  # as for decoding images

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.errors import InvalidRequest, ModelFailed, Overloaded, TooLarge
+from serving.errors import ModelFailed, Overloaded
 from serving.inference.batcher import LISTEN_EVERY, Batcher
 from serving.inference.liveness import Liveness
 from serving.inference.signatures import Signature, TensorSpec
@@ -49,7 +49,7 @@ class Doubler:
 
 
 def batch(model: Doubler, liveness: Liveness | None = None, **limits: int) -> Batcher:
-    settings = {"max_batch_rows": 8, "max_queued_rows": 100, "max_request_rows": 1_000, "concurrency": 1, **limits}
+    settings = {"max_batch_rows": 8, "max_queued_rows": 100, "concurrency": 1, **limits}
     return Batcher(model, liveness=liveness or Liveness(), **settings)
 
 
@@ -169,15 +169,6 @@ def test_a_model_that_does_not_answer_row_by_row_is_asked_for_each_alone() -> No
     assert together(batch(model), model, [("double", rows(1)), ("double", rows(2))]) == [[2], [4]]
 
 
-def test_what_does_not_fit_the_signature_never_joins_a_batch() -> None:
-    model = Doubler()
-    with pytest.raises(InvalidRequest):
-        batch(model).predict("double", {"x": np.zeros((1, 1), np.int32)})
-    with pytest.raises(InvalidRequest):
-        batch(model).predict("double", {"x": np.zeros((0, 1), np.float32)})
-    assert model.calls == []
-
-
 def test_a_signature_without_a_batch_axis_is_called_as_it_is() -> None:
     model = Doubler()
     assert batch(model).predict("whole", {"x": np.ones(2, np.float32)})["y"].tolist() == [2, 2]
@@ -207,7 +198,6 @@ def test_a_request_with_more_rows_than_the_queue_holds_is_taken_while_others_wai
         model,
         max_batch_rows=8,
         max_queued_rows=3,
-        max_request_rows=1_000,
         concurrency=1,
         liveness=Liveness(),
         unbatched=["negate"],
@@ -424,13 +414,6 @@ def test_the_parts_of_a_long_request_come_back_in_their_order() -> None:
     assert max(model.calls) == 8
 
 
-def test_more_rows_than_a_request_may_have_are_refused() -> None:
-    model = Doubler()
-    with pytest.raises(TooLarge, match="1,001 rows, and at most 1,000"):
-        batch(model).predict("double", many(1, 1_001))
-    assert model.calls == []
-
-
 def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     model = Doubler()
     model.takes_s = 0.05
@@ -489,7 +472,7 @@ def test_a_long_request_that_cannot_be_finished_behind_others_is_refused() -> No
 
 def batch_slowly(model: Doubler, *, unbatched: Sequence[str] = (), **limits: int) -> Batcher:
     """Batch, with requests that hold the number 7 taking long to decode."""
-    settings = {"max_batch_rows": 8, "max_queued_rows": 100, "max_request_rows": 1_000, "concurrency": 1, **limits}
+    settings = {"max_batch_rows": 8, "max_queued_rows": 100, "concurrency": 1, **limits}
     return Batcher(
         model,
         liveness=Liveness(),

@@ -190,8 +190,9 @@ def test_labels_are_names_of_versions(models_dir: Path) -> None:
     repository.load()
     assert repository.resolve("m", label="stable").version == 2
     assert repository.resolve("m", label="canary").version == 10
-    with pytest.raises(InvalidRequest, match=r"^Unrecognized servable version label: beta$"):
+    with pytest.raises(InvalidRequest, match='model m has no label "beta"; it has canary, stable') as unknown:
         repository.resolve("m", label="beta")
+    assert str(unknown.value.tensorflow_serving) == "Unrecognized servable version label: beta"
     repository.reload([config(models_dir, both, stable=10)])
     assert repository.resolve("m", label="stable").version == 10
     with pytest.raises(InvalidRequest):

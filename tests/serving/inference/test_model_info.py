@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,24 @@ import pytest
 from serving.inference.model_info import MAX_INFO_BYTES, ModelInfo, read_model_info
 
 
-def read(version: Path, text: bytes | str) -> ModelInfo:
+def read(version: Path, text: bytes | str) -> tuple[ModelInfo, str]:
     file = version / "assets.extra" / "model.json"
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    info = read_model_info(version)
-    orjson.dumps([info.content])  # what is read can be sent
-    return info
+    info, problem = read_model_info(version)
+    orjson.dumps(asdict(info))  # what is read can be sent
+    return info, problem
 
 
 def test_what_is_shown_is_read(tmp_path: Path) -> None:
     whole = {"class_names": ["a", "b"], "dataset": {"name": "paint", "hash": 1}, "test": {"accuracy": 1}, "seed": [0]}
-    assert read(tmp_path, json.dumps(whole)) == ModelInfo(
-        {"class_names": ["a", "b"], "dataset": {"name": "paint"}, "test": {"accuracy": 1.0}}
-    )
-    assert read(tmp_path, "{}") == ModelInfo({})
-    assert read(tmp_path, '{"class_names": null, "dataset": null, "test": {"accuracy": null}}') == ModelInfo({})
+    assert read(tmp_path, json.dumps(whole)) == (ModelInfo(("a", "b"), "paint", 1.0), "")
+    assert read(tmp_path, "{}") == (ModelInfo(), "")
+    assert read(tmp_path, '{"class_names": null, "dataset": null, "test": {"accuracy": null}}') == (ModelInfo(), "")
 
 
 def test_without_a_file_there_is_nothing_to_report(tmp_path: Path) -> None:
-    assert read_model_info(tmp_path) == ModelInfo(None)
+    assert read_model_info(tmp_path) == (ModelInfo(), "")
 
 
 @pytest.mark.parametrize(
@@ -54,9 +53,9 @@ def test_without_a_file_there_is_nothing_to_report(tmp_path: Path) -> None:
     ids=lambda text: repr(text[:12]),
 )
 def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, text: bytes) -> None:
-    info = read(tmp_path, text)
-    assert info.content is None
-    assert str(tmp_path / "assets.extra" / "model.json") in info.problem
+    info, problem = read(tmp_path, text)
+    assert info == ModelInfo()
+    assert str(tmp_path / "assets.extra" / "model.json") in problem
 
 
 @pytest.mark.parametrize(
@@ -90,24 +89,26 @@ def test_a_field_of_another_type_is_reported_and_the_others_are_read(
     tmp_path: Path, field: str, value: Any, problem: str
 ) -> None:
     good = {"class_names": ["a"], "dataset": {"name": "paint"}, "test": {"accuracy": 0.5}}
-    info = read(tmp_path, json.dumps(good | {field: value}))
-    assert info.content == {key: value for key, value in good.items() if key != field}
-    assert problem in info.problem
+    info, found = read(tmp_path, json.dumps(good | {field: value}))
+    expected = {"class_names": ("a",), "dataset": "paint", "test_accuracy": 0.5}
+    del expected["test_accuracy" if field == "test" else field]
+    assert info == ModelInfo(**expected)
+    assert problem in found
 
 
 def test_lone_surrogates_are_escaped(tmp_path: Path) -> None:
-    info = read(tmp_path, r'{"class_names": ["\ud800", "\udcff", "ok"], "dataset": {"name": "\udfff\ud800"}}')
-    assert info.content == {"class_names": [r"\ud800", r"\xff", "ok"], "dataset": {"name": r"\udfff\ud800"}}
+    info, _ = read(tmp_path, r'{"class_names": ["\ud800", "\udcff", "ok"], "dataset": {"name": "\udfff\ud800"}}')
+    assert info == ModelInfo((r"\ud800", r"\xff", "ok"), r"\udfff\ud800")
 
 
 @pytest.mark.timeout(60)
 def test_a_file_that_is_no_regular_one_is_reported_and_not_waited_for(tmp_path: Path) -> None:
     file = tmp_path / "assets.extra" / "model.json"
     file.mkdir(parents=True)
-    assert "is not a regular file" in read_model_info(tmp_path).problem
+    assert "is not a regular file" in read_model_info(tmp_path)[1]
     file.rmdir()
     os.mkfifo(file)
-    assert "is not a regular file" in read_model_info(tmp_path).problem
+    assert "is not a regular file" in read_model_info(tmp_path)[1]
     file.unlink()
     file.symlink_to(file)
-    assert "cannot be read" in read_model_info(tmp_path).problem
+    assert "cannot be read" in read_model_info(tmp_path)[1]

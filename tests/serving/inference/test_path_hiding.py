@@ -66,7 +66,7 @@ def test_an_error_of_the_models_kernels_names_no_path(app: Flask, monkeypatch: p
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(app.extensions["repository"].resolve("colours").predictor, "predict", fail)
+    monkeypatch.setattr(app.inference.repository.resolve("colours").predictor, "predict", fail)
     response = app.test_client().post("/predict", data=picture("red"), content_type="image/png")
     assert os.sep not in response.json["error"]  # type: ignore[index]
     assert isinstance(error, ServingError)

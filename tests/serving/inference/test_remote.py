@@ -214,5 +214,5 @@ def test_the_classes_keep_their_names(tmp_path: Path, start_server: Callable[...
     repository = RemoteRepository(f"127.0.0.1:{behind.grpc_port}", ["food"])
     repository.load()
     assert repository.ready
-    assert repository.resolve("food").card == {"class_names": ["ham", "eggs"]}
+    assert repository.resolve("food").info.class_names == ("ham", "eggs")
     assert behind.stop() == 0

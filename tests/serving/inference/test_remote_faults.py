@@ -25,7 +25,7 @@ from tensorflow_serving.apis import (
 )
 from werkzeug.test import TestResponse
 
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.settings import Settings
 from tests.serving.conftest import Server, free_ports, picture
 
@@ -107,14 +107,14 @@ def backend() -> Iterator[Backend]:
     backend.stop()
 
 
-def make_app(address: str, *models: str) -> Flask:
-    return create_app(Settings(models_dir=Path("unused"), remote=address, remote_models=models or ("m",)))
+def make_remote_app(address: str, *models: str) -> Flask:
+    return make_app(Settings(models_dir=Path("unused"), remote=address, remote_models=models or ("m",)))
 
 
 @pytest.fixture
 def app(backend: Backend) -> Flask:
-    app = make_app(backend.address)
-    app.extensions["repository"].load()
+    app = make_remote_app(backend.address)
+    app.inference.repository.load()
     return app
 
 
@@ -157,8 +157,8 @@ def test_outputs_that_cannot_be_joined_are_refused(backend: Backend) -> None:
     backend.edit_metadata = without_rows
     backend.edit_reply = lambda reply: [edit(reply) for edit in edits] and None
     backend.limit = 4
-    app = make_app(backend.address)
-    app.extensions["repository"].load()
+    app = make_remote_app(backend.address)
+    app.inference.repository.load()
     assert ask(app.test_client(), 4).json == {"outputs": {"y": 1.0, "k": 1}}
     for _ in range(2):
         answer = ask(app.test_client(), 5)
@@ -272,8 +272,8 @@ def test_a_model_described_with_nonsense_is_502_and_leaves_the_others_in_use(
     backend: Backend, edit: Callable[[Backend], None]
 ) -> None:
     edit(backend)
-    app = make_app(backend.address, "m", "n", "missing")
-    repository = app.extensions["repository"]
+    app = make_remote_app(backend.address, "m", "n", "missing")
+    repository = app.inference.repository
     repository.load()
     client = app.test_client()
     for page in ("/readyz", "/metrics", "/models.json", "/", "/v1/models/n"):
@@ -313,8 +313,8 @@ def assert_unreachable(client: FlaskClient) -> None:
 
 
 def test_an_unreachable_server_is_503_from_the_start() -> None:
-    app = make_app(f"127.0.0.1:{free_ports(1)[0]}")
-    repository = app.extensions["repository"]
+    app = make_remote_app(f"127.0.0.1:{free_ports(1)[0]}")
+    repository = app.inference.repository
     client = app.test_client()
     for way, answer in every_way(client).items():
         assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "1"), way
@@ -331,7 +331,7 @@ def test_a_server_that_goes_away_is_503_before_and_after_that_is_noticed(app: Fl
     answer = ask(client)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     for _ in range(2):
-        app.extensions["repository"].update()
+        app.inference.repository.update()
         assert_unreachable(client)
 
 

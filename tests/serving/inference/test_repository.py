@@ -59,19 +59,21 @@ def test_the_newest_version_is_served(models_dir: Path) -> None:
     served = repository.resolve("colours")
     assert served.version == 10
     assert repository.resolve("colours", version=10) is served
-    assert served.card == {"class_names": ["red", "green", "blue"]}
+    assert served.info.class_names == ("red", "green", "blue")
     outputs = served.predictor.predict("serving_default", {"images": np.zeros((1, 32, 32, 3), np.uint8)})
     assert outputs["class_id"].shape == (1,)
     (status,) = repository.versions("colours")
     assert (status.version, status.state, status.error_code, status.warmup_records) == (10, "AVAILABLE", "OK", 2)
 
 
-def test_what_is_not_there_is_named_as_tensorflow_serving_names_it(models_dir: Path) -> None:
+def test_an_error_also_has_the_message_of_tensorflow_serving(models_dir: Path) -> None:
     repository = load(models_dir)
-    with pytest.raises(ModelNotFound, match=r"^Servable not found for request: Latest\(m\)$"):
+    with pytest.raises(ModelNotFound) as unknown:
         repository.resolve("m")
-    with pytest.raises(ModelNotFound, match=r"^Servable not found for request: Specific\(colours, 2\)$"):
+    assert str(unknown.value.tensorflow_serving) == "Servable not found for request: Latest(m)"
+    with pytest.raises(ModelNotFound) as missing:
         repository.resolve("colours", version=2)
+    assert str(missing.value.tensorflow_serving) == "Servable not found for request: Specific(colours, 2)"
     with pytest.raises(ModelNotFound, match=r"^Could not find any versions of model m$"):
         repository.versions("m")
 
@@ -208,12 +210,12 @@ def test_the_number_of_warm_up_records_is_logged(models_dir: Path, caplog: pytes
     assert "no warm-up records to replay" in caplog.text
 
 
-@pytest.mark.parametrize("card", [None, b"{", b"\xff", b"[1]", b""])
-def test_a_model_is_served_whatever_its_card(models_dir: Path, card: bytes | None) -> None:
+@pytest.mark.parametrize("text", [None, b"{", b"\xff", b"[1]", b""])
+def test_a_model_is_served_whatever_its_model_info(models_dir: Path, text: bytes | None) -> None:
     file = models_dir / "colours" / "10" / "assets.extra" / "model.json"
     file.unlink()
-    if card is not None:
-        file.write_bytes(card)
-    assert load(models_dir).resolve("colours").card is None
+    if text is not None:
+        file.write_bytes(text)
+    assert load(models_dir).resolve("colours").info.class_names == ()
     file.write_text(json.dumps({"class_names": ["x"]}))
-    assert load(models_dir).resolve("colours").card == {"class_names": ["x"]}
+    assert load(models_dir).resolve("colours").info.class_names == ("x",)

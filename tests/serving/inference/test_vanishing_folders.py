@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelConfig, ModelsFolder
 from serving.settings import Settings
@@ -60,8 +60,8 @@ def test_what_is_loaded_stays_served_and_the_folder_is_reported(
     if source == "base path":
         folder, config_file = models_dir / "colours", models_dir.parent / "models.config"
         config_file.write_text(f'model_config_list {{ config {{ name: "colours" base_path: "{folder}" }} }}')
-    app = create_app(Settings(models_dir=models_dir, model_config_file=config_file))
-    repository = app.extensions["repository"]
+    app = make_app(Settings(models_dir=models_dir, model_config_file=config_file))
+    repository = app.inference.repository
     repository.load()
     caplog.clear()
     vanish(folder)

@@ -21,8 +21,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
-from serving.api.app import create_app
-from serving.api.open_inference.routes import read_infer
+from serving.api.app import make_app
+from serving.api.open_inference.parsing import parse as parse_infer
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
 from serving.settings import Settings
@@ -76,8 +76,8 @@ def app(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path) ->
     shutil.copytree(colours, models_dir / "colours" / "7")
     shutil.copytree(adder, models_dir / "adder" / "1")
     save_echo(models_dir / "echo" / "1")
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir))
+    app.inference.repository.load()
     return app
 
 
@@ -137,7 +137,7 @@ def test_a_loaded_service_is_live_and_ready(client: FlaskClient) -> None:
 
 
 def test_before_its_models_are_loaded_it_is_live_and_not_ready(models_dir: Path) -> None:
-    client = create_app(Settings(models_dir=models_dir)).test_client()
+    client = make_app(Settings(models_dir=models_dir)).test_client()
     assert client.get("/v2/health/live").status_code == 200
     for path in ("/v2/health/ready", "/v2/models/colours/ready", "/v2/models/colours/versions/10/ready"):
         response = client.get(path)
@@ -152,8 +152,8 @@ def test_a_required_model_that_failed_to_load_makes_the_server_not_ready(models_
     shutil.copytree(adder, models_dir / "adder" / "1")
     for version in ("2", "10"):
         (models_dir / "colours" / version / "saved_model.pb").write_bytes(b"\xff")
-    app = create_app(Settings(models_dir=models_dir, require_models=("colours",)))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir, require_models=("colours",)))
+    app.inference.repository.load()
     client = app.test_client()
     response = client.get("/v2/health/ready")
     assert (response.status_code, (response.json or {})["ready"]) == (400, False)
@@ -164,11 +164,11 @@ def test_a_required_model_that_failed_to_load_makes_the_server_not_ready(models_
 
 
 def test_a_process_that_only_a_restart_can_mend_is_not_live(models_dir: Path) -> None:
-    app = create_app(Settings(models_dir=models_dir))
+    app = make_app(Settings(models_dir=models_dir))
     thread = threading.Thread(target=lambda: None, name="the thread that predicts")
     thread.start()
     thread.join()
-    app.extensions["liveness"].require(thread)
+    app.liveness.require(thread)
     response = app.test_client().get("/v2/health/live")
     assert (response.status_code, (response.json or {})["live"]) == (400, False)
     assert "the thread that predicts" in (response.json or {})["error"]
@@ -209,7 +209,7 @@ def test_a_version_that_is_not_there(client: FlaskClient, version: str) -> None:
 
 
 def test_a_model_that_is_not_there(client: FlaskClient) -> None:
-    message = 'there is no model "nobody"; there are adder, colours, echo'
+    message = 'there is no model "nobody"; available: adder, colours, echo'
     for path in ("", "/ready", "/versions/1"):
         assert error(client.get(f"/v2/models/nobody{path}"), 404) == message
 
@@ -381,10 +381,10 @@ def test_inputs_that_several_signatures_take_choose_the_default_or_none() -> Non
     x = {"x": TensorSpec("x", "DT_FLOAT", (None,), "x:0")}
     body = b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}'
     signatures = {name: Signature(name, "", x, x) for name in ("half", "serving_default", "twice")}
-    assert read_infer(body, None, "m", signatures).signature_name == "serving_default"
+    assert parse_infer(body, None, "m", signatures).signature == "serving_default"
     del signatures["serving_default"]
     with pytest.raises(InvalidRequest) as refused:
-        read_infer(body, None, "m", signatures)
+        parse_infer(body, None, "m", signatures)
     message = "several signatures take the input x: half, twice; choose one with the parameter signature_name"
     assert str(refused.value) == message
 

@@ -6,16 +6,10 @@ import numpy as np
 import orjson
 import pytest
 
-from serving.api.open_inference.tensors import (
-    datatype_of,
-    decode_binary,
-    decode_json,
-    encode_binary,
-    encode_json,
-    quote,
-)
+from serving.api.open_inference.tensors import datatype_of, decode_binary, decode_json, encode_binary, encode_json
 from serving.errors import InvalidRequest
 from serving.inference.signatures import NUMPY_DTYPES, TensorSpec
+from serving.quoting import quote
 
 INTEGERS = ("UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64")
 FLOATS = {"FP16": "DT_HALF", "FP32": "DT_FLOAT", "FP64": "DT_DOUBLE"}

@@ -14,10 +14,7 @@ from flask.testing import FlaskClient
 from PIL import Image
 from werkzeug.test import TestResponse, create_environ, run_wsgi_app
 
-from serving.api.app import create_app
-from serving.api.predict.routes import class_names, picture_size
-from serving.errors import InvalidRequest
-from serving.inference.signatures import Signature, TensorSpec
+from serving.api.app import make_app
 from serving.settings import Settings
 from tests.serving.conftest import encode, picture
 
@@ -66,7 +63,7 @@ def test_one_picture_as_the_body(client: FlaskClient) -> None:
 
 
 def test_probabilities_are_those_of_the_model_to_the_last_bit(app: Flask, client: FlaskClient) -> None:
-    predictor = app.extensions["repository"].resolve("colours").predictor
+    predictor = app.inference.repository.resolve("colours").predictor
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     expected = predictor.predict("serving_default", {"images": image})["probabilities"][0]
     (prediction,) = answer(send_body(client, encode(Image.fromarray(image[0]))))["predictions"]
@@ -204,7 +201,7 @@ def test_no_more_of_a_body_is_read_than_the_limit(app: Flask, kind: str) -> None
 def test_model_and_version_can_be_chosen(client: FlaskClient) -> None:
     for query in ("?model=colours", "?version=7", "?model=colours&version=007", f"?version={'0' * 40}7"):
         assert answer(send_body(client, RED, query))["model"]["version"] == 7
-    assert answer(send_body(client, RED, "?model=m"), 404) == {"error": 'there is no model "m"; there are colours'}
+    assert answer(send_body(client, RED, "?model=m"), 404) == {"error": 'there is no model "m"; available: colours'}
     assert answer(send_body(client, RED, "?version=3"), 404) == {
         "error": "there is no version 3 of model colours; available: 7"
     }
@@ -222,7 +219,7 @@ def test_model_and_version_can_be_chosen(client: FlaskClient) -> None:
         ("version=", "the query parameter version has no value"),
         ("label", "the query parameter label has no value"),
         ("version=7&label=stable", "choose a version by its number or by its label, not by both"),
-        ("label=stable", 'model colours has no label "stable"; it has none'),
+        ("label=stable", 'model colours has no label "stable"; it has no labels'),
     ],
 )
 def test_a_query_that_is_not_understood_is_refused(client: FlaskClient, query: str, message: str) -> None:
@@ -237,10 +234,10 @@ def test_a_version_can_be_chosen_by_its_label(models_dir: Path, tmp_path: Path) 
         "model_version_policy { all {} } "
         'version_labels { key: "stable" value: 2 } version_labels { key: "canary" value: 10 } } }'
     )
-    app = create_app(Settings(models_dir=models_dir, model_config_file=config))
+    app = make_app(Settings(models_dir=models_dir, model_config_file=config))
     client = app.test_client()
     assert "still being loaded" in answer(send_body(client, RED, "?label=stable"), 503)["error"]
-    app.extensions["repository"].load()
+    app.inference.repository.load()
     assert answer(send_body(client, RED))["model"]["version"] == 10
     assert answer(send_body(client, RED, "?label=stable"))["model"] == {"name": "m", "version": 2}
     assert answer(send_body(client, RED, "?label=canary&model=m"))["model"]["version"] == 10
@@ -300,8 +297,8 @@ def two_models(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: P
     shutil.copytree(colours, models_dir / "colours" / "1")
     (models_dir / "colours" / "1" / "assets.extra" / "model.json").unlink()
     shutil.copytree(adder, models_dir / "adder" / "4")
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir))
+    app.inference.repository.load()
     return app.test_client()
 
 
@@ -323,60 +320,3 @@ def test_a_model_that_takes_no_pictures_says_where_to_go(two_models: FlaskClient
     error = answer(send_body(two_models, RED, "?model=adder"), 400)["error"]
     assert "does not take pictures" in error
     assert "/v1/models/adder:predict" in error
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["a", "b"], ["a", "b"]),
-        (["a", "b", "c"], ["0", "1"]),
-        (["a", "a"], ["0", "1"]),
-        ("ab", ["0", "1"]),
-        (None, ["0", "1"]),
-        ([1, None], ["1", "None"]),
-    ],
-)
-def test_class_names_of_a_card_are_used_if_they_fit(names: Any, expected: list[str]) -> None:
-    assert class_names({"class_names": names}, count=2) == expected
-    assert class_names(None, count=2) == ["0", "1"]
-
-
-def signature_of(images: TensorSpec, *outputs: TensorSpec) -> dict[str, Signature]:
-    return {
-        "serving_default": Signature(
-            "serving_default", "", {images.name: images}, {output.name: output for output in outputs}
-        )
-    }
-
-
-class DescribedPredictor:
-    def __init__(self, signatures: dict[str, Signature]) -> None:
-        self.signatures = signatures
-
-
-PICTURES = TensorSpec("images", "DT_UINT8", (None, 20, 30, 3), "x:0")
-OUTPUTS = (
-    TensorSpec("probabilities", "DT_FLOAT", (None, 3), "y:0"),
-    TensorSpec("class_id", "DT_INT64", (None,), "y:1"),
-    TensorSpec("label", "DT_STRING", None, "y:2"),
-)
-
-
-def test_pictures_are_those_of_the_signature() -> None:
-    assert picture_size(DescribedPredictor(signature_of(PICTURES, *OUTPUTS)), model="m") == (20, 30)
-    for images in (
-        TensorSpec("images", "DT_FLOAT", (None, 20, 30, 3), "x:0"),
-        TensorSpec("images", "DT_UINT8", (None, 20, 30, 1), "x:0"),
-        TensorSpec("images", "DT_UINT8", (None, None, None, 3), "x:0"),
-        TensorSpec("images", "DT_UINT8", (8, 20, 30, 3), "x:0"),
-        TensorSpec("images", "DT_UINT8", None, "x:0"),
-        TensorSpec("pixels", "DT_UINT8", (None, 20, 30, 3), "x:0"),
-    ):
-        with pytest.raises(InvalidRequest, match="does not take pictures"):
-            picture_size(DescribedPredictor(signature_of(images, *OUTPUTS)), model="m")
-    for missing in range(3):
-        outputs = OUTPUTS[:missing] + OUTPUTS[missing + 1 :]
-        with pytest.raises(InvalidRequest, match="does not take pictures"):
-            picture_size(DescribedPredictor(signature_of(PICTURES, *outputs)), model="m")
-    with pytest.raises(InvalidRequest, match="does not take pictures"):
-        picture_size(DescribedPredictor({}), model="m")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.api.tensorflow_serving.json_document import parse_document
-from serving.api.tensorflow_serving.json_quoting import quote, quote_document, type_name
+from serving.api.tensorflow_serving.json_quoting import quote_document, quote_json, type_name
 from serving.errors import InvalidRequest
 
 
@@ -137,18 +137,18 @@ def test_json_reads_as_python_reads_it(document: object) -> None:
     ],
 )
 def test_values_are_quoted_as_rapidjson_prints_them(value: object, quoted: str) -> None:
-    assert quote(value) == quoted
+    assert quote_json(value) == quoted
 
 
 def test_a_document_is_quoted_up_to_256_bytes() -> None:
-    assert quote_document({"instances": list(range(1000))}) == quote({"instances": list(range(1000))})[:256]
+    assert quote_document({"instances": list(range(1000))}) == quote_json({"instances": list(range(1000))})[:256]
     assert len(quote_document(["é" * 500]).encode()) == 256
-    assert len(quote(["é" * 500]).encode()) == 1004
+    assert len(quote_json(["é" * 500]).encode()) == 1004
 
 
 def test_what_is_nested_too_deep_to_be_quoted_is_an_invalid_request() -> None:
     with pytest.raises(InvalidRequest):
-        quote(parse_document(b'{"a":' * 1_000 + b"1" + b"}" * 1_000))
+        quote_json(parse_document(b'{"a":' * 1_000 + b"1" + b"}" * 1_000))
 
 
 def test_types_have_rapidjsons_names() -> None:

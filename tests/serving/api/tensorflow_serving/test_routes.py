@@ -10,7 +10,7 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.settings import Settings
 from tests.serving.conftest import PROJECT
 
@@ -25,8 +25,8 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> FlaskClient:
     models_dir = tmp_path_factory.mktemp("models")
     for version in ("1", "3"):
         shutil.copytree(GOLDEN / "multi" / "1", models_dir / "multi" / version)
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir))
+    app.inference.repository.load()
     return app.test_client()
 
 
@@ -273,7 +273,7 @@ def test_a_gzip_bomb_is_too_large(golden: FlaskClient) -> None:
 
 def test_a_model_that_is_still_loading_says_so(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "multi", tmp_path / "multi")
-    client = create_app(Settings(models_dir=tmp_path)).test_client()
+    client = make_app(Settings(models_dir=tmp_path)).test_client()
     assert "still being loaded" in error(post(client, ONE), 503)
     status = client.get("/v1/models/multi").json
     assert status is not None

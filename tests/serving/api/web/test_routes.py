@@ -9,7 +9,7 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from serving.api.app import create_app
+from serving.api.app import make_app
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
 from serving.inference.saved_model import SavedModelPredictor
@@ -48,8 +48,8 @@ def test_the_page_carries_the_description_of_the_models(client: FlaskClient) -> 
 
 def test_the_input_size_is_that_of_the_signature(tmp_path: Path) -> None:
     save_colour_classifier(tmp_path / "wide" / "1", size=(20, 48), card=False)
-    app = create_app(Settings(models_dir=tmp_path))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=tmp_path))
+    app.inference.repository.load()
     (model,) = app.test_client().get("/models.json").json or []
     assert (model["height"], model["width"], model["class_names"]) == (20, 48, ["0", "1", "2"])
 
@@ -59,8 +59,8 @@ def test_what_the_card_says_is_shown_where_it_can_be(models_dir: Path) -> None:
 
     def described(text: str) -> tuple[object, object, object]:
         card.write_text(text)
-        app = create_app(Settings(models_dir=models_dir))
-        app.extensions["repository"].load()
+        app = make_app(Settings(models_dir=models_dir))
+        app.inference.repository.load()
         (model,) = app.test_client().get("/models.json").json or []
         return model["class_names"], model["dataset"], model["test_accuracy"]
 
@@ -75,8 +75,8 @@ def test_what_the_card_says_is_shown_where_it_can_be(models_dir: Path) -> None:
 def test_no_name_of_a_class_becomes_markup(models_dir: Path) -> None:
     names = ["</script><script>alert(1)</script>", "<!--", "'&\""]
     (models_dir / "colours" / "10" / "assets.extra" / "model.json").write_text(json.dumps({"class_names": names}))
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir))
+    app.inference.repository.load()
     page = app.test_client().get("/")
     (model,) = models_in(page)  # type: ignore[misc]
     assert model["class_names"] == names
@@ -85,12 +85,12 @@ def test_no_name_of_a_class_becomes_markup(models_dir: Path) -> None:
 
 def test_a_model_that_is_loading_and_one_that_takes_no_pictures_say_so(models_dir: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
-    app = create_app(Settings(models_dir=models_dir))
+    app = make_app(Settings(models_dir=models_dir))
     client = app.test_client()
     for model in client.get("/models.json").json or []:
         assert model["loading"]
         assert f"model {model['name']} is still being loaded" in model["problem"]
-    app.extensions["repository"].load()
+    app.inference.repository.load()
     takes_none, takes_some = client.get("/models.json").json or []
     assert (takes_none["name"], takes_none["available"], takes_none["loading"]) == ("adder", True, False)
     assert "does not take pictures" in takes_none["problem"]
@@ -101,8 +101,8 @@ def test_a_model_that_failed_to_load_says_why(models_dir: Path, adder: Path) -> 
     shutil.copytree(adder, models_dir / "adder" / "1")
     for version in ("2", "10"):
         (models_dir / "colours" / version / "saved_model.pb").write_bytes(b"\xff")
-    app = create_app(Settings(models_dir=models_dir))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=models_dir))
+    app.inference.repository.load()
     _, broken = app.test_client().get("/models.json").json or []
     assert (broken["name"], broken["available"], broken["loading"]) == ("colours", False, False)
     assert "Can't parse" in broken["problem"]
@@ -127,15 +127,15 @@ def test_where_the_signature_does_not_count_the_classes_the_card_does(
 
     for version in (2, 10):
         (models_dir / "colours" / str(version) / "assets.extra" / "tf_serving_warmup_requests").unlink()
-    app = create_app(Settings(models_dir=models_dir))
+    app = make_app(Settings(models_dir=models_dir))
     repository = LocalRepository(ModelsFolder(models_dir), load_predictor=UncountedPredictor)
-    app.extensions["repository"] = repository
+    app.inference.repository = repository
     repository.load()
     (model,) = app.test_client().get("/models.json").json or []
     assert (model["height"], model["width"], model["class_names"]) == (8, 9, ["red", "green", "blue"])
     (models_dir / "colours" / "10" / "assets.extra" / "model.json").unlink()
     repository = LocalRepository(ModelsFolder(models_dir), load_predictor=UncountedPredictor)
-    app.extensions["repository"] = repository
+    app.inference.repository = repository
     repository.load()
     (model,) = app.test_client().get("/models.json").json or []
     assert model["class_names"] == []

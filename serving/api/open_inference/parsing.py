@@ -3,19 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 
 from serving.api.compression import DEFLATE, GZIP, inflate
-from serving.api.open_inference.tensors import MAX_DIMENSIONS, datatype_of, decode_binary, decode_json, quote
+from serving.api.open_inference.tensors import MAX_DIMENSIONS, datatype_of, decode_binary, decode_json
 from serving.errors import InvalidRequest, UnsupportedMedia
+from serving.inference.service import InferenceRequest
 from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, TensorSpec
+from serving.quoting import quote
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _WBITS = {"gzip": GZIP, "deflate": DEFLATE}
 _MAX_DIGITS = 19  # a number of more has no place in a request, and takes long to read where it has millions
+
+
+@dataclass(eq=False)
+class InferRequest(InferenceRequest):
+    """An inference request of this protocol.
+
+    Args:
+        identifier: repeated in the response.
+        outputs: the names of those wanted, in this order, and whether each is sent as binary data.
+    """
+
+    identifier: str | None
+    outputs: Mapping[str, bool]
+
+
+def parse(body: bytes, header_length: str | None, model: str, signatures: Mapping[str, Signature]) -> InferRequest:
+    """Parse an inference request.
+
+    Args:
+        body: inflated.
+        header_length: the value of Inference-Header-Content-Length, if there is one.
+        model: its name, for messages.
+        signatures: the model's.
+
+    Raises:
+        InvalidRequest: it is malformed, or does not fit the signature.
+    """
+    document, binary = split_body(body, header_length)
+    signature = find_signature(model, signatures, read_signature_name(document, signatures))
+    identifier = read_id(document)
+    outputs = read_outputs(document, signature)
+    return InferRequest(signature.name, read_inputs(document, binary, signature), identifier, outputs)
+
+
+def find_signature(model: str, signatures: Mapping[str, Signature], name: str) -> Signature:
+    """Return the signature of a name.
+
+    Raises:
+        InvalidRequest: the model has none of that name.
+    """
+    signature = signatures.get(name)
+    if signature is None:
+        names = ", ".join(name for name, other in signatures.items() if other.inputs)
+        raise InvalidRequest(f"model {model} has no signature {quote(name)}; it has {names}")
+    return signature
 
 
 def inflate_body(body: bytes, encoding: str, header_length: str | None) -> bytes:

@@ -1,0 +1,179 @@
+"""`ServingApp`: Flask with the objects of the service, counted requests, and a fast path for known URLs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from io import BytesIO
+from typing import Any, cast
+
+import flask
+import orjson
+from flask import Flask, Request, Response, g, request, request_tearing_down
+from flask.json.provider import JSONProvider
+from flask.typing import ResponseReturnValue
+from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.routing import MapAdapter, Rule
+
+from serving.api.json_process import JsonProcess
+from serving.api.responses import PlainResponse, json_response
+from serving.inference.liveness import Liveness
+from serving.inference.service import InferenceService
+from serving.memory import MemoryBudget
+from serving.metrics import TFS_STATUS, Metrics
+from serving.settings import Settings
+
+MAX_KNOWN_PATHS = 256
+RETRY_AFTER_S = 1  # of responses that name no time of their own
+
+
+class BufferedRequest(Request):
+    """A request whose body the HTTP server has read already (serving/http/wsgi.py): it is not read a second time."""
+
+    def get_data(self, cache: bool = True, as_text: Any = False, parse_form_data: bool = False) -> Any:
+        """Return the body, as `werkzeug.Request.get_data` does.
+
+        Raises:
+            RequestEntityTooLarge: it is longer than MAX_CONTENT_LENGTH.
+        """
+        stream = self.environ["wsgi.input"]
+        limit = self.max_content_length
+        if isinstance(stream, BytesIO) and not parse_form_data:
+            body = stream.getvalue()
+            if limit is not None and max(len(body), int(self.environ.get("CONTENT_LENGTH") or 0)) > limit:
+                raise RequestEntityTooLarge
+        else:
+            body = super().get_data(cache, parse_form_data=parse_form_data)
+            # Werkzeug ends a body of unknown length at the limit, without a word.
+            if len(body) == limit and self.environ.get("wsgi.input_terminated") and stream.read(1):
+                raise RequestEntityTooLarge
+        return body.decode(errors="replace") if as_text else body
+
+
+class ServingApp(Flask):
+    """The Flask app of a service.
+
+    Args:
+        settings: the service's.
+        inference: runs the requests.
+        metrics: counts and times them.
+        liveness: the state of the process.
+        memory: the budget for all requests.
+    """
+
+    request_class = BufferedRequest
+    response_class = PlainResponse
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        inference: InferenceService,
+        metrics: Metrics,
+        liveness: Liveness,
+        memory: MemoryBudget,
+    ) -> None:
+        super().__init__("serving.api", static_folder=None)
+        self.settings = settings
+        self.inference = inference
+        self.metrics = metrics
+        self.liveness = liveness
+        self.memory = memory
+        self.json_process = JsonProcess()
+        self.json = OrjsonProvider(self)
+        self.url_map.merge_slashes = False  # `//host/path` is not found, and never a redirect
+        self.url_map.strict_slashes = False
+        self.config["MAX_CONTENT_LENGTH"] = settings.max_request_bytes
+        self._known_paths: dict[tuple[str, str], tuple[Rule, Mapping[str, Any]]] = {}
+
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        """Match by path and method alone, unless hosts or subdomains matter."""
+        by_host = self.url_map.host_matching or self.subdomain_matching
+        if request is None or by_host or self.config["SERVER_NAME"] or self.config["TRUSTED_HOSTS"]:
+            return super().create_url_adapter(request)
+        environ = request.environ
+        adapter = KnownPaths(
+            self.url_map,
+            server_name=environ.get("HTTP_HOST") or environ["SERVER_NAME"],
+            script_name=environ.get("SCRIPT_NAME") or "/",
+            subdomain="",
+            url_scheme=environ["wsgi.url_scheme"],
+            path_info=request.path,
+            default_method=request.method,
+            query_args=environ.get("QUERY_STRING", ""),
+        )
+        adapter.known = self._known_paths
+        return adapter
+
+    def preprocess_request(self) -> ResponseReturnValue | None:
+        """Note when the request began, and call the hooks."""
+        g.started_s = time.perf_counter()
+        self.metrics.in_flight.inc()
+        if self.before_request_funcs or self.url_value_preprocessors:
+            return super().preprocess_request()
+        return None
+
+    def process_response(self, response: Response) -> Response:
+        """Call the hooks, and count the request."""
+        response = super().process_response(response)
+        if response.status_code in (429, 503) and "Retry-After" not in response.headers:
+            response.headers["Retry-After"] = str(RETRY_AFTER_S)
+        context: Any = cast(Any, g)._get_current_object()
+        current: Request = cast(Any, request)._get_current_object()
+        seconds = time.perf_counter() - context.started_s
+        status = response.status_code
+        model = context.get("model", "")
+        if model not in self.inference.repository.all_names():
+            model = ""  # made-up names must not become labels that stay for ever
+        elif "is_tfs_predict" in context:
+            code = TFS_STATUS.get(status, "INTERNAL")
+            self.metrics.observe_tfs_predict(model=model, code=code, seconds=seconds, api="REST")
+        route = current.url_rule.rule if current.url_rule else "unmatched"
+        self.metrics.observe_request(route=route, model=model, status=status, seconds=seconds)
+        return response
+
+    def do_teardown_request(self, exc: BaseException | None = None) -> None:
+        """Call the hooks, and note that the request has ended."""
+        self.metrics.in_flight.dec()
+        if self.teardown_request_funcs or request_tearing_down.receivers:
+            super().do_teardown_request(exc)
+
+
+# Flask's proxy of the app, typed.
+current_app = cast(ServingApp, flask.current_app)
+
+
+class KnownPaths(MapAdapter):
+    """Caches which rule matches a method and path: a service has few of them."""
+
+    known: dict[tuple[str, str], tuple[Rule, Mapping[str, Any]]]  # the app's, for all its requests
+
+    def match(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the rule and its arguments, as `MapAdapter.match` does."""
+        if args or kwargs != {"return_rule": True}:  # not Flask's own call
+            return super().match(*args, **kwargs)
+        key = self.default_method, self.path_info
+        found = self.known.get(key)
+        if found is None:
+            found = super().match(return_rule=True)
+            if len(self.known) >= MAX_KNOWN_PATHS:
+                self.known.clear()
+            self.known[key] = found
+        rule, arguments = found
+        return rule, dict(arguments)  # hooks may change them
+
+
+class OrjsonProvider(JSONProvider):
+    """JSON by orjson; numpy's arrays and scalars included, so float32 keeps its own digits."""
+
+    def dumps(self, obj: Any, **_: Any) -> str:
+        """Return `obj` as JSON text."""
+        return orjson.dumps(obj, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+
+    def loads(self, s: str | bytes, **_: Any) -> Any:
+        """Return what the JSON text `s` says."""
+        return orjson.loads(s)
+
+    def response(self, *args: Any, **kwargs: Any) -> Response:
+        """Return `args` or `kwargs` as a JSON response."""
+        return json_response(self._prepare_response_obj(args, kwargs))

@@ -1,0 +1,41 @@
+"""The response of `/predict`: a label, a confidence and all probabilities for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import orjson
+
+from serving.api.predict.parsing import UploadedImage
+from serving.inference.image_classifier import class_names
+from serving.inference.service import InferenceResult
+
+
+def render(images: Sequence[UploadedImage], result: InferenceResult, timing_ms: Mapping[str, float]) -> bytes:
+    """Encode the response: a prediction for each image, in their order."""
+    version, outputs = result.version, result.outputs
+    names = class_names(version, count=outputs["probabilities"].shape[1])
+    columns = zip(
+        images,
+        outputs["label"],
+        outputs["class_id"],
+        np.maximum.reduce(outputs["probabilities"], axis=1),
+        outputs["probabilities"],
+        strict=True,
+    )
+    document = {
+        "model": {"name": version.name, "version": version.version},
+        "predictions": [
+            {
+                "file": image.file,
+                "label": label.decode("utf-8", errors="replace"),
+                "class_id": class_id,
+                "confidence": confidence,
+                "probabilities": dict(zip(names, row, strict=True)),
+            }
+            for image, label, class_id, confidence, row in columns
+        ],
+        "timing_ms": timing_ms,
+    }
+    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)

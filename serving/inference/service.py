@@ -1,0 +1,108 @@
+"""`InferenceService`: the one way from a parsed request to a model, for every protocol.
+
+A protocol parses bytes to an `InferenceRequest` and renders an `InferenceResult` to bytes. What every request needs is
+here: the choice of the version, validation, limits and the deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from serving.errors import InvalidRequest
+from serving.inference.model_config import read_version_number
+from serving.inference.repository import ModelRepository, ModelVersion, VersionStatus
+from serving.inference.signatures import Signature, check_inputs, check_rows, count_rows
+from serving.request_context import current_request
+
+
+@dataclass(eq=False)
+class InferenceRequest:
+    """A parsed request: the inputs of one signature.
+
+    Args:
+        signature: its name, one of the version's.
+        inputs: an array for each input, of its dtype; strings are object arrays of bytes.
+    """
+
+    signature: str
+    inputs: Mapping[str, np.ndarray]
+
+
+@dataclass(eq=False)
+class InferenceResult:
+    """The outputs of a signature: an array for each, of its dtype."""
+
+    version: ModelVersion
+    signature: Signature
+    outputs: Mapping[str, np.ndarray]
+
+
+class InferenceService:
+    """Runs inference requests on the versions of a repository.
+
+    Args:
+        repository: the models.
+        max_rows: most rows of a request.
+
+    Example:
+        >>> version = service.resolve("colours", version="7")
+        >>> result = service.predict(version, InferenceRequest("serving_default", {"images": images}))
+        >>> result.outputs["class_id"]
+    """
+
+    def __init__(self, repository: ModelRepository, *, max_rows: int) -> None:
+        self.repository = repository
+        self.max_rows = max_rows
+
+    def resolve(self, model: str, *, version: int | str | None = None, label: str | None = None) -> ModelVersion:
+        """Return the newest version of a model, or the one with a number or a label.
+
+        A request is parsed by the signatures of its version, so protocols resolve the version first.
+
+        Args:
+            model: the model's name.
+            version: its number, or the text of it.
+            label: as the model config assigns it.
+
+        Raises:
+            InvalidRequest: the version is not a number, no version has the label, or both are given.
+            ModelNotFound: the model, or that version of it, is not available.
+            NotReady: the model is still being loaded.
+        """
+        if version is not None and label is not None:
+            raise InvalidRequest("choose a version by its number or by its label, not by both")
+        number = read_version_number(version) if isinstance(version, str) else version
+        return self.repository.resolve(model, version=number, label=label)
+
+    def predict(self, version: ModelVersion, request: InferenceRequest) -> InferenceResult:
+        """Run a signature of a version, before the deadline of the current request.
+
+        Raises:
+            InvalidRequest: the inputs do not fit the signature, or the model refuses them.
+            TooLarge: there are more rows than `max_rows`.
+            Overloaded: it cannot be finished before the deadline, or too many requests wait.
+            ModelFailed: the model failed, the deadline passed, or the client disconnected.
+        """
+        signature = version.predictor.signatures[request.signature]
+        check_inputs(signature, request.inputs)
+        check_rows(count_rows(signature, request.inputs), self.max_rows)
+        outputs = version.predictor.predict(signature.name, request.inputs, deadline_s=current_request.get().deadline_s)
+        return InferenceResult(version, signature, outputs)
+
+    def status(self, model: str, version: int | str | None = None) -> list[VersionStatus]:
+        """Return the states of a model's versions, newest first, or of one.
+
+        Raises:
+            InvalidRequest: the version is not a number.
+            ModelNotFound: nothing is known of the model, or of that version.
+            NotReady: the model is still being loaded.
+        """
+        return self.repository.versions(model, read_version_number(version) if isinstance(version, str) else version)
+
+    @property
+    def not_ready_because(self) -> str | None:
+        """Why the service is not ready, in a sentence; None when it is."""
+        return self.repository.not_ready_because
