@@ -17,7 +17,7 @@ import click
 from serving.api.app import make_app
 from serving.api.flask_app import ServingApp
 from serving.errors import StartupError
-from serving.http.protocol import HttpLimits, access_logger
+from serving.http.protocol import SharedState, access_logger
 from serving.http.server import listen, run_http_server
 from serving.inference.backends import name_remote_models
 from serving.inference.model_config import ModelsFolder
@@ -232,11 +232,11 @@ def serve(app: ServingApp, settings: Settings, listener: socket.socket) -> NoRet
     follower = threading.Thread(
         target=follow_models, args=(app, settings, listener.getsockname()[0], stopping), name="models", daemon=True
     )
-    app.liveness.require(follower)
+    app.liveness.watch_thread(follower)
     follower.start()
     threading.Thread(target=watch_memory, args=(app.memory,), name="memory", daemon=True).start()
     run_http_server(
-        lambda: HttpLimits(
+        lambda: SharedState(
             app,
             app.memory,
             max_body_bytes=settings.max_request_bytes,

@@ -127,7 +127,7 @@ def lower_priority() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
-class Pause:
+class Waiter:
     """Something to wait for, once, by whoever makes it: a greenlet or a thread."""
 
     __slots__ = ("_greenlet", "_is_waiting", "_lock", "_over")
@@ -142,7 +142,7 @@ class Pause:
             self._lock.acquire()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for `end_pauses`; returns whether it came, and not the timeout."""
+        """Wait for `wake_all`; returns whether it came, and not the timeout."""
         if self._greenlet is None:
             return self._lock.acquire(timeout=-1.0 if timeout_s is None else max(0.0, timeout_s))
         if self._over:
@@ -168,56 +168,56 @@ class Pause:
 
 
 class Timeouts:
-    """The timeouts of the pauses of an event loop; made in its thread.
+    """The timeouts of the waiters of an event loop; made in its thread.
 
-    Nearly every pause is over long before, and a timer of the loop takes longer to make and to cancel than a request
+    Nearly every waiter is over long before, and a timer of the loop takes longer to make and to cancel than a request
     may: so there is one for all, and a timeout may come TIMEOUT_STEP_S late.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._ends_s: dict[Pause, float] = {}
+        self._ends_s: dict[Waiter, float] = {}
         self._is_check_due = False
 
-    def add(self, pause: Pause, timeout_s: float) -> None:
-        """Resume a pause after so many seconds."""
-        self._ends_s[pause] = self._loop.time() + timeout_s
+    def add(self, waiter: Waiter, timeout_s: float) -> None:
+        """Resume a waiter after so many seconds."""
+        self._ends_s[waiter] = self._loop.time() + timeout_s
         if not self._is_check_due:
             self._is_check_due = True
             self._loop.call_later(TIMEOUT_STEP_S, self._check)
 
-    def discard(self, pause: Pause) -> None:
-        """Forget a pause that has resumed."""
-        self._ends_s.pop(pause, None)
+    def discard(self, waiter: Waiter) -> None:
+        """Forget a waiter that has resumed."""
+        self._ends_s.pop(waiter, None)
 
     def _check(self) -> None:
         now_s = self._loop.time()
-        for pause in [pause for pause, end_s in self._ends_s.items() if end_s <= now_s]:
-            pause._resume()
+        for waiter in [waiter for waiter, end_s in self._ends_s.items() if end_s <= now_s]:
+            waiter._resume()
         self._is_check_due = bool(self._ends_s)
         if self._is_check_due:
             self._loop.call_later(TIMEOUT_STEP_S, self._check)
 
 
-def end_pauses(pauses: Iterable[Pause]) -> None:
+def wake_all(waiters: Iterable[Waiter]) -> None:
     """Wake those who wait for these; called from any thread."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Pause]] = {}
-    for pause in pauses:
-        if pause._greenlet is None:
-            pause._lock.release()
+    by_loop: dict[asyncio.AbstractEventLoop, list[Waiter]] = {}
+    for waiter in waiters:
+        if waiter._greenlet is None:
+            waiter._lock.release()
         else:
-            by_loop.setdefault(pause._greenlet.siblings.loop, []).append(pause)
+            by_loop.setdefault(waiter._greenlet.siblings.loop, []).append(waiter)
     for loop, group in by_loop.items():
         if asyncio._get_running_loop() is loop and not isinstance(greenlet.getcurrent(), LoopGreenlet):
-            _end_all(group)
+            _wake_group(group)
             continue
         with contextlib.suppress(RuntimeError):  # the loop has ended, and they with it
-            loop.call_soon_threadsafe(_end_all, group)
+            loop.call_soon_threadsafe(_wake_group, group)
 
 
-def _end_all(pauses: list[Pause]) -> None:
-    for pause in pauses:
-        pause._end()
+def _wake_group(waiters: list[Waiter]) -> None:
+    for waiter in waiters:
+        waiter._end()
 
 
 def call_soon(function: Callable[..., object], *args: object) -> None:
@@ -292,7 +292,7 @@ def _call_in_thread(threads: Executor, function: Callable[P, R], *args: P.args, 
 
 def wait_for(future: Future[R]) -> R:
     """Wait for a future, and return its result or raise its exception."""
-    pause = Pause()
-    future.add_done_callback(lambda _: end_pauses([pause]))
-    pause.wait()
+    waiter = Waiter()
+    future.add_done_callback(lambda _: wake_all([waiter]))
+    waiter.wait()
     return future.result()

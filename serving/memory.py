@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from serving.errors import Overloaded, TooLarge
-from serving.greenlets import Pause, end_pauses
+from serving.greenlets import Waiter, wake_all
 
 # Shares of the budget. Small requests have a pool of their own, so that large ones cannot keep them waiting. Of the
 # rest, bodies may take a part only, so that requests that have been read can be worked on; a lone one may take all.
@@ -370,8 +370,8 @@ class Reservation:
         if self.pool._try(self, more, is_body=is_body):
             return
         waiter = _Waiter(self, more, is_body)
-        pause = Pause()
-        waiter.wake = lambda: end_pauses([pause])
+        pause = Waiter()
+        waiter.wake = lambda: wake_all([pause])
         self.pool._enqueue(waiter)
         if not pause.wait(None if deadline_s is None else deadline_s - time.monotonic()):
             self.pool._give_up(waiter)

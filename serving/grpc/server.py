@@ -75,7 +75,7 @@ class GrpcServer:
         self._loop = uvloop.new_event_loop()
         thread = Thread(target=self._loop.run_forever, name="grpc-loop", daemon=True)
         thread.start()
-        liveness.require(thread)
+        liveness.watch_thread(thread)
         self._server = asyncio.run_coroutine_threadsafe(self._start(address), self._loop).result()
 
     def stop(self, *, grace_s: float) -> None:

@@ -70,7 +70,7 @@ _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:
 
 
 @dataclass(eq=False)
-class HttpLimits:
+class SharedState:
     """What all connections of a server share.
 
     Args:
@@ -134,7 +134,7 @@ class Request(RequestResponseCycle):
 class Connection(HttpToolsProtocol):
     """A connection. Small requests that have arrived whole go the short way: no task, no ASGI messages."""
 
-    def __init__(self, config: Config, server_state: ServerState, limits: HttpLimits) -> None:
+    def __init__(self, config: Config, server_state: ServerState, limits: SharedState) -> None:
         super().__init__(config, server_state, {})
         self.cycle: Request | None = None  # type: ignore[assignment]  # the last request whose headers have come
         self.limits = limits

@@ -18,7 +18,7 @@ from typing import cast
 import uvicorn
 import uvloop
 
-from serving.http.protocol import Connection, HttpLimits
+from serving.http.protocol import Connection, SharedState
 
 logger = logging.getLogger("serving")
 
@@ -57,7 +57,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run_http_server(
-    make_limits: Callable[[], HttpLimits],
+    make_limits: Callable[[], SharedState],
     listener: socket.socket,
     *,
     max_connections: int,
@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        limits: HttpLimits,
+        limits: SharedState,
         *,
         max_connections: int,
         drain_timeout_s: int,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from serving.errors import Overloaded, ServingError, client_disconnected, deadline_exceeded
-from serving.greenlets import Pause, call_soon, end_pauses, lower_priority
+from serving.greenlets import Waiter, call_soon, lower_priority, wake_all
 from serving.inference.liveness import Liveness
 from serving.inference.signatures import Predictor, Signature, count_rows
 from serving.request_context import current_request
@@ -64,7 +64,7 @@ class _Request:
     is_alone: bool  # shares its call with no other
     deadline_s: float | None
     is_abandoned: Callable[[], bool]
-    pause: Pause = field(default_factory=Pause)
+    waiter: Waiter = field(default_factory=Waiter)
     outputs: dict[str, np.ndarray] | None = None
     error: Exception | None = None
 
@@ -210,7 +210,7 @@ class Batcher:
         except Exception:
             for other in waiting:
                 if not self._withdraw(lane, other):
-                    other.pause.wait()  # it has just been taken from the queue
+                    other.waiter.wait()  # it has just been taken from the queue
             raise
 
     def _admit(self, lane: _Lane, rows: int, deadline_s: float | None) -> None:
@@ -288,10 +288,10 @@ class Batcher:
     def _wait(self, lane: _Lane, request: _Request) -> dict[str, np.ndarray]:
         """Wait until a request is processed, or its deadline has passed; returns its outputs, or raises its error."""
         timeout_s = None if request.deadline_s is None else request.deadline_s - time.monotonic()
-        if not request.pause.wait(timeout_s):
+        if not request.waiter.wait(timeout_s):
             if self._withdraw(lane, request):
                 raise deadline_exceeded()
-            request.pause.wait()  # it has just been taken from the queue
+            request.waiter.wait()  # it has just been taken from the queue
         if request.error is not None:
             raise request.error
         assert request.outputs is not None
@@ -329,13 +329,13 @@ class Batcher:
         if len(self._row_s) >= MAX_SHAPES:
             self._row_s.clear()
         self._row_s[requests[0].key] = row_s
-        end_pauses([request.pause for request in requests])
+        wake_all([request.waiter for request in requests])
         return True
 
     def _take_batch(self, lane: _Lane) -> list[_Request]:
         """Take requests that fit into one call from the queue; none, and one call less runs, where it is empty."""
         chosen: list[_Request] = []
-        refused: list[Pause] = []
+        refused: list[Waiter] = []
         rows = 0
         now_s = time.monotonic()
         with self._lock:
@@ -354,7 +354,7 @@ class Batcher:
                     chosen.append(request)
                     rows += request.rows
                 if request.error is not None:
-                    refused.append(request.pause)
+                    refused.append(request.waiter)
                 lane.queue.popleft()
                 lane.queued_rows -= request.rows
                 if chosen and (chosen[0].is_alone or lane is self._long):
@@ -363,7 +363,7 @@ class Batcher:
                 self._uncontended_calls += 1
             else:
                 lane.calls -= 1
-        end_pauses(refused)
+        wake_all(refused)
         return chosen
 
     def _process(self, requests: Sequence[_Request]) -> None:

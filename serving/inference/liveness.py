@@ -19,7 +19,7 @@ class Liveness:
         self._numbers = itertools.count()
         self._calls: dict[int, float] = {}  # when each began
 
-    def require(self, thread: threading.Thread) -> None:
+    def watch_thread(self, thread: threading.Thread) -> None:
         """Take the process for dead once this thread has ended."""
         self._threads.append(thread)
 

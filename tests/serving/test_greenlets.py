@@ -13,25 +13,25 @@ import greenlet
 import pytest
 import uvloop
 
-from serving.greenlets import MAX_IDLE, SLICE_S, LoopGreenlets, Pause, call_from_loop, end_pauses, offload, run_sized
+from serving.greenlets import MAX_IDLE, SLICE_S, LoopGreenlets, Waiter, call_from_loop, offload, run_sized, wake_all
 from serving.request_context import RequestContext, current_request
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_a_function_waits_while_the_loop_goes_on(in_thread: bool) -> None:
-    pauses: list[Pause] = []
+    pauses: list[Waiter] = []
     threads: list[int] = []
 
     def wait() -> str:
         threads.append(threading.get_ident())
-        pauses.append(Pause())
+        pauses.append(Waiter())
         return "went on" if pauses[0].wait(60) else "timed out"
 
     async def run(pool: ThreadPoolExecutor) -> str:
         waiting = asyncio.create_task(call_from_loop(wait, greenlets=LoopGreenlets(pool), in_thread=in_thread))
         while not pauses:
             await asyncio.sleep(0.001)
-        end_pauses(pauses)
+        wake_all(pauses)
         return await waiting
 
     with ThreadPoolExecutor(1) as pool:
@@ -41,13 +41,13 @@ def test_a_function_waits_while_the_loop_goes_on(in_thread: bool) -> None:
 
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_a_function_that_nobody_waits_for_is_told_so(in_thread: bool) -> None:
-    pauses: list[Pause] = []
+    pauses: list[Waiter] = []
     told: list[bool] = []
 
     def wait() -> None:
         is_gone = current_request.get().client_disconnected
         told.append(is_gone())
-        pauses.append(Pause())
+        pauses.append(Waiter())
         pauses[0].wait(60)
         told.append(is_gone())
 
@@ -58,7 +58,7 @@ def test_a_function_that_nobody_waits_for_is_told_so(in_thread: bool) -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        end_pauses(pauses)
+        wake_all(pauses)
         while len(told) < 2:
             await asyncio.sleep(0.001)
 
@@ -94,11 +94,11 @@ def test_a_greenlet_that_is_through_serves_again_and_keeps_nothing() -> None:
 
 
 def test_as_many_greenlets_as_wait_at_once_but_few_are_kept() -> None:
-    pauses: list[Pause] = []
+    pauses: list[Waiter] = []
     over: list[int] = []
 
     def wait(number: int) -> None:
-        pauses.append(Pause())
+        pauses.append(Waiter())
         pauses[-1].wait()
         over.append(number)
 
@@ -107,7 +107,7 @@ def test_as_many_greenlets_as_wait_at_once_but_few_are_kept() -> None:
         for number in range(MAX_IDLE + 10):
             greenlets.call(wait, number)
         assert not over
-        end_pauses(pauses)
+        wake_all(pauses)
         return len(greenlets.idle)
 
     with ThreadPoolExecutor(1) as pool:
@@ -249,11 +249,11 @@ def test_the_queue_is_estimated_from_what_calls_have_taken() -> None:
 
 def test_calls_that_wait_do_not_count_for_the_queue() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
-        pauses: list[Pause] = []
+        pauses: list[Waiter] = []
         over: list[bool] = []
 
         def wait() -> None:
-            pauses.append(Pause())
+            pauses.append(Waiter())
             over.append(pauses[-1].wait(60))
 
         for _ in range(10):
@@ -261,7 +261,7 @@ def test_calls_that_wait_do_not_count_for_the_queue() -> None:
         await asyncio.sleep(0.1)
         assert len(pauses) == 10
         assert greenlets._call_s < 0.01
-        end_pauses(pauses)
+        wake_all(pauses)
         await until(lambda: over == [True] * 10)
 
     run(check)
@@ -288,11 +288,11 @@ def test_a_call_that_raises_does_not_stop_the_others() -> None:
 def test_a_call_that_raises_when_it_is_woken_does_not_keep_the_others_asleep() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         greenlets.loop.set_exception_handler(lambda *_: None)
-        pauses: list[Pause] = []
+        pauses: list[Waiter] = []
         woken: list[int] = []
 
         def wait(number: int) -> None:
-            pauses.append(Pause())
+            pauses.append(Waiter())
             pauses[-1].wait(60)
             if number == 0:
                 raise RuntimeError("not foreseen")
@@ -301,7 +301,7 @@ def test_a_call_that_raises_when_it_is_woken_does_not_keep_the_others_asleep() -
         for number in range(3):
             greenlets.enqueue(wait, number)
         await until(lambda: len(pauses) == 3)
-        await asyncio.get_running_loop().run_in_executor(greenlets.threads, end_pauses, pauses)
+        await asyncio.get_running_loop().run_in_executor(greenlets.threads, wake_all, pauses)
         await asyncio.sleep(0.1)
         assert woken == [1, 2]
 
@@ -313,8 +313,8 @@ def test_a_pause_that_ends_before_it_is_waited_for() -> None:
         over: list[bool] = []
 
         def wait() -> None:
-            pause = Pause()
-            end_pauses([pause])
+            pause = Waiter()
+            wake_all([pause])
             over.append(pause.wait(60))
 
         greenlets.enqueue(wait)
@@ -328,7 +328,7 @@ def test_a_pause_that_is_not_ended_times_out_and_leaves_nothing_behind() -> None
         over: list[bool] = []
 
         def wait() -> None:
-            over.extend((Pause().wait(0.01), Pause().wait(0), Pause().wait(-1)))
+            over.extend((Waiter().wait(0.01), Waiter().wait(0), Waiter().wait(-1)))
 
         greenlets.enqueue(wait)
         await until(lambda: len(over) == 3)
@@ -341,20 +341,20 @@ def test_a_pause_that_is_not_ended_times_out_and_leaves_nothing_behind() -> None
 
 def test_the_end_of_a_pause_that_timed_out_does_not_end_the_next_one() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
-        pauses: list[Pause] = []
+        pauses: list[Waiter] = []
         over: list[bool] = []
 
         def wait() -> None:
             for timeout_s in (0.01, 60):
-                pauses.append(Pause())
+                pauses.append(Waiter())
                 over.append(pauses[-1].wait(timeout_s))
 
         greenlets.enqueue(wait)
         await until(lambda: over == [False])
-        end_pauses(pauses[:1])
+        wake_all(pauses[:1])
         await asyncio.sleep(0.05)
         assert over == [False]
-        end_pauses(pauses[1:])
+        wake_all(pauses[1:])
         await until(lambda: over == [False, True])
 
     run(check)
@@ -364,16 +364,16 @@ def test_the_end_of_a_pause_that_timed_out_does_not_break_its_greenlet() -> None
     async def check(greenlets: LoopGreenlets) -> None:
         errors: list[object] = []
         greenlets.loop.set_exception_handler(lambda _, problem: errors.append(problem))
-        pauses: list[Pause] = []
+        pauses: list[Waiter] = []
         over: list[bool] = []
 
         def wait() -> None:
-            pauses.append(Pause())
+            pauses.append(Waiter())
             over.append(pauses[-1].wait(0.01))
 
         greenlets.enqueue(wait)
         await until(lambda: over == [False])
-        await asyncio.get_running_loop().run_in_executor(greenlets.threads, end_pauses, pauses)
+        await asyncio.get_running_loop().run_in_executor(greenlets.threads, wake_all, pauses)
         await asyncio.sleep(0.05)
         greenlets.enqueue(over.append, True)
         await asyncio.sleep(0.05)

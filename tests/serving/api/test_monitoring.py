@@ -65,7 +65,7 @@ def test_a_process_that_only_a_restart_can_mend_says_so(app: Flask) -> None:
     thread = threading.Thread(target=lambda: None, name="answer")
     thread.start()
     thread.join()
-    liveness.require(thread)
+    liveness.watch_thread(thread)
     try:
         answer = client.get("/healthz")
         assert (answer.status_code, answer.json) == (503, {"status": "dead", "reason": "the thread answer has ended"})

@@ -19,7 +19,7 @@ import uvloop
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from serving.errors import InvalidRequest
-from serving.greenlets import LoopGreenlets, Pause, end_pauses
+from serving.greenlets import LoopGreenlets, Waiter, wake_all
 from serving.grpc import receiving
 from serving.grpc.handlers import OBJECT_BYTES, GrpcLimits, make_handler
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
@@ -462,11 +462,11 @@ def test_a_call_that_fails_leaves_no_message_to_the_garbage_collection(has_memor
 
 
 def test_a_call_that_is_cancelled_while_it_is_processed_leaves_nothing_reserved() -> None:
-    pauses: list[Pause] = []
+    pauses: list[Waiter] = []
     ended: list[bool] = []
 
     def answer(message: Any) -> Any:
-        pauses.append(Pause())
+        pauses.append(Waiter())
         pauses[0].wait(10)
         current_request.get().reserve(1_000_000)  # as for decoding images
         ended.append(True)
@@ -478,7 +478,7 @@ def test_a_call_that_is_cancelled_while_it_is_processed_leaves_nothing_reserved(
             await until(lambda: bool(pauses))
             call.cancel()
             await asyncio.sleep(0.1)
-            end_pauses(pauses)
+            wake_all(pauses)
             await until(lambda: bool(ended))
             await asyncio.sleep(0.05)
             assert service.budget.used_bytes == 0

@@ -20,7 +20,7 @@ from uvicorn.server import ServerState
 from serving.errors import ModelFailed
 from serving.greenlets import offload
 from serving.http import protocol
-from serving.http.protocol import Connection, HttpLimits
+from serving.http.protocol import Connection, SharedState
 from serving.http.server import Acceptor, Server, _no_asgi_app, listen
 from serving.memory import MemoryBudget, RequestMemory, Reservation
 from serving.request_context import RequestContext, current_request
@@ -45,7 +45,7 @@ class Service:
             "urgent_paths": frozenset({b"/healthz"}),
             **limits,
         }
-        self.limits = HttpLimits(self._app, self.budget, **settings)
+        self.limits = SharedState(self._app, self.budget, **settings)
         self.state = ServerState()
         config = uvicorn.Config(app=_no_asgi_app, ws="none", lifespan="off", log_config=None, access_log=False)
         listener = listen("127.0.0.1", 0)

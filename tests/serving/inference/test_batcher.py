@@ -315,7 +315,7 @@ def test_a_thread_that_must_not_end_is_missed() -> None:
     liveness = Liveness()
     thread = threading.Thread(target=lambda: None, name="follower")
     thread.start()
-    liveness.require(thread)
+    liveness.watch_thread(thread)
     thread.join()
     assert liveness.problem == "the thread follower has ended"
 

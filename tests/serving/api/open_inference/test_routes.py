@@ -168,7 +168,7 @@ def test_a_process_that_only_a_restart_can_mend_is_not_live(models_dir: Path) ->
     thread = threading.Thread(target=lambda: None, name="the thread that predicts")
     thread.start()
     thread.join()
-    app.liveness.require(thread)
+    app.liveness.watch_thread(thread)
     response = app.test_client().get("/v2/health/live")
     assert (response.status_code, (response.json or {})["live"]) == (400, False)
     assert "the thread that predicts" in (response.json or {})["error"]
