@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import Any
 
 from flask import Response, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
@@ -25,8 +27,32 @@ from serving.settings import Settings
 logger = logging.getLogger(__name__)
 
 
+def create_app(models: str | Path = "models", **options: Any) -> ServingApp:
+    """Make the service as a WSGI application, ready to serve: `gunicorn "serving:create_app()"`.
+
+    The first request loads the models, in the process that serves it, and waits for them; health checks do not wait.
+    It is a Flask app: hooks, blueprints, error handlers and the test client work as Flask documents them.
+
+    Args:
+        models: the folder: `<name>/<version>/saved_model.pb`. New versions replace old ones while it runs.
+        options: other settings by their names in `serving.Settings`, such as `max_batch_size`. Those of ports and of
+            connections have no effect here.
+
+    Raises:
+        StartupError: a setting is invalid, or the folder is missing.
+
+    Example:
+        >>> client = serving.create_app("models").test_client()
+        >>> client.get("/v1/models/colours").json["model_version_status"][0]["state"]
+        'AVAILABLE'
+    """
+    app = make_app(Settings(models_dir=Path(models), **options))
+    app.loads_models = True
+    return app
+
+
 def make_app(settings: Settings) -> ServingApp:
-    """Make the service for the models that the settings name; `app.inference.repository.load()` loads them.
+    """Make the service for the models that the settings name; `app.watcher.start()` loads them.
 
     Raises:
         StartupError: there is no model to serve.

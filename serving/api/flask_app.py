@@ -19,9 +19,14 @@ from serving.api.json_process import JsonProcess
 from serving.api.responses import PlainResponse, json_response
 from serving.inference.liveness import Liveness
 from serving.inference.service import InferenceService
-from serving.memory import MemoryBudget
+from serving.memory import MemoryBudget, RequestMemory
 from serving.metrics import TFS_STATUS, Metrics
+from serving.model_watcher import ModelWatcher
+from serving.request_context import RequestContext, current_request
 from serving.settings import Settings
+
+# Health checks, which come before other requests and do not wait for models.
+URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/health/ready"))
 
 MAX_KNOWN_PATHS = 256
 RETRY_AFTER_S = 1  # of responses that name no time of their own
@@ -79,12 +84,36 @@ class ServingApp(Flask):
         self.metrics = metrics
         self.liveness = liveness
         self.memory = memory
+        self.watcher = ModelWatcher(inference.repository, memory, liveness, poll_interval_s=settings.poll_interval_s)
+        self.loads_models = False  # when the first request comes; else whoever runs the app starts the watcher
         self.json_process = JsonProcess()
         self.json = OrjsonProvider(self)
         self.url_map.merge_slashes = False  # `//host/path` is not found, and never a redirect
         self.url_map.strict_slashes = False
         self.config["MAX_CONTENT_LENGTH"] = settings.max_request_bytes
         self._known_paths: dict[tuple[str, str], tuple[Rule, Mapping[str, Any]]] = {}
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        """Respond to a request as a WSGI application."""
+        if current_request.get().memory is not None:  # our own HTTP server has made the context
+            return self.wsgi_app(environ, start_response)
+        memory = RequestMemory(self.memory)
+        context = RequestContext(time.monotonic() + self.settings.request_timeout_s, memory=memory)
+        token = current_request.set(context)
+        try:
+            if self.loads_models:
+                self._load_models(environ["PATH_INFO"].encode("latin-1"), context)
+            return self.wsgi_app(environ, start_response)
+        finally:
+            current_request.reset(token)
+            memory.release()
+
+    def _load_models(self, path: bytes, context: RequestContext) -> None:
+        """Load the models in this process at its first request: after a fork, where the server forks."""
+        self.watcher.start()
+        if path in URGENT_PATHS or self.watcher.wait_for_first_load(self.settings.request_timeout_s):
+            self.loads_models = not self.watcher.has_tried
+        context.deadline_s = time.monotonic() + self.settings.request_timeout_s
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         """Match by path and method alone, unless hosts or subdomains matter."""

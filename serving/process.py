@@ -1,0 +1,63 @@
+"""Effects on the whole process: standard streams, logging, TensorFlow's environment, and the exit.
+
+Only the command line and `serve` apply them; importing a module changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from typing import NoReturn, TextIO
+
+from serving.http.protocol import access_logger
+
+# How long a thread may hold the interpreter's lock while another waits for it. With Python's 5 ms, a model's thread
+# would wait for the event loop longer than a call of a small model takes.
+SWITCH_INTERVAL_S = 1e-4
+
+
+def open_standard_streams() -> None:
+    """Open closed standard streams to the null device, and ignore errors of broken ones.
+
+    Otherwise the first sockets would get their descriptors, and log lines would be sent to a client.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: this one
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    logging.raiseExceptions = False
+
+
+def configure_logging(level: str) -> None:
+    """Write log messages of a level and above to standard error."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def log_requests_to(stream: TextIO) -> None:
+    """Write the access log, a line a request, to a stream."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    access_logger.addHandler(handler)
+    access_logger.setLevel(logging.INFO)
+    access_logger.propagate = False
+
+
+def configure_tensorflow() -> None:
+    """Set TensorFlow's environment variables, unless they are set; before it is imported."""
+    # Its own log lines; errors arrive as exceptions, with the reason.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Convolutions by oneDNN, which TensorFlow itself chooses only on CPUs with AVX-512 VNNI: a third faster on others.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+
+def exit_process(code: int) -> NoReturn:
+    """End the process from any thread, even while a model call hangs."""
+    with contextlib.suppress(OSError, ValueError):  # a stream is closed or broken
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

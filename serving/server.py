@@ -1,0 +1,178 @@
+"""Runs the service in this process: HTTP on the main thread's event loop, gRPC and the models in other threads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from serving.api.app import make_app
+from serving.api.flask_app import URGENT_PATHS, ServingApp
+from serving.errors import StartupError
+from serving.http.protocol import SharedState
+from serving.http.server import listen, run_http_server
+from serving.inference.backends import name_remote_models
+from serving.inference.model_config import ModelsFolder
+from serving.memory import TRIM_BYTES, MemoryBudget, keep_freed_memory, return_freed_memory
+from serving.process import SWITCH_INTERVAL_S, exit_process
+from serving.settings import Settings
+
+if TYPE_CHECKING:
+    from serving.grpc.server import GrpcServer
+
+logger = logging.getLogger("serving")
+
+MEMORY_INTERVAL_S = 1.0  # between two checks of the memory budget
+
+
+def serve(models: str | Path = "models", *, port: int = Settings.rest_port, **options: Any) -> None:
+    """Serve the models in a folder over HTTP and gRPC, until SIGTERM, SIGHUP or Ctrl-C; then shut down gracefully.
+
+    Call it from the main thread, which handles the signals. A second signal, and models that cannot be loaded for an
+    unforeseen reason, end the process, as with `python -m serving`.
+
+    Args:
+        models: the folder: `<name>/<version>/saved_model.pb`. New versions replace old ones while it runs.
+        port: of the HTTP API.
+        options: other settings by their names in `serving.Settings`, such as `grpc_port` and `host`.
+
+    Raises:
+        StartupError: a setting is invalid, the folder is missing, or a port is in use.
+
+    Example:
+        >>> serving.serve("models", port=8501)  # doctest: +SKIP
+    """
+    keep_freed_memory()
+    serve_settings(Settings(models_dir=Path(models), rest_port=port, **options))
+
+
+def serve_settings(settings: Settings) -> None:
+    """Serve what the settings say; see `serve`."""
+    if settings.remote:
+        name_remote_models(settings)
+    elif not settings.model_config_file:
+        ModelsFolder(settings.models_dir)  # the folder has to exist; models may come later
+    listener = open_port(settings.host, settings.rest_port, flag="--rest-port")
+    if settings.grpc_port:
+        open_port(settings.host, settings.grpc_port, flag="--grpc-port").close()  # gRPC opens its own
+    _ServerRun(make_app(settings), listener).run()
+
+
+def open_port(host: str, port: int, *, flag: str) -> socket.socket:
+    """Listen on a port.
+
+    Raises:
+        StartupError: the port is in use, or the address is not one of this machine's.
+    """
+    try:
+        return listen(host, port)
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and {flag}"
+        ) from error
+
+
+class _ServerRun:
+    """One run of the server, from the first connection to the last response."""
+
+    def __init__(self, app: ServingApp, listener: socket.socket) -> None:
+        self._app = app
+        self._settings = app.settings
+        self._listener = listener
+        self._is_stopping = threading.Event()
+        self._grpc_server: GrpcServer | None = None
+
+    def run(self) -> None:
+        app, settings = self._app, self._settings
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        names = ", ".join(app.inference.repository.all_names())
+        logger.info(
+            "listening on http://%s:%d%s, %s",
+            settings.host,
+            settings.rest_port,
+            f" and for gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else "",
+            f"loading {names}"
+            if names
+            else f"waiting for a model: <name>/<version>/saved_model.pb in {settings.models_dir}",
+        )
+        # HTTP responds before the models are loaded: alive, and not ready. gRPC does as soon as TensorFlow is imported.
+        app.watcher.start(before_load=self._start_grpc, on_error=_give_up)
+        threading.Thread(target=watch_memory, args=(app.memory,), name="memory", daemon=True).start()
+        run_http_server(
+            lambda: SharedState(
+                app,
+                app.memory,
+                max_body_bytes=settings.max_request_bytes,
+                request_timeout_s=settings.request_timeout_s,
+                threads=settings.threads,
+                access_log=settings.access_log,
+                urgent_paths=URGENT_PATHS,
+            ),
+            self._listener,
+            max_connections=settings.max_connections,
+            drain_timeout_s=settings.drain_timeout_s,
+            on_stop=self._is_stopping.set,
+            on_second_signal=lambda number: exit_process(128 + number),
+        )
+        if self._grpc_server is not None:
+            self._grpc_server.stop(grace_s=settings.drain_timeout_s)
+
+    def _start_grpc(self) -> None:
+        """Start the gRPC server; it shuts down when the HTTP server begins to.
+
+        Raises:
+            StartupError: the port cannot be listened on.
+        """
+        app, settings = self._app, self._settings
+        if not settings.grpc_port:
+            return
+        from serving.grpc.server import GrpcServer
+
+        address: str = self._listener.getsockname()[0]
+        server = GrpcServer(
+            app.inference,
+            app.metrics,
+            app.memory,
+            app.liveness,
+            address=f"[{address}]:{settings.grpc_port}" if ":" in address else f"{address}:{settings.grpc_port}",
+            threads=settings.threads,
+            max_message_bytes=settings.max_request_bytes,
+        )
+        self._grpc_server = server
+
+        def stop() -> None:
+            self._is_stopping.wait()
+            server.stop(grace_s=settings.drain_timeout_s)
+
+        threading.Thread(target=stop, name="stop-grpc", daemon=True).start()
+
+
+def watch_memory(budget: MemoryBudget) -> NoReturn:
+    """Adapt the memory budget to what models leave, and give memory back to the system after a burst."""
+    peak_bytes = 0
+    while True:
+        time.sleep(MEMORY_INTERVAL_S)
+        used_bytes = budget.used_bytes
+        peak_bytes = max(peak_bytes, used_bytes)
+        if used_bytes < peak_bytes // 2 and peak_bytes > TRIM_BYTES:
+            return_freed_memory()
+            peak_bytes = used_bytes
+        budget.adapt()
+
+
+def _give_up(error: Exception) -> NoReturn:
+    if isinstance(error, StartupError):
+        reason = str(error)
+    else:
+        logger.error("the models could not be loaded", exc_info=error)
+        reason = "the models could not be loaded, for an unforeseen reason"
+    with contextlib.suppress(OSError):
+        click.echo(f"Error: {reason}", err=True)
+    exit_process(1)

@@ -1,0 +1,73 @@
+"""The layers of serving: which module may import which."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+API = PROJECT / "serving" / "api"
+PROTOCOLS = sorted(path.name for path in API.iterdir() if (path / "__init__.py").exists())
+
+# A package, and what it must not import: modules by their full names, with all below them.
+FORBIDDEN = {
+    "serving/http": ("flask", "werkzeug", "serving.api", "serving.grpc", "serving.inference", "serving.settings"),
+    "serving/inference": ("flask", "werkzeug", "orjson", "serving.api", "serving.grpc", "serving.http"),
+    "serving/images": ("flask", "werkzeug", "serving.api", "serving.grpc", "serving.http"),
+    "serving/grpc": ("flask", "werkzeug", "serving.api", "serving.http"),
+    **{
+        f"serving/api/{protocol}": (
+            "serving.grpc",
+            "serving.http",
+            *(f"serving.api.{other}" for other in PROTOCOLS if other != protocol),
+        )
+        for protocol in PROTOCOLS
+    },
+}
+COMMAND_LINES = ("serving.__main__", "training.__main__", "client.__main__")
+
+
+def imports(path: Path) -> set[str]:
+    """Return the full names that a module imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def find_forbidden(folder: Path, forbidden: tuple[str, ...]) -> dict[str, set[str]]:
+    paths = [path for path in folder.rglob("*.py") if path.stem != "__init__"]
+    assert paths
+    found = {
+        str(path.relative_to(PROJECT)): {
+            name for name in imports(path) if any(f"{name}.".startswith(f"{root}.") for root in forbidden)
+        }
+        for path in paths
+    }
+    return {path: names for path, names in found.items() if names}
+
+
+def test_there_are_the_protocols() -> None:
+    assert {"predict", "tensorflow_serving", "open_inference", "web"} <= set(PROTOCOLS)
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_layer_does_not_import_what_is_above_it(package: str) -> None:
+    assert find_forbidden(PROJECT / package, FORBIDDEN[package]) == {}
+
+
+@pytest.mark.parametrize("package", ["serving", "training", "client", "image_formats"])
+def test_no_module_imports_a_command_line(package: str) -> None:
+    assert find_forbidden(PROJECT / package, COMMAND_LINES) == {}
+
+
+def test_parsing_and_rendering_need_no_flask() -> None:
+    """A protocol's parse and render are pure functions, to be tested without a server."""
+    for path in [*API.glob("*/parsing.py"), *API.glob("*/rendering.py"), API / "tensorflow_serving" / "predict.py"]:
+        names = imports(path)
+        assert not {name for name in names if name.split(".")[0] == "flask" or "flask_app" in name}, path
