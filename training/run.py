@@ -28,7 +28,7 @@ from training.datasets import Dataset
 from training.epochs import EpochResult
 from training.errors import RunError
 from training.shell_command import format_command
-from training.storage import make_folder, sync, write_file
+from training.storage import is_full, make_folder, sync, write_file
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class RunFolder:
         """Make the folder of a new run.
 
         Raises:
-            RunError: there is a run at `path` already.
+            RunError: there is a run at `path` already, or no folder can be made there.
         """
         run = cls(path)
-        make_folder(path)
+        _make_run_folder(path)
         with run.lock():
             if (path / "config.json").exists():
                 raise RunError(
@@ -85,8 +85,12 @@ class RunFolder:
 
     @classmethod
     def create_numbered(cls, path: Path, config: TrainingConfig) -> RunFolder:
-        """Make the folder of a new run at `path` or, if that is taken, at `path`-2, `path`-3 and so on."""
-        make_folder(path.parent)
+        """Make the folder of a new run at `path` or, if that is taken, at `path`-2, `path`-3 and so on.
+
+        Raises:
+            RunError: no folder can be made there.
+        """
+        _make_run_folder(path.parent)
         for number in itertools.count(1):
             folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
             with contextlib.suppress(FileExistsError):
@@ -240,3 +244,15 @@ class RunFolder:
         if not isinstance(values, dict):
             raise RunError(f"{self.path / name} is not what a run writes: expected a JSON object")
         return values
+
+
+def _make_run_folder(path: Path) -> None:
+    try:
+        make_folder(path)
+    except OSError as error:
+        if is_full(error):
+            raise
+        reason = "is not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise RunError(
+            f"the run's folder {path} cannot be made: {error.filename}: {reason}. Choose another with --run"
+        ) from error

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from PIL import Image
 
 from training.__main__ import run_command_line
 from training.checkpoints import read_best_state
+from training.errors import RunError, StorageFullError, TrainingError
 from training.shell_command import format_command
 
 
@@ -168,6 +172,25 @@ def test_an_export_falls_back_to_the_latest_checkpoint_and_deletes_nothing(run, 
     assert "test" not in info
 
 
+def test_an_export_of_a_run_that_another_process_is_training_disturbs_nothing(run, tmp_path):
+    command = [sys.executable, "-m", "training", "train", "--resume", str(run), "--epochs", "9999", "--no-export"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as training:
+        try:
+            assert any(line.startswith("epoch    5/9999") for line in training.stderr), training.wait()
+            # In the first epochs nearly every one is the best so far: its checkpoint is replaced while it is read.
+            assert call("export", run, "--models-dir", tmp_path / "models", "--name", "pets") == 0
+            epochs = len((run / "history.csv").read_text().splitlines()) - 1
+            assert any(line.startswith(f"epoch {epochs + 1:>4}/9999") for line in training.stderr)
+            training.terminate()
+            assert "keeps its best checkpoint" in training.communicate(timeout=60)[1]
+            assert training.returncode == 130
+        finally:
+            training.kill()
+    assert call("evaluate", run) == 0
+    info = json.loads((tmp_path / "models" / "pets" / "1" / "assets.extra" / "model.json").read_text())
+    assert 3 <= info["best_epoch"] <= read_best_state(run / "checkpoints").history[-1].epoch
+
+
 def test_lost_checkpoints_are_not_taken_for_a_run_at_its_beginning(run, capfd):
     shutil.rmtree(run / "checkpoints")
     assert call("train", "--resume", run, "--no-export") == 1
@@ -179,6 +202,40 @@ def test_a_name_that_cannot_be_exported_is_told_before_anything_is_written(pictu
     assert train(pictures, tmp_path / "run", "--models-dir", tmp_path / "models") == 1
     assert "'my pictures (2)' cannot be a model's name" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["notes.txt/run", "notes.txt/a/run"])
+def test_a_run_folder_that_cannot_be_made_is_told_before_the_first_step(pictures, tmp_path, capfd, place):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("a plain file")
+    assert train(pictures, tmp_path / place, "--epochs", 1, "--no-export") == RunError.exit_code == 1
+    error = capfd.readouterr().err
+    assert f"error: the run's folder {tmp_path / place} cannot be made: {notes}: is not a folder" in error
+    assert "Choose another with --run" in error
+    assert "epoch 1" not in error
+    assert tree(tmp_path) == {Path("notes.txt"): b"a plain file"}
+
+
+def test_runs_that_cannot_be_numbered_are_told_as_well(pictures, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a plain file")
+    assert call("train", "--dataset", "folder", "--data", pictures, "--batch-size", 8, "--no-export") == 1
+    assert "the run's folder runs cannot be made: runs: is not a folder. Choose another with" in capfd.readouterr().err
+
+
+def test_the_help_lists_the_exit_codes_of_the_errors(capfd):
+    assert call("--help") == 0
+    listed = re.search(r"Exit codes: (.*?)\.\n", capfd.readouterr().out, re.DOTALL)
+    codes = {int(code) for code in re.findall(r"(?:^|; )(\d+)\s", " ".join(listed[1].split()))}
+    error_classes = [TrainingError, *descendants(TrainingError)]
+    assert StorageFullError in error_classes
+    assert codes == {0, 2, 130} | {error.exit_code for error in error_classes}
+    for error in error_classes:  # the table in the docstring of their base
+        assert re.search(rf"\b{error.__name__} +{error.exit_code}\b", TrainingError.__doc__)
+
+
+def descendants(error_class):
+    return [each for child in error_class.__subclasses__() for each in (child, *descendants(child))]
 
 
 def test_class_names_that_are_not_utf_8_are_told_before_anything_is_written(pictures, tmp_path, capfd):

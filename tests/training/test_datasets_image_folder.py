@@ -249,6 +249,22 @@ def test_types_that_cannot_be_read_are_named(tmp_path):
     assert "are of types that cannot be read, .heic (6), .psd (3); expected JPEG, PNG" in message
 
 
+def test_images_are_known_by_their_content_whatever_their_suffix(tmp_path):
+    """Every class has one kind of name only, so that each would be missed where names counted."""
+    classes = {"camera": ".jfif", "old": ".jpe", "scan": ".tif", "web": "", "wrong": ".txt"}
+    for number, (name, suffix) in enumerate(classes.items()):
+        for image in range(3):
+            path = tmp_path / name / f"{image}{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            kind = "JPEG" if suffix.startswith(".j") else "PNG"
+            Image.new("RGB", (8, 8), (50 * number, 10 * image, 99)).save(path, kind, quality=100)
+    dataset = load(tmp_path)
+    assert dataset.class_names == tuple(classes)
+    assert np.bincount(dataset.train.labels).tolist() == [2] * 5
+    for image, label in zip(dataset.train.images, dataset.train.labels, strict=True):
+        assert abs(int(image[0, 0, 0]) - 50 * label) <= 2
+
+
 def test_images_without_classes_are_told(tmp_path):
     save(tmp_path / "cat.1.png")
     assert "its images are right in it; put them into a folder for each class" in refusal(tmp_path)
@@ -299,10 +315,23 @@ def test_files_that_systems_leave_behind_are_passed_over(tmp_path):
     for name in ("ehthumbs.db", "Picasa.ini", "Icon\r"):
         (folder / "train" / "dog" / name).write_bytes(b"")
     save(folder / "train" / "@eaDir" / "cat" / "thumbnail.png")
+    # An archive made on a Mac has one beside the classes, and its files begin as the images do, not only by name.
+    for place in ("__MACOSX", "train/__MACOSX", "train/cat/__MACOSX", "test/dog/__MACOSX"):
+        save(folder / place / "cat" / "0.png")
+        save(folder / place / "0.png")
     (folder / "train" / "lost+found").mkdir(mode=0)
     dataset = load(folder)
     assert dataset.class_names == ("cat", "dog")
     assert len(dataset.train.labels) == len(dataset.test.labels) == 8
+
+
+def test_an_archive_made_on_a_mac_has_one_image_folder(tmp_path):
+    make_splits(tmp_path / "pets")
+    make_splits(tmp_path / "__MACOSX")
+    assert load(tmp_path).name == "pets"
+    make_classes(tmp_path / "flat")
+    make_classes(tmp_path / "flat" / "__MACOSX")
+    assert load(tmp_path / "flat").class_names == ("cat", "dog")
 
 
 @pytest.mark.parametrize(
