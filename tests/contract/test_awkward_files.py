@@ -11,7 +11,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from client.errors import ImageRejected
 from client.images import as_jpeg_or_png, read_picture
+from image_formats import content
 from serving.errors import InvalidRequest
 from serving.images.decoding import read_image as read_upload
 from serving.images.limits import ImageLimits
@@ -213,6 +215,44 @@ def test_other_formats_are_composited_and_turned_by_every_way(graph, kind):
     for way, pixels in read.items():
         assert np.abs(pixels.astype(int) - expected).max() <= 8, way
         np.testing.assert_array_equal(pixels, read["upload"], err_msg=way)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+READERS = {
+    "upload": (lambda data: read_upload(data, size=(SIDE, SIDE), limits=LIMITS), InvalidRequest),
+    "training": (lambda data: read_training_image(io.BytesIO(data), image_size=None), DatasetError),
+    "client": (lambda data: as_jpeg_or_png(read_picture(data, index=0)), ImageRejected),
+}
+
+
+@pytest.mark.parametrize("way", READERS)
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1"])
+def test_heic_is_named_by_every_reader(way, brand):
+    read, error = READERS[way]
+    data = HEIC.replace(b"ftypheic", b"ftyp" + brand)
+    with pytest.raises(error, match="HEIC is not supported: convert the image to JPEG or PNG"):
+        read(data)
+
+
+@pytest.mark.parametrize("way", READERS)
+def test_avif_is_named_where_pillow_was_built_without_it(monkeypatch, way):
+    """It must not be left to Pillow, which would call the file damaged."""
+    data = encode(CROSS, "AVIF")
+    read, error = READERS[way]
+    read(data)
+    for module in (
+        "image_formats.content",
+        "image_formats.decoding",
+        "serving.images.decoding",
+        "training.datasets.image_file",
+        "client.images",
+    ):
+        monkeypatch.setattr(f"{module}.HAS_AVIF", False)
+    supported = tuple(name for name in content.SUPPORTED if name != "AVIF")
+    monkeypatch.setattr("image_formats.content.SUPPORTED", supported)
+    with pytest.raises(error, match="AVIF is not supported: convert the image to JPEG or PNG"):
+        read(data)
+    read(PNG)
 
 
 DAMAGED = {

@@ -27,6 +27,10 @@ from serving.errors import InvalidRequest
         (b"[1e400]", "Number too big to be stored in double. at offset: 1"),
         (b"[" + b"9" * 5000 + b"]", "Number too big to be stored in double. at offset: 1"),
         (b'["\\ud800"]', "The surrogate pair in string is invalid. at offset: 2"),
+        # A low surrogate without the high one in front encodes no character either; the real server accepts it.
+        (b'["\\ude00"]', "The surrogate pair in string is invalid. at offset: 2"),
+        (b'["a\\ude00\\ud83d"]', "The surrogate pair in string is invalid. at offset: 3"),
+        (b'{"\\udfff":1}', "The surrogate pair in string is invalid. at offset: 2"),
         (b'["a\nb"]', "Invalid escape character in string. at offset: 3"),
         (b'{"a\x1f":1}', "Invalid escape character in string. at offset: 3"),
         (b'{"\xff":"\x01"}', "Invalid escape character in string. at offset: 6"),
