@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from dataclasses import dataclass
@@ -58,6 +59,37 @@ DIFFERENT = {
     "fragment on predict": (200, "a fragment is never part of a request; the HTTP server here drops it"),
     "batching 65 > max": (200, "there: a limit that was configured for the recording"),
     "batching good after empty": (200, "there: a good request pays for an empty one before it"),
+}
+# By the first cell of its row in docs/tensorflow-serving.md: which exchanges it explains.
+DOCUMENTED = {
+    "wrong rank, empty batch": {
+        "scalar instances",
+        "wrong rank 2",
+        "batching wrong rank",
+        "batching inputs empty",
+        "one: empty columns by name",
+    },
+    "100,000 nested brackets": {"deep nesting 100k"},
+    "31x32 images, rank 5, a list for a scalar": {
+        "wrong size 31x32",
+        "rank 5",
+        "scalar: list",
+        "one: rank 2 columns",
+        "multi: rows, a has three",
+    },
+    "rows for a signature without a batch axis": {"scalar sig row"},
+    "300 or -1 for `uint8`": {"element 300", "element 256", "element -1", "all out of range 300"},
+    "text after the JSON document": {"two json docs"},
+    "a request after an empty one, with batching on": {"batching good after empty"},
+    "more rows than `max_batch_size`, with batching on": {"batching 65 > max"},
+    "`GET /`, `/healthz`": {"GET /", "GET /healthz"},
+    "`/monitoring/prometheus/metrics`": {"GET /monitoring/prometheus/metrics", "prometheus POST"},
+    "HTTP/1.1 without a Host header": {"HTTP/1.1 no Host"},
+    "`#fragment` in the request line": {"fragment on predict"},
+    "two Content-Length headers, one with a plus, folded headers": {"wire: length with a plus", "wire: folded header"},
+    "a chunk size that is not a number": {"wire: chunked, bad size"},
+    "HTTP/0.9, HTTP/2.0 in the request line": {"wire: HTTP/0.9", "wire: HTTP/2.0"},
+    "an empty line before the request line": {"wire: empty line first"},
 }
 # Recorded without a monitoring config, which other exchanges were recorded with.
 OTHER_CONFIGURATION = {"GET /monitoring/prometheus/metrics"}
@@ -285,6 +317,24 @@ def test_the_lists_of_differences_name_exchanges():
     names = {exchange["name"] for exchange in EXCHANGES}
     assert len(EXCHANGES) == 173 + 141
     assert names >= DIFFERENT.keys() | OTHER_WORDS | CLOSED_OTHERWISE | OTHER_CONFIGURATION
+
+
+def test_every_difference_has_a_row_in_the_documentation():
+    page = (GOLDEN.parents[2] / "docs" / "tensorflow-serving.md").read_text()
+    section = page.partition("## What is different on purpose")[2].partition("\n## ")[0]
+    table = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
+    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in table}
+    died = {exchange["name"]: 400 for exchange in EXCHANGES if "outcome" in exchange}
+    statuses = {name: status for name, (status, _) in DIFFERENT.items()} | died
+    explained = [name for names in DOCUMENTED.values() for name in names]
+    assert sorted(explained) == sorted(statuses)
+    assert not DOCUMENTED.keys() - rows.keys()
+    for request, names in DOCUMENTED.items():
+        _, here, why = rows[request]
+        told = {int(status) for status in re.findall(r"\b[1-5]\d\d\b", here)}
+        for name in names:
+            assert statuses[name] in (told or {200}), f"the row of {request} says otherwise of {name}"
+        assert why
 
 
 def test_a_real_server_can_answer_all_that_it_is_sent():
