@@ -356,6 +356,25 @@ def test_pixels_may_be_whole_floats(client: FlaskClient) -> None:
     )
 
 
+@pytest.mark.parametrize("shape", ["nested", "flat"])
+def test_an_image_model_takes_what_clients_of_the_protocol_send(client: FlaskClient, shape: str) -> None:
+    """A client generated from the protocol's description, as kserve's, knows numbers only, and no signatures.
+
+    It writes integers as floats, has an id in every request, and the optional members as null or empty.
+    """
+    floats = PIXELS.astype(np.float64)
+    data = floats.tolist() if shape == "nested" else floats.ravel().tolist()
+    assert b"255.0" in json.dumps(data).encode()
+    tensor = images(data=data, parameters=None)
+    request = {"id": "29b2b3d4-7d1f", "inputs": [tensor], "parameters": None, "outputs": None}
+    sent = {"Content-Type": "application/json", "Accept": "application/json"}
+    for document in (request, {"id": request["id"], "inputs": [images(data=data)], "parameters": {}, "outputs": []}):
+        reply = answer(post(client, "colours", document, **sent))
+        assert (reply["id"], reply["model_name"], reply["model_version"]) == (request["id"], "colours", "7")
+        outputs = {output["name"]: output["data"] for output in reply["outputs"]}
+        assert outputs["label"] == ["red", "red"]
+
+
 def test_without_a_name_the_inputs_choose_the_signature(client: FlaskClient) -> None:
     file = picture("blue")
     tensor = {

@@ -310,6 +310,16 @@ def test_of_several_models_one_must_be_chosen(two_models: FlaskClient) -> None:
     assert answer(send_body(two_models, RED, "?model=colours"))["model"] == {"name": "colours", "version": 1}
 
 
+def test_with_an_empty_models_folder_no_model_is_served(tmp_path: Path) -> None:
+    app = create_app(Settings(models_dir=tmp_path))
+    app.extensions["repository"].load()
+    client = app.test_client()
+    for query in ("", "?version=1"):
+        assert answer(send_body(client, RED, query), 404) == {"error": "no model is served"}
+        assert answer(send_files(client, ("image", "a.png", RED), query=query), 404) == {"error": "no model is served"}
+    assert 'there is no model "colours"' in answer(send_body(client, RED, "?model=colours"), 404)["error"]
+
+
 def test_without_a_card_classes_go_by_their_numbers(two_models: FlaskClient) -> None:
     (prediction,) = answer(send_body(two_models, GREEN, "?model=colours"))["predictions"]
     assert prediction["label"] == "green"
