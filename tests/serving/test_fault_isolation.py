@@ -185,6 +185,41 @@ def test_only_the_faulty_model_is_reported(models_dir: Path, colours: Path, case
         assert 'serving_model_version_warning{kind="model_info",model="alpha",version="1"} 1.0' in metrics
 
 
+@pytest.mark.parametrize(
+    "info",
+    [
+        r'{"class_names": ["\ud800", "\udcff", "blue"], "dataset": {"name": "a\ude00"}, "\udfff": "\ud800"}',
+        r'{"class_names": ["\ud83d", "\ud83d\ude00", "\ude00\ud83d"], "dataset": {"name": "\udfff\ud800"}}',
+        r'{"class_names": {"\udc80": "\ud800"}, "dataset": "\udcff", "test": "\ud800"}',
+    ],
+    ids=["names", "halves", "wrong types"],
+)
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_lone_surrogates_in_a_model_info_do_no_harm(models_dir: Path, colours: Path, info: str, when: str) -> None:
+    app = create_app(Settings(models_dir=models_dir))
+    repository = app.extensions["repository"]
+    if when == "later":
+        repository.load()
+    add_faulty(models_dir, colours, write_info(info))
+    repository.update() if when == "later" else repository.load()
+    assert_pages(app)
+    client = app.test_client()
+    described = {model["name"]: model for model in client.get("/models.json").json or []}
+    assert described.keys() == {"alpha", "colours"}
+    names = described["alpha"]["class_names"]
+    for page in ("/", "/models.json", "/readyz", "/metrics", "/v1/models/alpha", "/v2/models/alpha"):
+        response = client.get(page)
+        assert response.status_code == 200, page
+        response.data.decode("utf-8")  # strictly
+    response = client.post("/predict?model=alpha", data=picture("blue"), content_type="image/png")
+    (prediction,) = (response.json or {})["predictions"]
+    assert prediction["label"] == "blue"
+    assert len(prediction["probabilities"]) == 3
+    if '"class_names": [' in info:
+        assert list(prediction["probabilities"]) == names
+        assert any("\\ud8" in name for name in names)  # shown with escapes, not dropped
+
+
 def test_a_signature_with_more_classes_than_memory_does_no_harm(models_dir: Path, colours: Path) -> None:
     def edit(signature: Any) -> None:
         signature.outputs["probabilities"].tensor_shape.dim[1].size = 10**12
