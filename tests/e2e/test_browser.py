@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -327,6 +328,16 @@ def test_without_a_model_the_page_says_so(browser: Chrome, tmp_path: Path) -> No
         page = Page(browser, server.url + "/")
         assert page.element("h1").text == "No model yet"
         assert "The service has no model so far" in page.element("#model-problem").text
+        # Of a model that cannot be loaded it says so, not that it takes no pictures.
+        (tmp_path / "models" / "broken" / "1").mkdir(parents=True)
+        (tmp_path / "models" / "broken" / "1" / "saved_model.pb").write_bytes(b"no model")
+        server.wait_until(lambda: "saved_model.pb" in httpx.get(server.url + "/readyz").text)
+        page = Page(browser, server.url + "/")
+        assert page.element("#status").text == "Not available"
+        assert page.element("h1").text == "broken"
+        problem = page.element("#model-problem").text
+        assert "saved_model.pb" in problem
+        assert str(tmp_path) not in problem
         assert script_errors(browser) == []
         assert server.stop() == 0
     finally:
