@@ -263,3 +263,36 @@ def test_the_http_client_of_java_is_served_with_its_defaults(server: Server, tmp
     responses = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
     assert [status for status, _ in responses] == ["200"] * 9, result.stdout
     assert {ROUTES[name].label(text.encode()) for _, text in responses} == {"green"}
+
+
+def has_http_2(curl: str) -> bool:
+    return "HTTP2" in subprocess.run([curl, "--version"], capture_output=True, text=True, check=True).stdout.split()
+
+
+CURL = shutil.which("curl")
+
+
+@pytest.mark.skipif(CURL is None or not has_http_2(CURL), reason="needs curl with HTTP/2")
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@with_every_route
+def test_curl_that_prefers_http_2_is_served(server: Server, tmp_path: Path, route: Route, framing: str) -> None:
+    """With an address that is not https, it offers h2c in the first request of a connection."""
+    assert CURL is not None
+    files = {}
+    for colour in COLOURS:
+        files[colour] = tmp_path / colour
+        files[colour].write_bytes(route.body(colour))
+    options = ["--http2", "--silent", "--show-error", "--fail", "--verbose", "--max-time", "20"]
+    options += ["--header", f"Content-Type: {route.content_type.decode()}"]
+    if framing == "chunked":
+        options += ["--header", "Transfer-Encoding: chunked"]
+    command = [CURL]
+    for colour, file in files.items():  # three transfers over one connection
+        transfer = ["--data-binary", f"@{file}", "--output", str(tmp_path / f"{colour}.json")]
+        command += [*(["--next"] if colour != COLOURS[0] else []), *options, *transfer, server.url + route.path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "> Upgrade: h2c" in done.stderr
+    assert done.stderr.count("< HTTP/1.1 200 OK") == len(COLOURS)
+    for colour in COLOURS:
+        assert route.label((tmp_path / f"{colour}.json").read_bytes()) == colour
