@@ -1,4 +1,4 @@
-"""One minute of `make bench-soak`: every attack at least once, under the memory limit of the Kubernetes manifest."""
+"""Half a minute of `make bench-soak`: every attack at least once, under the memory limit of the Kubernetes manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.serving.test_memory_budget import read_memory_limit
 
 @pytest.mark.soak
 @requires_cgroups
-def test_a_minute_of_hostile_and_normal_traffic(tmp_path: Path) -> None:
+def test_half_a_minute_of_hostile_and_normal_traffic(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.soak", "--memory", str(read_memory_limit())]
     command += [
         "--seconds",
