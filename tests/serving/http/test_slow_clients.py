@@ -25,6 +25,7 @@ from tests.serving.http.conftest import (
     post,
     request,
     resident_bytes,
+    wait_until,
 )
 
 PREDICT = ROUTES["predict"]
@@ -197,3 +198,21 @@ def test_stalled_uploads_end_with_the_drain_timeout(start: Callable[..., Server]
         start_s = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - start_s < 2 + 4
+
+
+@pytest.mark.timeout(60)
+def test_with_all_connections_taken_by_idle_clients_a_new_one_is_served(start: Callable[..., Server]) -> None:
+    """Those that have waited longest are closed for it, and the kernel holds the others until then."""
+    most = 20
+    server = start("--max-connections", str(most))
+    server.wait_for("/readyz")
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(Client(server.port))
+        wait_until(lambda: len(held_ports(server)) == most, f"{most} connections")
+        new = stack.enter_context(Client(server.port, timeout_s=40))
+        new.send(post("/predict", picture("red"), content_type=b"image/png"))
+        assert PREDICT.label(new.read().body) == "red"
+        assert len(held_ports(server)) <= most
+    assert server.stop() == 0
+    assert "Traceback" not in server.log
