@@ -116,6 +116,10 @@ def grpc_compressed(server: Server) -> list[Call]:
     return [GrpcCall(message, compressed=True) for _ in range(6)]
 
 
+def grpc_message_of_26_mb(server: Server) -> list[Call]:
+    return [GrpcCall(payloads.make_pixel_message(server.model, 8_500))]
+
+
 def b64_slow_png(server: Server) -> list[Call]:
     return [HttpCall(_v1(server), payloads.make_b64_json([payloads.make_slow_png()]), JSON)]
 
@@ -148,6 +152,16 @@ def duplicate_keys(server: Server) -> list[Call]:
     pixels = payloads.make_nested_pixels(900)
     members = b'{"instances":%s,"instances":%s,"a":[%s]}' % (pixels, pixels, b",".join([b'{"a":0,"a":1}'] * 100_000))
     return [HttpCall(_v1(server), members, JSON)]
+
+
+def json_of_1_mb(server: Server) -> list[Call]:
+    """Documents just below the size from which they are parsed in another process, of the kinds that take longest."""
+    size = 1_040_000
+    rows = [payloads.repeat_element(element, size) for element in (b"[],", b'{"a":0},', b'{"a":0,"a":1},', b"NaN,")]
+    bodies = [payloads.make_v1_json(row) for row in rows]
+    pixels = payloads.repeat_element(b"1.0,", size)
+    v2 = payloads.make_v2_json(pixels, (pixels.count(b","), 1))
+    return [*(HttpCall(_v1(server), body, JSON) for body in bodies), HttpCall(_v2(server), v2, JSON)]
 
 
 def empty_strings(server: Server) -> list[Call]:
@@ -202,6 +216,7 @@ CALLS: dict[str, Callable[[Server], Sequence[Call]]] = {
         many_images,
         grpc_messages,
         grpc_compressed,
+        grpc_message_of_26_mb,
         b64_slow_png,
         form_of_155,
         form_of_10_000_parts,
@@ -209,6 +224,7 @@ CALLS: dict[str, Callable[[Server], Sequence[Call]]] = {
         v2_json_of_26_mb,
         nan_json,
         duplicate_keys,
+        json_of_1_mb,
         empty_strings,
         images_20_000,
         wide_replies,

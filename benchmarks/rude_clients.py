@@ -100,6 +100,21 @@ def half_closed(server: Server) -> list[Outcome]:
     return []
 
 
+def endless_trailers(server: Server) -> list[Outcome]:
+    """Send trailers behind a small chunked body for as long as the server reads them."""
+    head = _head(server, 0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    trailers = b"X-A: b\r\n" * 10_000
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            with contextlib.suppress(OSError):
+                connection = stack.enter_context(_connect(server))
+                connection.settimeout(1)
+                connection.sendall(head + b"1\r\n[\r\n0\r\n")
+                for _ in range(100):
+                    connection.sendall(trailers)
+    return []
+
+
 def slow_clients(server: Server) -> list[Outcome]:
     """Send heads and bodies one byte at a time, for a while."""
     upload = _head(server, 1_000_000) + b'{"instances":[' + b"[0]," * 100
@@ -153,6 +168,7 @@ RUDE_CLIENTS: dict[str, Callable[[Server], list[Outcome]]] = {
         resets,
         connection_churn,
         half_closed,
+        endless_trailers,
         slow_clients,
         never_reading,
         garbage,

@@ -24,6 +24,10 @@ MAX_S = 1.0
 LARGE_MAX_P95_S = 0.5
 LARGE_MAX_S = 2.0
 
+# A response of a hundred megabytes is copied a few times, each time while the interpreter's lock is held. A document
+# that is just not large holds it for up to 60 ms while it is parsed, and as many are as there are worker threads.
+MAX_P95_OF_ATTACK_S = {"wide_replies": 0.4, "json_of_1_mb": 0.2}
+
 # How long each attack goes on. A single delay of half a second is then more than 5 % of the samples.
 ATTACK_S = 2.0
 
@@ -37,6 +41,7 @@ ATTACKS = (
     "v2_json_of_26_mb",
     "nan_json",
     "duplicate_keys",
+    "json_of_1_mb",
     "empty_strings",
     "images_20_000",
     "wide_replies",
@@ -83,15 +88,17 @@ def hostile() -> Iterator[HostileProcess]:
 
 
 def measure_delays(
-    shared: Shared, hostile: HostileProcess, name: str, *, seconds: float, max_p95_s: float, max_s: float
+    shared: Shared, hostile: HostileProcess, *names: str, seconds: float, max_p95_s: float, max_s: float
 ) -> list[str]:
-    """Make an attack; returns what is wrong with the responses to others, and with their latencies."""
-    hostile.prepare([name], shared.server)
+    """Make attacks at once; returns what is wrong with the responses to others, and with their latencies."""
+    hostile.prepare(names, shared.server)
     time.sleep(0.3)  # what the attack before has left is over
     started_s = time.monotonic()
-    outcomes = hostile.start([name], shared.server, seconds=seconds).result(timeout=120)[name]
+    by_name = hostile.start(names, shared.server, seconds=seconds).result(timeout=120)
     ended_s = time.monotonic()
-    print(name, count_outcomes(outcomes), f"{max(outcome.seconds for outcome in outcomes):.1f} s at most")
+    outcomes = [outcome for of_name in by_name.values() for outcome in of_name]
+    slowest_s = max((outcome.seconds for outcome in outcomes), default=0)
+    print(*names, count_outcomes(outcomes), f"{slowest_s:.1f} s at most")
     problems = [f"{outcome}: {outcome.fault}" for outcome in outcomes if outcome.fault][:3]
     for kind, of_kind in shared.probe.read(started_s, ended_s).items():
         print(of_kind)
@@ -105,9 +112,17 @@ def measure_delays(
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_others_are_served_without_delay(shared: Shared, hostile: HostileProcess, name: str) -> None:
-    # A response of a hundred megabytes is copied a few times, each time while the interpreter's lock is held.
-    max_p95_s = 0.4 if name == "wide_replies" else MAX_P95_S
-    problems = measure_delays(shared, hostile, name, seconds=ATTACK_S, max_p95_s=max_p95_s, max_s=MAX_S)
+    problems = measure_delays(
+        shared, hostile, name, seconds=ATTACK_S, max_p95_s=MAX_P95_OF_ATTACK_S.get(name, MAX_P95_S), max_s=MAX_S
+    )
+    assert not problems, "\n".join(problems)
+
+
+def test_health_checks_and_others_are_served_beside_large_messages_and_rude_clients(
+    shared: Shared, hostile: HostileProcess
+) -> None:
+    names = ("grpc_message_of_26_mb", "half_closed", "endless_trailers")
+    problems = measure_delays(shared, hostile, *names, seconds=ATTACK_S, max_p95_s=MAX_P95_S, max_s=MAX_S)
     assert not problems, "\n".join(problems)
 
 
