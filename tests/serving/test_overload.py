@@ -25,7 +25,7 @@ FACTOR = 4
 OVERLOAD_S = 6.0
 FULL_S = 2.0
 # Of the throughput of a closed loop. 90 % is the aim; the rest is the noise of a machine with few cores.
-MIN_GOODPUT = 0.8
+MIN_GOODPUT = 0.9
 CONNECTIONS = 32
 
 BODY = b'{"instances":[[0.5,0.25]]}'
