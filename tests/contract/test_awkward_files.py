@@ -52,12 +52,12 @@ def exif(kind: int = 3, order: str = ">") -> bytes:
     return head + struct.pack(order + "IHHHI", 8, 1, 0x0112, kind, 1) + value + bytes(4)
 
 
-def jpeg_with(*parts: bytes) -> bytes:
-    return JPEG[:2] + b"".join(parts) + JPEG[2:]
+def jpeg_with(*parts: bytes, file: bytes = JPEG) -> bytes:
+    return file[:2] + b"".join(parts) + file[2:]
 
 
-def png_with(*parts: bytes) -> bytes:
-    return PNG[:33] + b"".join(parts) + PNG[33:]
+def png_with(*parts: bytes, file: bytes = PNG) -> bytes:
+    return file[:33] + b"".join(parts) + file[33:]
 
 
 def damaged(part: bytes) -> bytes:

@@ -6,8 +6,10 @@ import base64
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import grpc
@@ -19,6 +21,8 @@ from PIL import Image
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from client import Client, GrpcClient
+from tests.contract.test_awkward_files import app1, damaged, exif, jpeg_with, png_with
+from tests.serving.image_files import chunk, segment
 from training.datasets.image_file import read_image
 from training.datasets.shapes import draw_shapes
 
@@ -90,6 +94,21 @@ FILES = {
 } | {
     f"jpeg turned {number} 32x32": (encoded(SMALL, "JPEG", exif=turned(number)), True) for number in (3, 5, 6, 8)
 }  # fmt: skip
+SMALL_PNG, SMALL_JPEG = encoded(SMALL, "PNG"), encoded(SMALL, "JPEG", subsampling=2)
+# What decoders are strict about, and where they look for the orientation, is not the same for all.
+AWKWARD = {
+    "png long text": png_with(chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2_000_000))), file=SMALL_PNG),
+    "png damaged text, large profile": png_with(
+        damaged(chunk(b"tEXt", b"k\0v")), chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(2_000_000))), file=SMALL_PNG
+    ),
+    "png turned by a LONG": png_with(
+        chunk(b"tEXt", b"k\0" + bytes(300_000)), chunk(b"eXIf", exif(4)), file=encoded(transparent(SMALL), "PNG")
+    ),
+    "png transparent colour": png_with(chunk(b"tRNS", struct.pack(">3H", *SMALL.getpixel((16, 16)))), file=SMALL_PNG),
+    "jpeg turned by a LONG after fill bytes": jpeg_with(b"\xff" * 7 + app1(exif(4)), file=SMALL_JPEG),
+    "jpeg turned behind 650 KB": jpeg_with(*[segment(0xE2, bytes(65_000))] * 10, app1(exif()), file=SMALL_JPEG),
+}
+FILES |= {f"{name} 32x32": (data, True) for name, data in AWKWARD.items()}
 # Formats that only Pillow decodes: they go by the upload and as pixels, and are refused as image_bytes.
 OTHER_FORMATS = {
     "webp": encoded(PHOTO, "WEBP", quality=80),
@@ -222,6 +241,14 @@ def test_other_formats_agree_where_they_are_taken_and_are_refused_elsewhere(ways
         ways.saved_model_bytes(data)
     # The client decodes them itself where the model's own decoder is asked, and only the resize is another.
     np.testing.assert_allclose(ways.python_grpc_client(data), answers[0], atol=NEARLY)
+
+
+def test_the_orientation_and_the_transparency_of_awkward_files_count(ways):
+    """Otherwise they would be the same by every way where no way looked for them."""
+    plain = {"png": ways.rest_base64(SMALL_PNG), "jpe": ways.rest_base64(SMALL_JPEG)}
+    for name, data in AWKWARD.items():
+        is_changed = "turned" in name or "transparent" in name
+        assert (np.abs(ways.rest_base64(data) - plain[name[:3]]).max() > 10 * SAME) == is_changed, name
 
 
 def test_the_answers_tell_pictures_apart(ways):
