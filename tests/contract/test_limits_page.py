@@ -120,3 +120,8 @@ def test_the_other_figures() -> None:
     assert "Idle connections are closed half a second later" in TEXT
     assert server.SPARE_FILES == 40
     assert "less 40 for its own files" in " ".join((PROJECT / "docs" / "deploying.md").read_text().split())
+
+
+def test_both_pages_say_the_same_of_a_grpc_message() -> None:
+    other = (PROJECT / "docs" / "tensorflow-serving.md").read_text()
+    assert f"at most {GRPC_SHARE * 48:.0f}/48 of the memory budget" in " ".join(other.split())
