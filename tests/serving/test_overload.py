@@ -24,7 +24,7 @@ TIMEOUT_S = 1.0
 FACTOR = 4
 OVERLOAD_S = 6.0
 FULL_S = 2.0
-# Of the throughput of a closed loop. 90 % is the aim; the rest is the noise of a machine with few cores.
+# Of the throughput of a closed loop.
 MIN_GOODPUT = 0.9
 CONNECTIONS = 32
 
