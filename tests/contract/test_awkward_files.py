@@ -14,8 +14,9 @@ from PIL import Image
 from client.errors import ImageRejected
 from client.images import as_jpeg_or_png, read_picture
 from image_formats import content
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, TooLarge
 from serving.images.decoding import read_image as read_upload
+from serving.images.inspection import check_encoded_images
 from serving.images.limits import ImageLimits
 from tests.serving.image_files import chunk, encode, segment
 from training.datasets.image_file import read_image as read_training_image
@@ -101,6 +102,21 @@ SIDEWAYS = {
     "png, with the head of a JPEG's": png_with(chunk(b"eXIf", b"Exif\0\0" + exif(4, "<"))),
     "png behind text": png_with(chunk(b"tEXt", b"k\0" + bytes(300_000)), chunk(b"eXIf", exif())),
 }
+
+
+def test_much_compressed_text_is_refused_only_where_it_would_be_inflated():
+    """docs/limits.md says why: the service skips the text, and TensorFlow inflates all of it."""
+    text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(8_000_000)))
+    for count in (4, 5):
+        data = png_with(*[text] * count)
+        np.testing.assert_array_equal(read_upload(data, size=(SIDE, SIDE), limits=LIMITS), cross())
+        np.testing.assert_array_equal(read_training_image(io.BytesIO(data), image_size=None), cross())
+        encoded = [np.array([data], object)]
+        if count == 4:
+            check_encoded_images(encoded, LIMITS)
+        else:
+            with pytest.raises(TooLarge, match="image 0: the PNG file has too much compressed text"):
+                check_encoded_images(encoded, LIMITS)
 
 
 def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
