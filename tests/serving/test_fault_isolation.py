@@ -196,8 +196,8 @@ def test_only_the_faulty_model_is_reported(models_dir: Path, colours: Path, case
 )
 @pytest.mark.parametrize("when", ["at the start", "later"])
 def test_lone_surrogates_in_a_model_info_do_no_harm(models_dir: Path, colours: Path, info: str, when: str) -> None:
-    app = create_app(Settings(models_dir=models_dir))
-    repository = app.extensions["repository"]
+    app = make_app(Settings(models_dir=models_dir))
+    repository = app.inference.repository
     if when == "later":
         repository.load()
     add_faulty(models_dir, colours, write_info(info))

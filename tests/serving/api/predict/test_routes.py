@@ -311,8 +311,8 @@ def test_of_several_models_one_must_be_chosen(two_models: FlaskClient) -> None:
 
 
 def test_with_an_empty_models_folder_no_model_is_served(tmp_path: Path) -> None:
-    app = create_app(Settings(models_dir=tmp_path))
-    app.extensions["repository"].load()
+    app = make_app(Settings(models_dir=tmp_path))
+    app.inference.repository.load()
     client = app.test_client()
     for query in ("", "?version=1"):
         assert answer(send_body(client, RED, query), 404) == {"error": "no model is served"}
