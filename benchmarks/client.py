@@ -19,9 +19,10 @@ import click
 from benchmarks.load import Target, run_closed_loop, run_closed_loop_grpc
 from benchmarks.serve import BODIES, MODEL, answers, encode_png, export_article_model, make_images
 from benchmarks.server_process import ServerProcess, free_port
-from client import Client, GrpcClient, find_pictures
-from client.client import DEFAULT_BATCH_SIZE, REQUESTS_IN_FLIGHT, PictureClient
-from client.grpc import PICTURES_INPUT, PICTURES_SIGNATURE
+from client import Client, GrpcClient, find_images
+from client.client import REQUESTS_IN_FLIGHT, BatchingClient
+from client.grpc import FILES_INPUT, FILES_SIGNATURE
+from client.options import DEFAULT_BATCH_SIZE
 from client.protos import prediction_pb2
 
 
@@ -56,18 +57,18 @@ def make_grpc_target(address: str, files: list[bytes]) -> Target:
         batch = files[start : start + DEFAULT_BATCH_SIZE]
         tensor = prediction_pb2.Tensor(dtype=7, string_val=batch)
         tensor.tensor_shape.dim.add(size=len(batch))
-        spec = prediction_pb2.ModelSpec(name=MODEL, signature_name=PICTURES_SIGNATURE)
+        spec = prediction_pb2.ModelSpec(name=MODEL, signature_name=FILES_SIGNATURE)
         request = prediction_pb2.PredictRequest(
-            model_spec=spec, inputs={PICTURES_INPUT: tensor}, output_filter=("probabilities", "class_id", "label")
+            model_spec=spec, inputs={FILES_INPUT: tensor}, output_filter=("probabilities", "class_id", "label")
         )
         bodies.append(request.SerializeToString())
     return Target(address, {}, bodies, images=DEFAULT_BATCH_SIZE)
 
 
-def time_client(client: PictureClient, folder: Path) -> float:
+def time_client(client: BatchingClient, folder: Path) -> float:
     """Return the pictures a second that a client gets through a folder with."""
     started_s = time.perf_counter()
-    count = sum(1 for _ in client.predict_iter(find_pictures(folder)))
+    count = sum(1 for _ in client.predict_iter(find_images(folder)))
     return count / (time.perf_counter() - started_s)
 
 

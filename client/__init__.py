@@ -1,4 +1,4 @@
-"""The client of the image classification service: pictures in, labels and probabilities out.
+"""The client of the image classification service: images in, labels and probabilities out.
 
     from client import Client
 
@@ -6,10 +6,11 @@
         for prediction in client.predict(["cat.png", "dog.jpg"]):
             print(prediction.file, prediction.label, f"{prediction.confidence:.1%}")
 
-`GrpcClient("127.0.0.1:8500", model="cifar10")` is the same over gRPC, for this service and for TensorFlow Serving.
-Neither needs TensorFlow. `python -m client --help` is the same as a command.
+`AsyncClient` does the same for asyncio, and `GrpcClient("127.0.0.1:8500", model="cifar10")` over gRPC, for this service
+and for TensorFlow Serving. None of them needs TensorFlow. `python -m client --help` describes the command line.
 """
 
+from client.async_client import AsyncClient
 from client.client import Client, GrpcClient
 from client.errors import (
     ClientError,
@@ -20,12 +21,14 @@ from client.errors import (
     RequestTimedOut,
     ServerBusy,
     ServerFailed,
-    UnexpectedReply,
+    UnexpectedResponse,
 )
-from client.images import ImageSource, find_pictures
+from client.images import ImageSource, find_images
 from client.predictions import Failure, ModelStatus, Prediction, ServiceStatus
+from image_formats import __version__
 
 __all__ = [
+    "AsyncClient",
     "Client",
     "ClientError",
     "ConnectionFailed",
@@ -41,6 +44,7 @@ __all__ = [
     "ServerBusy",
     "ServerFailed",
     "ServiceStatus",
-    "UnexpectedReply",
-    "find_pictures",
+    "UnexpectedResponse",
+    "__version__",
+    "find_images",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `python -m client predict PICTURES` and `python -m client status`."""
+"""The command line: `python -m client predict IMAGES` and `python -m client status`."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 
 import click
 
-from client.client import DEFAULT_BATCH_SIZE, Client, GrpcClient, PictureClient
+from client.client import BatchingClient, Client, GrpcClient
 from client.errors import ClientError
-from client.images import MAX_IMAGE_BYTES, find_pictures
+from client.images import MAX_IMAGE_BYTES, find_images
+from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, MAX_VERSION
 from client.output import Output
 from client.predictions import Failure
-from client.rest import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, MAX_VERSION
 from client.table import plain, width
 
 STDIN = "-"
-SOME_FAILED, NO_SERVICE, INTERRUPTED = 1, 3, 130
-WIDEST_FILE = 120  # where the output is no terminal, which would set its own limit
+EXIT_SOME_FAILED, EXIT_NO_RESPONSE, EXIT_INTERRUPTED = 1, 3, 130
+MAX_FILE_CELLS = 120  # if the output is not a terminal
 
 
 class _Commands(click.Group):
-    """The commands, with the same end for each when there is no answer and when it is interrupted."""
+    """Command group that reports client errors and Ctrl-C, and sets the exit code."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except ClientError as error:
             click.echo(f"error: {plain(str(error))}", err=True)
-            ctx.exit(NO_SERVICE)
+            ctx.exit(EXIT_NO_RESPONSE)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            ctx.exit(INTERRUPTED)
+            ctx.exit(EXIT_INTERRUPTED)
 
 
 _url_option = click.option(
@@ -42,7 +42,7 @@ _url_option = click.option(
     show_default=True,
     envvar="CLIENT_URL",
     show_envvar=True,
-    help="The service's address.",
+    help="The address of the service.",
 )
 
 _grpc_option = click.option(
@@ -51,34 +51,34 @@ _grpc_option = click.option(
     metavar="HOST:PORT",
     envvar="CLIENT_GRPC",
     show_envvar=True,
-    help="Ask over gRPC instead, this service or any TensorFlow Serving; needs --model.",
+    help="Use gRPC instead, of this service or any TensorFlow Serving; needs --model.",
 )
 
 
 @click.group(cls=_Commands, context_settings={"max_content_width": 110})
 def main() -> None:
-    """Ask a running image classification service about pictures."""
+    """Classify images with a running image classification service."""
 
 
 @main.command()
-@click.argument("pictures", nargs=-1, required=True, type=click.Path(allow_dash=True))
+@click.argument("images", nargs=-1, required=True, type=click.Path(allow_dash=True))
 @_url_option
 @_grpc_option
-@click.option("--model", help="The model to ask; needed where several are served, and with --grpc.")
+@click.option("--model", help="The model; required if the service has several, and with --grpc.")
 @click.option(
     "--model-version", "version", type=click.IntRange(0, MAX_VERSION), help="Its version.  [default: the newest]"
 )
 @click.option(
-    "--top", type=click.IntRange(1), help="Labels to show for a picture, best first.  [default: 1; with --json all]"
+    "--top", type=click.IntRange(1), help="Labels per image, most probable first.  [default: 1; with --json all]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Write a JSON object per picture and line.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object per image and line.")
 @click.option(
     "--labels-from-folders",
     is_flag=True,
-    help="Take each picture's folder for its true label, and end with the accuracy.",
+    help="Use the name of each image's folder as its true label, and report the accuracy.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=DEFAULT_BATCH_SIZE, show_default=True, help="Pictures in a request."
+    "--batch-size", type=click.IntRange(1), default=DEFAULT_BATCH_SIZE, show_default=True, help="Images per request."
 )
 @click.option(
     "--timeout",
@@ -87,19 +87,19 @@ def main() -> None:
     default=DEFAULT_TIMEOUT_S,
     show_default=True,
     metavar="SECONDS",
-    help="For the answer to one request, retries included.",
+    help="For one request, including retries.",
 )
 @click.option(
     "--retries",
     type=click.IntRange(0),
     default=DEFAULT_RETRIES,
     show_default=True,
-    help="How often to ask again when the connection fails or the service is busy (503).",
+    help="Maximum number of retries when the connection fails or the service is busy (503).",
 )
 @click.pass_context
 def predict(
     context: click.Context,
-    pictures: tuple[str, ...],
+    images: tuple[str, ...],
     *,
     url: str,
     grpc_address: str | None,
@@ -112,94 +112,93 @@ def predict(
     timeout_s: float,
     retries: int,
 ) -> None:
-    """Classify PICTURES: files, folders, or - for one picture on standard input.
+    """Classify IMAGES: files, folders, or - for one image on standard input.
 
-    Folders are searched to any depth for pictures (JPEG, PNG, WebP, AVIF, BMP, GIF), known by their content. Results
-    go to standard output as they come, everything else to standard error. A picture that cannot be read is named, and
-    the others go on.
+    Folders are searched to any depth for images (JPEG, PNG, WebP, AVIF, BMP, GIF), recognised by their content. Results
+    are written to standard output one by one, everything else to standard error. An image that cannot be read is
+    reported, and the others are classified.
 
-    Exit codes: 0 every picture has its prediction; 1 some have not; 2 wrong usage; 3 the service gives no answer
-    (not running, not ready, no such model, failing); 130 interrupted.
+    Exit codes: 0 all images are classified; 1 some are not; 2 wrong usage; 3 the service returned no predictions (not
+    running, not ready, unknown model, failed); 130 interrupted.
     """
-    if labels_from_folders and STDIN in pictures:
-        raise click.UsageError("--labels-from-folders: a picture on standard input lies in no folder")
-    patience = {"timeout_s": timeout_s, "retries": retries, "batch_size": batch_size}
-    client = _connect(url, grpc_address, model=model, version=version, **patience)
-    file_width, count = _survey(pictures)
+    if labels_from_folders and STDIN in images:
+        raise click.UsageError("--labels-from-folders: an image on standard input is not in a folder")
+    client = _make_client(
+        url, grpc_address, model=model, version=version, timeout_s=timeout_s, retries=retries, batch_size=batch_size
+    )
+    file_width, count = _measure(images)
     output = Output(
         file_width=file_width, count=count, top=top, as_json=as_json, labels_from_folders=labels_from_folders
     )
     try:
         with client, output:
-            found = _expand(pictures, on_failure=output.fail)
+            found = _expand(images, on_failure=output.write_failure)
             for outcome in client.predict_iter(_read_stdin() if file == STDIN else file for file in found):
                 if isinstance(outcome, Failure):
-                    output.fail(outcome.file or STDIN, outcome.reason)
+                    output.write_failure(outcome.file or STDIN, outcome.reason)
                 else:
-                    output.answer(outcome.file or STDIN, outcome)
+                    output.write_prediction(outcome.file or STDIN, outcome)
     except (ClientError, KeyboardInterrupt):
-        output.break_off()
+        output.write_aborted()
         raise
-    output.conclude()
-    context.exit(SOME_FAILED if output.failed else 0)
+    output.write_summary()
+    context.exit(EXIT_SOME_FAILED if output.failed else 0)
 
 
 @main.command()
 @_url_option
 @_grpc_option
-@click.option("--model", help="The model to ask about; needed with --grpc, where it cannot be left out.")
+@click.option("--model", help="The model; required with --grpc.")
 @click.pass_context
 def status(context: click.Context, *, url: str, grpc_address: str | None, model: str | None) -> None:
-    """Show what the service serves, and whether it is ready.
+    """Show the models of the service, and whether it is ready.
 
-    Exit codes: 0 ready; 2 wrong usage; 3 not ready, or no answer.
+    Exit codes: 0 ready; 2 wrong usage; 3 not ready, or no response.
     """
-    with _connect(url, grpc_address, model=model) as client:
-        answer = client.status()
-    for served in answer.models:
-        line = f"{served.name}  version {served.version}  {served.state}" + (
-            f"  {served.error}" if served.error else ""
-        )
-        click.echo(plain(line))
-    click.echo("ready" if answer.ready else plain(f"not ready: {answer.reason}"), err=not answer.ready)
-    context.exit(0 if answer.ready else NO_SERVICE)
+    with _make_client(url, grpc_address, model=model) as client:
+        service = client.status()
+    for served in service.models:
+        error = f"  {served.error}" if served.error else ""
+        click.echo(plain(f"{served.name}  version {served.version}  {served.state}{error}"))
+    click.echo("ready" if service.ready else plain(f"not ready: {service.reason}"), err=not service.ready)
+    context.exit(0 if service.ready else EXIT_NO_RESPONSE)
 
 
-def _connect(url: str, grpc_address: str | None, *, model: str | None, **options: Any) -> PictureClient:
+def _make_client(url: str, grpc_address: str | None, *, model: str | None, **options: Any) -> BatchingClient:
     try:
         if grpc_address is None:
             return Client(url, model=model, **options)
         if model is None:
-            raise ValueError("--grpc needs --model: over gRPC no server tells what it has")
+            raise ValueError("--grpc needs --model: the gRPC API cannot list the models of a server")
         return GrpcClient(grpc_address, model=model, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
 
-def _survey(names: tuple[str, ...]) -> tuple[int, int]:
-    """Return the width of the widest name, within bounds, and the number of results to come; nothing is read yet."""
-    without: list[str] = []
+def _measure(names: tuple[str, ...]) -> tuple[int, int]:
+    """Return the width of the column of file names, and the number of results, without reading the images."""
+    failed: list[str] = []
     widest = count = 0
-    for file in _expand(names, on_failure=lambda folder, _: without.append(folder)):
+    for file in _expand(names, on_failure=lambda folder, _: failed.append(folder)):
         widest = max(widest, width(file))
         count += 1
-    return (widest if sys.stdout.isatty() else min(widest, WIDEST_FILE)), count + len(without)
+    return (widest if sys.stdout.isatty() else min(widest, MAX_FILE_CELLS)), count + len(failed)
 
 
 def _expand(names: tuple[str, ...], *, on_failure: Callable[[str, str], None]) -> Iterator[str]:
-    """Yield the files and - as given, and the pictures in the folders; report each folder that has none to give."""
+    """Yield the files and - as given, and the images in the folders; report each folder without images."""
     for name in names:
-        if name == STDIN or not os.path.isdir(name):  # noqa: PTH112 - unlike Path's, False for what can't be looked at
+        if name == STDIN or not os.path.isdir(name):  # noqa: PTH112 - unlike Path.is_dir, False if access is denied
             yield name
             continue
         errors: list[OSError] = []
         path = None
-        for path in find_pictures(name, on_error=errors.append):
+        for path in find_images(name, on_error=errors.append):
             yield str(path)
         for error in errors:
             on_failure(str(error.filename), f"cannot be listed: {error.strerror}")
         if path is None and not errors:
-            on_failure(name, "no pictures in this folder: no JPEG, PNG, WebP, AVIF, BMP or GIF file")
+            on_failure(name, "no images in this folder: expected JPEG, PNG, WebP, AVIF, BMP or GIF files")
 
 
 def _read_stdin() -> bytes:

@@ -1,28 +1,58 @@
-"""How long to wait before asking again."""
+"""Retries: whether to send a request again, and how long to wait before (exponential backoff with jitter)."""
 
 from __future__ import annotations
 
+import logging
 import random
+import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from client.errors import ClientError
+
 FIRST_WAIT_S = 0.25
 LONGEST_WAIT_S = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+def choose_retry_wait_s(
+    error: ClientError, *, attempt: int, retries: int, deadline_s: float, retry_after: str | None = None
+) -> float:
+    """Return the seconds to wait before the next attempt, or raise the error of the last one.
+
+    Args:
+        error: why attempt number `attempt`, counted from 1, failed.
+        attempt: the number of attempts so far.
+        retries: the maximum number of attempts after the first.
+        deadline_s: when to give up, on the clock of `time.monotonic`.
+        retry_after: the response's `Retry-After` header.
+
+    Raises:
+        ClientError: no retry is left, or the wait would exceed the deadline.
+    """
+    wait_s = choose_wait_s(attempt, retry_after=retry_after)
+    if attempt > retries or time.monotonic() + wait_s >= deadline_s:
+        if attempt == 1:
+            raise error
+        raise type(error)(f"{error} (tried {attempt} times)") from error.__cause__
+    logger.info("%s; retrying in %.1f s", error, wait_s)
+    return wait_s
 
 
 def choose_wait_s(attempt: int, *, retry_after: str | None = None) -> float:
     """Return the seconds to wait after failed attempt number `attempt`, counted from 1.
 
-    The wait doubles with each attempt and is shortened by up to a half at random, so that clients that
-    failed together don't come back together. It is not less than what the server's `Retry-After` asks
-    (RFC 9110, section 10.2.3), and never more than LONGEST_WAIT_S.
+    The wait doubles with each attempt. Jitter shortens it by up to a half, so that clients that failed together do not
+    retry together. It is at least what the server's `Retry-After` requests (RFC 9110, section 10.2.3), and at most
+    LONGEST_WAIT_S.
     """
     wait_s = FIRST_WAIT_S * 2.0 ** min(attempt - 1, 16) * random.uniform(0.5, 1.0)
-    return min(max(wait_s, _read_retry_after_s(retry_after)), LONGEST_WAIT_S)
+    return min(max(wait_s, _parse_retry_after_s(retry_after)), LONGEST_WAIT_S)
 
 
-def _read_retry_after_s(value: str | None) -> float:
-    """Return the seconds that a `Retry-After` header asks for, in either of its forms; 0 if it asks for none."""
+def _parse_retry_after_s(value: str | None) -> float:
+    """Return the seconds that a `Retry-After` header requests, as a number or a date; 0 if it is missing or invalid."""
     if value is None:
         return 0.0
     if value.strip().isdecimal():

@@ -1,126 +1,117 @@
-"""`Client` and `GrpcClient`: any number of pictures in any form, sent in batches, answered in order."""
+"""`Client` and `GrpcClient`: send any number of images in batches, and return the predictions in order."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-import numpy as np
-from PIL import Image
+import httpx
 
-from client.errors import ImageRejected
-from client.images import ImageSource, Picture, read_picture
+from client.batches import Batch, merge_outcomes, read_batches, require_prediction, select_loaded, validate_batch_size
+from client.http import Auth, Headers, HttpTransport, Verify
+from client.images import ImageSource, LoadedImage
+from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
 from client.pipeline import map_in_order
 from client.predictions import Failure, Prediction, ServiceStatus
-from client.rest import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, RestTransport
+from client.rest import RestApi
 
-DEFAULT_BATCH_SIZE = 64  # as many as the service puts into one call of its model
-REQUESTS_IN_FLIGHT = 4  # the service has work while the next batches are read
+if TYPE_CHECKING:
+    import grpc
 
-# A batch ends early rather than hold more than this; a larger picture is a batch of its own.
-MAX_BATCH_BYTES = 16 * 1024 * 1024
+REQUESTS_IN_FLIGHT = 4  # so that the service has work while the next batches are read
 
 
 class Transport(Protocol):
-    """A way to the service. It knows the wire and the retries; it knows nothing of files and batching."""
+    """Sends batches to the server, and retries. Files and batching are the client's."""
 
-    def predict_batch(self, pictures: Sequence[Picture]) -> list[Prediction | Failure]:
-        """Classify pictures, in their order. One that cannot be read costs only itself: a Failure.
+    def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
+        """Classify images, in their order. One that cannot be read does not affect the others: it is a `Failure`.
 
         Raises:
-            ClientError: the service gives no answer.
+            ClientError: the service did not return predictions.
         """
 
     def status(self) -> ServiceStatus:
-        """Ask whether the service is ready and what it serves.
+        """Return whether the service is ready, and its models.
 
         Raises:
-            ClientError: the service gives no answer.
+            ClientError: the service did not return its status.
         """
 
     def close(self) -> None:
         """Close the connections."""
 
 
-class PictureClient:
-    """What every client does, whatever its way to the service. Its connections are closed by `close()` or `with`.
-
-    Args:
-        transport: the way.
-        batch_size: pictures in one request.
-
-    Raises:
-        ValueError: `batch_size` is out of its range.
-    """
+class BatchingClient:
+    """Base class of the clients: reads images, groups them into batches, and sends those with a transport."""
 
     def __init__(self, transport: Transport, *, batch_size: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        self._batch_size = batch_size
+        self._batch_size = validate_batch_size(batch_size)
         self._transport = transport
 
     def predict(self, images: ImageSource | Iterable[ImageSource]) -> list[Prediction]:
-        """Classify one picture or several; return a prediction for each, in their order.
+        """Classify one or more images; return a prediction for each, in their order.
 
         Args:
-            images: a path, the bytes of an encoded picture, uint8 RGB pixels (height, width, 3), a Pillow
-                image, or an iterable of these; an array (n, height, width, 3) is n pictures.
+            images: a path, the bytes of an encoded image, uint8 RGB pixels (height, width, 3), a Pillow image, or an
+                iterable of these. An array (n, height, width, 3) is n images.
 
         Raises:
-            ImageRejected: a picture cannot be read, the first of them; the rest is not sent any more.
-                `predict_iter` gives the others' predictions.
-            ClientError: the service gives no answer.
-            TypeError: something given is not a picture in any of these forms.
+            ImageRejected: an image cannot be read; the first one is reported, and no more are sent. `predict_iter`
+                returns the predictions of the others.
+            ClientError: the service did not return predictions.
+            TypeError: something given is not an image in any of these forms.
+
+        Example:
+            >>> from client import Client
+            >>> with Client("http://127.0.0.1:8501") as client:
+            ...     [prediction.label for prediction in client.predict(["red.png", "green.png"])]
+            ['red', 'green']
         """
-        predictions = []
-        for outcome in self.predict_iter(images):
-            if isinstance(outcome, Failure):
-                raise ImageRejected(outcome.index, outcome.file, outcome.reason)
-            predictions.append(outcome)
-        return predictions
+        return [require_prediction(outcome) for outcome in self.predict_iter(images)]
 
     def predict_iter(self, images: ImageSource | Iterable[ImageSource]) -> Iterator[Prediction | Failure]:
-        """Classify pictures as they come; yield a prediction or failure for each, in their order.
+        """Classify images one batch after the other; yield a prediction or failure for each, in their order.
 
-        While the service answers a batch, the next three are read and sent, and no more: few pictures are held in
-        memory, however many there are. Give it a generator, such as `find_pictures(folder)`. Nothing is read or sent
-        before the first result is asked for.
+        While the service processes a batch, the next three are read and sent, so memory does not grow with the number
+        of images. `images` can be a generator, such as `find_images(folder)`. Nothing is read or sent before the first
+        result is requested.
 
         Args:
-            images: as for `predict`.
+            images: see `predict`.
 
         Raises:
-            ClientError: the service gives no answer.
-            TypeError: something given is not a picture in any of the forms taken.
+            ClientError: the service did not return predictions.
+            TypeError: something given is not an image in any of the accepted forms.
+
+        Example:
+            >>> from client import Client, Failure
+            >>> with Client("http://127.0.0.1:8501") as client:
+            ...     for outcome in client.predict_iter(["red.png", "missing.png", "green.png"]):
+            ...         print(outcome.reason if isinstance(outcome, Failure) else outcome.label)
+            red
+            file not found
+            green
         """
-        return map_in_order(self._predict_batch, self._gather(images), in_flight=REQUESTS_IN_FLIGHT)
+        batches = read_batches(images, self._batch_size)
+        return map_in_order(self._predict_batch, batches, in_flight=REQUESTS_IN_FLIGHT)
 
-    def _gather(self, images: ImageSource | Iterable[ImageSource]) -> Iterator[list[Picture | Failure]]:
-        batch: list[Picture | Failure] = []
-        batch_bytes = 0
-        for index, source in enumerate(_each(images)):
-            item = _read(source, index=index)
-            item_bytes = item.size_bytes if isinstance(item, Picture) else 0
-            if len(batch) == self._batch_size or batch_bytes + item_bytes > MAX_BATCH_BYTES:
-                yield batch
-                batch, batch_bytes = [], 0
-            batch.append(item)
-            batch_bytes += item_bytes
-        if batch:
-            yield batch
-
-    def _predict_batch(self, batch: list[Picture | Failure]) -> list[Prediction | Failure]:
-        pictures = [item for item in batch if isinstance(item, Picture)]
-        answers = iter(self._transport.predict_batch(pictures) if pictures else ())
-        return [item if isinstance(item, Failure) else next(answers) for item in batch]
+    def _predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
+        loaded = select_loaded(batch)
+        return merge_outcomes(batch, self._transport.predict_batch(loaded) if loaded else ())
 
     def status(self) -> ServiceStatus:
-        """Ask once whether the service is ready to predict, and what it serves.
+        """Return whether the service is ready, and its models. There are no retries.
 
         Raises:
-            ClientError: the service gives no answer.
+            ClientError: the service did not return its status.
+
+        Example:
+            >>> from client import Client
+            >>> with Client("http://127.0.0.1:8501") as client:
+            ...     client.status().ready
+            True
         """
         return self._transport.status()
 
@@ -137,24 +128,36 @@ class PictureClient:
         self.close()
 
 
-class Client(PictureClient):
-    """A client of the classification service at `url`, such as http://127.0.0.1:8501.
+class Client(BatchingClient):
+    """A client of the service's HTTP API. It is thread-safe.
 
-    Connections are kept and reused, and closed by `close()` or at the end of a `with` block. It may be
-    used by several threads.
+    Connections are reused; `close()` or the end of a `with` block closes them.
 
     Args:
-        url: the service's address, http or https. The environment's proxies are used, except for this machine.
-        model: which model to ask; needed where several are served.
-        version: which version of it; by default the newest.
-        timeout_s: seconds for the answer to one batch, all attempts and waits included. Of these, making
-            a connection may take 5.
-        retries: how many times a batch is tried again when the connection fails or the service answers
-            503. The waits between grow from 0.25 s and follow the service's Retry-After, up to 10 s.
-        batch_size: pictures in one request.
+        url: the address of the service, http or https. Proxies set in the environment are used, except for this
+            machine.
+        model: the model's name; required if the service has several.
+        version: the model's version; the newest by default.
+        headers: sent with every request, as in httpx.
+        auth: user name and password, or another kind of authentication, as in httpx.
+        verify: an `ssl.SSLContext` for https, or False to accept any certificate, as in httpx.
+        transport: an `httpx.BaseTransport` that sends the requests. As in httpx, `close()` closes it, and proxies set
+            in the environment are not used.
+        timeout_s: seconds for one batch, including retries. A connection attempt may take 5 of them.
+        retries: the maximum number of retries of one batch when the connection fails or the service responds with 503.
+            The waits between grow from 0.25 s and respect `Retry-After`, up to 10 s.
+        batch_size: images per request.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from client import Client
+        >>> with Client("http://127.0.0.1:8501", headers={"Authorization": "Bearer secret"}) as client:
+        ...     for prediction in client.predict(["red.png", "green.png"]):
+        ...         print(prediction.file, prediction.label, f"{prediction.confidence:.0%}")
+        red.png red 99%
+        green.png green 99%
     """
 
     def __init__(
@@ -163,64 +166,59 @@ class Client(PictureClient):
         *,
         model: str | None = None,
         version: int | None = None,
+        headers: Headers | None = None,
+        auth: Auth | None = None,
+        verify: Verify = True,
+        transport: httpx.BaseTransport | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retries: int = DEFAULT_RETRIES,
         batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> None:
-        transport = RestTransport(url, model=model, version=version, timeout_s=timeout_s, retries=retries)
-        super().__init__(transport, batch_size=batch_size)
+        api = RestApi(url, model=model, version=version, timeout_s=timeout_s, retries=retries)
+        super().__init__(
+            HttpTransport(api, headers=headers, auth=auth, verify=verify, transport=transport), batch_size=batch_size
+        )
 
 
-class GrpcClient(PictureClient):
-    """A client of the service's gRPC port, or of any TensorFlow Serving with an exported model: 127.0.0.1:8500.
+class GrpcClient(BatchingClient):
+    """A client of the service's gRPC API, or of any TensorFlow Serving with an exported model. It is thread-safe.
 
-    It gives what `Client` gives. The connection is kept; it may be used by several threads.
+    It returns the same as `Client`. The connection is reused; `close()` or the end of a `with` block closes it.
 
     Args:
-        address: host:port of the gRPC API.
-        model: which model to ask; over gRPC no server tells what it has.
-        version: which version of it; by default the newest.
-        timeout_s: seconds for the answer to one batch, all attempts and waits included; the server is told.
-        retries: how many times a batch is tried again when the server cannot be reached or is not ready.
-            The waits between grow from 0.25 s up to 10 s.
-        batch_size: pictures in one request.
+        target: the address of the gRPC API, such as 127.0.0.1:8500. With a channel it is only used in error messages.
+        model: the model's name; required, as the gRPC API cannot list the models.
+        version: the model's version; the newest by default.
+        channel: a `grpc.Channel` to use, for example one made by `grpc.secure_channel`. `close()` does not close it.
+        timeout_s: seconds for one batch, including retries; the server receives it as the deadline.
+        retries: the maximum number of retries of one batch when the server cannot be reached or is not ready. The waits
+            between grow from 0.25 s to 10 s.
+        batch_size: images per request.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range, or there is neither a target nor a channel.
+
+    Example:
+        >>> from client import GrpcClient
+        >>> with GrpcClient("127.0.0.1:8500", model="colours") as client:
+        ...     [prediction.label for prediction in client.predict(["red.png", "green.png"])]
+        ['red', 'green']
     """
 
     def __init__(
         self,
-        address: str,
+        target: str | None = None,
         *,
         model: str,
         version: int | None = None,
+        channel: grpc.Channel | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retries: int = DEFAULT_RETRIES,
         batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> None:
-        from client.grpc import GrpcTransport  # who asks over HTTP need not wait for gRPC's import
+        from client.grpc import GrpcTransport  # not at the top: importing gRPC is slow, and HTTP does not need it
 
-        transport = GrpcTransport(address, model=model, version=version, timeout_s=timeout_s, retries=retries)
-        super().__init__(transport, batch_size=batch_size)
-
-
-def _each(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:
-    if isinstance(images, np.ndarray):
-        return images if images.ndim == 4 else (images,)
-    if isinstance(images, (str, os.PathLike, bytes, Image.Image)):
-        return (images,)
-    if hasattr(images, "read") or not isinstance(images, Iterable):
-        # An open file would be taken for an iterable of pictures, one in each line.
-        raise TypeError(
-            "expected a path, the bytes of an encoded picture, a uint8 array (height, width, 3), a Pillow image, "
-            f"or an iterable of these; got {type(images).__name__}"
+        transport = GrpcTransport(
+            target, model=model, version=version, channel=channel, timeout_s=timeout_s, retries=retries
         )
-    return images
-
-
-def _read(source: ImageSource, *, index: int) -> Picture | Failure:
-    try:
-        return read_picture(source, index=index)
-    except ImageRejected as error:
-        return Failure(error.index, error.file, error.reason)
+        super().__init__(transport, batch_size=batch_size)

@@ -1,31 +1,48 @@
-"""Everything that can go wrong between a picture and its prediction."""
+"""The errors of the client."""
 
-# Named for the condition, as the reader of an except clause meets it.
+# Named for the condition, without the suffix "Error", as they read in an except clause.
 # ruff: noqa: N818
 
 from __future__ import annotations
 
 
 class ClientError(Exception):
-    """Anything that keeps the client from returning a prediction.
+    """Base class of all errors of the client, except ValueError and TypeError for invalid arguments.
 
     ClientError
-    +-- ImageRejected       one picture cannot be read, here or by the service; others can
-    +-- ConnectionFailed    no connection to the service, or it broke, on every attempt
-    +-- RequestTimedOut     connected, but no whole answer within `timeout_s`
-    +-- ServerBusy          503 on every attempt: the service is starting, or overloaded
-    +-- ServerFailed        5xx: the service says that it failed
-    +-- ModelNotFound       404: no such model, or no such version of it
-    +-- RequestRejected     4xx: the service refuses the request as a whole
-    +-- UnexpectedReply     what answered does not speak this protocol: another server, a proxy
+    +-- ImageRejected       one image cannot be read, here or by the service
+    +-- ConnectionFailed    no connection to the service, or it was closed
+    +-- RequestTimedOut     connected, but no complete response within `timeout_s`
+    +-- ServerBusy          503: the service is starting or overloaded
+    +-- ServerFailed        5xx: the service failed
+    +-- ModelNotFound       404: the service does not have this model or version
+    +-- RequestRejected     4xx: the service rejects the request as a whole
+    +-- UnexpectedResponse  the response is from another server or a proxy
 
-    Only what ConnectionFailed and ServerBusy stand for is tried again before they are raised.
-    Wrong arguments are ValueError and TypeError.
+    After a failed connection and a 503 the request is sent again, and the error raised when no retries are left.
+
+    Example:
+        >>> from client import Client, ClientError, ImageRejected
+        >>> with Client("http://127.0.0.1:8501") as client:
+        ...     try:
+        ...         client.predict(["red.png", "notes.txt"])
+        ...     except ImageRejected as error:
+        ...         print(f"image {error.index}: {error}")
+        ...     except ClientError as error:
+        ...         print(f"no predictions: {error}")
+        image 1: notes.txt: not an image
     """
 
 
 class ImageRejected(ClientError):
-    """One picture cannot be read: `file` (None if it had no name), number `index` of those given, from 0."""
+    """One image cannot be read: `file` (None if it has no name), at position `index` of the given images, from 0.
+
+    Example:
+        >>> from client import Client
+        >>> Client("http://127.0.0.1:8501").predict(["red.png", "missing.png"])
+        Traceback (most recent call last):
+        client.errors.ImageRejected: missing.png: file not found
+    """
 
     def __init__(self, index: int, file: str | None, reason: str) -> None:
         super().__init__(index, file, reason)
@@ -34,32 +51,81 @@ class ImageRejected(ClientError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.file or f'picture {self.index} of those given, counted from 0'}: {self.reason}"
+        return f"{self.file or f'image {self.index} of those given, counted from 0'}: {self.reason}"
 
 
 class ConnectionFailed(ClientError):
-    """There is no connection to the service, or it broke, on every attempt."""
+    """There is no connection to the service, or it was closed, on every attempt.
+
+    Example:
+        >>> from client import Client
+        >>> Client("http://127.0.0.1:1", retries=0).predict("red.png")
+        Traceback (most recent call last):
+        client.errors.ConnectionFailed: cannot connect to http://127.0.0.1:1 (...); start the service with ...
+    """
 
 
 class RequestTimedOut(ClientError):
-    """The service took the request and did not answer it in time."""
+    """The service accepted the request and did not respond in time.
+
+    Example:
+        >>> from client import Client
+        >>> Client("http://127.0.0.1:8501", timeout_s=0.2).predict("red.png")
+        Traceback (most recent call last):
+        client.errors.RequestTimedOut: no complete response from http://127.0.0.1:8501 within 0.2 s; allow more time ...
+    """
 
 
 class ServerBusy(ClientError):
-    """The service answered 503 on every attempt: it is still starting, or overloaded."""
+    """The service responded with 503 on every attempt: it is starting or overloaded.
+
+    Example:
+        >>> from client import Client
+        >>> Client("http://127.0.0.1:8501", retries=0).predict("red.png")
+        Traceback (most recent call last):
+        client.errors.ServerBusy: the service at http://127.0.0.1:8501 is not ready: colours is being loaded; check ...
+    """
 
 
 class ServerFailed(ClientError):
-    """The service failed to answer, through no fault of the request."""
+    """The service failed, although the request may be valid.
+
+    Example:
+        >>> from client import Client
+        >>> Client("http://127.0.0.1:8501").predict("red.png")
+        Traceback (most recent call last):
+        client.errors.ServerFailed: the service at http://127.0.0.1:8501 failed (500): an internal error
+    """
 
 
 class ModelNotFound(ClientError):
-    """The service has no such model, or no such version of it."""
+    """The service does not have this model, or this version of it.
+
+    Example:
+        >>> from client import Client
+        >>> Client("http://127.0.0.1:8501", model="cats").predict("red.png")
+        Traceback (most recent call last):
+        client.errors.ModelNotFound: no model cats; served: colours (http://127.0.0.1:8501); ... lists the models
+    """
 
 
 class RequestRejected(ClientError):
-    """The service refuses the request as a whole, whatever pictures are in it."""
+    """The service rejects the request as a whole, whatever its images.
+
+    Example:
+        >>> from client import Client
+        >>> Client("http://127.0.0.1:8501").predict("red.png")
+        Traceback (most recent call last):
+        client.errors.RequestRejected: the service at http://127.0.0.1:8501 denied access (token required); pass ...
+    """
 
 
-class UnexpectedReply(ClientError):
-    """The reply is not one of this service: something else listens there, or stands between."""
+class UnexpectedResponse(ClientError):
+    """The response is not one of this service: it is from another server, or from a proxy.
+
+    Example:
+        >>> from client import Client
+        >>> Client("http://127.0.0.1:8501").predict("red.png")
+        Traceback (most recent call last):
+        client.errors.UnexpectedResponse: expected predictions as JSON from http://127.0.0.1:8501, got 200 OK, ...
+    """

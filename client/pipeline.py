@@ -1,33 +1,34 @@
-"""Several requests at once, their results in order."""
+"""Runs several requests concurrently and yields their results in order."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future, wait
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# The interpreter handles a signal between two instructions of the main thread. One that reaches the process just before
-# that thread begins to wait does not end the wait, so no wait is long: Ctrl-C is heard within this time.
+# Python runs signal handlers in the main thread, between two instructions. A signal that arrives just before that
+# thread blocks does not interrupt the wait, so each wait is short: Ctrl-C is handled within this time.
 MAX_WAIT_S = 0.2
 
 
 def map_in_order(
     function: Callable[[Item], Iterable[Result]], items: Iterable[Item], *, in_flight: int
 ) -> Iterator[Result]:
-    """Call a function with each item, some calls at the same time; yield all that they return, in the items' order.
+    """Call a function for each item, some calls concurrently; yield the results in the order of the items.
 
     Args:
         function: called for the first item alone, as it may fail for all; for the others in threads.
-        items: taken one by one, none before the first result is asked for.
-        in_flight: calls at the same time.
+        items: read one by one, none before the first result is requested.
+        in_flight: the maximum number of concurrent calls.
 
     Raises:
-        Exception: what the function raises for an item, in its place. Calls that run then are left to themselves.
+        Exception: the function's error for an item, in its place. Calls that are running then are not awaited.
     """
     remaining = iter(items)
     for first in remaining:
@@ -42,6 +43,32 @@ def map_in_order(
         yield from _wait_for(calls.popleft())
 
 
+async def map_in_order_async(
+    function: Callable[[Item], Coroutine[Any, Any, Iterable[Result]]], items: Iterable[Item], *, in_flight: int
+) -> AsyncGenerator[Result, None]:
+    """Like `map_in_order`, with a task for each call. The items are read in worker threads, as that may block.
+
+    Tasks that are running when the generator is closed, or after an error, are cancelled.
+    """
+    remaining = iter(items)
+    calls: deque[asyncio.Task[Iterable[Result]]] = deque()
+    limit = 1  # until the first call has succeeded
+    try:
+        while (item := await asyncio.to_thread(next, remaining, None)) is not None:
+            calls.append(asyncio.create_task(function(item)))
+            if len(calls) == limit:
+                for result in await calls.popleft():
+                    yield result
+                limit = in_flight
+        while calls:
+            for result in await calls.popleft():
+                yield result
+    finally:
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
 def _start(function: Callable[[Item], Result], item: Item) -> Future[Result]:
     future: Future[Result] = Future()
 
@@ -51,7 +78,7 @@ def _start(function: Callable[[Item], Result], item: Item) -> Future[Result]:
         except BaseException as error:
             future.set_exception(error)
 
-    # A thread that the interpreter does not wait for as it ends: not with the next Ctrl-C, at any rate.
+    # A daemon thread, so that the interpreter does not wait for it at exit.
     Thread(target=call, daemon=True).start()
     return future
 

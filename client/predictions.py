@@ -1,4 +1,4 @@
-"""What the client returns: a prediction or a failure for each picture, and the service's status."""
+"""What the client returns: a prediction or a failure for each image, and the status of the service."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model sees in one picture.
+    """The classification of one image.
 
     Attributes:
-        file: the path as it was given; None for a picture that was given as bytes or pixels.
+        file: the path as it was given; None for an image that was given as bytes or pixels.
         label: the most probable class.
         class_id: its number.
         confidence: its probability, 0 to 1.
         probabilities: the probability of every label, in the order of the class numbers.
-        model: the name of the model that answered.
+        model: the name of the model.
         model_version: its version.
+
+    Example:
+        >>> from client import Client
+        >>> with Client("http://127.0.0.1:8501") as client:
+        ...     (prediction,) = client.predict("red.png")
+        >>> print(f"{prediction.label}, {prediction.confidence:.0%}, by {prediction.model} {prediction.model_version}")
+        red, 99%, by colours 7
     """
 
     file: str | None
@@ -28,7 +35,14 @@ class Prediction:
     model_version: int
 
     def top(self, k: int) -> list[tuple[str, float]]:
-        """Return the `k` most probable labels with their probabilities, best first."""
+        """Return the `k` most probable labels with their probabilities, the most probable first.
+
+        Example:
+            >>> from client import Prediction
+            >>> prediction = Prediction("cat.png", "cat", 0, 0.7, {"cat": 0.7, "cow": 0.1, "dog": 0.2}, "pets", 1)
+            >>> prediction.top(2)
+            [('cat', 0.7), ('dog', 0.2)]
+        """
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         return sorted(self.probabilities.items(), key=lambda item: item[1], reverse=True)[:k]
@@ -36,7 +50,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture without a prediction: `index` is its place among those given, `file` its path or None."""
+    """An image without a prediction: `index` is its position among the given images, `file` its path or None.
+
+    Example:
+        >>> from client import Client
+        >>> with Client("http://127.0.0.1:8501") as client:
+        ...     list(client.predict_iter(["missing.png"]))
+        [Failure(index=0, file='missing.png', reason='file not found')]
+    """
 
     index: int
     file: str | None
@@ -45,7 +66,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """One version of a model; `state` is TensorFlow Serving's word: AVAILABLE once it answers."""
+    """The status of one version of a model; `state` is one of TensorFlow Serving's, AVAILABLE once it is ready.
+
+    Example:
+        >>> from client import Client
+        >>> with Client("http://127.0.0.1:8501") as client:
+        ...     client.status().models[0]
+        ModelStatus(name='colours', version=7, state='AVAILABLE', error=None)
+    """
 
     name: str
     version: int
@@ -55,7 +83,15 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """Whether the service is ready to predict, why not if not, and what it serves."""
+    """Whether the service is ready, the reason if it is not, and its models.
+
+    Example:
+        >>> from client import Client
+        >>> with Client("http://127.0.0.1:8501") as client:
+        ...     status = client.status()
+        >>> status.ready, [model.name for model in status.models]
+        (True, ['colours'])
+    """
 
     ready: bool
     reason: str | None

@@ -1,21 +1,32 @@
-"""The service's replies, read and checked: nothing in them is believed to have its shape."""
+"""Reads the service's responses. Nothing is assumed about them: another server, or a proxy, may have sent them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from client.errors import UnexpectedReply
-from client.images import Picture
+from client.errors import (
+    ClientError,
+    ModelNotFound,
+    RequestRejected,
+    ServerBusy,
+    ServerFailed,
+    UnexpectedResponse,
+)
+from client.images import LoadedImage
 from client.predictions import Failure, ModelStatus, Prediction, ServiceStatus
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A reply as it came from `url`; `retry_after` is that header, None where there is none."""
+class Response:
+    """A complete HTTP response of the service at `url`; `retry_after` is that header, None if it is missing."""
 
     url: str
     status: int
@@ -26,7 +37,7 @@ class Reply:
 
     @cached_property
     def json(self) -> Any:
-        """What the body says as JSON; None where it is not JSON."""
+        """The parsed body; None if it is not JSON."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -34,7 +45,7 @@ class Reply:
 
     @property
     def error(self) -> str | None:
-        """The text of the service's `{"error": text}`; None where that is not what came."""
+        """The text of the service's `{"error": text}`; None if the body is something else."""
         match self.json:
             case {"error": str(error)}:
                 return error
@@ -42,33 +53,33 @@ class Reply:
 
     @property
     def summary(self) -> str:
-        """The status, the type and the start of the body, for a message."""
+        """The status, the content type and the start of the body, for error messages."""
         status = f"{self.status} {self.reason_phrase}".rstrip()
         start = self.body[:80].decode("utf-8", errors="replace")
         return f"{status}, {self.content_type or 'no content type'}, {start!r}"
 
-    def unexpected(self, expected: str) -> UnexpectedReply:
-        """Return the error that says what was expected instead of this reply."""
-        return UnexpectedReply(
+    def unexpected(self, expected: str) -> UnexpectedResponse:
+        """Return the error for a response that is not what was expected."""
+        return UnexpectedResponse(
             f"expected {expected} from {self.url}, got {self.summary}; "
-            "is this the address of the service, and is no proxy in between?"
+            "check that this is the address of the service, and that no proxy is in between"
         )
 
 
-def read_predictions(reply: Reply, pictures: Sequence[Picture]) -> Iterator[tuple[int, Prediction]]:
-    """Yield the index and the prediction of each picture that was sent.
+def read_predictions(response: Response, images: Sequence[LoadedImage]) -> Iterator[tuple[int, Prediction]]:
+    """Yield the index and the prediction of each image that was sent.
 
     Raises:
-        UnexpectedReply: the reply is not what `POST /predict` answers, or not for as many pictures.
+        UnexpectedResponse: the response is not that of `POST /predict`, or has another number of predictions.
     """
-    match reply.json:
+    match response.json:
         case {"model": {"name": str(model), "version": int(version)}, "predictions": list(rows)}:
             pass
         case _:
-            raise reply.unexpected("predictions as JSON")
-    if len(rows) != len(pictures):
-        raise UnexpectedReply(f"expected {len(pictures)} predictions from {reply.url}, got {len(rows)}")
-    for picture, row in zip(pictures, rows, strict=True):
+            raise response.unexpected("predictions as JSON")
+    if len(rows) != len(images):
+        raise UnexpectedResponse(f"expected {len(images)} predictions from {response.url}, got {len(rows)}")
+    for image, row in zip(images, rows, strict=True):
         match row:
             case {
                 "label": str(label),
@@ -77,9 +88,9 @@ def read_predictions(reply: Reply, pictures: Sequence[Picture]) -> Iterator[tupl
                 "probabilities": dict(probabilities),
             } if all(isinstance(probability, (float, int)) for probability in probabilities.values()):
                 yield (
-                    picture.index,
+                    image.index,
                     Prediction(
-                        file=picture.file,
+                        file=image.file,
                         label=label,
                         class_id=class_id,
                         confidence=confidence,
@@ -89,14 +100,14 @@ def read_predictions(reply: Reply, pictures: Sequence[Picture]) -> Iterator[tupl
                     ),
                 )
             case _:
-                raise UnexpectedReply(
-                    f"expected label, class_id, confidence and probabilities from {reply.url}, got {str(row)[:200]}"
+                raise UnexpectedResponse(
+                    f"expected label, class_id, confidence and probabilities from {response.url}, got {str(row)[:200]}"
                 )
 
 
-def read_rejections(reply: Reply, pictures: Sequence[Picture]) -> list[Failure]:
-    """Return a failure for each picture that a refused request names; empty if it was refused for another reason."""
-    match reply.status, reply.json:
+def read_rejections(response: Response, images: Sequence[LoadedImage]) -> list[Failure]:
+    """Return a failure for each image that a 400 response rejects; empty if it rejects the request as a whole."""
+    match response.status, response.json:
         case 400, {"errors": list(problems)}:
             pass
         case _:
@@ -104,33 +115,67 @@ def read_rejections(reply: Reply, pictures: Sequence[Picture]) -> list[Failure]:
     failures = {}
     for problem in problems:
         match problem:
-            case {"index": int(position), "error": str(reason)} if 0 <= position < len(pictures):
-                picture = pictures[position]
-                failures[position] = Failure(picture.index, picture.file, reason)
+            case {"index": int(position), "error": str(reason)} if 0 <= position < len(images):
+                image = images[position]
+                failures[position] = Failure(image.index, image.file, reason)
             case _:
-                raise UnexpectedReply(
-                    f"expected the index, below {len(pictures)}, and the error of each unreadable picture "
-                    f"from {reply.url}, got {str(problem)[:200]}"
+                raise UnexpectedResponse(
+                    f"expected the index, below {len(images)}, and the error of each unreadable image "
+                    f"from {response.url}, got {str(problem)[:200]}"
                 )
     return list(failures.values())
 
 
-def read_status(reply: Reply) -> ServiceStatus:
-    """Return what `GET /readyz` says.
+def read_status(response: Response) -> ServiceStatus:
+    """Return the status in a response to `GET /readyz`.
 
     Raises:
-        UnexpectedReply: the reply is not what that route answers.
+        UnexpectedResponse: the response is not that of this route.
     """
-    match reply.json:
+    match response.json:
         case {"ready": bool(ready), "models": list(rows)}:
-            reason = reply.json.get("reason")
+            reason = response.json.get("reason")
         case _:
-            raise reply.unexpected("the service's readiness as JSON")
+            raise response.unexpected("the service's readiness as JSON")
     models = []
     for row in rows:
         match row:
             case {"name": str(name), "version": int(version), "state": str(state)}:
                 models.append(ModelStatus(name, version, state, error=row.get("error")))
             case _:
-                raise reply.unexpected("the name, version and state of each model")
+                raise response.unexpected("the name, version and state of each model")
     return ServiceStatus(ready, reason, tuple(models))
+
+
+def make_error(response: Response) -> ClientError:
+    """Return the error that a response without predictions stands for."""
+    url = response.url
+    if response.status == 503:
+        return ServerBusy(
+            f"the service at {url} is not ready: {response.error or response.summary}; "
+            f"check with `{_status_command(url)}`"
+        )
+    if response.status in (401, 403):
+        return RequestRejected(
+            f"the service at {url} denied access ({response.error or response.summary}); "
+            "pass valid credentials with auth or headers"
+        )
+    if response.error is None:
+        return response.unexpected("predictions or an error as JSON")
+    if response.status == 404:
+        return ModelNotFound(f"{response.error} ({url}); `{_status_command(url)}` lists the models")
+    if response.status >= 500:
+        return ServerFailed(f"the service at {url} failed ({response.status}): {response.error}")
+    match response.status, response.json:
+        case 400, {"models": list(models)}:
+            names = ", ".join(map(str, models))
+            return RequestRejected(f"the service at {url} has several models; choose one with model (--model): {names}")
+    return RequestRejected(f"the service at {url} rejected the request ({response.status}): {response.error}")
+
+
+def _status_command(url: str) -> str:
+    """Return the command line of `status`, with the Python that runs this process: PATH may not have one."""
+    python = Path(sys.executable or "python")
+    with contextlib.suppress(ValueError, OSError):  # OSError: the working directory does not exist any more
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), "-m", "client", "status", "--url", url])

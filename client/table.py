@@ -1,4 +1,4 @@
-"""Predictions as lines of text whose columns stay aligned while more are still to come."""
+"""Formats predictions as lines of text with aligned columns, one by one."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import click
 from client.predictions import Prediction
 
 BAR_CELLS = 10
-WIDEST_LABEL = 24
-NARROWEST_FILE = 12
+MAX_LABEL_CELLS = 24
+MIN_FILE_CELLS = 12
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _GAP = "  "
 
 
 class Table:
-    """Lines of file, label, confidence, a bar, and the next best labels.
+    """Formats lines with the file, the label, the confidence, a bar, and the next most probable labels.
 
     Args:
-        file_width: cells for the file's name; a longer one moves the rest of its line to the right.
-        top: how many labels a line has.
-        terminal_width: cells in a line of the terminal: longer names are cut at their start to fit, and
-            there is colour. None where the output is no terminal: nothing is cut.
-        ascii_only: draw the bar with #, where the output cannot hold other characters.
+        file_width: width of the column of file names, in terminal cells. A longer name shifts the rest of its line.
+        top: labels per line.
+        terminal_width: width of the terminal in cells: lines have colour, and long file names are truncated at the
+            start to fit. None if the output is not a terminal: nothing is truncated.
+        ascii_only: draw the bar with #, for encodings without block characters.
     """
 
     def __init__(self, *, file_width: int, top: int, terminal_width: int | None, ascii_only: bool) -> None:
@@ -36,14 +36,14 @@ class Table:
     def row(self, file: str, prediction: Prediction) -> str:
         """Return the line of one prediction."""
         if not self._label_width:
-            # A model's labels are known with its first answer, and with them the widths of all lines.
-            self._label_width = min(max(map(width, (prediction.label, *prediction.probabilities))), WIDEST_LABEL)
+            # The first prediction has all labels of the model, which set the column widths.
+            self._label_width = min(max(map(width, (prediction.label, *prediction.probabilities))), MAX_LABEL_CELLS)
             if self._terminal_width is not None:
                 others = len(_GAP) * 3 + self._label_width + len(percent(1)) + BAR_CELLS
-                self._file_width = min(self._file_width, max(self._terminal_width - others - 1, NARROWEST_FILE))
+                self._file_width = min(self._file_width, max(self._terminal_width - others - 1, MIN_FILE_CELLS))
         file = plain(file)
         if self._terminal_width is not None:
-            file = cut(file, self._file_width)
+            file = truncate(file, self._file_width)
         cells = [
             pad(file, self._file_width),
             self._style(pad(plain(prediction.label), self._label_width), bold=True),
@@ -51,8 +51,8 @@ class Table:
             self._style(self._bar(prediction.confidence), fg="green"),
         ]
         if self._top > 1:
-            others_best = (f"{plain(label)} {percent(value)}" for label, value in prediction.top(self._top)[1:])
-            cells.append(self._style(", ".join(others_best), dim=True))
+            next_labels = (f"{plain(label)} {percent(value)}" for label, value in prediction.top(self._top)[1:])
+            cells.append(self._style(", ".join(next_labels), dim=True))
         return _GAP.join(cells).rstrip()
 
     def _bar(self, confidence: float) -> str:
@@ -66,17 +66,17 @@ class Table:
 
 
 def percent(share: float) -> str:
-    """Return a share of 1 as "93.1 %"."""
+    """Format a number from 0 to 1 as "93.1 %"."""
     return f"{share * 100:.1f} %"
 
 
 def plain(text: str) -> str:
-    """Return text without what could steer a terminal or break a line: files may be named anything."""
+    """Replace control characters, which file names may contain and which could control the terminal."""
     return text if text.isprintable() else "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def width(text: str) -> int:
-    """Return how many terminal cells text takes: wide characters two, combining ones none (Unicode annex 11)."""
+    """Return the width of text in terminal cells: 2 for wide characters, 0 for combining ones (Unicode annex 11)."""
     if text.isascii():
         return len(text)
     return sum(
@@ -85,12 +85,12 @@ def width(text: str) -> int:
 
 
 def pad(text: str, cells: int) -> str:
-    """Return text with spaces after it, up to a number of cells."""
+    """Pad text with spaces to a width in terminal cells."""
     return text + " " * (cells - width(text))
 
 
-def cut(text: str, cells: int) -> str:
-    """Return the end of a text that is too wide, after an ellipsis: the end tells one path from another."""
+def truncate(text: str, cells: int) -> str:
+    """Truncate text at the start to a width in terminal cells: the end of a path distinguishes it from others."""
     if width(text) <= cells:
         return text
     while width(text) > cells - 1:

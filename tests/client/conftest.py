@@ -1,4 +1,4 @@
-"""A service on a loopback port, and pictures of one colour for it."""
+"""A service on a loopback port, and images of one colour for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from PIL import Image
 
 from tests.client.service import COLOURS, Handler, Server, Service
 
+if TYPE_CHECKING:
+    from tests.client.grpc_service import GrpcService
+
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    """A service that no other test has spoken to."""
+    """A service that has received no requests."""
     with Server(("127.0.0.1", 0), Handler) as server:
         server.service = Service(port=server.server_port)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -29,11 +33,20 @@ def service() -> Iterator[Service]:
 
 
 @pytest.fixture
+def grpc_service() -> Iterator[GrpcService]:
+    """A gRPC service that has received no requests."""
+    from tests.client.grpc_service import serve  # not at the top: importing TensorFlow is slow
+
+    with serve() as service:
+        yield service
+
+
+@pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port that refuses connections, for as long as the test lasts."""
-    with socket.socket() as unheard:
-        unheard.bind(("127.0.0.1", 0))
-        yield unheard.getsockname()[1]
+    """A port that refuses connections during the test."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield unused.getsockname()[1]
 
 
 def pixels_of(colour: str) -> np.ndarray:
@@ -55,6 +68,6 @@ def write_png(path: Path, colour: str) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Path]:
+def images(tmp_path: Path) -> list[Path]:
     """Seven files whose colours repeat: red, green, blue, red, ..."""
     return [write_png(tmp_path / f"{index}.png", COLOURS[index % 3]) for index in range(7)]

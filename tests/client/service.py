@@ -1,4 +1,4 @@
-"""A small real HTTP server that keeps the contract of the service's routes, and breaks it when told to."""
+"""A small HTTP server with the service's routes, which a test can script to misbehave."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_PIXELS = 1_000_000
 
 @dataclass(frozen=True)
 class Received:
-    """One request as it arrived; `connection` tells whether two came over the same one."""
+    """A request; `connection` is the client's address, the same for all requests of a connection."""
 
     path: str
     query: dict[str, list[str]]
@@ -34,9 +34,9 @@ class Received:
 
 @dataclass
 class Service:
-    """Tells which colour a picture has most of.
+    """Classifies images by their dominant colour.
 
-    `script` holds what the next requests meet instead of an answer; `received` all that arrived.
+    `script` has functions that handle the next requests instead; `received` has all requests.
     """
 
     port: int = 0
@@ -61,7 +61,7 @@ class Server(ThreadingHTTPServer):
     service: Service
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a client that broke off, with other requests on their way: its own messages are tested."""
+        """Do not report clients that disconnect."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -81,20 +81,20 @@ class Handler(BaseHTTPRequestHandler):
                 "REQUEST_METHOD": "POST",
             }
         )
-        pictures = [(file.filename or "", file.read()) for file in files.getlist("image")]
-        if self._note(pictures):
-            self.predict(pictures)
+        images = [(file.filename or "", file.read()) for file in files.getlist("image")]
+        if self._record(images):
+            self.predict(images)
 
     def do_GET(self) -> None:
-        if self._note([]):
+        if self._record([]):
             models = [{"name": "colours", "version": 7, "state": "AVAILABLE", "warmup_records": 0, "error": None}]
-            self.answer(200, {"ready": True, "reason": None, "models": models})
+            self.respond(200, {"ready": True, "reason": None, "models": models})
 
-    def _note(self, pictures: list[tuple[str, bytes]]) -> bool:
-        """Record the request; say whether it is to be answered as usual."""
+    def _record(self, images: list[tuple[str, bytes]]) -> bool:
+        """Record the request; return whether it is to be handled as usual."""
         service = self.server.service
         parts = urlsplit(self.path)
-        self.received = Received(parts.path, parse_qs(parts.query), pictures, self.client_address)
+        self.received = Received(parts.path, parse_qs(parts.query), images, self.client_address)
         service.received.append(self.received)
         service.arrived.release()
         if not service.script:
@@ -102,26 +102,26 @@ class Handler(BaseHTTPRequestHandler):
         service.script.popleft()(self)
         return False
 
-    def predict(self, pictures: list[tuple[str, bytes]]) -> None:
+    def predict(self, images: list[tuple[str, bytes]]) -> None:
         query = self.received.query
         model = query.get("model", ["colours"])[0]
         if model != "colours":
-            return self.answer(404, {"error": f"no model {model}; served: colours"})
-        if len(pictures) > self.server.service.max_images:
-            return self.answer(413, {"error": "too many pictures in one request"})
+            return self.respond(404, {"error": f"no model {model}; served: colours"})
+        if len(images) > self.server.service.max_images:
+            return self.respond(413, {"error": "too many images in one request"})
         predictions, errors = [], []
-        for index, (file, data) in enumerate(pictures):
+        for index, (file, data) in enumerate(images):
             try:
                 image = Image.open(io.BytesIO(data))
                 if image.width * image.height > MAX_PIXELS:
-                    return self.answer(413, {"error": f"{file}: the picture has too many pixels"})
+                    return self.respond(413, {"error": f"{file}: the image has too many pixels"})
                 predictions.append({"file": file, **classify(image)})
             except OSError:
-                errors.append({"index": index, "file": file, "error": "not a picture"})
+                errors.append({"index": index, "file": file, "error": "not an image"})
         if errors:
-            return self.answer(400, {"error": f"{len(errors)} images could not be read", "errors": errors})
+            return self.respond(400, {"error": f"{len(errors)} images could not be read", "errors": errors})
         version = int(query.get("version", ["7"])[0])
-        return self.answer(
+        return self.respond(
             200,
             {
                 "model": {"name": model, "version": version},
@@ -130,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
             },
         )
 
-    def answer(self, status: int, body: Any, *, content_type: str = "application/json", **headers: str) -> None:
+    def respond(self, status: int, body: Any, *, content_type: str = "application/json", **headers: str) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", content_type)
@@ -158,16 +158,16 @@ def classify(image: Image.Image) -> dict[str, Any]:
 
 def busy(retry_after: str | None = None) -> Callable[[Handler], None]:
     headers = {"Retry_After": retry_after} if retry_after is not None else {}
-    return lambda handler: handler.answer(503, {"error": "colours is being loaded"}, **headers)
+    return lambda handler: handler.respond(503, {"error": "colours is being loaded"}, **headers)
 
 
 def hang_up(handler: Handler) -> None:
-    """Close the connection without a reply."""
+    """Close the connection without a response."""
     handler.close_connection = True
 
 
 def hang_up_midway(handler: Handler) -> None:
-    """Close the connection after a part of the reply."""
+    """Close the connection after a part of the response."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -176,13 +176,13 @@ def hang_up_midway(handler: Handler) -> None:
 
 
 def stall(handler: Handler) -> None:
-    """Say nothing until the test lets go."""
+    """Do not respond before the test ends."""
     handler.server.service.release.wait(60)
     handler.close_connection = True
 
 
 def drip(handler: Handler) -> None:
-    """Send the reply a byte at a time, without an end."""
+    """Send the response byte by byte, without an end."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000000")
     handler.end_headers()
@@ -194,5 +194,5 @@ def drip(handler: Handler) -> None:
         pass
 
 
-def reply(status: int, body: Any, content_type: str = "application/json") -> Callable[[Handler], None]:
-    return lambda handler: handler.answer(status, body, content_type=content_type)
+def respond(status: int, body: Any, content_type: str = "application/json") -> Callable[[Handler], None]:
+    return lambda handler: handler.respond(status, body, content_type=content_type)

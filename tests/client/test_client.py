@@ -1,4 +1,4 @@
-"""`Client`: forms of pictures, order, batches, memory, and what its names are."""
+"""`Client`: forms of images, order, batches and memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 
 import client as client_package
-from client import Client, Failure, ImageRejected, Prediction, find_pictures
-from client import client as client_module
+from client import Client, Failure, ImageRejected, Prediction, batches, find_images
 from tests.client.conftest import pixels_of, png_of, write_png
-from tests.client.service import COLOURS, Service, reply
+from tests.client.service import COLOURS, Service, respond
 
 
-def test_the_public_names_are_these() -> None:
+def test_public_api() -> None:
     assert client_package.__all__ == [
+        "AsyncClient",
         "Client",
         "ClientError",
         "ConnectionFailed",
@@ -38,13 +38,14 @@ def test_the_public_names_are_these() -> None:
         "ServerBusy",
         "ServerFailed",
         "ServiceStatus",
-        "UnexpectedReply",
-        "find_pictures",
+        "UnexpectedResponse",
+        "__version__",
+        "find_images",
     ]
     assert all(hasattr(client_package, name) for name in client_package.__all__)
 
 
-def test_it_imports_where_only_its_own_dependencies_are_installed() -> None:
+def test_import_needs_only_the_clients_dependencies() -> None:
     script = """
 import sys
 
@@ -60,7 +61,7 @@ try:
 except ModuleNotFoundError:
     pass
 else:
-    sys.exit("the test does not keep TensorFlow out")
+    sys.exit("TensorFlow can be imported")
 import client, client.__main__
 assert "tensorflow" not in sys.modules
 client.Client("http://127.0.0.1:1").close()
@@ -68,10 +69,10 @@ client.Client("http://127.0.0.1:1").close()
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
-def test_a_prediction_has_all_that_the_service_says(service: Service, pictures: list[Path]) -> None:
+def test_prediction_has_all_fields_of_the_response(service: Service, images: list[Path]) -> None:
     with Client(service.url, model="colours", version=3) as client:
-        (prediction,) = client.predict(pictures[1])
-    assert prediction.file == str(pictures[1])
+        (prediction,) = client.predict(images[1])
+    assert prediction.file == str(images[1])
     assert prediction.label == "green"
     assert prediction.class_id == 1
     assert prediction.confidence == prediction.probabilities["green"] == max(prediction.probabilities.values())
@@ -80,7 +81,7 @@ def test_a_prediction_has_all_that_the_service_says(service: Service, pictures: 
     assert service.received[0].query == {"model": ["colours"], "version": ["3"]}
 
 
-def test_top_is_best_first() -> None:
+def test_top_returns_the_most_probable_labels_first() -> None:
     prediction = Prediction("a.png", "b", 1, 0.6, {"a": 0.1, "b": 0.6, "c": 0.3}, "m", 1)
     assert prediction.top(2) == [("b", 0.6), ("c", 0.3)]
     assert prediction.top(9) == [("b", 0.6), ("c", 0.3), ("a", 0.1)]
@@ -88,7 +89,7 @@ def test_top_is_best_first() -> None:
         prediction.top(0)
 
 
-def test_every_form_of_a_picture_is_taken(service: Service, tmp_path: Path) -> None:
+def test_every_form_of_an_image_is_accepted(service: Service, tmp_path: Path) -> None:
     path = write_png(tmp_path / "photo.png", "green")
     forms = [
         str(path),
@@ -106,7 +107,7 @@ def test_every_form_of_a_picture_is_taken(service: Service, tmp_path: Path) -> N
     assert alone == predictions
 
 
-def test_a_file_is_sent_as_it_lies_on_disk_and_pixels_without_loss(service: Service, tmp_path: Path) -> None:
+def test_files_are_sent_unchanged_and_pixels_lossless(service: Service, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (17, 23, 3), np.uint8)
     jpeg = tmp_path / "photo.jpg"
     Image.fromarray(noise).save(jpeg, quality=70)
@@ -118,38 +119,36 @@ def test_a_file_is_sent_as_it_lies_on_disk_and_pixels_without_loss(service: Serv
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), noise)
 
 
-def test_an_array_of_rank_four_is_so_many_pictures(service: Service) -> None:
+def test_array_of_rank_4_is_several_images(service: Service) -> None:
     with Client(service.url) as client:
         labels = [prediction.label for prediction in client.predict(np.stack([pixels_of(c) for c in COLOURS]))]
     assert labels == list(COLOURS)
 
 
-def test_batches_keep_the_order_and_the_connection(service: Service, pictures: list[Path]) -> None:
+def test_batches_keep_the_order_and_reuse_the_connection(service: Service, images: list[Path]) -> None:
     with Client(service.url, batch_size=3) as client:
-        predictions = client.predict(pictures)
-    assert [prediction.file for prediction in predictions] == [str(path) for path in pictures]
+        predictions = client.predict(images)
+    assert [prediction.file for prediction in predictions] == [str(path) for path in images]
     assert [prediction.label for prediction in predictions] == [COLOURS[index % 3] for index in range(7)]
     assert sorted(service.batches) == [["0.png", "1.png", "2.png"], ["3.png", "4.png", "5.png"], ["6.png"]]
     assert len({request.connection for request in service.received}) <= 2
 
 
-def test_a_batch_ends_before_it_holds_too_many_bytes(
-    service: Service, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = pictures[0].stat().st_size
-    monkeypatch.setattr(client_module, "MAX_BATCH_BYTES", 2 * size + size // 2)
+def test_batch_size_is_limited_in_bytes(service: Service, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    size = images[0].stat().st_size
+    monkeypatch.setattr(batches, "MAX_BATCH_BYTES", 2 * size + size // 2)
     with Client(service.url) as client:
-        assert len(client.predict(pictures)) == 7
+        assert len(client.predict(images)) == 7
     assert sorted(len(batch) for batch in service.batches) == [1, 2, 2, 2]
 
 
-def test_no_pictures_are_no_predictions_and_no_request(service: Service) -> None:
+def test_no_images_send_no_request(service: Service) -> None:
     with Client(service.url) as client:
         assert client.predict([]) == []
     assert service.received == []
 
 
-def test_results_come_while_pictures_are_still_to_be_read(service: Service) -> None:
+def test_predict_iter_yields_before_all_images_are_read(service: Service) -> None:
     given = []
 
     def endless():
@@ -161,10 +160,10 @@ def test_results_come_while_pictures_are_still_to_be_read(service: Service) -> N
         results = client.predict_iter(endless())
         labels = [next(results).label for _ in range(10)]
     assert labels == given[:10]
-    assert len(given) <= 25  # three batches beyond those of the ten, and the picture that showed the last to be full
+    assert len(given) <= 25  # three more batches, and the image that ended the last one
 
 
-def test_few_batches_are_held_in_memory(service: Service) -> None:
+def test_predict_iter_has_bounded_memory(service: Service) -> None:
     service.received = deque(maxlen=1)
     script = """
 import gc, sys, tracemalloc
@@ -174,7 +173,7 @@ from client import Client
 pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)  # more than 120,000 bytes as PNG
 with Client(sys.argv[1], batch_size=4) as client:
     client.predict(pixels)
-    gc.disable()  # nothing may depend on when it comes
+    gc.disable()  # the result must not depend on garbage collections
     tracemalloc.start()
     count = sum(1 for _ in client.predict_iter(pixels for _ in range(200)))
 print(count, tracemalloc.get_traced_memory()[1])
@@ -184,35 +183,35 @@ print(count, tracemalloc.get_traced_memory()[1])
     )
     count, peak_bytes = map(int, done.stdout.split())
     assert count == 200
-    assert peak_bytes < 200 * 120_000 / 3  # 20 pictures, encoded too, and the copies that requests are made of
+    assert peak_bytes < 200 * 120_000 / 3  # 20 images, also encoded and copied into requests
 
 
-def test_one_bad_picture_costs_only_itself(service: Service, pictures: list[Path], tmp_path: Path) -> None:
+def test_unreadable_image_does_not_affect_the_others(service: Service, images: list[Path], tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
-    text.write_text("not a picture")
+    text.write_text("not an image")
     empty = tmp_path / "empty.png"
     empty.touch()
-    given = [pictures[0], text, tmp_path / "missing.png", pictures[1], empty, b"neither", pictures[2]]
+    given = [images[0], text, tmp_path / "missing.png", images[1], empty, b"neither", images[2]]
     with Client(service.url) as client:
         outcomes = list(client.predict_iter(given))
     assert [getattr(outcome, "label", None) for outcome in outcomes] == ["red", None, None, "green", None, None, "blue"]
     assert [outcome for outcome in outcomes if isinstance(outcome, Failure)] == [
-        Failure(1, str(text), "not a picture"),
-        Failure(2, str(tmp_path / "missing.png"), "there is no such file"),
-        Failure(4, str(empty), "the picture is empty: it has no bytes"),
-        Failure(5, None, "not a picture"),
+        Failure(1, str(text), "not an image"),
+        Failure(2, str(tmp_path / "missing.png"), "file not found"),
+        Failure(4, str(empty), "the image is empty: it has no bytes"),
+        Failure(5, None, "not an image"),
     ]
-    assert service.batches == [["0.png", "notes.txt", "1.png", "picture-5", "2.png"], ["0.png", "1.png", "2.png"]]
+    assert service.batches == [["0.png", "notes.txt", "1.png", "image-5", "2.png"], ["0.png", "1.png", "2.png"]]
 
 
-def test_when_every_picture_is_bad_nothing_is_sent_again(service: Service) -> None:
+def test_nothing_is_sent_again_if_all_images_are_unreadable(service: Service) -> None:
     with Client(service.url) as client:
         outcomes = list(client.predict_iter([b"one", b"two"]))
     assert [outcome.index for outcome in outcomes if isinstance(outcome, Failure)] == [0, 1]
     assert len(service.received) == 1
 
 
-def test_pictures_that_cannot_be_read_here_fill_no_memory(service: Service, tmp_path: Path) -> None:
+def test_local_failures_have_bounded_memory(service: Service, tmp_path: Path) -> None:
     missing = tmp_path / "missing.png"
     given = 0
 
@@ -229,37 +228,35 @@ def test_pictures_that_cannot_be_read_here_fill_no_memory(service: Service, tmp_
     assert service.received == []
 
 
-def test_predict_raises_for_the_first_bad_picture(service: Service, pictures: list[Path], tmp_path: Path) -> None:
+def test_predict_raises_for_the_first_unreadable_image(service: Service, images: list[Path], tmp_path: Path) -> None:
     with Client(service.url) as client, pytest.raises(ImageRejected) as caught:
-        client.predict([pictures[0], tmp_path / "missing.png", b"bad"])
+        client.predict([images[0], tmp_path / "missing.png", b"bad"])
     assert (caught.value.index, caught.value.file) == (1, str(tmp_path / "missing.png"))
-    assert str(caught.value) == f"{tmp_path / 'missing.png'}: there is no such file"
+    assert str(caught.value) == f"{tmp_path / 'missing.png'}: file not found"
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    with Client(service.url) as client, pytest.raises(ImageRejected, match="picture 1 of those given"):
+    with Client(service.url) as client, pytest.raises(ImageRejected, match="image 1 of those given"):
         client.predict([png_of("red"), b"bad"])
 
 
-def test_a_request_that_is_too_large_is_sent_in_parts(service: Service, pictures: list[Path]) -> None:
+def test_too_large_request_is_sent_in_parts(service: Service, images: list[Path]) -> None:
     service.max_images = 2
     with Client(service.url) as client:
-        labels = [prediction.label for prediction in client.predict(pictures)]
+        labels = [prediction.label for prediction in client.predict(images)]
     assert labels == [COLOURS[index % 3] for index in range(7)]
     assert max(len(batch) for batch in service.batches[1:]) < 7
 
 
-def test_a_picture_that_is_too_large_for_the_service_costs_only_itself(
-    service: Service, pictures: list[Path], tmp_path: Path
-) -> None:
+def test_too_large_image_does_not_affect_the_others(service: Service, images: list[Path], tmp_path: Path) -> None:
     huge = tmp_path / "huge.png"
     Image.new("L", (2000, 1000)).save(huge)
     with Client(service.url) as client:
-        outcomes = list(client.predict_iter([*pictures[:3], huge, *pictures[3:]]))
-    assert outcomes[3] == Failure(3, str(huge), "the picture has too many pixels")
+        outcomes = list(client.predict_iter([*images[:3], huge, *images[3:]]))
+    assert outcomes[3] == Failure(3, str(huge), "the image has too many pixels")
     assert sum(isinstance(outcome, Prediction) for outcome in outcomes) == 7
 
 
-def test_a_proxy_that_finds_a_picture_too_large_is_quoted(service: Service) -> None:
-    service.script.append(reply(413, b"<h1>413 Request Entity Too Large</h1>", "text/html"))
+def test_413_of_a_proxy_is_quoted(service: Service) -> None:
+    service.script.append(respond(413, b"<h1>413 Request Entity Too Large</h1>", "text/html"))
     with Client(service.url) as client:
         (outcome,) = client.predict_iter(png_of("red"))
     assert isinstance(outcome, Failure)
@@ -267,7 +264,7 @@ def test_a_proxy_that_finds_a_picture_too_large_is_quoted(service: Service) -> N
 
 
 @pytest.mark.parametrize("given", [3, None, io.BytesIO(b"x"), [3], [b"x", None], {"cat.png": 1}.values()])
-def test_what_is_no_picture_is_a_type_error(service: Service, given: object) -> None:
+def test_other_types_raise_a_type_error(service: Service, given: object) -> None:
     with Client(service.url) as client, pytest.raises(TypeError, match=r"uint8 array \(height, width, 3\)"):
         client.predict(given)
     assert service.received == []
@@ -282,12 +279,12 @@ def test_what_is_no_picture_is_a_type_error(service: Service, given: object) -> 
         ({"retries": -1}, "retries must be at least 0, not -1"),
     ],
 )
-def test_arguments_out_of_range_are_told(options: dict[str, float], message: str) -> None:
+def test_arguments_out_of_range_raise_a_value_error(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Client("http://127.0.0.1:8501", **options)
 
 
-def test_names_that_are_no_text_are_sent_all_the_same(service: Service, tmp_path: Path) -> None:
+def test_file_names_that_are_not_text_are_sent(service: Service, tmp_path: Path) -> None:
     odd = os.fsdecode(os.fsencode(tmp_path) + b'/b\xff"\n.png')
     Path(odd).write_bytes(png_of("blue"))
     with Client(service.url) as client:
@@ -295,12 +292,12 @@ def test_names_that_are_no_text_are_sent_all_the_same(service: Service, tmp_path
     assert (prediction.file, prediction.label) == (odd, "blue")
 
 
-def test_a_folder_of_pictures_is_streamed(service: Service, tmp_path: Path) -> None:
+def test_folder_of_images_is_streamed(service: Service, tmp_path: Path) -> None:
     for name, colour in (("b/2.PNG", "green"), ("b/10.png", "red"), ("a/z.png", "blue"), ("top.png", "red")):
         write_png(tmp_path / name, colour)
-    (tmp_path / "b" / "readme.txt").write_text("no picture")
+    (tmp_path / "b" / "readme.txt").write_text("no image")
     with Client(service.url) as client:
-        predictions = list(client.predict_iter(find_pictures(tmp_path)))
+        predictions = list(client.predict_iter(find_images(tmp_path)))
     found = [Path(prediction.file or "").relative_to(tmp_path).as_posix() for prediction in predictions]
     assert found == ["top.png", "a/z.png", "b/10.png", "b/2.PNG"]
     assert [prediction.label for prediction in predictions] == ["red", "blue", "red", "green"]

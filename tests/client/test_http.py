@@ -1,9 +1,10 @@
-"""The transport against a real server that misbehaves: what is tried again, how often, and what is told."""
+"""`HttpTransport` with a misbehaving server: retries, timeouts and error messages."""
 
 from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -21,21 +22,45 @@ from client.errors import (
     RequestTimedOut,
     ServerBusy,
     ServerFailed,
-    UnexpectedReply,
+    UnexpectedResponse,
 )
 from client.grpc import GrpcTransport
-from client.images import Picture
+from client.http import HttpTransport
+from client.images import LoadedImage
+from client.options import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
 from client.predictions import ModelStatus, Prediction, ServiceStatus
-from client.rest import RestTransport
+from client.rest import RestApi
 from tests.client.conftest import png_of
-from tests.client.service import Handler, Server, Service, busy, classify, drip, hang_up, hang_up_midway, reply, stall
+from tests.client.service import (
+    Handler,
+    Server,
+    Service,
+    busy,
+    classify,
+    drip,
+    hang_up,
+    hang_up_midway,
+    respond,
+    stall,
+)
 
-RED = Picture(index=0, file="red.png", content=png_of("red"))
-GREEN = Picture(index=1, file="green.png", content=png_of("green"))
+RED = LoadedImage(index=0, file="red.png", content=png_of("red"))
+GREEN = LoadedImage(index=1, file="green.png", content=png_of("green"))
+
+
+def connect(
+    url: str,
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    retries: int = DEFAULT_RETRIES,
+    sleep: Callable[[float], None] = time.sleep,
+    **options: Any,
+) -> HttpTransport:
+    return HttpTransport(RestApi(url, timeout_s=timeout_s, retries=retries, **options), sleep=sleep)
 
 
 class Waits(list[float]):
-    """Stands for time.sleep: notes how long it was to be."""
+    """Replaces time.sleep and records the waits."""
 
     def __call__(self, seconds: float) -> None:
         self.append(seconds)
@@ -46,14 +71,14 @@ def waits() -> Waits:
     return Waits()
 
 
-def labels(transport: RestTransport, *pictures: Picture) -> list[str]:
-    return [outcome.label for outcome in transport.predict_batch(pictures) if isinstance(outcome, Prediction)]
+def labels(transport: HttpTransport, *images: LoadedImage) -> list[str]:
+    return [outcome.label for outcome in transport.predict_batch(images) if isinstance(outcome, Prediction)]
 
 
-@pytest.mark.parametrize("trouble", [busy(), hang_up, hang_up_midway, reply(503, b"<h1>starting</h1>", "text/html")])
-def test_what_may_pass_is_tried_again(service: Service, waits: Waits, trouble: Callable[[Handler], None]) -> None:
+@pytest.mark.parametrize("trouble", [busy(), hang_up, hang_up_midway, respond(503, b"<h1>starting</h1>", "text/html")])
+def test_temporary_failures_are_retried(service: Service, waits: Waits, trouble: Callable[[Handler], None]) -> None:
     service.script.extend([trouble, trouble])
-    transport = RestTransport(service.url, sleep=waits)
+    transport = connect(service.url, sleep=waits)
     assert labels(transport, RED, GREEN) == ["red", "green"]
     assert len(service.received) == 3
     assert 0.125 <= waits[0] <= 0.25 <= waits[1] <= 0.5
@@ -65,10 +90,10 @@ def test_what_may_pass_is_tried_again(service: Service, waits: Waits, trouble: C
         (
             busy(),
             ServerBusy,
-            "is not ready: colours is being loaded; `\\S+ -m client status --url http://127.0.0.1:[0-9]+` tells",
+            "is not ready: colours is being loaded; check with `\\S+ -m client status --url http://127.0.0.1:[0-9]+`",
         ),
-        (hang_up, ConnectionFailed, "connection to http://127.0.0.1:[0-9]+ broke"),
-        (hang_up_midway, ConnectionFailed, "connection to http://127.0.0.1:[0-9]+ broke"),
+        (hang_up, ConnectionFailed, "connection to http://127.0.0.1:[0-9]+ was closed"),
+        (hang_up_midway, ConnectionFailed, "connection to http://127.0.0.1:[0-9]+ was closed"),
     ],
 )
 @pytest.mark.parametrize("retries", [0, 1, 3])
@@ -82,7 +107,7 @@ def test_retries_are_bounded(
 ) -> None:
     service.script.extend([trouble] * 10)
     with pytest.raises(kind, match=message) as caught:
-        RestTransport(service.url, retries=retries, sleep=waits).predict_batch([RED])
+        connect(service.url, retries=retries, sleep=waits).predict_batch([RED])
     assert len(service.received) == retries + 1
     assert len(waits) == retries
     assert (f"tried {retries + 1} times" in str(caught.value)) == (retries > 0)
@@ -92,43 +117,47 @@ def test_retries_are_bounded(
     ("answer", "kind", "message"),
     [
         (
-            reply(404, {"error": "no model cats; served: colours"}),
+            respond(404, {"error": "no model cats; served: colours"}),
             ModelNotFound,
             "no model cats; served: colours .*-m client status --url http:",
         ),
-        (reply(400, {"error": "several models are served"}), RequestRejected, r"refuses .* \(400\): several models"),
+        (respond(400, {"error": "several models are served"}), RequestRejected, r"rejected .* \(400\): several models"),
         (
-            reply(400, {"error": "several; use the query parameter model", "models": ["a", "b"]}),
+            respond(400, {"error": "several; use the query parameter model", "models": ["a", "b"]}),
             RequestRejected,
             r"has several models; choose one with model \(--model\): a, b$",
         ),
-        (reply(415, {"error": "send pictures"}), RequestRejected, r"\(415\): send pictures"),
-        (reply(429, {"error": "slower"}), RequestRejected, r"\(429\): slower"),
-        (reply(500, {"error": "see the log"}), ServerFailed, r"failed \(500\): see the log"),
+        (respond(415, {"error": "send images"}), RequestRejected, r"\(415\): send images"),
+        (respond(429, {"error": "slower"}), RequestRejected, r"\(429\): slower"),
+        (respond(500, {"error": "see the log"}), ServerFailed, r"failed \(500\): see the log"),
         (
-            reply(502, b"<html>Bad Gateway</html>", "text/html"),
-            UnexpectedReply,
+            respond(502, b"<html>Bad Gateway</html>", "text/html"),
+            UnexpectedResponse,
             "got 502 Bad Gateway, text/html, '<html>Bad Gateway</html>'",
         ),
-        (reply(404, b"<html>", "text/html"), UnexpectedReply, "expected predictions or an error as JSON"),
-        (reply(301, b"", "text/html"), UnexpectedReply, "got 301 Moved Permanently"),
-        (reply(200, b"<html>Welcome</html>", "text/html"), UnexpectedReply, "expected predictions as JSON .*Welcome"),
-        (reply(200, b'{"model"'), UnexpectedReply, "expected predictions as JSON"),
-        (reply(200, b"[" * 100_000), UnexpectedReply, "expected predictions as JSON"),
-        (reply(200, b"\xff\xfe\x00"), UnexpectedReply, "expected predictions as JSON"),
-        (reply(200, {"predictions": [[0.1, 0.9]]}), UnexpectedReply, "expected predictions as JSON"),
+        (respond(404, b"<html>", "text/html"), UnexpectedResponse, "expected predictions or an error as JSON"),
+        (respond(301, b"", "text/html"), UnexpectedResponse, "got 301 Moved Permanently"),
         (
-            reply(200, {"model": {"name": "m", "version": 1}, "predictions": []}),
-            UnexpectedReply,
+            respond(200, b"<html>Welcome</html>", "text/html"),
+            UnexpectedResponse,
+            "expected predictions as JSON .*Welcome",
+        ),
+        (respond(200, b'{"model"'), UnexpectedResponse, "expected predictions as JSON"),
+        (respond(200, b"[" * 100_000), UnexpectedResponse, "expected predictions as JSON"),
+        (respond(200, b"\xff\xfe\x00"), UnexpectedResponse, "expected predictions as JSON"),
+        (respond(200, {"predictions": [[0.1, 0.9]]}), UnexpectedResponse, "expected predictions as JSON"),
+        (
+            respond(200, {"model": {"name": "m", "version": 1}, "predictions": []}),
+            UnexpectedResponse,
             "expected 1 predictions from http://127.0.0.1:[0-9]+, got 0",
         ),
         (
-            reply(200, {"model": {"name": "m", "version": 1}, "predictions": [{"label": "cat"}]}),
-            UnexpectedReply,
+            respond(200, {"model": {"name": "m", "version": 1}, "predictions": [{"label": "cat"}]}),
+            UnexpectedResponse,
             "expected label, class_id, confidence and probabilities .* got {'label': 'cat'}",
         ),
         (
-            reply(
+            respond(
                 200,
                 {
                     "model": {"name": "m", "version": 1},
@@ -137,52 +166,56 @@ def test_retries_are_bounded(
                     ],
                 },
             ),
-            UnexpectedReply,
+            UnexpectedResponse,
             "expected label, class_id, confidence and probabilities",
         ),
         (
-            reply(400, {"error": "1 bad", "errors": [{"index": 4, "file": "a", "error": "b"}]}),
-            UnexpectedReply,
+            respond(400, {"error": "1 bad", "errors": [{"index": 4, "file": "a", "error": "b"}]}),
+            UnexpectedResponse,
             "expected the index, below 1, and the error",
         ),
-        (stall, RequestTimedOut, r"no whole answer from .* within 0.3 s; allow more time with timeout_s \(--timeout\)"),
-        (drip, RequestTimedOut, "no whole answer"),
+        (
+            stall,
+            RequestTimedOut,
+            r"no complete response from .* within 0.3 s; allow more time with timeout_s \(--timeout\)",
+        ),
+        (drip, RequestTimedOut, "no complete response"),
     ],
 )
-def test_nothing_else_is_tried_again(
+def test_other_failures_are_not_retried(
     service: Service, waits: Waits, answer: Callable[[Handler], None], kind: type[ClientError], message: str
 ) -> None:
     service.script.extend([answer] * 10)
-    transport = RestTransport(service.url, timeout_s=0.3 if answer in (stall, drip) else 30, sleep=waits)
+    transport = connect(service.url, timeout_s=0.3 if answer in (stall, drip) else 30, sleep=waits)
     with pytest.raises(kind, match=message):
         transport.predict_batch([RED])
     assert len(service.received) == 1
     assert waits == []
 
 
-def test_the_reply_must_be_for_as_many_pictures(service: Service) -> None:
+def test_number_of_predictions_is_checked(service: Service) -> None:
     row = classify(Image.new("RGB", (2, 2)))
-    service.script.append(reply(200, {"model": {"name": "m", "version": 1}, "predictions": [row]}))
-    with pytest.raises(UnexpectedReply, match="expected 2 predictions"):
-        RestTransport(service.url).predict_batch([RED, GREEN])
+    service.script.append(respond(200, {"model": {"name": "m", "version": 1}, "predictions": [row]}))
+    with pytest.raises(UnexpectedResponse, match="expected 2 predictions"):
+        connect(service.url).predict_batch([RED, GREEN])
 
 
-def test_an_endless_reply_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.rest.MAX_REPLY_BYTES", 1000)
-    service.script.append(reply(200, b" " * 1001))
-    with pytest.raises(UnexpectedReply, match="more than 1,000 bytes"):
-        RestTransport(service.url).predict_batch([RED])
+def test_response_size_is_limited(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.http.MAX_RESPONSE_BYTES", 1000)
+    service.script.append(respond(200, b" " * 1001))
+    with pytest.raises(UnexpectedResponse, match="exceeds 1,000 bytes"):
+        connect(service.url).predict_batch([RED])
 
 
-def test_retry_after_is_honoured_and_capped(service: Service, waits: Waits) -> None:
+def test_retry_after_is_respected_up_to_a_limit(service: Service, waits: Waits) -> None:
     in_an_hour = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
     service.script.extend([busy("2"), busy("3600"), busy(in_an_hour), busy("soon"), busy("-5"), busy("")])
-    assert labels(RestTransport(service.url, retries=6, sleep=waits), RED) == ["red"]
+    assert labels(connect(service.url, retries=6, sleep=waits), RED) == ["red"]
     assert waits[:3] == [2.0, LONGEST_WAIT_S, LONGEST_WAIT_S]
     assert all(0 < wait <= LONGEST_WAIT_S for wait in waits[3:])
 
 
-def test_waits_double_up_to_a_limit_and_are_not_alike() -> None:
+def test_waits_grow_exponentially_with_jitter() -> None:
     for attempt, longest in enumerate((0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0), start=1):
         drawn = [choose_wait_s(attempt) for _ in range(50)]
         assert all(longest / 2 <= wait <= longest for wait in drawn)
@@ -190,31 +223,31 @@ def test_waits_double_up_to_a_limit_and_are_not_alike() -> None:
     assert choose_wait_s(10_000) <= LONGEST_WAIT_S
 
 
-def test_the_time_for_all_attempts_together_is_bounded(service: Service) -> None:
+def test_timeout_includes_retries(service: Service) -> None:
     service.script.extend([busy("5")] * 10)
     waits = Waits()
     with pytest.raises(ServerBusy):
-        RestTransport(service.url, timeout_s=3, retries=100, sleep=waits).predict_batch([RED])
-    assert waits == []  # a wait that would outlast the time is not begun
+        connect(service.url, timeout_s=3, retries=100, sleep=waits).predict_batch([RED])
+    assert waits == []  # a wait beyond the timeout is not started
     assert len(service.received) == 1
 
 
-def test_a_service_that_is_not_there_says_how_to_start_it(closed_port: int, waits: Waits) -> None:
+def test_connection_refused_says_how_to_start_the_service(closed_port: int, waits: Waits) -> None:
     with pytest.raises(ConnectionFailed) as caught:
-        RestTransport(f"http://127.0.0.1:{closed_port}", retries=2, sleep=waits).predict_batch([RED])
+        connect(f"http://127.0.0.1:{closed_port}", retries=2, sleep=waits).predict_batch([RED])
     assert f"cannot connect to http://127.0.0.1:{closed_port} (" in str(caught.value)
     assert "Connection refused" in str(caught.value)
-    assert "Start it with `make serve`" in str(caught.value)
+    assert "start the service with `make serve`" in str(caught.value)
     assert len(waits) == 2
 
 
-def test_a_service_that_comes_up_meanwhile_is_reached() -> None:
+def test_service_that_starts_during_the_retries_is_reached() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started: list[Server] = []
 
-    def start_it(_: float) -> None:
+    def start_server(_: float) -> None:
         if not started:
             server = Server(("127.0.0.1", port), Handler)
             server.service = Service(port=port)
@@ -222,26 +255,26 @@ def test_a_service_that_comes_up_meanwhile_is_reached() -> None:
             started.append(server)
 
     try:
-        assert labels(RestTransport(f"http://127.0.0.1:{port}", sleep=start_it), RED) == ["red"]
+        assert labels(connect(f"http://127.0.0.1:{port}", sleep=start_server), RED) == ["red"]
     finally:
         for server in started:
             server.shutdown()
             server.server_close()
 
 
-def test_a_connection_that_is_never_accepted_times_out() -> None:
+def test_connection_attempt_times_out() -> None:
     with socket.socket() as full, socket.socket() as first, socket.socket() as second:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        for waiting in (first, second):  # as many as the queue holds; the next stays without an answer
+        for waiting in (first, second):  # fill the queue; the next connection is not accepted
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
         url = f"http://127.0.0.1:{full.getsockname()[1]}"
-        with pytest.raises(ConnectionFailed, match="cannot connect"):  # and not only after the system's minutes
-            RestTransport(url, timeout_s=0.2).predict_batch([RED])
+        with pytest.raises(ConnectionFailed, match="cannot connect"):  # long before the system's timeout
+            connect(url, timeout_s=0.2).predict_batch([RED])
 
 
-def test_the_proxies_of_the_environment_are_not_for_this_machine(
+def test_environment_proxies_are_not_used_for_this_machine(
     service: Service, monkeypatch: pytest.MonkeyPatch, closed_port: int
 ) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
@@ -249,68 +282,66 @@ def test_the_proxies_of_the_environment_are_not_for_this_machine(
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     for host in ("127.0.0.1", "localhost", "0.0.0.0"):
-        assert labels(RestTransport(f"http://{host}:{service.port}", retries=0), RED) == ["red"]
+        assert labels(connect(f"http://{host}:{service.port}", retries=0), RED) == ["red"]
 
 
-def test_the_proxies_of_the_environment_are_used_for_other_machines(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_proxies_are_used_for_other_machines(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", service.url)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    assert labels(RestTransport("http://classifier.invalid:8501", retries=0), RED) == ["red"]
+    assert labels(connect("http://classifier.invalid:8501", retries=0), RED) == ["red"]
     assert service.received[0].path == "/predict"
 
 
-def test_proxy_settings_that_cannot_be_used_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_proxy_settings_raise_a_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "gopher://127.0.0.1:70")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with pytest.raises(ValueError, match="the environment's proxy settings cannot be used"):
-        RestTransport("http://classifier.invalid:8501")
+    with pytest.raises(ValueError, match="proxy settings in the environment are invalid"):
+        connect("http://classifier.invalid:8501")
 
 
 @pytest.mark.parametrize(
     "url",
     ["localhost:8501", "127.0.0.1:8501", "", "http://", "ftp://host", "http://host:x", "http://h/?a=1", "cat.png"],
 )
-def test_an_address_that_is_none_is_told(url: str) -> None:
+def test_invalid_urls_raise_a_value_error(url: str) -> None:
     with pytest.raises(ValueError, match="expected an address such as http:"):
-        RestTransport(url)
+        connect(url)
 
 
-def test_an_address_may_have_a_path_and_a_password_that_is_not_shown(service: Service) -> None:
+def test_url_may_have_a_path_and_its_password_is_not_shown(service: Service) -> None:
     url = f"http://ann:secret@127.0.0.1:{service.port}/vision/"
-    assert labels(RestTransport(url), RED) == ["red"]
+    assert labels(connect(url), RED) == ["red"]
     assert service.received[0].path == "/vision/predict"
-    service.script.append(reply(500, {"error": "no"}))
+    service.script.append(respond(500, {"error": "no"}))
     with pytest.raises(ServerFailed) as caught:
-        RestTransport(url).predict_batch([RED])
+        connect(url).predict_batch([RED])
     assert f"127.0.0.1:{service.port}" in str(caught.value)
     assert "secret" not in str(caught.value)
 
 
-def test_a_connection_that_was_closed_in_between_is_opened_again(service: Service, waits: Waits) -> None:
-    def answer_and_close(handler: Handler) -> None:
+def test_closed_connection_is_reopened(service: Service, waits: Waits) -> None:
+    def respond_and_close(handler: Handler) -> None:
         handler.predict(handler.received.files)
-        handler.close_connection = True  # without telling so in a header, as a restarting server does
+        handler.close_connection = True  # without "Connection: close", like a restarting server
 
-    service.script.append(answer_and_close)
-    transport = RestTransport(service.url, sleep=waits)
+    service.script.append(respond_and_close)
+    transport = connect(service.url, sleep=waits)
     assert labels(transport, RED) == ["red"]
     assert labels(transport, GREEN) == ["green"]
     assert len({request.connection for request in service.received}) == 2
 
 
-def test_several_threads_may_share_one(service: Service) -> None:
-    transport = RestTransport(service.url)
+def test_transport_is_thread_safe(service: Service) -> None:
+    transport = connect(service.url)
     results: list[list[str]] = []
 
-    def ask() -> None:
+    def predict() -> None:
         for _ in range(5):
             results.append(labels(transport, RED, GREEN))
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=predict) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -318,34 +349,34 @@ def test_several_threads_may_share_one(service: Service) -> None:
     assert results == [["red", "green"]] * 20
 
 
-def test_status_is_asked_once(service: Service, waits: Waits, closed_port: int) -> None:
-    transport = RestTransport(service.url, sleep=waits)
+def test_status_is_not_retried(service: Service, waits: Waits, closed_port: int) -> None:
+    transport = connect(service.url, sleep=waits)
     assert transport.status() == ServiceStatus(True, None, (ModelStatus("colours", 7, "AVAILABLE"),))
     loading = {
         "ready": False,
         "reason": "colours is being loaded",
         "models": [{"name": "colours", "version": 7, "state": "LOADING", "warmup_records": 0, "error": None}],
     }
-    service.script.append(reply(503, loading))
+    service.script.append(respond(503, loading))
     assert transport.status() == ServiceStatus(
         False, "colours is being loaded", (ModelStatus("colours", 7, "LOADING"),)
     )
     for answer in (
-        reply(200, b"<html>", "text/html"),
-        reply(503, b"<html>", "text/html"),
-        reply(200, {"ready": True, "models": [1]}),
-        reply(404, b"<html>", "text/html"),
+        respond(200, b"<html>", "text/html"),
+        respond(503, b"<html>", "text/html"),
+        respond(200, {"ready": True, "models": [1]}),
+        respond(404, b"<html>", "text/html"),
     ):
         service.script.append(answer)
-        with pytest.raises(UnexpectedReply, match="is this the address of the service"):
+        with pytest.raises(UnexpectedResponse, match="check that this is the address of the service"):
             transport.status()
     with pytest.raises(ConnectionFailed, match="make serve"):
-        RestTransport(f"http://127.0.0.1:{closed_port}", sleep=waits).status()
+        connect(f"http://127.0.0.1:{closed_port}", sleep=waits).status()
     assert waits == []
 
 
-def test_nothing_is_sent_after_closing(service: Service) -> None:
-    transport = RestTransport(service.url)
+def test_nothing_is_sent_after_close(service: Service) -> None:
+    transport = connect(service.url)
     assert labels(transport, RED) == ["red"]
     transport.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -361,11 +392,9 @@ def test_nothing_is_sent_after_closing(service: Service) -> None:
         ({"model": "m", "version": 2**63}, "version must be from 0 to 9223372036854775807, not 9223372036854775808"),
     ],
 )
-def test_a_model_and_a_version_that_no_service_has_are_refused_before_anything_is_sent(
-    chosen: dict[str, Any], message: str
-) -> None:
+def test_invalid_model_or_version_raises_a_value_error(chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RestTransport("http://127.0.0.1:1", **chosen)
+        connect("http://127.0.0.1:1", **chosen)
     if chosen["model"]:
         with pytest.raises(ValueError, match=message):
             GrpcTransport("127.0.0.1:1", **chosen)

@@ -1,4 +1,4 @@
-"""Reading pictures: what is sent for each form, and what is refused before it is sent."""
+"""Loading images: what is sent for each form, and what is rejected before it is sent."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from PIL import Image
 
 from client import images
 from client.errors import ImageRejected
-from client.images import find_pictures, read_picture
+from client.images import find_images, load_image
 from tests.client.conftest import pixels_of, png_of, write_png
 
 NOISE = np.random.default_rng(0).integers(0, 256, (9, 14, 3), np.uint8)
 
 
 def sent(source: images.ImageSource) -> Image.Image:
-    return Image.open(io.BytesIO(read_picture(source, index=0).data))
+    return Image.open(io.BytesIO(load_image(source, index=0).data))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
-def test_pillow_images_lose_nothing(mode: str) -> None:
+def test_pillow_images_are_sent_lossless(mode: str) -> None:
     image = Image.fromarray(NOISE).convert(mode)
     received = sent(image)
     assert (received.format, received.mode) == ("PNG", mode)
     np.testing.assert_array_equal(np.asarray(received.convert("RGBA")), np.asarray(image.convert("RGBA")))
 
 
-def test_sixteen_bit_grey_loses_nothing() -> None:
+def test_16_bit_grey_is_sent_lossless() -> None:
     samples = np.random.default_rng(0).integers(0, 65536, (9, 14), np.uint16)
     np.testing.assert_array_equal(np.asarray(sent(Image.fromarray(samples))), samples)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_pillow_image_is_sent_upright_as_its_file_would_be_seen(tmp_path: Path, orientation: int) -> None:
+def test_exif_orientation_of_pillow_images_is_applied(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "photo.webp"
@@ -58,7 +58,7 @@ def test_a_pillow_image_is_sent_upright_as_its_file_would_be_seen(tmp_path: Path
     assert received.getexif().get(0x0112) is None
 
 
-def test_a_pillow_image_from_a_png_is_sent_upright(tmp_path: Path) -> None:
+def test_exif_orientation_of_a_png_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(NOISE).save(tmp_path / "photo.png", exif=exif)
@@ -67,20 +67,20 @@ def test_a_pillow_image_from_a_png_is_sent_upright(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_metadata_does_not_keep_the_pixels_from_being_sent() -> None:
+def test_damaged_metadata_is_ignored() -> None:
     image = Image.fromarray(NOISE)
     image.info.update(exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff", transparency="nonsense")
     np.testing.assert_array_equal(np.asarray(sent(image)), NOISE)
 
 
-def test_the_callers_image_is_left_as_it_was() -> None:
+def test_callers_image_is_not_modified() -> None:
     image = Image.fromarray(NOISE)
     image.info["dpi"] = (72, 72)
     sent(image)
     assert image.info == {"dpi": (72, 72)}
 
 
-def test_an_array_may_be_a_view() -> None:
+def test_array_may_be_a_view() -> None:
     np.testing.assert_array_equal(np.asarray(sent(NOISE[::-2, ::3])), NOISE[::-2, ::3])
 
 
@@ -96,92 +96,92 @@ def test_an_array_may_be_a_view() -> None:
         (Image.new("F", (3, 3)), "got F: convert it"),
         (Image.new("RGB", (0, 3)), "no pixels: 0 x 3"),
         (b"", "empty"),
-        ("no\0name", "is no file name"),
+        ("no\0name", "invalid file name"),
         ("a" * 5000, "cannot be read: File name too long"),
         (os.devnull, "empty"),
     ],
 )
-def test_what_cannot_be_sent_says_why(source: images.ImageSource, reason: str) -> None:
+def test_rejected_images_give_the_reason(source: images.ImageSource, reason: str) -> None:
     with pytest.raises(ImageRejected, match=reason) as caught:
-        read_picture(source, index=5)
+        load_image(source, index=5)
     assert caught.value.index == 5
 
 
-def test_a_pillow_image_whose_file_is_cut_off_is_rejected() -> None:
+def test_truncated_pillow_image_is_rejected() -> None:
     stream = io.BytesIO()
     Image.fromarray(NOISE).resize((300, 300)).save(stream, "JPEG")
     with pytest.raises(ImageRejected, match="truncated"):
-        read_picture(Image.open(io.BytesIO(stream.getvalue()[:-900])), index=0)
+        load_image(Image.open(io.BytesIO(stream.getvalue()[:-900])), index=0)
 
 
-def test_a_folder_is_no_picture(tmp_path: Path) -> None:
-    with pytest.raises(ImageRejected, match="is a folder; find_pictures"):
-        read_picture(tmp_path, index=0)
+def test_folder_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ImageRejected, match="is a folder; find_images"):
+        load_image(tmp_path, index=0)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read_is_rejected(tmp_path: Path) -> None:
+def test_file_without_permission_is_rejected(tmp_path: Path) -> None:
     path = write_png(tmp_path / "secret.png", "red")
     path.chmod(0)
     with pytest.raises(ImageRejected, match="cannot be read: Permission denied"):
-        read_picture(path, index=0)
+        load_image(path, index=0)
 
 
-def test_no_more_than_the_limit_is_read(tmp_path: Path) -> None:
+def test_file_size_is_limited(tmp_path: Path) -> None:
     path = tmp_path / "huge.png"
     with path.open("wb") as stream:
         stream.truncate(images.MAX_IMAGE_BYTES + 1)
     for source in (path, "/dev/zero"):
         with pytest.raises(ImageRejected, match="larger than 67,108,864 bytes"):
-            read_picture(source, index=0)
+            load_image(source, index=0)
     os.truncate(path, images.MAX_IMAGE_BYTES)
-    assert len(read_picture(path, index=0).data) == images.MAX_IMAGE_BYTES
+    assert len(load_image(path, index=0).data) == images.MAX_IMAGE_BYTES
 
 
-def test_a_pipe_is_a_file_too(tmp_path: Path) -> None:
+def test_pipe_is_read_like_a_file(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
     original = write_png(tmp_path / "original.png", "red")
     with subprocess.Popen(["cp", original, pipe]):
-        assert read_picture(pipe, index=0).data == png_of("red")
+        assert load_image(pipe, index=0).data == png_of("red")
 
 
-def test_find_pictures_is_sorted_and_knows_them_by_content(tmp_path: Path) -> None:
-    pictures = ["a.jfif", "b.JPG", "c.jpe", "d.tif", "e", "f.png", "y/2.png", "z/1.dat"]
-    litter = ["._b.JPG", "Thumbs.db", "__MACOSX/b.JPG", "y/._2.png"]
-    for name in (*pictures, *litter):
+def test_find_images_sorts_and_recognises_content(tmp_path: Path) -> None:
+    found = ["a.jfif", "b.JPG", "c.jpe", "d.tif", "e", "f.png", "y/2.png", "z/1.dat"]
+    skipped = ["._b.JPG", ".cache/1.png", "Thumbs.db", "__MACOSX/b.JPG", "@eaDir/b.JPG", "Icon\r", "y/._2.png"]
+    for name in (*found, *skipped):
         write_png(tmp_path / name, "red")
-    (tmp_path / "damaged.jpg").write_bytes(b"")  # is to be reported
+    (tmp_path / "damaged.jpg").write_bytes(b"")  # is yielded, so that it is reported
     (tmp_path / "iphone").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")  # likewise
     (tmp_path / "notes.txt").write_bytes(b"BMW and Benz build cars in the south of Germany.")
     os.mkfifo(tmp_path / "pipe")
-    names = [path.relative_to(tmp_path).as_posix() for path in find_pictures(tmp_path)]
-    assert names == sorted([*pictures, "damaged.jpg", "iphone"], key=lambda name: ("/" in name, name))
+    names = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
+    assert names == sorted([*found, "damaged.jpg", "iphone"], key=lambda name: ("/" in name, name))
 
 
-def test_find_pictures_does_not_go_in_circles(tmp_path: Path) -> None:
+def test_find_images_does_not_follow_links_to_folders(tmp_path: Path) -> None:
     write_png(tmp_path / "sub" / "1.png", "red")
     (tmp_path / "sub" / "up").symlink_to(tmp_path)
-    assert list(find_pictures(tmp_path)) == [tmp_path / "sub" / "1.png"]
+    assert list(find_images(tmp_path)) == [tmp_path / "sub" / "1.png"]
 
 
-def test_find_pictures_tells_of_folders_that_cannot_be_listed(tmp_path: Path) -> None:
+def test_find_images_reports_folders_that_cannot_be_listed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        list(find_pictures(tmp_path / "missing"))
+        list(find_images(tmp_path / "missing"))
     errors: list[OSError] = []
-    assert list(find_pictures(tmp_path / "missing", on_error=errors.append)) == []
+    assert list(find_images(tmp_path / "missing", on_error=errors.append)) == []
     assert [error.filename for error in errors] == [str(tmp_path / "missing")]
 
 
-def test_pixels_of_one_colour_are_the_same_by_every_way() -> None:
+def test_every_form_gives_the_same_pixels() -> None:
     for source in (pixels_of("red"), Image.fromarray(pixels_of("red")), png_of("red")):
         np.testing.assert_array_equal(np.asarray(sent(source)), pixels_of("red"))
 
 
-def test_pixels_that_are_too_large_once_encoded_are_refused(monkeypatch):
+def test_size_of_encoded_pixels_is_limited(monkeypatch):
     monkeypatch.setattr("client.images.MAX_IMAGE_BYTES", 20_000)
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
     with pytest.raises(ImageRejected, match="larger than 20,000 bytes"):
-        read_picture(noise, index=0)
+        load_image(noise, index=0)
     flat = np.zeros((90, 90, 3), np.uint8)  # larger in memory than 20,000 bytes, and not when it is sent
-    assert len(read_picture(flat, index=0).data) < 20_000
+    assert len(load_image(flat, index=0).data) < 20_000

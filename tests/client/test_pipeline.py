@@ -1,4 +1,4 @@
-"""Tests of `map_in_order`: what `Client` cannot show of it."""
+"""`map_in_order` and signals."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from client.pipeline import map_in_order
 
 
-def test_a_signal_that_does_not_wake_the_main_thread_interrupts_it_all_the_same() -> None:
+def test_signal_in_another_thread_interrupts_the_main_thread() -> None:
     release, finished = threading.Event(), threading.Event()
 
     def call(item: int) -> list[int]:
         if item == 1:
-            time.sleep(0.5)  # by now the main thread waits for this call
-            # Another thread receives the signal, so the wait in the main thread is not interrupted, as when
-            # the signal comes just before the wait.
+            time.sleep(0.5)  # until the main thread waits for this call
+            # This thread receives the signal, so the wait in the main thread is not interrupted, as if the signal
+            # arrived just before the wait.
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)
             release.wait(30)
             finished.set()

@@ -12,7 +12,7 @@ import tensorflow as tf
 from PIL import Image
 
 from client.errors import ImageRejected
-from client.images import as_jpeg_or_png, read_picture
+from client.images import as_jpeg_or_png, load_image
 from image_formats import content
 from serving.errors import InvalidRequest, TooLarge
 from serving.images.decoding import read_image as read_upload
@@ -207,7 +207,7 @@ def test_a_file_gives_the_same_pixels_by_every_way(graph, name):
         "training": read_training_image(io.BytesIO(data), image_size=size),
         "exported graph": graph([data])[0].numpy(),
         # Over gRPC the client sends what its own reader makes of the file.
-        "client": graph([as_jpeg_or_png(read_picture(data, index=0)).data])[0].numpy(),
+        "client": graph([as_jpeg_or_png(load_image(data, index=0)).data])[0].numpy(),
         # In a batch with another file the graph takes its general way.
         "exported graph, in a batch": graph([data, JPEG])[0].numpy(),
     }
@@ -226,7 +226,7 @@ def test_other_formats_are_composited_and_turned_by_every_way(graph, kind):
     read = {
         "upload": read_upload(data, size=(SIDE, SIDE), limits=LIMITS),
         "training": read_training_image(io.BytesIO(data), image_size=(SIDE, SIDE)),
-        "client": graph([as_jpeg_or_png(read_picture(data, index=0)).data])[0].numpy(),
+        "client": graph([as_jpeg_or_png(load_image(data, index=0)).data])[0].numpy(),
     }
     for way, pixels in read.items():
         assert np.abs(pixels.astype(int) - expected).max() <= 8, way
@@ -237,7 +237,7 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 READERS = {
     "upload": (lambda data: read_upload(data, size=(SIDE, SIDE), limits=LIMITS), InvalidRequest),
     "training": (lambda data: read_training_image(io.BytesIO(data), image_size=None), DatasetError),
-    "client": (lambda data: as_jpeg_or_png(read_picture(data, index=0)), ImageRejected),
+    "client": (lambda data: as_jpeg_or_png(load_image(data, index=0)), ImageRejected),
 }
 
 

@@ -1,0 +1,123 @@
+"""`AsyncClient`: `Client` for asyncio."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Iterable
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from client.batches import Batch, merge_outcomes, read_batches, require_prediction, select_loaded, validate_batch_size
+from client.client import REQUESTS_IN_FLIGHT
+from client.http import AsyncHttpTransport, Auth, Headers, Verify
+from client.images import ImageSource
+from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
+from client.pipeline import map_in_order_async
+from client.predictions import Failure, Prediction, ServiceStatus
+from client.rest import RestApi
+
+
+class AsyncClient:
+    """A client of the service's HTTP API for asyncio, over `httpx.AsyncClient`.
+
+    The arguments and errors are those of `Client`, and the methods are coroutines. Images are read and encoded in
+    worker threads, without blocking the event loop. `aclose()` or the end of an `async with` block closes the
+    connections.
+
+    Args:
+        url: see `Client`, like the other arguments.
+        transport: an `httpx.AsyncBaseTransport` that sends the requests. As in httpx, `aclose()` closes it.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import asyncio
+        >>> from client import AsyncClient
+        >>> async def classify(file):
+        ...     async with AsyncClient("http://127.0.0.1:8501") as client:
+        ...         (prediction,) = await client.predict(file)
+        ...         return prediction.label
+        >>> asyncio.run(classify("red.png"))
+        'red'
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        version: int | None = None,
+        headers: Headers | None = None,
+        auth: Auth | None = None,
+        verify: Verify = True,
+        transport: httpx.AsyncBaseTransport | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> None:
+        self._batch_size = validate_batch_size(batch_size)
+        api = RestApi(url, model=model, version=version, timeout_s=timeout_s, retries=retries)
+        self._transport = AsyncHttpTransport(api, headers=headers, auth=auth, verify=verify, transport=transport)
+
+    async def predict(self, images: ImageSource | Iterable[ImageSource]) -> list[Prediction]:
+        """Classify one or more images; see `Client.predict`.
+
+        Example:
+            >>> import asyncio
+            >>> from client import AsyncClient
+            >>> async def classify_all():
+            ...     async with AsyncClient("http://127.0.0.1:8501") as client:
+            ...         return await asyncio.gather(client.predict("red.png"), client.predict("green.png"))
+            >>> [prediction.label for (prediction,) in asyncio.run(classify_all())]
+            ['red', 'green']
+        """
+        async with contextlib.aclosing(self.predict_iter(images)) as outcomes:
+            return [require_prediction(outcome) async for outcome in outcomes]
+
+    def predict_iter(self, images: ImageSource | Iterable[ImageSource]) -> AsyncGenerator[Prediction | Failure, None]:
+        """Classify images one batch after the other, for `async for`; see `Client.predict_iter`.
+
+        Example:
+            >>> import asyncio
+            >>> from client import AsyncClient, find_images
+            >>> async def count(folder):
+            ...     async with AsyncClient("http://127.0.0.1:8501") as client:
+            ...         return sum([1 async for _ in client.predict_iter(find_images(folder))])
+            >>> asyncio.run(count("photos"))
+            2
+        """
+        batches = read_batches(images, self._batch_size)
+        return map_in_order_async(self._predict_batch, batches, in_flight=REQUESTS_IN_FLIGHT)
+
+    async def _predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
+        loaded = select_loaded(batch)
+        return merge_outcomes(batch, await self._transport.predict_batch(loaded) if loaded else ())
+
+    async def status(self) -> ServiceStatus:
+        """Return whether the service is ready, and its models; see `Client.status`.
+
+        Example:
+            >>> import asyncio
+            >>> from client import AsyncClient
+            >>> async def is_ready():
+            ...     async with AsyncClient("http://127.0.0.1:8501") as client:
+            ...         return (await client.status()).ready
+            >>> asyncio.run(is_ready())
+            True
+        """
+        return await self._transport.status()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._transport.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,232 @@
+"""HTTP transports: run the flows of `RestApi` over `httpx.Client` and `httpx.AsyncClient`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from client.errors import ConnectionFailed, RequestTimedOut, UnexpectedResponse
+from client.images import LoadedImage
+from client.options import is_local_host
+from client.predictions import Failure, Prediction, ServiceStatus
+from client.responses import Response
+from client.rest import Flow, Request, RestApi, Result
+
+CONNECT_TIMEOUT_S = 5.0
+MAX_RESPONSE_BYTES = 64 * 1024 * 1024
+
+Headers = Mapping[str, str]
+Auth = httpx.Auth | tuple[str, str] | Callable[[httpx.Request], httpx.Request]
+Verify = ssl.SSLContext | bool
+
+
+class HttpTransport:
+    """Sends requests with an `httpx.Client`; `headers`, `auth`, `verify` and `transport` are its arguments.
+
+    Raises:
+        ValueError: the proxy settings in the environment are invalid.
+    """
+
+    def __init__(
+        self,
+        api: RestApi,
+        *,
+        headers: Headers | None = None,
+        auth: Auth | None = None,
+        verify: Verify = True,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._api = api
+        self._sleep = sleep
+        if transport is None and is_local_host(api.base_url.host):
+            transport = httpx.HTTPTransport(verify=verify)  # with a transport, httpx ignores the environment's proxies
+        with _explain_proxy_errors(api.url):
+            self._http = httpx.Client(
+                base_url=api.base_url, headers=headers, auth=auth, verify=verify, transport=transport
+            )
+
+    def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
+        """Classify images; see `Transport`."""
+        return self._run(self._api.predict(images))
+
+    def status(self) -> ServiceStatus:
+        """Return the status of the service; see `Transport`."""
+        return self._run(self._api.get_status())
+
+    def close(self) -> None:
+        """Close the connections, and the transport if one was given, as httpx does."""
+        self._http.close()
+
+    def _run(self, flow: Flow[Result]) -> Result:
+        try:
+            request = next(flow)
+            while True:
+                try:
+                    response = self._send(request)
+                except ConnectionFailed as error:
+                    request = flow.throw(error)
+                else:
+                    request = flow.send(response)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+
+    def _send(self, request: Request) -> Response:
+        if request.delay_s:
+            self._sleep(request.delay_s)
+        body = _Body(self._api, request)
+        with _explain_errors(self._api), self._http.stream(**_stream_arguments(request)) as response:
+            for chunk in response.iter_bytes():
+                body.append(chunk)
+        return body.finish(response)
+
+
+class AsyncHttpTransport:
+    """Sends requests with an `httpx.AsyncClient`. Otherwise like `HttpTransport`."""
+
+    def __init__(
+        self,
+        api: RestApi,
+        *,
+        headers: Headers | None = None,
+        auth: Auth | None = None,
+        verify: Verify = True,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._api = api
+        self._sleep = sleep
+        if transport is None and is_local_host(api.base_url.host):
+            transport = httpx.AsyncHTTPTransport(verify=verify)
+        with _explain_proxy_errors(api.url):
+            self._http = httpx.AsyncClient(
+                base_url=api.base_url, headers=headers, auth=auth, verify=verify, transport=transport
+            )
+
+    async def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
+        """Classify images; see `Transport`."""
+        return await self._run(self._api.predict(images))
+
+    async def status(self) -> ServiceStatus:
+        """Return the status of the service; see `Transport`."""
+        return await self._run(self._api.get_status())
+
+    async def aclose(self) -> None:
+        """Close the connections, and the transport if one was given, as httpx does."""
+        await self._http.aclose()
+
+    async def _run(self, flow: Flow[Result]) -> Result:
+        try:
+            # In a thread: encoding the images of the first request would block the event loop.
+            request = await asyncio.to_thread(next, flow)
+            while True:
+                try:
+                    response = await self._send(request)
+                except ConnectionFailed as error:
+                    request = flow.throw(error)
+                else:
+                    request = flow.send(response)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+
+    async def _send(self, request: Request) -> Response:
+        if request.delay_s:
+            await self._sleep(request.delay_s)
+        body = _Body(self._api, request)
+        with _explain_errors(self._api):
+            async with self._http.stream(**_stream_arguments(request)) as response:
+                async for chunk in response.aiter_bytes():
+                    body.append(chunk)
+        return body.finish(response)
+
+
+class _Body:
+    """Collects a response body, within the limits on its size and time."""
+
+    def __init__(self, api: RestApi, request: Request) -> None:
+        self._api = api
+        self._deadline_s = request.deadline_s
+        self._content = bytearray()
+
+    def append(self, chunk: bytes) -> None:
+        self._content += chunk
+        if len(self._content) > MAX_RESPONSE_BYTES:
+            raise UnexpectedResponse(f"the response of {self._api.url} exceeds {MAX_RESPONSE_BYTES:,} bytes")
+        if time.monotonic() > self._deadline_s:
+            raise _make_timeout_error(self._api)
+
+    def finish(self, response: httpx.Response) -> Response:
+        # Breaks the reference cycle of httpx's responses, which would keep the request's images in memory until the
+        # next garbage collection: hundreds of megabytes for batches of photos.
+        response.stream = httpx.ByteStream(b"")
+        return Response(
+            url=self._api.url,
+            status=response.status_code,
+            reason_phrase=response.reason_phrase,
+            content_type=response.headers.get("content-type", ""),
+            retry_after=response.headers.get("retry-after"),
+            body=bytes(self._content),
+        )
+
+
+def _stream_arguments(request: Request) -> dict[str, Any]:
+    remaining_s = max(request.deadline_s - time.monotonic(), 0.001)
+    return {
+        "method": request.method,
+        "url": request.path,
+        "params": request.params,
+        "headers": request.headers,
+        "content": request.content,
+        "timeout": httpx.Timeout(remaining_s, connect=min(CONNECT_TIMEOUT_S, remaining_s)),
+    }
+
+
+@contextlib.contextmanager
+def _explain_errors(api: RestApi) -> Iterator[None]:
+    """Raise httpx's errors as those of this package."""
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise ConnectionFailed(
+            f"cannot connect to {api.url} ({str(error) or 'timeout'}); {_explain_no_connection(error)}"
+        ) from error
+    except httpx.TimeoutException as error:
+        raise _make_timeout_error(api) from error
+    except httpx.TransportError as error:
+        raise ConnectionFailed(
+            f"the connection to {api.url} was closed ({str(error) or type(error).__name__}); "
+            "check the log of the service"
+        ) from error
+    except httpx.DecodingError as error:
+        raise UnexpectedResponse(f"the response of {api.url} cannot be decoded: {error}") from error
+
+
+def _explain_no_connection(error: BaseException | None) -> str:
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return "pass verify=ssl.create_default_context(cafile=...) with the certificate authority of the service"
+        error = error.__cause__
+    return "start the service with `make serve`, or pass another address with url (--url)"
+
+
+def _make_timeout_error(api: RestApi) -> RequestTimedOut:
+    return RequestTimedOut(
+        f"no complete response from {api.url} within {api.timeout_s:g} s; allow more time with timeout_s (--timeout), "
+        "or send fewer images per request with batch_size (--batch-size)"
+    )
+
+
+@contextlib.contextmanager
+def _explain_proxy_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"the proxy settings in the environment are invalid for {url}: {error}") from error
