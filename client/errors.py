@@ -70,9 +70,9 @@ class RequestTimedOut(ClientError):
 
     Example:
         >>> from client import Client
-        >>> Client("http://127.0.0.1:8501", timeout_s=0.2).predict("red.png")
+        >>> Client("http://127.0.0.1:8501", timeout_s=0.5).predict("red.png")
         Traceback (most recent call last):
-        client.errors.RequestTimedOut: no complete response from http://127.0.0.1:8501 within 0.2 s; allow more time ...
+        client.errors.RequestTimedOut: no complete response from http://127.0.0.1:8501 within 0.5 s; allow more time ...
     """
 
 

@@ -209,11 +209,9 @@ def _explain_errors(api: RestApi) -> Iterator[None]:
         raise UnexpectedResponse(f"the response of {api.url} cannot be decoded: {error}") from error
 
 
-def _explain_no_connection(error: BaseException | None) -> str:
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return "pass verify=ssl.create_default_context(cafile=...) with the certificate authority of the service"
-        error = error.__cause__
+def _explain_no_connection(error: httpx.TransportError) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "pass verify=ssl.create_default_context(cafile=...) with the certificate authority of the service"
     return "start the service with `make serve`, or pass another address with url (--url)"
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from client.errors import ImageRejected
+from image_formats import jpeg, png
 from image_formats.content import HAS_AVIF, HEAD_BYTES, explain_unreadable, name_format, read_header
 from image_formats.decoding import decode_rgb, turn_upright
 from image_formats.errors import UnreadableImage
@@ -32,7 +33,6 @@ SYSTEM_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r
 
 MAX_IMAGE_BYTES = 64 * 1024 * 1024  # the service's default maximum for one request
 MAX_PIXELS = 50_000_000  # the service's default maximum for one image
-_JPEG_AND_PNG = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
 _FORMATS_WITH_ORIENTATION = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
 # Modes that PNG stores without conversion. The conversion of others (CMYK, float) is for the caller to choose.
@@ -107,7 +107,7 @@ def as_jpeg_or_png(image: LoadedImage) -> LoadedImage:
     Raises:
         ImageRejected: the format is not supported, or the image is damaged or too large.
     """
-    if image.pixels is not None or image.data.startswith(_JPEG_AND_PNG):
+    if image.pixels is not None or image.data.startswith((jpeg.SIGNATURE, png.SIGNATURE)):
         return image
     try:
         return LoadedImage(image.index, image.file, _encode_png(_decode_other(image.data)))

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -28,6 +29,7 @@ class Received:
 
     path: str
     query: dict[str, list[str]]
+    headers: Message
     files: list[tuple[str, bytes]]
     connection: tuple[str, int]
 
@@ -94,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         """Record the request; return whether it is to be handled as usual."""
         service = self.server.service
         parts = urlsplit(self.path)
-        self.received = Received(parts.path, parse_qs(parts.query), images, self.client_address)
+        self.received = Received(parts.path, parse_qs(parts.query), self.headers, images, self.client_address)
         service.received.append(self.received)
         service.arrived.release()
         if not service.script:
@@ -194,5 +196,7 @@ def drip(handler: Handler) -> None:
         pass
 
 
-def respond(status: int, body: Any, content_type: str = "application/json") -> Callable[[Handler], None]:
-    return lambda handler: handler.respond(status, body, content_type=content_type)
+def respond(
+    status: int, body: Any, content_type: str = "application/json", **headers: str
+) -> Callable[[Handler], None]:
+    return lambda handler: handler.respond(status, body, content_type=content_type, **headers)

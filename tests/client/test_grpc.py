@@ -10,10 +10,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import tensorflow as tf
 from click.testing import CliRunner
 from google.protobuf import wrappers_pb2
 from PIL import Image
-from tensorflow.core.framework import tensor_pb2, tensor_shape_pb2
+from tensorflow.core.framework import tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2, predict_pb2
 
 from client import (
@@ -27,9 +28,10 @@ from client import (
     ServerBusy,
     ServerFailed,
     UnexpectedResponse,
+    tensors,
 )
 from client.__main__ import main
-from client.grpc import GrpcTransport
+from client.grpc import STATES, GrpcTransport
 from client.images import LoadedImage
 from client.protos import prediction_pb2
 from tests.client.conftest import pixels_of, png_of
@@ -203,6 +205,38 @@ def test_status(grpc_service: GrpcService) -> None:
     ]
 
 
+def test_given_channel_is_used_and_stays_open(grpc_service: GrpcService) -> None:
+    with grpc.insecure_channel(grpc_service.address) as channel:
+        for _ in range(2):
+            with GrpcClient(model="m", channel=channel) as client:
+                assert [prediction.label for prediction in client.predict(png_of("red"))] == ["red"]
+        grpc_service.script = [abort(grpc.StatusCode.INTERNAL)]
+        client = GrpcClient("classifier:8500", model="m", channel=channel)
+        with pytest.raises(ServerFailed, match="classifier:8500 failed"):
+            client.predict(png_of("red"))
+
+
+def test_close_closes_its_own_channel(grpc_service: GrpcService) -> None:
+    client = GrpcClient(grpc_service.address, model="m")
+    client.close()
+    with pytest.raises(ValueError, match="closed channel"):
+        client.status()
+
+
+def test_target_or_channel_is_required() -> None:
+    with pytest.raises(ValueError, match=r"expected a gRPC address such as 127\.0\.0\.1:8500, or a channel; got None"):
+        GrpcClient(model="m")
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED])
+def test_denied_access_names_the_channel(grpc_service: GrpcService, code: grpc.StatusCode) -> None:
+    grpc_service.script = [abort(code, "token required")]
+    with pytest.raises(
+        RequestRejected, match=r"denied access \(token required\); pass a channel with valid credentials"
+    ):
+        predict(grpc_service, png_of("red"))
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8500", "localhost", "localhost:x", "", ":8500", "a b:1"])
 def test_target_is_host_and_port(address: str) -> None:
     with pytest.raises(ValueError, match=r"expected a gRPC address such as 127\.0\.0\.1:8500"):
@@ -273,6 +307,30 @@ def test_fields_have_tensorflow_servings_numbers(field: Any) -> None:
     assert theirs.number == field.number
     assert field.type == (int32 if theirs.type == enum else theirs.type)
     assert theirs.is_repeated == field.is_repeated
+
+
+def test_constants_are_tensorflow_servings() -> None:
+    names = {"DT_FLOAT", "DT_UINT8", "DT_STRING", "DT_INT64"}
+    assert {name: getattr(tensors, name) for name in names} == {name: types_pb2.DataType.Value(name) for name in names}
+    states = get_model_status_pb2.ModelVersionStatus.State.items()
+    assert {number: name for name, number in states if name != "UNKNOWN"} == STATES
+
+
+def test_tensors_are_those_of_tensorflow() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3), np.uint8)
+    for ours, expected in (
+        (tensors.make_pixels_tensor(list(pixels)), pixels),
+        (tensors.make_class_ids_tensor(3), np.arange(3)),
+        (tensors.make_files_tensor([b"one", b"two"]), np.array([b"one", b"two"], object)),
+    ):
+        values = tf.make_ndarray(tensor_pb2.TensorProto.FromString(ours.SerializeToString()))
+        assert values.dtype == expected.dtype
+        np.testing.assert_array_equal(values, expected)
+    for expected in (np.float32([[0.5, -1e-9], [1, 2]]), np.int64([-1, 2**62]), np.float32([7])):
+        theirs = tf.make_tensor_proto(expected)
+        values = tensors.read_numbers(prediction_pb2.Tensor.FromString(theirs.SerializeToString()))
+        assert values.dtype == expected.dtype
+        np.testing.assert_array_equal(values, expected)
 
 
 def sent_inputs(grpc_service: GrpcService) -> list[str]:
