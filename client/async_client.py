@@ -11,7 +11,7 @@ import httpx
 
 from client.batches import Batch, merge_outcomes, read_batches, require_prediction, select_loaded, validate_batch_size
 from client.client import REQUESTS_IN_FLIGHT
-from client.http import AsyncHttpTransport, Auth, Headers, Verify
+from client.http import AsyncHttpTransport, Auth, Headers, Verify, make_httpx_client
 from client.images import ImageSource
 from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
 from client.pipeline import map_in_order_async
@@ -60,7 +60,8 @@ class AsyncClient:
     ) -> None:
         self._batch_size = validate_batch_size(batch_size)
         api = RestApi(url, model=model, version=version, timeout_s=timeout_s, retries=retries)
-        self._transport = AsyncHttpTransport(api, headers=headers, auth=auth, verify=verify, transport=transport)
+        http = make_httpx_client(httpx.AsyncClient, api, headers=headers, auth=auth, verify=verify, transport=transport)
+        self._transport = AsyncHttpTransport(api, http)
 
     async def predict(self, images: ImageSource | Iterable[ImageSource]) -> list[Prediction]:
         """Classify one or more images; see `Client.predict`.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import httpx
 
 from client.batches import Batch, merge_outcomes, read_batches, require_prediction, select_loaded, validate_batch_size
-from client.http import Auth, Headers, HttpTransport, Verify
+from client.http import Auth, Headers, HttpTransport, Verify, make_httpx_client
 from client.images import ImageSource, LoadedImage
 from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
 from client.pipeline import map_in_order
@@ -175,9 +175,8 @@ class Client(BatchingClient):
         batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> None:
         api = RestApi(url, model=model, version=version, timeout_s=timeout_s, retries=retries)
-        super().__init__(
-            HttpTransport(api, headers=headers, auth=auth, verify=verify, transport=transport), batch_size=batch_size
-        )
+        http = make_httpx_client(httpx.Client, api, headers=headers, auth=auth, verify=verify, transport=transport)
+        super().__init__(HttpTransport(api, http), batch_size=batch_size)
 
 
 class GrpcClient(BatchingClient):

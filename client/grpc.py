@@ -248,7 +248,7 @@ class GrpcTransport:
         return response.outputs[name]
 
     def _make_error(self, rpc_error: Any) -> ClientError:
-        """Return the error that the status of a failed call stands for."""
+        """Return the error for the status of a failed call."""
         code, details = rpc_error.code(), rpc_error.details() or "no details"
         error: ClientError
         match code:

@@ -7,7 +7,7 @@ import contextlib
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -26,31 +26,40 @@ Auth = httpx.Auth | tuple[str, str] | Callable[[httpx.Request], httpx.Request]
 Verify = ssl.SSLContext | bool
 
 
-class HttpTransport:
-    """Sends requests with an `httpx.Client`; `headers`, `auth`, `verify` and `transport` are its arguments.
+HttpxClient = TypeVar("HttpxClient", httpx.Client, httpx.AsyncClient)
+
+
+def make_httpx_client(
+    kind: type[HttpxClient],
+    api: RestApi,
+    *,
+    headers: Headers | None = None,
+    auth: Auth | None = None,
+    verify: Verify = True,
+    transport: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None,
+) -> HttpxClient:
+    """Return an httpx client with the given options, for the requests of `api`.
 
     Raises:
         ValueError: the proxy settings in the environment are invalid.
     """
+    if transport is None and is_local_host(api.base_url.host):
+        # With a transport, httpx ignores the proxies set in the environment.
+        transport = (httpx.HTTPTransport if kind is httpx.Client else httpx.AsyncHTTPTransport)(verify=verify)
+    options: dict[str, Any] = {"headers": headers, "auth": auth, "verify": verify, "transport": transport}
+    try:
+        return kind(base_url=api.base_url, **options)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"the proxy settings in the environment are invalid for {api.url}: {error}") from error
 
-    def __init__(
-        self,
-        api: RestApi,
-        *,
-        headers: Headers | None = None,
-        auth: Auth | None = None,
-        verify: Verify = True,
-        transport: httpx.BaseTransport | None = None,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+
+class HttpTransport:
+    """Sends requests with an `httpx.Client`, which it closes."""
+
+    def __init__(self, api: RestApi, http: httpx.Client, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._api = api
+        self._http = http
         self._sleep = sleep
-        if transport is None and is_local_host(api.base_url.host):
-            transport = httpx.HTTPTransport(verify=verify)  # with a transport, httpx ignores the environment's proxies
-        with _explain_proxy_errors(api.url):
-            self._http = httpx.Client(
-                base_url=api.base_url, headers=headers, auth=auth, verify=verify, transport=transport
-            )
 
     def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
         """Classify images; see `Transport`."""
@@ -61,7 +70,7 @@ class HttpTransport:
         return self._run(self._api.get_status())
 
     def close(self) -> None:
-        """Close the connections, and the transport if one was given, as httpx does."""
+        """Close the connections."""
         self._http.close()
 
     def _run(self, flow: Flow[Result]) -> Result:
@@ -89,26 +98,14 @@ class HttpTransport:
 
 
 class AsyncHttpTransport:
-    """Sends requests with an `httpx.AsyncClient`. Otherwise like `HttpTransport`."""
+    """Sends requests with an `httpx.AsyncClient`, which it closes."""
 
     def __init__(
-        self,
-        api: RestApi,
-        *,
-        headers: Headers | None = None,
-        auth: Auth | None = None,
-        verify: Verify = True,
-        transport: httpx.AsyncBaseTransport | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        self, api: RestApi, http: httpx.AsyncClient, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
         self._api = api
+        self._http = http
         self._sleep = sleep
-        if transport is None and is_local_host(api.base_url.host):
-            transport = httpx.AsyncHTTPTransport(verify=verify)
-        with _explain_proxy_errors(api.url):
-            self._http = httpx.AsyncClient(
-                base_url=api.base_url, headers=headers, auth=auth, verify=verify, transport=transport
-            )
 
     async def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
         """Classify images; see `Transport`."""
@@ -119,7 +116,7 @@ class AsyncHttpTransport:
         return await self._run(self._api.get_status())
 
     async def aclose(self) -> None:
-        """Close the connections, and the transport if one was given, as httpx does."""
+        """Close the connections."""
         await self._http.aclose()
 
     async def _run(self, flow: Flow[Result]) -> Result:
@@ -220,11 +217,3 @@ def _make_timeout_error(api: RestApi) -> RequestTimedOut:
         f"no complete response from {api.url} within {api.timeout_s:g} s; allow more time with timeout_s (--timeout), "
         "or send fewer images per request with batch_size (--batch-size)"
     )
-
-
-@contextlib.contextmanager
-def _explain_proxy_errors(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"the proxy settings in the environment are invalid for {url}: {error}") from error

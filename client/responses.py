@@ -148,7 +148,7 @@ def read_status(response: Response) -> ServiceStatus:
 
 
 def make_error(response: Response) -> ClientError:
-    """Return the error that a response without predictions stands for."""
+    """Return the error for a response without predictions or status."""
     url = response.url
     if response.status == 503:
         return ServerBusy(

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 from PIL import Image
+from werkzeug.exceptions import ClientDisconnected
 from werkzeug.formparser import parse_form_data
 
 COLOURS = ("red", "green", "blue")
@@ -64,7 +65,7 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Do not report clients that disconnect."""
-        if not isinstance(sys.exception(), ConnectionError):
+        if not isinstance(sys.exception(), (ConnectionError, ClientDisconnected)):
             super().handle_error(request, client_address)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
 import client.images
 from client import AsyncClient, Client, ClientError, Failure, ImageRejected, Prediction, ServerBusy
-from client.http import AsyncHttpTransport
+from client.http import AsyncHttpTransport, make_httpx_client
 from client.images import LoadedImage
 from client.rest import RestApi
 from tests.client.conftest import pixels_of, png_of
@@ -80,7 +81,7 @@ def test_failures_are_retried_after_waits(service: Service) -> None:
 
     async def run() -> list[Prediction | Failure]:
         api = RestApi(service.url, timeout_s=30, retries=3)
-        transport = AsyncHttpTransport(api, sleep=sleep)
+        transport = AsyncHttpTransport(api, make_httpx_client(httpx.AsyncClient, api), sleep=sleep)
         try:
             return await transport.predict_batch([LoadedImage(0, None, png_of("red"))])
         finally:

@@ -194,7 +194,7 @@ def test_exit_code_2_for_wrong_usage(run: Run, service: Service, arguments: tupl
 
 
 @pytest.mark.parametrize(
-    ("trouble", "message"),
+    ("failure", "message"),
     [
         (busy(), "is not ready: colours is being loaded"),
         (hang_up, "was closed"),
@@ -205,9 +205,9 @@ def test_exit_code_2_for_wrong_usage(run: Run, service: Service, arguments: tupl
     ],
 )
 def test_exit_code_3_without_predictions(
-    run: Run, service: Service, folder: Path, trouble: Callable[[Handler], None], message: str
+    run: Run, service: Service, folder: Path, failure: Callable[[Handler], None], message: str
 ) -> None:
-    service.script.extend([lambda handler: handler.predict(handler.received.files), trouble])
+    service.script.extend([lambda handler: handler.predict(handler.received.files), failure])
     result = run(folder, "--batch-size", 2, "--retries", 0)
     assert result.exit_code == 3
     # The second and the third batch are sent concurrently, so either can fail.

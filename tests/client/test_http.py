@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -25,7 +26,7 @@ from client.errors import (
     UnexpectedResponse,
 )
 from client.grpc import GrpcTransport
-from client.http import HttpTransport
+from client.http import HttpTransport, make_httpx_client
 from client.images import LoadedImage
 from client.options import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
 from client.predictions import ModelStatus, Prediction, ServiceStatus
@@ -56,7 +57,8 @@ def connect(
     sleep: Callable[[float], None] = time.sleep,
     **options: Any,
 ) -> HttpTransport:
-    return HttpTransport(RestApi(url, timeout_s=timeout_s, retries=retries, **options), sleep=sleep)
+    api = RestApi(url, timeout_s=timeout_s, retries=retries, **options)
+    return HttpTransport(api, make_httpx_client(httpx.Client, api), sleep=sleep)
 
 
 class Waits(list[float]):
@@ -75,9 +77,9 @@ def labels(transport: HttpTransport, *images: LoadedImage) -> list[str]:
     return [outcome.label for outcome in transport.predict_batch(images) if isinstance(outcome, Prediction)]
 
 
-@pytest.mark.parametrize("trouble", [busy(), hang_up, hang_up_midway, respond(503, b"<h1>starting</h1>", "text/html")])
-def test_temporary_failures_are_retried(service: Service, waits: Waits, trouble: Callable[[Handler], None]) -> None:
-    service.script.extend([trouble, trouble])
+@pytest.mark.parametrize("failure", [busy(), hang_up, hang_up_midway, respond(503, b"<h1>starting</h1>", "text/html")])
+def test_temporary_failures_are_retried(service: Service, waits: Waits, failure: Callable[[Handler], None]) -> None:
+    service.script.extend([failure, failure])
     transport = connect(service.url, sleep=waits)
     assert labels(transport, RED, GREEN) == ["red", "green"]
     assert len(service.received) == 3
@@ -85,7 +87,7 @@ def test_temporary_failures_are_retried(service: Service, waits: Waits, trouble:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "kind", "message"),
+    ("failure", "kind", "message"),
     [
         (
             busy(),
@@ -100,12 +102,12 @@ def test_temporary_failures_are_retried(service: Service, waits: Waits, trouble:
 def test_retries_are_bounded(
     service: Service,
     waits: Waits,
-    trouble: Callable[[Handler], None],
+    failure: Callable[[Handler], None],
     kind: type[ClientError],
     message: str,
     retries: int,
 ) -> None:
-    service.script.extend([trouble] * 10)
+    service.script.extend([failure] * 10)
     with pytest.raises(kind, match=message) as caught:
         connect(service.url, retries=retries, sleep=waits).predict_batch([RED])
     assert len(service.received) == retries + 1
@@ -114,7 +116,7 @@ def test_retries_are_bounded(
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind", "message"),
+    ("response", "kind", "message"),
     [
         (
             respond(404, {"error": "no model cats; served: colours"}),
@@ -183,10 +185,10 @@ def test_retries_are_bounded(
     ],
 )
 def test_other_failures_are_not_retried(
-    service: Service, waits: Waits, answer: Callable[[Handler], None], kind: type[ClientError], message: str
+    service: Service, waits: Waits, response: Callable[[Handler], None], kind: type[ClientError], message: str
 ) -> None:
-    service.script.extend([answer] * 10)
-    transport = connect(service.url, timeout_s=0.3 if answer in (stall, drip) else 30, sleep=waits)
+    service.script.extend([response] * 10)
+    transport = connect(service.url, timeout_s=0.3 if response in (stall, drip) else 30, sleep=waits)
     with pytest.raises(kind, match=message):
         transport.predict_batch([RED])
     assert len(service.received) == 1
@@ -361,13 +363,13 @@ def test_status_is_not_retried(service: Service, waits: Waits, closed_port: int)
     assert transport.status() == ServiceStatus(
         False, "colours is being loaded", (ModelStatus("colours", 7, "LOADING"),)
     )
-    for answer in (
+    for response in (
         respond(200, b"<html>", "text/html"),
         respond(503, b"<html>", "text/html"),
         respond(200, {"ready": True, "models": [1]}),
         respond(404, b"<html>", "text/html"),
     ):
-        service.script.append(answer)
+        service.script.append(response)
         with pytest.raises(UnexpectedResponse, match="check that this is the address of the service"):
             transport.status()
     with pytest.raises(ConnectionFailed, match="make serve"):
