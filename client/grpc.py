@@ -14,17 +14,8 @@ import grpc
 import numpy as np
 
 from client.backoff import choose_retry_wait_s
-from client.errors import (
-    ClientError,
-    ConnectionFailed,
-    ImageRejected,
-    ModelNotFound,
-    RequestRejected,
-    RequestTimedOut,
-    ServerBusy,
-    ServerFailed,
-    UnexpectedResponse,
-)
+from client.errors import ConnectionFailed, ImageRejected, RequestRejected, ServerBusy, UnexpectedResponse
+from client.grpc_errors import InvalidArgumentError, make_error
 from client.images import LoadedImage, as_jpeg_or_png
 from client.options import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, is_local_host, validate_model, validate_retry_options
 from client.predictions import Failure, ModelStatus, Prediction, ServiceStatus
@@ -53,9 +44,6 @@ STATES = {10: "START", 20: "LOADING", 30: "AVAILABLE", 40: "UNLOADING", 50: "END
 
 _PREDICT = "/tensorflow.serving.PredictionService/Predict"
 _STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
-
-# UNAVAILABLE means that the server is busy, or that it cannot be reached; only the details differ.
-_NO_CONNECTION = re.compile("connect|socket|reset by peer|resol|goaway", re.IGNORECASE)
 
 
 class GrpcTransport:
@@ -115,7 +103,7 @@ class GrpcTransport:
             group = groups.pop()
             try:
                 outcomes |= self._predict_group(group)
-            except _InvalidArgumentError as error:
+            except InvalidArgumentError as error:
                 if len(group) > 1:
                     middle = len(group) // 2
                     groups += [group[middle:], group[:middle]]
@@ -129,7 +117,7 @@ class GrpcTransport:
         try:
             response = self._get_status(request, timeout=self._timeout_s)
         except grpc.RpcError as error:
-            raise self._make_error(error) from error
+            raise make_error(error, target=self._target, timeout_s=self._timeout_s) from error
         models = tuple(
             ModelStatus(
                 self._model,
@@ -184,7 +172,7 @@ class GrpcTransport:
             return None
         try:
             return self._classify(PIXELS_SIGNATURE, {PIXELS_INPUT: make_pixels_tensor(arrays)}, deadline_s)
-        except (_InvalidArgumentError, RequestRejected):
+        except (InvalidArgumentError, RequestRejected):
             self._rejected_shapes |= shapes  # the model has another size; it resizes files only
             return None
 
@@ -201,7 +189,7 @@ class GrpcTransport:
             try:
                 response = self._send(prediction_pb2.PredictRequest(model_spec=spec, inputs=inputs), deadline_s)
                 names = read_strings(self._find_output(response, "label", DT_STRING))
-            except (_InvalidArgumentError, RequestRejected):
+            except (InvalidArgumentError, RequestRejected):
                 names = []
             if len(set(names)) != count:
                 names = [str(class_id) for class_id in range(count)]
@@ -221,7 +209,7 @@ class GrpcTransport:
             try:
                 return self._predict(request, timeout=max(0.001, deadline_s - time.monotonic()))
             except grpc.RpcError as rpc_error:
-                error = self._make_error(rpc_error)
+                error = make_error(rpc_error, target=self._target, timeout_s=self._timeout_s)
             if not isinstance(error, (ConnectionFailed, ServerBusy)):
                 raise error
             self._sleep(choose_retry_wait_s(error, attempt=attempt, retries=self._retries, deadline_s=deadline_s))
@@ -246,46 +234,6 @@ class GrpcTransport:
                 f"check that {self._model} is an image classifier"
             )
         return response.outputs[name]
-
-    def _make_error(self, rpc_error: Any) -> ClientError:
-        """Return the error for the status of a failed call."""
-        code, details = rpc_error.code(), rpc_error.details() or "no details"
-        error: ClientError
-        match code:
-            case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.RESOURCE_EXHAUSTED:
-                error = _InvalidArgumentError(details)
-            case grpc.StatusCode.NOT_FOUND:
-                error = ModelNotFound(f"{self._target} does not have the model or version: {details}")
-            case grpc.StatusCode.FAILED_PRECONDITION:
-                error = RequestRejected(
-                    f"{self._target} rejected the request: {details}; the model needs the signature "
-                    f"{FILES_SIGNATURE}, from encoded images to {', '.join(OUTPUTS)}"
-                )
-            case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
-                error = RequestRejected(
-                    f"{self._target} denied access ({details}); pass a channel with valid credentials"
-                )
-            case grpc.StatusCode.DEADLINE_EXCEEDED:
-                error = RequestTimedOut(
-                    f"no response from {self._target} within {self._timeout_s:g} s; allow more time with timeout_s "
-                    "(--timeout), or send fewer images per request with batch_size (--batch-size)"
-                )
-            case grpc.StatusCode.UNAVAILABLE if _NO_CONNECTION.search(details):
-                error = ConnectionFailed(
-                    f"cannot connect to {self._target} ({details}); check that it is the gRPC port of a running server"
-                )
-            case grpc.StatusCode.UNAVAILABLE:
-                error = ServerBusy(f"{self._target} is not ready: {details}")
-            case grpc.StatusCode.UNIMPLEMENTED:
-                error = UnexpectedResponse(f"the server at {self._target} is not a TensorFlow Serving: {details}")
-            case _:
-                error = ServerFailed(f"{self._target} failed: {code.name}, {details}")
-        error.__cause__ = rpc_error
-        return error
-
-
-class _InvalidArgumentError(ClientError):
-    """The server rejects the content of a request: one of the images, or their number."""
 
 
 def _open_channel(target: str | None) -> grpc.Channel:

@@ -119,6 +119,23 @@ def test_batches_are_sent_concurrently_and_yielded_in_order(service: Service) ->
     assert [outcome.label for outcome in outcomes if isinstance(outcome, Prediction)] == [*COLOURS, "red", "green"]
 
 
+def test_predict_iter_yields_before_all_images_are_read(service: Service) -> None:
+    given: list[str] = []
+
+    def read_endlessly() -> Iterator[bytes]:
+        while True:
+            given.append(COLOURS[len(given) % 3])
+            yield png_of(given[-1])
+
+    async def run() -> list[str]:
+        client = AsyncClient(service.url, batch_size=4)
+        async with client, contextlib.aclosing(client.predict_iter(read_endlessly())) as outcomes:
+            return [(await anext(outcomes)).label for _ in range(10)]
+
+    assert asyncio.run(run()) == given[:10]
+    assert len(given) <= 25  # three more batches, and the image that ended the last one
+
+
 def test_images_are_read_and_encoded_in_other_threads(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = client.images._encode_png
     threads: list[threading.Thread] = []
