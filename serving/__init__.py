@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from image_formats import __version__
+
 if TYPE_CHECKING:
     from serving.api.app import create_app
     from serving.errors import StartupError
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Server", "Settings", "StartupError", "__version__", "create_app", "serve"]
 
-__version__ = "0.1.0"
 
 _MODULES = {
     "Server": "serving.server_process",

@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from client import find_images, images, options
-from serving import model_config
+from serving.inference import model_config
 from serving.settings import Settings
-from training.datasets import image_folder
+from training.data import image_folder
 
 
 def test_client_skips_the_system_files_that_training_skips(tmp_path: Path) -> None:
