@@ -22,8 +22,8 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from training.datasets import Dataset, Split, load_dataset
-from training.input_pipeline import split_validation
+from training.data import Dataset, Split, load_dataset
+from training.data.input_pipeline import split_validation
 
 BATCH_SIZE = 128
 

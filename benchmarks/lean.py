@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from serving.predictor import SavedModelPredictor
 from training.config import TrainingConfig
-from training.export import publish_model, with_softmax
+from training.exporter.saved_model import publish_model, with_softmax
 from training.models import build_model, fold_model
 
 SHAPE, CLASSES = (32, 32, 3), tuple("abcdefghij")

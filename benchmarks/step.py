@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from training.config import VARIANTS, TrainingConfig
 from training.models import build_model
-from training.train import make_loss, make_optimizer
+from training.trainer import make_loss, make_optimizer
 
 
 @click.command()

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from training.run import RunFolder
+from training.run_dir import RunDir
 
 ONEDNN = {"TF_ENABLE_ONEDNN_OPTS": "1"}
 ARTICLE_EPOCHS = 10
@@ -48,7 +48,7 @@ def run_ours(options: Sequence[str], data: Sequence[str], seed: int) -> Figures:
         train = ["train", *data, *options, "--seed", str(seed), "--run", str(run), "--no-export"]
         for command in (train, ["evaluate", "--mirror", str(run)]):
             subprocess.run([sys.executable, "-m", "training", *command], stdout=sys.stderr, check=True)
-        folder = RunFolder.open(run)
+        folder = RunDir.open(run)
         epochs, judged = folder.read_history(), folder.read_evaluation()
     seconds = [epoch.seconds for epoch in epochs]
     return {

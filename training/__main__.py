@@ -24,9 +24,9 @@ from training.shell_command import format_command
 from training.storage import is_full
 
 if TYPE_CHECKING:
-    from training.datasets import Dataset
-    from training.evaluation import Evaluation
-    from training.run import RunFolder
+    from training.data import Dataset
+    from training.evaluation.metrics import Evaluation
+    from training.run_dir import RunDir
 
 # TensorFlow takes seconds to import: the commands import what needs it once their arguments are known to be good.
 
@@ -173,7 +173,7 @@ def train(
 ) -> None:
     """Train a model, evaluate its best checkpoint on the test set, write a report, export it."""
     from training.preflight import check_free_space, check_memory, check_model_name, check_models_folder
-    from training.run import RunFolder
+    from training.run_dir import RunDir
 
     if export and name is not None:
         check_model_name(name)
@@ -185,7 +185,7 @@ def train(
         }
         if fixed := [f"--{parameter.replace('_', '-')}" for parameter in given if parameter not in ("data", "epochs")]:
             raise click.UsageError(f"--resume continues a run as it was begun: leave out {', '.join(fixed)}")
-        run = RunFolder.open(resume)
+        run = RunDir.open(resume)
         config = dataclasses.replace(run.read_config(), **given)
     else:
         run = None
@@ -202,13 +202,13 @@ def train(
     run_folder = run.path if run else run_path or Path("runs")
     check_free_space(config, dataset, run_folder=run_folder, models_dir=models_dir if export else None)
     if run is None and run_path is not None:
-        run = RunFolder.create(run_path, config)
+        run = RunDir.create(run_path, config)
     elif run is None:
         # Two runs may begin in one second.
         stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-        run = RunFolder.create_numbered(Path("runs") / f"{stamp}-{dataset.name}-{config.variant}-{config.loop}", config)
+        run = RunDir.create_numbered(Path("runs") / f"{stamp}-{dataset.name}-{config.variant}-{config.loop}", config)
     try:
-        from training.train import train_and_evaluate
+        from training.trainer import train_and_evaluate
 
         evaluation = train_and_evaluate(run, dataset, config=config)
     except BaseException:
@@ -231,12 +231,12 @@ def train(
 @click.option("--mirror", is_flag=True, help="Evaluate the mean of each image and its mirror image too.")
 def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
     """Evaluate the best checkpoint of a past RUN on its test set again, and write its report."""
-    from training.run import RunFolder
+    from training.run_dir import RunDir
 
-    run = RunFolder.open(run_path)
+    run = RunDir.open(run_path)
     config = run.read_config()
     dataset = _load_dataset(dataclasses.replace(config, data=data or config.data))
-    from training.train import evaluate_run
+    from training.trainer import evaluate_run
 
     views = evaluate_run(run, dataset, mirror=mirror)
     _show_evaluation(run, views["test"])
@@ -252,9 +252,9 @@ def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
 )
 def export(run_path: Path, *, models_dir: Path, name: str | None, mirror: bool) -> None:
     """Export the best checkpoint of a past RUN as the next version of a model."""
-    from training.run import RunFolder
+    from training.run_dir import RunDir
 
-    _export(RunFolder.open(run_path), models_dir=models_dir, name=name, mirror=mirror)
+    _export(RunDir.open(run_path), models_dir=models_dir, name=name, mirror=mirror)
 
 
 @main.command()
@@ -269,7 +269,7 @@ def export(run_path: Path, *, models_dir: Path, name: str | None, mirror: bool) 
 @click.option("--per-class", type=click.IntRange(1), default=1, show_default=True, help="Pictures of each class.")
 def samples(folder: Path, *, per_class: int, **config_values: Any) -> None:
     """Write some test images of a dataset into FOLDER, as PNG files named by their class."""
-    from training.datasets.samples import write_samples
+    from training.data.samples import write_samples
 
     paths = write_samples(_load_dataset(TrainingConfig(**config_values)), folder, per_class=per_class)
     click.echo(f"wrote {len(paths)} pictures into {folder}")
@@ -277,17 +277,17 @@ def samples(folder: Path, *, per_class: int, **config_values: Any) -> None:
 
 def _load_dataset(config: TrainingConfig) -> Dataset:
     # Before TensorFlow is imported and before a run folder is made: missing data is told at once and costs nothing.
-    from training.datasets import load_dataset
+    from training.data import load_dataset
 
     return load_dataset(config.dataset, data=config.data, image_size=config.image_size, seed=config.seed)
 
 
-def _show_evaluation(run: RunFolder, result: Evaluation) -> None:
+def _show_evaluation(run: RunDir, result: Evaluation) -> None:
     click.echo(f"test accuracy  {result.accuracy:.2%} of {result.count:,} images, loss {result.loss:.4f}")
     click.echo(f"report         {run.path / 'report.md'}")
 
 
-def _show_what_is_kept(run: RunFolder) -> None:
+def _show_what_is_kept(run: RunDir) -> None:
     from training.checkpoints import read_best_state
 
     try:
@@ -305,8 +305,8 @@ def _show_what_is_kept(run: RunFolder) -> None:
     )
 
 
-def _export(run: RunFolder, *, models_dir: Path, name: str | None, mirror: bool = False) -> None:
-    from training.export import export_run
+def _export(run: RunDir, *, models_dir: Path, name: str | None, mirror: bool = False) -> None:
+    from training.exporter.saved_model import export_run
 
     click.echo(f"exported       {export_run(run, models_dir=models_dir, name=name, mirror=mirror)}")
 

@@ -29,7 +29,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from training.epochs import EpochResult
+from training.callbacks import EpochResult
 from training.errors import RunError
 from training.storage import make_folder, sync, write_file
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from training.config import TrainingConfig
-from training.datasets import Dataset
+from training.data import Dataset
 from training.errors import ExportError, StorageFullError
 from training.memory import checkpoint_bytes, export_bytes, format_bytes, network_bytes, require_memory
 

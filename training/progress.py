@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from training.epochs import EpochResult
+from training.callbacks import EpochResult
 
 
 class ProgressDisplay:

@@ -16,9 +16,9 @@ from serving.errors import InvalidRequest
 from serving.image_header import ImageLimits
 from serving.images import read_image as read_upload
 from tests.serving.image_files import chunk, encode, segment
-from training.datasets.image_file import read_image as read_training_image
+from training.data.image_file import read_image as read_training_image
 from training.errors import DatasetError
-from training.image_decoding import decode_images
+from training.exporter.image_decoding import decode_images
 
 SIDE = 64
 LIMITS = ImageLimits(max_pixels=1_000_000, max_side=10_000)

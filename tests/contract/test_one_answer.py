@@ -19,8 +19,8 @@ from PIL import Image
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from client import Client, GrpcClient
-from training.datasets.image_file import read_image
-from training.datasets.shapes import draw_shapes
+from training.data.image_file import read_image
+from training.data.shapes import draw_shapes
 
 # Beside float32's rounding: batches of different sizes add in different orders.
 SAME = 1e-5

@@ -16,7 +16,7 @@ from serving.checksums import SUMS_FILE
 from serving.local import LocalRepository
 from serving.model_config import ModelsFolder
 from tests.serving.test_local import publish, states, wait_until
-from training.checksums import write_checksums
+from training.exporter.checksums import write_checksums
 
 IMAGE = {"images": np.zeros((1, 32, 32, 3), np.uint8)}
 FILES = (

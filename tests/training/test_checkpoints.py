@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from training.callbacks import EpochResult
 from training.checkpoints import Checkpoints, TrainingState, read_best_state, restore_best
 from training.config import VARIANTS
-from training.epochs import EpochResult
 from training.errors import RunError
 from training.models import build_model
 

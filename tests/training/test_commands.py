@@ -131,7 +131,8 @@ def test_other_data_is_refused_even_if_dataset_json_is_lost(run, pictures, tmp_p
 def test_what_cannot_be_checked_is_told_of_a_run_of_an_earlier_version(run, monkeypatch, caplog):
     (run / "dataset.json").unlink()
     monkeypatch.setattr(
-        "training.train.read_best_state", lambda folder: dataclasses.replace(read_best_state(folder), content_hash=None)
+        "training.trainer.read_best_state",
+        lambda folder: dataclasses.replace(read_best_state(folder), content_hash=None),
     )
     assert call("evaluate", run) == 0
     assert "dataset.json is lost: it cannot be checked that" in caplog.text
@@ -193,7 +194,9 @@ def test_class_names_that_are_not_utf_8_are_told_before_anything_is_written(pict
 
 
 def test_a_failed_export_tells_how_to_export_again(run, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("training.export._prove", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        "training.exporter.saved_model._prove", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     models = tmp_path / "my models"
     assert call("train", "--resume", run, "--models-dir", models, "--name", "pets") == 4
     error = capfd.readouterr().err
@@ -216,7 +219,7 @@ def test_a_failed_export_tells_how_to_export_again(run, tmp_path, capfd, monkeyp
 )
 def test_every_error_ends_with_a_message_and_a_documented_exit_code(monkeypatch, tmp_path, capfd, error, code, message):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("training.run.RunFolder.open", lambda _: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("training.run_dir.RunDir.open", lambda _: (_ for _ in ()).throw(error))
     assert call("export", tmp_path) == code
     told = capfd.readouterr().err
     assert message in told

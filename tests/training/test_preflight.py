@@ -11,13 +11,13 @@ from PIL import Image
 
 from training import memory, preflight
 from training.config import TrainingConfig
-from training.datasets import Dataset, Split, image_reading
-from training.datasets.image_folder import load_image_folder
+from training.data import Dataset, Split, image_reading
+from training.data.image_folder import load_image_folder
 from training.errors import DatasetError, ExportError, MemoryTooSmallError, StorageFullError
 from training.memory import available_bytes, checkpoint_bytes
 from training.models import build_model
 from training.preflight import check_free_space, check_memory, check_model_name, check_models_folder
-from training.train import make_optimizer
+from training.trainer import make_optimizer
 
 
 def dataset(count=20, height=32, width=32):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import keras
 import tensorflow as tf
 
-from training.epochs import EpochResult, Monitor, check_finite
+from training.callbacks import EpochResult, Monitor, check_finite
 
 
 class _Means:

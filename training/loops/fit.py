@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from training.epochs import EpochResult, Monitor, check_finite
+from training.callbacks import EpochResult, Monitor, check_finite
 
 
 class _MonitorCallback(keras.callbacks.Callback):

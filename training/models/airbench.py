@@ -2,7 +2,7 @@
 
 Keller Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv 2404.00498): a first layer that whitens
 patches and is not trained (section 3.2), filters that begin as the identity (section 3.3), batch normalisation without
-a scale, and a scaled head. What trains it is in `training/muon.py`.
+a scale, and a scaled head. What trains it is in `training/optimizers/muon.py`.
 
 How many convolutions a block has is the preset's business. That channels are multiples of 16 is the CPU's: the width of
 its widest vectors.
@@ -18,7 +18,7 @@ import tensorflow as tf
 from keras import layers
 
 from training.config import Block
-from training.models import small_maps
+from training.models import bf16_conv
 
 PATCH = 2  # pixels on each side of what the first layer looks at
 DIRECTIONS = 8  # in which such patches of 12 numbers vary the most
@@ -141,8 +141,8 @@ class Conv(layers.Layer):
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Return the features."""
-        if self.padding == "SAME" and small_maps.is_for(inputs):
-            return small_maps.convolve(inputs, tf.convert_to_tensor(self.kernel))
+        if self.padding == "SAME" and bf16_conv.is_for(inputs):
+            return bf16_conv.convolve(inputs, tf.convert_to_tensor(self.kernel))
         return tf.nn.conv2d(inputs, self.kernel, 1, self.padding)
 
     def get_config(self) -> dict[str, Any]:

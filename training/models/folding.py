@@ -2,7 +2,7 @@
 
 Each function here takes a model's weights out of it and returns the same mathematics without what only training
 needs: rescaling is multiplied into the first convolution, the temperature into the last layer, and no variable is
-read. `training/export.py` asserts that the answers are the model's own.
+read. `training/exporter/saved_model.py` asserts that the answers are the model's own.
 """
 
 from __future__ import annotations

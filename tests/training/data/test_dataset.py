@@ -1,0 +1,96 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training.data import Dataset, Split, load_dataset
+from training.errors import DatasetError
+
+
+def split(count=6, *, height=4, width=5, classes=3):
+    images = np.arange(count * height * width * 3).astype(np.uint8).reshape(count, height, width, 3)
+    return Split(images, np.arange(count) % classes)
+
+
+def dataset(**changes):
+    return dataclasses.replace(Dataset("pets", "here", ("ant", "bee", "cat"), split(), split(3)), **changes)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (np.zeros((6, 4, 5, 3), np.float32), np.zeros(6, np.int64)),
+        (np.zeros((6, 4, 5), np.uint8), np.zeros(6, np.int64)),
+        (np.zeros((6, 4, 5, 4), np.uint8), np.zeros(6, np.int64)),
+        (np.zeros((6, 4, 5, 3), np.uint8), np.zeros(5, np.int64)),
+        (np.zeros((6, 4, 5, 3), np.uint8), np.zeros((6, 1), np.int64)),
+        (np.zeros((6, 4, 5, 3), np.uint8), np.zeros(6, np.uint8)),
+    ],
+)
+def test_a_split_is_checked(images, labels):
+    with pytest.raises(ValueError, match=r"^(images|labels) must be"):
+        Split(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test": split(height=5)}, "of one"),
+        ({"test": split(classes=4)}, "from 0 to 2"),
+        ({"train": Split(split().images, np.full(6, -1))}, "from 0 to 2"),
+        ({"class_names": ("ant", "bee", "bee")}, "must differ"),
+    ],
+)
+def test_a_dataset_is_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataset(**changes)
+
+
+def test_the_content_hash_knows_pixels_labels_names_and_splits_but_not_the_place():
+    reference = dataset()
+    assert dataset(name="other", source="there").content_hash == reference.content_hash
+    pixel = split()
+    pixel.images[5, 3, 4, 2] ^= 1
+    label = split()
+    label.labels[0] = 2
+    others = [
+        dataset(train=pixel),
+        dataset(test=label),
+        dataset(class_names=("ant", "bee", "dog")),
+        dataset(train=reference.test, test=reference.train),
+    ]
+    hashes = {reference.content_hash, *(other.content_hash for other in others)}
+    assert len(hashes) == 5
+    assert all(len(bytes.fromhex(digest)) == 32 for digest in hashes)
+
+
+def test_an_unknown_name_loads_nothing():
+    with pytest.raises(ValueError, match="cifar100"):
+        load_dataset("cifar100", data=None, image_size=None, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("folder", {}, "--data FOLDER"),
+        ("shapes", {"data": Path("pictures")}, "--data pictures cannot be used with --dataset shapes"),
+        ("shapes", {"image_size": (32, 32)}, "--image-size is for --dataset folder"),
+        ("cifar10", {"image_size": (48, 48)}, "--image-size is for --dataset folder"),
+    ],
+)
+def test_what_a_dataset_has_no_use_for_is_refused(name, options, message):
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(name, **{"data": None, "image_size": None, "seed": 0, **options})
+
+
+def test_no_dataset_needs_tensorflow():
+    """Missing data is told at once, before TensorFlow's seconds of loading."""
+    code = (
+        "import sys, training.data, training.data.samples; "
+        "print({'tensorflow', 'keras'} & {name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

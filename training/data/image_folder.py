@@ -1,0 +1,273 @@
+"""Any folder of images sorted by class: `train/<class>/*` and `test/<class>/*`, or one level of `<class>/*`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from image_formats.content import EXPECTED
+from training.data.dataset import Dataset, Split
+from training.data.file_kind import describe_file
+from training.data.image_file import is_image_file
+from training.data.image_reading import DEFAULT_SIZE, read_images
+from training.errors import DatasetError
+
+TEST_FRACTION = 0.1  # of a folder without a test split
+LAYOUTS = "train/<class>/* and test/<class>/*, or <class>/*"
+# The names of the folders of a split, in small or capital letters.
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("val", "valid", "validation"),
+}
+# What file managers, disks and file systems leave behind, hidden files apart.
+_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir", "lost+found")
+_SHOWN_AT_MOST = 5
+_SAMPLED_AT_MOST = 1_000  # files that are opened to tell what a folder is
+
+logger = logging.getLogger(__name__)
+
+
+def find_image_folders(folder: Path) -> list[Path]:
+    """Return `folder` if it holds images by class, in either layout; else those folders right in it that do.
+
+    A layout is known by the folders `train/<class>/`, or by a folder with image files in it, which are known by their
+    content. Several folders with images further down are classes, as for Keras; a single one is looked into.
+
+    Raises:
+        DatasetError: the folder is missing or cannot be listed.
+    """
+    if _is_image_folder(folder):
+        return [folder]
+    subfolders = _subfolders(folder)
+    holders = [path for path in subfolders if any(map(is_image_file, _sample(path)))]
+    if len(holders) > 1 and not any(map(_has_splits, subfolders)):
+        return [folder]
+    return [path for path in subfolders if _is_image_folder(path)]
+
+
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """Return the class names of a folder found by `find_image_folders`, sorted.
+
+    Raises:
+        DatasetError: there are fewer than two, or one is not UTF-8.
+    """
+    by_class = _find_splits(folder)["train"][0] if _has_splits(folder) else folder
+    names = tuple(path.name for path in _subfolders(by_class))
+    for name in names:
+        if not _is_text(name):
+            raise DatasetError(
+                f"{_shown(by_class / name)} cannot be a class: its name is not UTF-8, as labels are. Rename the folder"
+            )
+    if names and all(any(name.lower() in known for known in _SPLITS.values()) for name in names):
+        raise DatasetError(
+            f"{by_class} has images right in {'/ and '.join(names)}/: put them into a folder for each class, {LAYOUTS}"
+        )
+    if len(names) < 2:
+        raise DatasetError(
+            f"{by_class} has {'one class folder' if names else 'no class folders'}; at least 2 are needed"
+        )
+    return names
+
+
+def load_image_folder(
+    folder: Path,
+    *,
+    image_size: tuple[int, int] | None,
+    seed: int,
+    default_size: tuple[int, int] | None = DEFAULT_SIZE,
+) -> Dataset:
+    """Load every image of a folder.
+
+    Every file in a class's folder, and in the folders below it, has to be an image. Only what file managers and file
+    systems leave behind is skipped: files and folders whose names begin with a dot (`.DS_Store`, `._cat.jpg`), or are
+    known as such (`Thumbs.db`, `__MACOSX`, `@eaDir`, `lost+found`). Files beside the class folders belong to no class
+    and are ignored. Without a test folder, that of the validation images is used for testing; without either, a tenth
+    of each class is set aside.
+
+    Args:
+        folder: `train/<class>/*` and `test/<class>/*`, or `<class>/*`, or a folder that holds just one such folder.
+        image_size: (height, width) to resize to, antialiased bilinear; `None` keeps small images that are alike.
+        seed: which images are set aside where there is no test folder.
+        default_size: (height, width) that images are resized to that are large or not alike; see `read_images`.
+
+    Raises:
+        DatasetError: no such folder, a damaged file, an empty class, a class missing in `test/`, or too few images in
+            a class. The message names the file or class.
+    """
+    if folder.is_file():
+        raise DatasetError(f"{folder} {describe_file(folder)}")
+    found = find_image_folders(folder)
+    if not found:
+        raise DatasetError(f"{folder} is no image folder, and holds none: {_explain_no_images(folder)}")
+    if len(found) > 1:
+        raise DatasetError(f"{folder} holds {len(found)} image folders, {_listed(found)}: name one of them")
+    if _has_splits(found[0]):
+        return _load_splits(found[0], image_size, default_size)
+    return _load_and_split(found[0], image_size, default_size, seed)
+
+
+def _explain_no_images(folder: Path) -> str:
+    """Say why `find_image_folders` found nothing, as the end of a sentence."""
+    if any(map(is_image_file, _list(folder))):
+        return f"its images are right in it; put them into a folder for each class, {LAYOUTS}"
+    types = Counter(
+        path.suffix.lower() or "without a suffix" for subfolder in _subfolders(folder) for path in _sample(subfolder)
+    )
+    if not types:
+        return f"expected {LAYOUTS}"
+    listed = _listed([f"{name} ({count:,})" for name, count in types.most_common()])
+    return f"the files in its folders are of types that cannot be read, {listed}; {EXPECTED}"
+
+
+def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size: tuple[int, int] | None) -> Dataset:
+    class_names = read_class_names(folder)
+    splits = _find_splits(folder)
+    for paths in splits.values():
+        if len(paths) > 1:
+            raise DatasetError(f"{folder} has {_listed([f'{path.name}/' for path in paths])} for one use: keep one")
+    (train_folder,) = splits["train"]
+    if not (tests := splits["test"] or splits["validation"]):
+        raise DatasetError(
+            f"{folder} has {train_folder.name}/ but no test/: make one with the same classes, or name "
+            f"{shlex.quote(str(train_folder))} itself, and a tenth of it is set aside for testing"
+        )
+    (test_folder,) = tests
+    if not splits["test"]:
+        logger.info("%s has no test/, so the images of %s/ are the test images", folder, test_folder.name)
+    read = (train_folder.name, test_folder.name)
+    if others := [path.name for path in _subfolders(folder) if path.name not in read]:
+        logger.warning(
+            "only %s/ and %s/ are read of %s, not %s; the images for validation are set aside from %s/",
+            *read,
+            folder,
+            _listed(others),
+            train_folder.name,
+        )
+    test_classes = [path.name for path in _subfolders(test_folder)]
+    if not test_classes and any(map(is_image_file, _list(test_folder))):
+        raise DatasetError(
+            f"the images of {test_folder} are right in it, so their classes are not known: put them into a folder for "
+            "each class, or move the folder away, and a tenth of the training images is set aside for testing"
+        )
+    if missing := [name for name in class_names if name not in test_classes]:
+        raise DatasetError(f"{test_folder} lacks the {_classes(missing)} that {train_folder} has")
+    if unknown := [name for name in test_classes if name not in class_names]:
+        raise DatasetError(f"{test_folder} has the {_classes(unknown)} that {train_folder} does not have")
+    paths, labels = _list_classes(train_folder, class_names, at_least=2, needed_for="to train and validate")
+    test_paths, test_labels = _list_classes(test_folder, class_names, at_least=1, needed_for="to test")
+    images = read_images([*paths, *test_paths], image_size=image_size, folder=folder, default_size=default_size)
+    train, test = Split(images[: len(paths)], labels), Split(images[len(paths) :], test_labels)
+    return Dataset(folder.resolve().name, _shown(folder), class_names, train, test)
+
+
+def _load_and_split(
+    folder: Path, image_size: tuple[int, int] | None, default_size: tuple[int, int] | None, seed: int
+) -> Dataset:
+    class_names = read_class_names(folder)
+    paths, labels = _list_classes(folder, class_names, at_least=3, needed_for="to train, validate and test")
+    images = read_images(paths, image_size=image_size, folder=folder, default_size=default_size)
+    rng = np.random.default_rng(seed)
+    is_test = np.zeros(len(labels), bool)
+    for class_id in range(len(class_names)):
+        members = np.flatnonzero(labels == class_id)
+        is_test[rng.choice(members, max(1, round(TEST_FRACTION * len(members))), replace=False)] = True
+    source = f"{_shown(folder)} (a tenth set aside for testing, seed {seed})"
+    train, test = Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test])
+    return Dataset(folder.resolve().name, source, class_names, train, test)
+
+
+def _list_classes(
+    folder: Path, class_names: Sequence[str], *, at_least: int, needed_for: str
+) -> tuple[list[Path], np.ndarray]:
+    """Return the files of all classes, by class and then by name, and their labels."""
+    files = {name: list(_walk(folder / name)) for name in class_names}
+    if empty := [name for name in class_names if not files[name]]:
+        raise DatasetError(f"{folder} has no images in the {_classes(empty)}")
+    for name in class_names:
+        if other := [path for path in files[name] if not path.is_file()]:
+            raise DatasetError(f"{other[0]} is no regular file; the folder of a class holds images and nothing else")
+        if len(files[name]) < at_least:
+            raise DatasetError(
+                f"{folder} has too few images in the class {name!r}: {len(files[name])}, and at least {at_least} are "
+                f"needed, {needed_for}"
+            )
+    if any(path.parent.name != name for name in class_names for path in files[name]):
+        logger.info("the classes of %s are %s; the folders below them belong to them", folder, _listed(class_names))
+    labels = np.repeat(np.arange(len(class_names), dtype=np.int64), [len(files[name]) for name in class_names])
+    return [path for name in class_names for path in files[name]], labels
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of a file name that are not UTF-8 become surrogates
+        return False
+    return True
+
+
+def _shown(path: Path) -> str:
+    """Return a path as text, with escapes for what is not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _is_image_folder(folder: Path) -> bool:
+    return _has_splits(folder) or any(
+        is_image_file(path) for subfolder in _subfolders(folder) for path in _list(subfolder)
+    )
+
+
+def _find_splits(folder: Path) -> dict[str, list[Path]]:
+    """Return the folders for training, testing and validation, by the names that they usually have."""
+    subfolders = _subfolders(folder)
+    return {split: [path for path in subfolders if path.name.lower() in names] for split, names in _SPLITS.items()}
+
+
+def _has_splits(folder: Path) -> bool:
+    # A class may be called "train": then there are images in it and no folders.
+    return any(_subfolders(path) for path in _find_splits(folder)["train"])
+
+
+def _sample(folder: Path) -> Iterator[Path]:
+    """Yield what `_walk` does, up to a limit: to tell what is in a folder that may be a whole disk."""
+    return itertools.islice(_walk(folder), _SAMPLED_AT_MOST)
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """Yield what is in a folder and in the folders below it, by name; a link back to a folder above leads nowhere."""
+    status = folder.stat()
+    above = (*above, (status.st_dev, status.st_ino))
+    for path in _list(folder):
+        if not path.is_dir():
+            yield path
+        elif (path.stat().st_dev, path.stat().st_ino) not in above:
+            yield from _walk(path, above)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in _list(folder) if path.is_dir()]
+
+
+def _list(folder: Path) -> list[Path]:
+    """Return what a folder holds, by name, without what file managers leave behind."""
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be read as a folder: {error.strerror}") from error
+    return [path for path in paths if not path.name.startswith(".") and path.name.lower() not in _LITTER]
+
+
+def _classes(names: Sequence[str]) -> str:
+    return f"{'class' if len(names) == 1 else 'classes'} {_listed([repr(name) for name in names])}"
+
+
+def _listed(items: Sequence[object]) -> str:
+    more = f" and {len(items) - _SHOWN_AT_MOST} more" if len(items) > _SHOWN_AT_MOST else ""
+    return ", ".join(str(item) for item in items[:_SHOWN_AT_MOST]) + more
