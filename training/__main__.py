@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, PRESETS, VARIANTS, TrainingConfig
+from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, VARIANTS, TrainingConfig
 from training.errors import RunError, StorageFullError, TrainingError
+from training.models.presets import PRESETS
 from training.shell_command import format_command
 from training.storage import is_full
 
 if TYPE_CHECKING:
     from training.data import Dataset
-    from training.evaluation.metrics import Evaluation
     from training.run_dir import RunDir
+    from training.trainer import BestModel, TrainingResult
 
 # TensorFlow takes seconds to import: the commands import what needs it once their arguments are known to be good.
 
@@ -195,7 +196,7 @@ def train(
             raise click.UsageError(str(error)) from error
     dataset = _load_dataset(config)
     if export:
-        exported_name = name or (run and run.read_exported_name()) or dataset.name
+        exported_name = name or (run.read_dataset().name if run and run.has_dataset() else dataset.name)
         check_model_name(exported_name)
         check_models_folder(models_dir, exported_name)
     check_memory(config, dataset)
@@ -210,15 +211,15 @@ def train(
     try:
         from training.trainer import train_and_evaluate
 
-        evaluation = train_and_evaluate(run, dataset, config=config)
+        result = train_and_evaluate(run, dataset, config=config)
     except BaseException:
         _show_what_is_kept(run)
         raise
-    _show_evaluation(run, evaluation)
+    _show_evaluation(result)
     if not export:
         return
     try:
-        _export(run, models_dir=models_dir, name=name)
+        _export(run, models_dir=models_dir, name=name, best=result.best)
     except BaseException:
         again = format_command("export", run.path, "--models-dir", models_dir, *(["--name", name] if name else []))
         click.echo(f"{run.path} is trained and evaluated, but not exported. Export it:  {again}", err=True)
@@ -238,10 +239,10 @@ def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
     dataset = _load_dataset(dataclasses.replace(config, data=data or config.data))
     from training.trainer import evaluate_run
 
-    views = evaluate_run(run, dataset, mirror=mirror)
-    _show_evaluation(run, views["test"])
-    if mirror:
-        click.echo(f"mirror         {views['mirror'].accuracy:.2%}, averaged with the mirror images")
+    result = evaluate_run(run, dataset, mirror=mirror)
+    _show_evaluation(result)
+    if result.mirrored:
+        click.echo(f"mirror         {result.mirrored.accuracy:.2%}, with horizontal-flip test-time augmentation")
 
 
 @main.command()
@@ -282,9 +283,10 @@ def _load_dataset(config: TrainingConfig) -> Dataset:
     return load_dataset(config.dataset, data=config.data, image_size=config.image_size, seed=config.seed)
 
 
-def _show_evaluation(run: RunDir, result: Evaluation) -> None:
-    click.echo(f"test accuracy  {result.accuracy:.2%} of {result.count:,} images, loss {result.loss:.4f}")
-    click.echo(f"report         {run.path / 'report.md'}")
+def _show_evaluation(result: TrainingResult) -> None:
+    test = result.evaluation
+    click.echo(f"test accuracy  {test.accuracy:.2%} of {test.count:,} images, loss {test.loss:.4f}")
+    click.echo(f"report         {result.run.path / 'report.md'}")
 
 
 def _show_what_is_kept(run: RunDir) -> None:
@@ -305,10 +307,12 @@ def _show_what_is_kept(run: RunDir) -> None:
     )
 
 
-def _export(run: RunDir, *, models_dir: Path, name: str | None, mirror: bool = False) -> None:
-    from training.exporter.saved_model import export_run
+def _export(
+    run: RunDir, *, models_dir: Path, name: str | None, mirror: bool = False, best: BestModel | None = None
+) -> None:
+    from training.exporter.publish import export_run
 
-    click.echo(f"exported       {export_run(run, models_dir=models_dir, name=name, mirror=mirror)}")
+    click.echo(f"exported       {export_run(run, models_dir=models_dir, name=name, mirror=mirror, best=best)}")
 
 
 def _interrupt(*_: object) -> None:

@@ -29,8 +29,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from training.callbacks import EpochResult
 from training.errors import RunError
+from training.history import EpochResult
 from training.storage import make_folder, sync, write_file
 
 _INDEX, _DATA = ".index", ".data-00000-of-00001"

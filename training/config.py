@@ -4,85 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from training.models.recipes import RECIPES, Recipe
 
 DATASETS = ("cifar10", "shapes", "folder")
-VARIANTS = ("sequential", "subclass", "airbench")
+VARIANTS = tuple(RECIPES)
 LOOPS = ("fit", "custom")
 CONV_ACTIVATIONS = ("relu", "linear")
 DTYPES = ("float32", "mixed_bfloat16")
 # What may differ when a run is resumed. The data is known again by its content, and the rest is set from here on.
 CHANGEABLE = frozenset({"data", "epochs", "tensorboard"})
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to training images, besides mirroring each in every other epoch.
-
-    Attributes:
-        max_shift: how far an image is moved each way, in pixels.
-        cutout: the side of a square of each image that is painted over, in pixels; 0 for none.
-    """
-
-    max_shift: int
-    cutout: int = 0
-
-
-class Block(NamedTuple):
-    """One of the three blocks of an `airbench` network.
-
-    Attributes:
-        filters: of every convolution.
-        depth: how many convolutions there are.
-        padding: of the first, "SAME" or "VALID".
-    """
-
-    filters: int
-    depth: int
-    padding: str
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How large an `airbench` network is, and how it is trained.
-
-    Attributes:
-        blocks: of the network, in order.
-        epochs: of `TrainingConfig` by its dtype, where nothing else is asked for.
-        batch_size, learning_rate: of `TrainingConfig`, likewise.
-        augmentation: more of it for a network that could learn its training images by heart.
-    """
-
-    blocks: tuple[Block, Block, Block]
-    epochs: dict[str, int]
-    batch_size: int
-    learning_rate: float
-    augmentation: Augmentation
-
-
-# Chosen on the validation images: quick at its own size, best at half of its filters and a third of the images. The
-# epochs are those that fit into the time of the article's own ten, and into an hour: more where convolutions go faster.
-PRESETS = {
-    "quick": Preset(
-        # Of 32x32 pixels these make maps of 28, 14, 12, 6 and 3: little is computed where there are many pixels. Zeros
-        # around the maps of the first two blocks would add a third to the work, some of it for rows that the last
-        # halving drops.
-        blocks=(Block(32, 1, "VALID"), Block(64, 2, "VALID"), Block(128, 3, "SAME")),
-        epochs={"float32": 10, "mixed_bfloat16": 14},
-        batch_size=500,
-        learning_rate=0.12,
-        augmentation=Augmentation(max_shift=2),
-    ),
-    "best": Preset(
-        blocks=(Block(64, 2, "VALID"), Block(192, 2, "SAME"), Block(256, 2, "SAME")),
-        epochs={"float32": 33, "mixed_bfloat16": 48},
-        batch_size=500,
-        learning_rate=0.12,
-        augmentation=Augmentation(max_shift=4, cutout=8),
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +76,17 @@ class TrainingConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        if (self.variant == "airbench") != (self.preset in PRESETS):
+        if self.recipe.presets and self.preset not in self.recipe.presets:
             raise ValueError(
-                f"preset must be one of {', '.join(PRESETS)} for the variant airbench, and is for no other; "
-                f"got {self.preset!r} for {self.variant}"
+                f"preset must be one of {', '.join(self.recipe.presets)} for the variant {self.variant}; "
+                f"got {self.preset!r}"
             )
-        if self.variant != "airbench" and self.dtype != "float32":
-            raise ValueError(f"dtype must be float32 for the variant {self.variant}; got {self.dtype!r}")
+        if not self.recipe.presets and self.preset is not None:
+            raise ValueError(f"preset must be left out for the variant {self.variant}; got {self.preset!r}")
+        if self.dtype not in self.recipe.dtypes:
+            raise ValueError(
+                f"dtype must be {' or '.join(self.recipe.dtypes)} for the variant {self.variant}; got {self.dtype!r}"
+            )
         for name in ("epochs", "batch_size", "plateau_patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -160,22 +99,21 @@ class TrainingConfig:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and {2**31 - 1}; got {self.seed}")
 
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the variant."""
+        return RECIPES[self.variant]
+
     @classmethod
     def fill_in(cls, **given: Any) -> TrainingConfig:
-        """Return a config with these values; the others, and those that are None, are the preset's or the defaults.
-
-        airbench's dtype is by default what this machine's processor is fastest with.
+        """Return a config with the given values; missing ones and `None` become the defaults of variant and preset.
 
         Raises:
-            ValueError: as for the constructor.
+            ValueError: a value is out of range.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        if given.get("variant") == "airbench":
-            name = given.setdefault("preset", "quick")
-            dtype = given.setdefault("dtype", fastest_dtype())
-            if (preset := PRESETS.get(name)) and dtype in preset.epochs:
-                own = {"batch_size": preset.batch_size, "learning_rate": preset.learning_rate}
-                given = {"epochs": preset.epochs[dtype], **own, **given}
+        if recipe := RECIPES.get(given.get("variant", cls.variant)):
+            given = {**recipe.defaults(preset=given.get("preset"), dtype=given.get("dtype")), **given}
         return cls(**given)
 
     def to_json(self) -> str:
@@ -203,7 +141,7 @@ class TrainingConfig:
             values["image_size"] = tuple(values["image_size"])
         return cls(**values)
 
-    def changes_from(self, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    def changes_from(self, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return what differs from an earlier config of the same run that training cannot go on with.
 
         Args:
@@ -230,16 +168,3 @@ def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
         expected = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
     if not fits:
         raise ValueError(f"{field.name} must be {expected}; got {json.dumps(value)}")
-
-
-def fastest_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the one of `DTYPES` that this machine's processor trains convolutions the fastest with.
-
-    Processors with instructions for bfloat16 multiply it at twice the rate of float32 or more; others, at half of it.
-    """
-    try:
-        text = cpuinfo.read_text()
-    except OSError:  # not Linux
-        return "float32"
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return "mixed_bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags.split()) else "float32"

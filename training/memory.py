@@ -8,13 +8,10 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from training.config import PRESETS, Preset, TrainingConfig
+from training.config import TrainingConfig
 from training.errors import MemoryTooSmallError
 
 _FLOAT = 4
-# A weight, and what the optimizer keeps for it: Adam two values, Muon one.
-_SAVED_VALUES = {"sequential": 3, "subclass": 3, "airbench": 2}
-_WHITENING = (2, 16)  # the side of airbench's first filters, and how many there are
 
 
 def require_memory(needed_bytes: int, purpose: str, *, advice: str) -> None:
@@ -29,21 +26,21 @@ def require_memory(needed_bytes: int, purpose: str, *, advice: str) -> None:
 
 def network_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
     """Return about what training the config's network takes: weights with their optimizer, and a batch's features."""
-    weights, features = _count(config, input_shape, classes)
+    weights, features = config.recipe.size(config, input_shape, classes=classes)
     gradients = weights
-    return _FLOAT * (_SAVED_VALUES[config.variant] * weights + gradients + config.batch_size * features)
+    return _FLOAT * (config.recipe.values_per_weight * weights + gradients + config.batch_size * features)
 
 
 def checkpoint_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
     """Return about how large a checkpoint of the config's network is."""
-    weights, _ = _count(config, input_shape, classes)
-    return _FLOAT * _SAVED_VALUES[config.variant] * weights + 2**16
+    weights, _ = config.recipe.size(config, input_shape, classes=classes)
+    return _FLOAT * config.recipe.values_per_weight * weights + 2**16
 
 
 def export_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
     """Return about how large an export of the config's network is, warm-up requests included."""
     height, width, channels = input_shape
-    weights, _ = _count(config, input_shape, classes)
+    weights, _ = config.recipe.size(config, input_shape, classes=classes)
     return 2 * _FLOAT * weights + 150 * height * width * channels + 2**20
 
 
@@ -83,41 +80,3 @@ def _group_amounts(mount: Path, group: str, limit: str, usage: str) -> list[int]
             # The page cache is counted as used, and given back when memory runs short.
             amounts.append(left + int(statistics.get("inactive_file", 0)))
     return amounts
-
-
-def _count(config: TrainingConfig, input_shape: tuple[int, int, int], classes: int) -> tuple[int, int]:
-    """Return how many weights the config's network has, and how many features an image makes in it."""
-    if config.variant == "airbench":
-        return _count_airbench(PRESETS[config.preset or "quick"], input_shape, classes)
-    return _count_article(input_shape, classes)
-
-
-def _count_article(input_shape: tuple[int, int, int], classes: int) -> tuple[int, int]:
-    height, width, channels = input_shape
-    weights, features = 0, height * width * channels
-    for _ in range(3):
-        weights += (3 * 3 * channels + 1) * 64
-        height, width, channels = height - 2, width - 2, 64
-        features += 2 * height * width * channels  # before and after the activation
-        height, width = height // 2, width // 2
-        features += height * width * channels
-    flat = max(0, height) * max(0, width) * channels
-    return weights + (flat + 1) * 128 + 129 * classes, features
-
-
-def _count_airbench(preset: Preset, input_shape: tuple[int, int, int], classes: int) -> tuple[int, int]:
-    height, width, channels = input_shape
-    side, filters = _WHITENING
-    weights, features = side * side * channels * filters, height * width * channels
-    height, width, channels = height - 1, width - 1, filters
-    features += 2 * height * width * channels
-    for block in preset.blocks:
-        if block.padding == "VALID":
-            height, width = height - 2, width - 2
-        features += height * width * block.filters  # of the first convolution, which is then halved
-        height, width = height // 2, width // 2
-        for _ in range(block.depth):
-            weights += (9 * channels + 3) * block.filters
-            features += 3 * height * width * block.filters  # convolution, batch norm, activation
-            channels = block.filters
-    return weights + channels * classes, features

@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a line an epoch, and on a terminal a bar within it."""
+"""Progress of a run on standard error: a line per epoch and, on a terminal, a progress bar."""
 
 from __future__ import annotations
 
@@ -7,32 +7,30 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from training.callbacks import EpochResult
+from training.history import EpochResult
 
 
 class ProgressDisplay:
-    """Show a run's progress on standard error.
+    """Shows the progress of a run.
 
     Args:
-        epochs: epochs in all.
-        first_epoch: epochs already done.
-        steps_per_epoch: batches an epoch.
-        images_per_epoch: training images an epoch.
-        console: where to write; standard error by default. Bars are drawn on terminals only.
+        epochs: to train, counted from 1.
+        steps_per_epoch: batches of an epoch.
+        images_per_epoch: training images of an epoch.
+        console: standard error by default. The bar is drawn on terminals only.
     """
 
     def __init__(
         self,
         *,
-        epochs: int,
-        first_epoch: int,
+        epochs: range,
         steps_per_epoch: int,
         images_per_epoch: int,
         console: Console | None = None,
     ) -> None:
         self._console = console or Console(stderr=True, highlight=False)
-        self._epochs = epochs
-        self._epochs_to_do = epochs - first_epoch
+        self._last_epoch = epochs[-1]
+        self._steps_left = len(epochs) * steps_per_epoch
         self._steps = steps_per_epoch
         self._images = images_per_epoch
         self._done_steps = 0
@@ -56,12 +54,12 @@ class ProgressDisplay:
         self._bar.stop()
 
     def start_epoch(self, epoch: int) -> None:
-        """Begin the bar of `epoch`, counted from 1."""
+        """Start the bar of `epoch`, counted from 1."""
         self._epoch_started = time.perf_counter()
         if self._task is not None:
             self._bar.remove_task(self._task)
-        label = f"{epoch}/{self._epochs}"
-        self._task = self._bar.add_task("", total=self._steps, epoch=label, width=2 * len(str(self._epochs)) + 1)
+        label = f"{epoch}/{self._last_epoch}"
+        self._task = self._bar.add_task("", total=self._steps, epoch=label, width=2 * len(str(self._last_epoch)) + 1)
 
     def update(self, step: int, *, loss: float, accuracy: float) -> None:
         """Show that `step` batches of the epoch are done."""
@@ -69,9 +67,9 @@ class ProgressDisplay:
         self._done_steps += 1
         now = time.perf_counter()
         images_per_s = step / self._steps * self._images / (now - self._epoch_started)
-        steps_left = self._epochs_to_do * self._steps - self._done_steps
-        # The pace of the whole run so far, validation included, tells best when it will end.
-        left_s = steps_left * (now - self._run_started) / self._done_steps
+        self._steps_left -= 1
+        # Estimated from the whole run so far, validation included.
+        left_s = self._steps_left * (now - self._run_started) / self._done_steps
         self._bar.update(
             self._task,
             completed=step,
@@ -80,9 +78,9 @@ class ProgressDisplay:
         )
 
     def end_epoch(self, result: EpochResult, *, is_best: bool) -> None:
-        """Leave the line that stays: the epoch's figures, and whether it is the best so far."""
+        """Print the metrics of an epoch, and whether it is the best so far."""
         self._console.print(
-            f"epoch {result.epoch:>{len(str(self._epochs))}}/{self._epochs}  "
+            f"epoch {result.epoch:>{len(str(self._last_epoch))}}/{self._last_epoch}  "
             f"loss {result.loss:.4f}  accuracy {result.accuracy:.4f}  "
             f"val loss {result.val_loss:.4f}  val accuracy {result.val_accuracy:.4f}  "
             f"{result.images_per_s:,.0f} images/s  {_minutes(result.seconds)}{'  best' if is_best else ''}",

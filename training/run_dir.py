@@ -1,12 +1,12 @@
-"""A run folder: what a training run was asked, where it stands, and what came out.
+"""The directory of a run: its config, state and results.
 
 runs/<run>/
-    config.json       what was asked (`TrainingConfig`)
-    dataset.json      what it was trained on (`DatasetSummary`)
+    config.json       `TrainingConfig`
+    dataset.json      `DatasetInfo`
     checkpoints/      best and latest
-    history.csv       the figures of every epoch
-    evaluation.json   the test set's verdict on the best checkpoint
-    report.md *.png   the same, to look at
+    history.csv       metrics of every epoch
+    evaluation.json   metrics of the best checkpoint on the test images
+    report.md *.png   the same for people
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import fcntl
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.callbacks import EpochResult
 from training.config import TrainingConfig
 from training.data import Dataset
 from training.errors import RunError
+from training.history import EpochResult
 from training.shell_command import format_command
 from training.storage import make_folder, sync, write_file
 
 
 @dataclass(frozen=True)
-class DatasetSummary:
-    """What is remembered of a dataset: enough to export the model and to know the data again."""
+class DatasetInfo:
+    """Dataset metadata stored with the run: for the export, and to detect changed data."""
 
     name: str
     source: str
@@ -44,8 +44,8 @@ class DatasetSummary:
     content_hash: str
 
     @classmethod
-    def of(cls, dataset: Dataset) -> DatasetSummary:
-        """Summarise `dataset`."""
+    def of(cls, dataset: Dataset) -> DatasetInfo:
+        """Return the metadata of `dataset`."""
         height, width, channels = dataset.train.images.shape[1:]
         return cls(
             name=dataset.name,
@@ -59,7 +59,12 @@ class DatasetSummary:
 
 
 class RunDir:
-    """One run on disk. Every file is replaced whole: a killed run leaves none of them half written."""
+    """One run on disk. Files are replaced atomically: a killed process leaves none half-written.
+
+    Attributes:
+        path: the directory.
+        checkpoints, tensorboard: its subdirectories.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,7 +73,7 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, config: TrainingConfig) -> RunDir:
-        """Make the folder of a new run.
+        """Create the directory of a new run.
 
         Raises:
             RunError: there is a run at `path` already.
@@ -78,116 +83,121 @@ class RunDir:
         with run.lock():
             if (path / "config.json").exists():
                 raise RunError(
-                    f"{path} holds a run already: go on with it by --resume {path}, or name another with --run"
+                    f"{path} contains a run already: resume it with --resume {path}, or choose another with --run"
                 )
             run.write_config(config)
         return run
 
     @classmethod
     def create_numbered(cls, path: Path, config: TrainingConfig) -> RunDir:
-        """Make the folder of a new run at `path` or, if that is taken, at `path`-2, `path`-3 and so on."""
+        """Create the directory of a new run at `path` or, if that exists, at `path`-2, `path`-3 and so on."""
         make_folder(path.parent)
         for number in itertools.count(1):
             folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
             with contextlib.suppress(FileExistsError):
-                folder.mkdir()  # only one of several processes succeeds
+                folder.mkdir()  # succeeds in only one of several processes
                 break
         sync(folder.parent)
         return cls.create(folder, config)
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """Open the folder of a run made before.
+        """Open the directory of an existing run.
 
         Raises:
             RunError: there is no run at `path`.
         """
         if not (path / "config.json").is_file():
-            raise RunError(f"{path} is not a run folder: it has no config.json")
+            raise RunError(f"{path} is not a run directory: it has no config.json")
         return cls(path)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep every other process from working on this run; a killed process lets go of it by itself.
+        """Exclude other processes from this run. The lock of a killed process is released by the system.
 
         Raises:
-            RunError: another process works on it.
+            RunError: another process holds the lock.
         """
         with (self.path / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunError(f"another process is working on {self.path}: wait for it, or stop it") from None
+                raise RunError(f"another process is using {self.path}: wait for it, or stop it") from None
             yield
 
     def read_config(self) -> TrainingConfig:
-        """Return what the run was asked to do.
+        """Return the config.
 
         Raises:
-            RunError: config.json is not what a run writes.
+            RunError: config.json is invalid.
         """
         try:
             return TrainingConfig.from_json((self.path / "config.json").read_text())
         except (ValueError, TypeError) as error:
-            raise RunError(f"{self.path / 'config.json'} cannot be read: {error}") from error
+            raise RunError(f"{self.path / 'config.json'} is invalid: {error}") from error
 
     def write_config(self, config: TrainingConfig) -> None:
         """Write config.json."""
-        self.write_text("config.json", config.to_json())
+        self._write_text("config.json", config.to_json())
 
-    def record_dataset(self, summary: DatasetSummary) -> None:
-        """Remember the run's data, or check that it is what it was.
+    def check_config(self, config: TrainingConfig, trained: Mapping[str, Any]) -> None:
+        """Check that a config describes the training that a checkpoint comes from.
+
+        Args:
+            config: of the run now.
+            trained: JSON values of the config that the checkpoint was written with.
 
         Raises:
-            RunError: the run was begun with other data.
+            RunError: a value differs that must not change.
         """
-        if not (self.path / "dataset.json").exists():
-            self.write_json("dataset.json", dataclasses.asdict(summary))
-            return
-        known = self.read_dataset()
-        if known.content_hash != summary.content_hash:
+        if changes := config.changes_from(trained):
+            listed = ", ".join(f"{name} is {now!r} and was {then!r}" for name, (now, then) in changes.items())
             raise RunError(
-                f"{self.path} was trained on other data: {known.train_images:,} training images from "
-                f"{known.source}, not these {summary.train_images:,} from {summary.source}"
+                f"{self.path / 'config.json'} was changed after the checkpoint was written: {listed}. Change it back, "
+                "or start a new run; only epochs, data and tensorboard may change"
             )
 
-    def read_dataset(self) -> DatasetSummary:
-        """Return what the run was trained on.
+    def has_dataset(self) -> bool:
+        """Return whether dataset.json exists."""
+        return (self.path / "dataset.json").exists()
+
+    def write_dataset(self, info: DatasetInfo) -> None:
+        """Write dataset.json."""
+        self._write_json("dataset.json", dataclasses.asdict(info))
+
+    def read_dataset(self) -> DatasetInfo:
+        """Return the metadata of the run's data.
 
         Raises:
-            RunError: the run ended before it had read its data.
+            RunError: dataset.json is missing or invalid.
         """
-        path, again = self.path / "dataset.json", format_command("train", "--resume", self.path)
+        again = format_command("train", "--resume", self.path)
         values = self._read_json(
             "dataset.json",
-            missing=f"the run ended before it had read its data, or the file was lost. It is written anew by: {again}",
+            missing=f"the run ended before it read its data, or the file was lost. Write it again with: {again}",
         )
         try:
             values["class_names"] = tuple(values["class_names"])
             values["input_shape"] = tuple(values["input_shape"])
-            return DatasetSummary(**values)
+            return DatasetInfo(**values)
         except (KeyError, TypeError) as error:
             raise RunError(
-                f"{path} is not what a run writes ({error!r}). Delete it, then write it anew by: {again}"
+                f"{self.path / 'dataset.json'} is invalid ({error!r}). Delete it, then write it again with: {again}"
             ) from error
 
-    def read_exported_name(self) -> str | None:
-        """Return what a model exported from this run is called; `None` if it has not read its data yet."""
-        return self.read_dataset().name if (self.path / "dataset.json").exists() else None
-
     def write_history(self, history: Sequence[EpochResult]) -> None:
-        """Write history.csv, a line an epoch."""
+        """Write history.csv, one line per epoch."""
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(EpochResult)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(dataclasses.asdict(result) for result in history)
-        self.write_text("history.csv", text.getvalue())
+        self._write_text("history.csv", text.getvalue())
 
     def read_history(self) -> list[EpochResult]:
-        """Return the epochs that `write_history` wrote; none if the run ended before it could.
+        """Return the epochs in history.csv; an empty list if the file does not exist.
 
         Raises:
-            RunError: the file is damaged.
+            RunError: the file is invalid.
         """
         if not (self.path / "history.csv").exists():
             return []
@@ -199,16 +209,16 @@ class RunDir:
                 ]
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(
-                f"{self.path / 'history.csv'} cannot be read ({error!r}). It is written anew by: "
+                f"{self.path / 'history.csv'} is invalid ({error!r}). Write it again with: "
                 f"{format_command('train', '--resume', self.path)}"
             ) from error
 
     def write_evaluation(self, values: dict[str, Any]) -> None:
         """Write evaluation.json."""
-        self.write_json("evaluation.json", values)
+        self._write_json("evaluation.json", values)
 
     def read_evaluation(self) -> dict[str, Any]:
-        """Return what evaluation.json holds.
+        """Return the contents of evaluation.json.
 
         Raises:
             RunError: the run has not been evaluated.
@@ -217,18 +227,19 @@ class RunDir:
             "evaluation.json", missing=f"evaluate the run first: {format_command('evaluate', self.path)}"
         )
 
-    def write_json(self, name: str, values: dict[str, Any]) -> None:
-        """Write `values` to the file `name` in the folder."""
-        self.write_text(name, json.dumps(values, indent=2) + "\n")
+    def write_report(self, text: str, plots: Mapping[str, bytes]) -> Path:
+        """Write report.md and its plots, the contents of PNG files by name; return the path of report.md."""
+        for name, content in plots.items():
+            write_file(self.path / f"{name}.png", content)
+        self._write_text("report.md", text)
+        return self.path / "report.md"
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write `text` to the file `name` in the folder, whole or not at all."""
-        # Paths that are not UTF-8 are shown with escapes.
-        self.write_bytes(name, text.encode(errors="backslashreplace"))
+    def _write_json(self, name: str, values: dict[str, Any]) -> None:
+        self._write_text(name, json.dumps(values, indent=2) + "\n")
 
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Write `content` to the file `name` in the folder, whole or not at all."""
-        write_file(self.path / name, content)
+    def _write_text(self, name: str, text: str) -> None:
+        # Paths that are not UTF-8 are written with escapes.
+        write_file(self.path / name, text.encode(errors="backslashreplace"))
 
     def _read_json(self, name: str, *, missing: str) -> dict[str, Any]:
         try:
@@ -236,7 +247,7 @@ class RunDir:
         except FileNotFoundError:
             raise RunError(f"{self.path / name} is missing: {missing}") from None
         except ValueError as error:
-            raise RunError(f"{self.path / name} cannot be read: {error}") from error
+            raise RunError(f"{self.path / name} is invalid: {error}") from error
         if not isinstance(values, dict):
-            raise RunError(f"{self.path / name} is not what a run writes: expected a JSON object")
+            raise RunError(f"{self.path / name} is invalid: expected a JSON object")
         return values

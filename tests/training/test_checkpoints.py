@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training.callbacks import EpochResult
 from training.checkpoints import Checkpoints, TrainingState, read_best_state, restore_best
 from training.config import VARIANTS
 from training.errors import RunError
+from training.history import EpochResult
 from training.models import build_model
 
 ENDINGS = ("index", "data-00000-of-00001")

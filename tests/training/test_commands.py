@@ -12,8 +12,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from training import trainer
 from training.__main__ import run_command_line
 from training.checkpoints import read_best_state
+from training.run_dir import RunDir
 from training.shell_command import format_command
 
 
@@ -88,11 +90,11 @@ def test_more_epochs_continue_the_run_as_if_it_had_been_asked_for_them(run, pict
 def test_fewer_epochs_than_are_done_are_refused_by_option_and_in_the_config(run, capfd):
     before = (run / "config.json").read_bytes()
     assert call("train", "--resume", run, "--epochs", 2, "--no-export") == 1
-    assert "has completed 3 epochs, more than the 2 asked for" in capfd.readouterr().err
+    assert "has completed 3 epochs, more than the 2 requested" in capfd.readouterr().err
     assert (run / "config.json").read_bytes() == before
     edit(run / "config.json", epochs=1)
     assert call("train", "--resume", run, "--no-export") == 1
-    assert "has completed 3 epochs, more than the 1 asked for" in capfd.readouterr().err
+    assert "has completed 3 epochs, more than the 1 requested" in capfd.readouterr().err
 
 
 def test_data_that_has_moved_is_named_and_known_by_its_content(run, pictures, tmp_path, capfd):
@@ -135,7 +137,7 @@ def test_what_cannot_be_checked_is_told_of_a_run_of_an_earlier_version(run, monk
         lambda folder: dataclasses.replace(read_best_state(folder), content_hash=None),
     )
     assert call("evaluate", run) == 0
-    assert "dataset.json is lost: it cannot be checked that" in caplog.text
+    assert "dataset.json is lost: cannot check that" in caplog.text
 
 
 @pytest.mark.parametrize(("field", "value"), [("learning_rate", 0.5), ("conv_activation", "linear"), ("seed", 4)])
@@ -144,7 +146,7 @@ def test_an_edited_config_is_rejected_by_every_command(run, tmp_path, capfd, fie
     for arguments in (["evaluate", run], ["export", run, "--models-dir", tmp_path / "models", "--name", "pets"]):
         assert call(*arguments) == 1
         error = capfd.readouterr().err
-        assert f"config.json was changed since the checkpoint was written: {field} is {value!r}" in error or (
+        assert f"config.json was changed after the checkpoint was written: {field} is {value!r}" in error or (
             field == "seed" and "was trained on other data" in error
         )
     assert call("train", "--resume", run, "--no-export", "--epochs", 4) == 1
@@ -161,7 +163,7 @@ def test_an_export_falls_back_to_the_latest_checkpoint_and_deletes_nothing(run, 
     assert call("export", run, "--models-dir", tmp_path / "models", "--name", "pets") == 0
     assert "is damaged" in caplog.text
     assert "using the latest" in caplog.text
-    assert "the export has no test figures" in caplog.text
+    assert "the export has no test metrics" in caplog.text
     assert tree(run) == before
     info = json.loads((tmp_path / "models" / "pets" / "1" / "assets.extra" / "model.json").read_text())
     assert info["best_epoch"] == 3
@@ -174,6 +176,15 @@ def test_lost_checkpoints_are_not_taken_for_a_run_at_its_beginning(run, capfd):
     assert call("train", "--resume", run, "--no-export") == 1
     assert "has no checkpoint, though 3 epochs were completed" in capfd.readouterr().err
     assert len((run / "history.csv").read_text().splitlines()) == 4
+
+
+def test_train_and_export_build_the_network_twice_and_read_the_config_once(run, tmp_path, monkeypatch):
+    calls = []
+    build, read = trainer.build_model, RunDir.read_config
+    monkeypatch.setattr(trainer, "build_model", lambda *args, **kwargs: calls.append("build") or build(*args, **kwargs))
+    monkeypatch.setattr(RunDir, "read_config", lambda run: calls.append("read") or read(run))
+    assert call("train", "--resume", run, "--models-dir", tmp_path / "models", "--name", "pets") == 0
+    assert calls == ["read", "build", "build"]  # to train, and to evaluate and export
 
 
 def test_a_name_that_cannot_be_exported_is_told_before_anything_is_written(pictures, tmp_path, capfd):
@@ -195,7 +206,8 @@ def test_class_names_that_are_not_utf_8_are_told_before_anything_is_written(pict
 
 def test_a_failed_export_tells_how_to_export_again(run, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(
-        "training.exporter.saved_model._prove", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
+        "training.exporter.publish.verify_saved_model",
+        lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")),
     )
     models = tmp_path / "my models"
     assert call("train", "--resume", run, "--models-dir", models, "--name", "pets") == 4

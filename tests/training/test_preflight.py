@@ -11,13 +11,12 @@ from PIL import Image
 
 from training import memory, preflight
 from training.config import TrainingConfig
-from training.data import Dataset, Split, image_reading
+from training.data import Dataset, Split
 from training.data.image_folder import load_image_folder
-from training.errors import DatasetError, ExportError, MemoryTooSmallError, StorageFullError
+from training.errors import ExportError, MemoryTooSmallError, StorageFullError
 from training.memory import available_bytes, checkpoint_bytes
 from training.models import build_model
 from training.preflight import check_free_space, check_memory, check_model_name, check_models_folder
-from training.trainer import make_optimizer
 
 
 def dataset(count=20, height=32, width=32):
@@ -62,7 +61,7 @@ def test_a_models_folder_is_checked_without_leaving_anything(tmp_path):
 def test_the_estimate_of_a_checkpoint_is_that_of_its_tensors(variant, height, width):
     config = TrainingConfig.fill_in(variant=variant)
     model = build_model(variant, (height, width, 3), classes=7)
-    optimizer = make_optimizer(config, steps_per_epoch=1)
+    optimizer = config.recipe.make_optimizer(config, steps_per_epoch=1)
     optimizer.build(model.trainable_variables)
     tensors = (*model.variables, *optimizer.variables)
     exact = sum(keras.ops.convert_to_numpy(variable).nbytes for variable in tensors)
@@ -88,9 +87,9 @@ def test_images_that_do_not_fit_into_memory_are_told_with_the_numbers(tmp_path, 
         (tmp_path / name).mkdir()
         for number in range(3):
             Image.new("RGB", (400, 300)).save(tmp_path / name / f"{number}.png")
-    monkeypatch.setattr(image_reading, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
     with pytest.raises(
-        DatasetError, match=r"6 images of 300x400 need 2\.1 MiB of memory, .*, more than there is \(1\.0 MiB\)"
+        MemoryTooSmallError, match=r"6 images of 300x400, .*, need about 4\.1 MiB of memory, and 1\.0 MiB are available"
     ):
         load_image_folder(tmp_path, image_size=(300, 400), seed=0)
 

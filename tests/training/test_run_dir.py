@@ -21,7 +21,7 @@ def test_runs_begun_in_the_same_second_have_folders_of_their_own(tmp_path):
 
 def test_a_named_folder_holds_one_run(tmp_path):
     RunDir.create(tmp_path / "run", TrainingConfig(seed=1))
-    with pytest.raises(RunError, match="holds a run already"):
+    with pytest.raises(RunError, match="contains a run already"):
         RunDir.create(tmp_path / "run", TrainingConfig(seed=2))
     assert RunDir.open(tmp_path / "run").read_config().seed == 1
 
@@ -45,7 +45,7 @@ def test_a_config_edited_to_a_wrong_type_is_rejected(tmp_path, edit, message):
     run = RunDir.create(tmp_path / "run", TrainingConfig())
     values = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps({**values, **edit}))
-    with pytest.raises(RunError, match=rf"config\.json cannot be read: {message}"):
+    with pytest.raises(RunError, match=rf"config\.json is invalid: {message}"):
         run.read_config()
 
 
@@ -71,5 +71,5 @@ def test_a_damaged_dataset_summary_is_named(tmp_path, content):
 def test_a_damaged_history_is_named(tmp_path, content):
     run = RunDir.create(tmp_path / "run", TrainingConfig())
     (run.path / "history.csv").write_text(content)
-    with pytest.raises(RunError, match=r"history\.csv cannot be read.*--resume"):
+    with pytest.raises(RunError, match=r"history\.csv is invalid.*--resume"):
         run.read_history()

@@ -27,7 +27,7 @@ def test_a_command_runs_where_no_python_is_on_the_path():
         check=False,
     )
     assert done.returncode == 1
-    assert "nowhere is not a run folder" in done.stderr
+    assert "nowhere is not a run directory" in done.stderr
 
 
 @pytest.mark.parametrize("package", ["training", "serving", "client"])

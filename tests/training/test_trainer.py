@@ -248,11 +248,11 @@ def test_a_full_disk_keeps_the_best_and_has_its_own_exit_code(pictures, small_di
         (["train", "--epochs", "0"], 2, "epochs"),
         (["train", "--image-size", "32"], 2, "HEIGHTxWIDTH"),
         (["train", "--plateau-factor", "2"], 2, "plateau_factor"),
-        (["train", "--resume", "nowhere"], 1, "nowhere is not a run folder"),
+        (["train", "--resume", "nowhere"], 1, "nowhere is not a run directory"),
         (["train", "--resume", "nowhere", "--epochs", "3", "--seed", "1"], 2, "leave out --seed"),
         (["train", "--dataset", "shapes", "--name", "my pictures (2)"], 1, "such as --name my-pictures-2"),
-        (["evaluate", "nowhere"], 1, "nowhere is not a run folder"),
-        (["export", "nowhere"], 1, "nowhere is not a run folder"),
+        (["evaluate", "nowhere"], 1, "nowhere is not a run directory"),
+        (["export", "nowhere"], 1, "nowhere is not a run directory"),
     ],
 )
 def test_wrong_usage_is_explained(tmp_path, arguments, code, message):
@@ -267,7 +267,7 @@ def test_a_run_is_never_overwritten_shared_or_trained_on_other_data(undisturbed,
     _, reference, _ = undisturbed
     again = call(train_arguments(pictures, reference))
     assert again.returncode == 1
-    assert "holds a run already" in again.stderr
+    assert "contains a run already" in again.stderr
 
     run = tmp_path / "copy"
     shutil.copytree(reference, run)
@@ -277,7 +277,7 @@ def test_a_run_is_never_overwritten_shared_or_trained_on_other_data(undisturbed,
         fcntl.flock(lock, fcntl.LOCK_EX)
         busy = call(command("evaluate", run))
     assert busy.returncode == 1
-    assert "another process is working on" in busy.stderr
+    assert "another process is using" in busy.stderr
 
     config = json.loads((run / "config.json").read_text())
     moved = tmp_path / "other"

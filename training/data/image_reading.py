@@ -15,7 +15,7 @@ from rich.progress import track
 
 from training.data.image_file import MAX_PIXELS, read_image
 from training.errors import DatasetError
-from training.memory import available_bytes, format_bytes
+from training.memory import available_bytes, require_memory
 
 DEFAULT_SIZE = (96, 96)  # of images that differ in size or are large: a network for them is trained in minutes
 LARGEST_OWN_SIDE = 128  # images of one size are kept as they are up to this
@@ -49,7 +49,8 @@ def read_images(
         uint8 (n, height, width, 3), in the order of the paths.
 
     Raises:
-        DatasetError: files are damaged, differ in size, or need more memory than there is.
+        DatasetError: files are damaged, or differ in size.
+        MemoryTooSmallError: the images do not fit into memory.
     """
     try:
         return _read(paths, image_size, folder, largest_side=LARGEST_OWN_SIDE if default_size else None)
@@ -127,20 +128,14 @@ def _count_threads() -> int:
 
 
 def _allocate(count: int, image: np.ndarray) -> np.ndarray:
-    needed, available = count * image.size, available_bytes()
-    try:
-        # Twice, as they are copied when some of them are set aside. The system would grant it, and end the process
-        # without a message once it is used.
-        if available is not None and 2 * needed > available:
-            raise MemoryError
-        return np.empty((count, *image.shape), np.uint8)
-    except MemoryError as error:
-        there_is = "" if available is None else f" ({format_bytes(available)})"
-        raise DatasetError(
-            f"{count:,} images of {_text(image.shape)} need {format_bytes(needed)} of memory, and the same again while "
-            f"some are set aside, more than there is{there_is}: make them smaller with --image-size, such as "
-            f"--image-size {_text(DEFAULT_SIZE)} (make: IMAGE_SIZE={_text(DEFAULT_SIZE)})"
-        ) from error
+    # Checked first, because Linux grants the memory and kills the process once it is used.
+    require_memory(
+        2 * count * image.size,
+        f"{count:,} images of {_text(image.shape)}, and the copy made when they are split,",
+        advice=f"make them smaller with --image-size, such as --image-size {_text(DEFAULT_SIZE)} "
+        f"(make: IMAGE_SIZE={_text(DEFAULT_SIZE)})",
+    )
+    return np.empty((count, *image.shape), np.uint8)
 
 
 def _text(shape: Sequence[int]) -> str:

@@ -6,14 +6,33 @@ the data has to be saved.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import tensorflow as tf
 
-from training.config import Augmentation
 from training.data import Split
 from training.errors import DatasetError
+from training.models.presets import Augmentation
 
 VALIDATION_FRACTION = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopData:
+    """Input of a training loop. Batches are (images uint8 (n, height, width, 3), labels int64 (n,)).
+
+    Attributes:
+        train: endless training batches, beginning with the first epoch to train.
+        validation: the validation images once.
+        steps_per_epoch: batches of an epoch.
+        images_per_epoch: training images of an epoch.
+    """
+
+    train: tf.data.Dataset
+    validation: tf.data.Dataset
+    steps_per_epoch: int
+    images_per_epoch: int
 
 
 def split_validation(train: Split, *, seed: int) -> tuple[Split, Split]:

@@ -1,4 +1,4 @@
-"""How good a classifier is: accuracy, figures by class, confusion, calibration. Knows only arrays."""
+"""Metrics of a classifier: accuracy, loss, precision and recall by class, confusion matrix, calibration."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
-class ClassFigures:
-    """One class.
+class ClassMetrics:
+    """Metrics of one class; NaN where undefined.
 
-    What is not defined is NaN: precision and F1 of a class that is never predicted, recall and F1 of one that
-    has no images.
+    Precision is undefined for a class that is never predicted, recall for one without images, F1 for both.
     """
 
     name: str
@@ -29,14 +28,14 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether a confidence of 80 % is right 80 % of the time (Guo et al. 2017, arXiv 1706.04599, section 2).
+    """Accuracy by confidence: 80 % of predictions with confidence 0.8 should be right (arXiv 1706.04599, section 2).
 
     Attributes:
-        counts: int64 (bins,), images whose confidence falls into each of the equally wide bins over 0 to 1; a
-            confidence on the edge of two belongs to the lower.
-        confidences: float64 (bins,), their mean confidence; NaN in an empty bin.
-        accuracies: float64 (bins,), their accuracy; NaN in an empty bin.
-        expected_calibration_error: the mean distance between the two, weighted by the counts.
+        counts: int64 (bins,), images in each of the equally wide bins over the confidences 0 to 1. A confidence on
+            the edge of two bins belongs to the lower.
+        confidences: float64 (bins,), mean confidence; NaN in an empty bin.
+        accuracies: float64 (bins,), accuracy; NaN in an empty bin.
+        expected_calibration_error: mean absolute difference of the two, weighted by the counts.
     """
 
     counts: np.ndarray
@@ -45,7 +44,7 @@ class Calibration:
     expected_calibration_error: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON can hold them; what is not defined is None."""
+        """Return JSON values; `None` where undefined."""
         bins = zip(self.counts, self.confidences, self.accuracies, strict=True)
         return {
             "expected_calibration_error": self.expected_calibration_error,
@@ -58,57 +57,81 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a set of labelled images says of a classifier.
+    """Metrics of a classifier on labelled images.
 
     Attributes:
-        accuracy: share of images whose most probable class is the right one.
-        loss: mean negative natural logarithm of the right class's probability, which is taken as at least the
-            smallest normal float32 (1.2e-38): a probability rounded to 0 would make the mean infinite.
+        accuracy: share of images whose most probable class is their label, from 0 to 1.
+        loss: mean cross-entropy in nats. Probabilities are clipped to the smallest normal float32 (1.2e-38): one
+            rounded to 0 would make the mean infinite.
         count: number of images.
-        per_class: figures of each class, in the order of the labels.
-        confusion: int64 (classes, classes): images of the class of the row, predicted as the class of the column.
-        calibration: of the highest probability.
+        per_class: metrics of each class, in the order of the labels.
+        confusion: int64 (classes, classes), number of images by true class (row) and predicted class (column).
+        calibration: of the highest probability of each image.
     """
 
     accuracy: float
     loss: float
     count: int
-    per_class: tuple[ClassFigures, ...]
+    per_class: tuple[ClassMetrics, ...]
     confusion: np.ndarray
     calibration: Calibration
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON can hold them; what is not defined is None."""
+        """Return JSON values; `None` where undefined."""
         return {
             "accuracy": self.accuracy,
             "loss": self.loss,
             "count": self.count,
             "per_class": [
                 {
-                    "name": figures.name,
-                    "precision": _defined(figures.precision),
-                    "recall": _defined(figures.recall),
-                    "f1": _defined(figures.f1),
-                    "support": figures.support,
+                    "name": metrics.name,
+                    "precision": _defined(metrics.precision),
+                    "recall": _defined(metrics.recall),
+                    "f1": _defined(metrics.f1),
+                    "support": metrics.support,
                 }
-                for figures in self.per_class
+                for metrics in self.per_class
             ],
             "confusion": self.confusion.tolist(),
             "calibration": self.calibration.to_json(),
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibratedEvaluation:
+    """Metrics of a model whose logits are divided by a temperature.
+
+    Attributes:
+        evaluation: after the division.
+        uncalibrated: calibration before it.
+        temperature: the divisor.
+        probabilities: float32 (n, classes), of the images, after the division.
+    """
+
+    evaluation: Evaluation
+    uncalibrated: Calibration
+    temperature: float
+    probabilities: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values; `None` where undefined."""
+        return {
+            **self.evaluation.to_json(),
+            "temperature": self.temperature,
+            "uncalibrated": self.uncalibrated.to_json(),
+        }
+
+
 def evaluate(probabilities: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Evaluation:
-    """Judge predictions.
+    """Compare predictions with labels.
 
     Args:
         probabilities: float32 (n, classes), each row summing to 1.
-        labels: int64 (n,), the right classes, from 0.
+        labels: int64 (n,), true classes, from 0.
         class_names: a name for each column.
 
     Raises:
-        ValueError: the shapes do not belong together, there are no images, a probability is NaN, or a label has
-            no column.
+        ValueError: the shapes do not match, there are no images, a probability is NaN, or a label is out of range.
     """
     if len(labels) == 0 or probabilities.shape != (len(labels), len(class_names)):
         raise ValueError(
@@ -123,22 +146,22 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, class_names: Sequenc
     right = predicted == labels
     confusion = np.zeros((len(class_names), len(class_names)), np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    # A softmax's rounding can also give a little more than 1.
+    # Rounding in the softmax can also give slightly more than 1.
     own = np.clip(probabilities[np.arange(len(labels)), labels].astype(np.float64), np.finfo(np.float32).tiny, 1)
     return Evaluation(
         accuracy=float(right.mean()),
-        loss=abs(float(np.log(own).mean())),  # a negated 0 would be printed as -0.0000
+        loss=abs(float(np.log(own).mean())),  # of -0.0, which would be printed as -0.0000
         count=len(labels),
-        per_class=tuple(_class_figures(confusion, class_id, name) for class_id, name in enumerate(class_names)),
+        per_class=tuple(_class_metrics(confusion, class_id, name) for class_id, name in enumerate(class_names)),
         confusion=confusion,
         calibration=_calibrate(probabilities.max(axis=1).astype(np.float64), right),
     )
 
 
-def _class_figures(confusion: np.ndarray, class_id: int, name: str) -> ClassFigures:
+def _class_metrics(confusion: np.ndarray, class_id: int, name: str) -> ClassMetrics:
     right = int(confusion[class_id, class_id])
     support, predictions = int(confusion[class_id].sum()), int(confusion[:, class_id].sum())
-    return ClassFigures(
+    return ClassMetrics(
         name=name,
         precision=right / predictions if predictions else math.nan,
         recall=right / support if support else math.nan,

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from training.callbacks import EpochResult
 from training.evaluation.metrics import CALIBRATION_BINS, Calibration
+from training.history import EpochResult
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 BLUE, VERMILLION, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#22262B"

@@ -1,26 +1,24 @@
-"""The report of a run: `report.md` and the plots it shows."""
+"""The report of a run: `report.md` and its plots."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from training.callbacks import EpochResult
 from training.config import TrainingConfig
 from training.data import Dataset
-from training.evaluation.metrics import CALIBRATION_BINS, Calibration, Evaluation
+from training.evaluation.metrics import CALIBRATION_BINS, CalibratedEvaluation
 from training.evaluation.plots import plot_calibration, plot_confusion, plot_curves, render_png
 from training.evaluation.sample_sheet import plot_samples
+from training.history import EpochResult
 from training.run_dir import RunDir
 from training.shell_command import format_command
 
-# In the command, even where they are the default.
+# Shown in the command even where they are the default.
 _ALWAYS_SHOWN = ("dataset", "variant", "preset", "loop", "dtype", "epochs", "seed")
 
 
@@ -29,69 +27,71 @@ def write_report(
     *,
     config: TrainingConfig,
     dataset: Dataset,
-    evaluation: Evaluation,
-    mirrored: Evaluation | None,
-    uncalibrated: Calibration,
-    temperature: float,
-    probabilities: np.ndarray,
-    best: Mapping[str, Any],
+    test: CalibratedEvaluation,
+    mirrored: CalibratedEvaluation | None,
+    best: EpochResult,
 ) -> Path:
-    """Write `report.md` and its plots into the run's folder.
+    """Write `report.md` and its plots into the run directory.
 
     Args:
-        run: the run, whose history is on disk.
-        config: what it was asked.
-        dataset: what it was trained and judged on.
-        evaluation: the test set's figures.
-        mirrored: the same with mirror averaging, where that was asked for.
-        uncalibrated: as the model was before its logits were divided by the temperature.
-        temperature: what they are divided by.
-        probabilities: float32 (n, classes), of the test images.
-        best: the figures of the epoch whose weights were kept, as `EpochResult` names them.
+        run: the run, with its history on disk.
+        config: of the run.
+        dataset: the data of the run.
+        test: evaluation on the test images.
+        mirrored: the same with horizontal-flip test-time augmentation, if it was requested.
+        best: metrics of the epoch whose weights were kept.
 
     Returns:
         The path of `report.md`.
     """
     # A run killed between saving its best checkpoint and its history has a best epoch that the history lacks.
-    kept = EpochResult(**best)
-    by_epoch = {result.epoch: result for result in (*run.read_history(), kept)}
+    by_epoch = {result.epoch: result for result in (*run.read_history(), best)}
     history = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    evaluation, names = test.evaluation, dataset.class_names
     plots = {
-        "loss": plot_curves(history, quantity="loss", best_epoch=kept.epoch),
-        "accuracy": plot_curves(history, quantity="accuracy", best_epoch=kept.epoch),
-        "confusion": plot_confusion(evaluation.confusion, dataset.class_names),
-        "calibration": plot_calibration(uncalibrated, evaluation.calibration, temperature=temperature),
-        "samples": plot_samples(dataset.test.images, dataset.test.labels, probabilities, dataset.class_names),
+        "loss": plot_curves(history, quantity="loss", best_epoch=best.epoch),
+        "accuracy": plot_curves(history, quantity="accuracy", best_epoch=best.epoch),
+        "confusion": plot_confusion(evaluation.confusion, names),
+        "calibration": plot_calibration(test.uncalibrated, evaluation.calibration, temperature=test.temperature),
+        "samples": plot_samples(dataset.test.images, dataset.test.labels, test.probabilities, names),
     }
-    confidence = (
-        f"The logits are divided by a temperature of {temperature:.3f}, fitted on the validation images; the exported "
-        f"model does the same. Expected calibration error {uncalibrated.expected_calibration_error:.4f} before, "
-        f"{evaluation.calibration.expected_calibration_error:.4f} after: how far confidence and accuracy lie apart in "
-        f"{CALIBRATION_BINS} bins, averaged over the images."
+    return run.write_report(
+        _markdown(config, dataset, test, mirrored, history, best),
+        {name: render_png(figure) for name, figure in plots.items()},
     )
-    for name, figure in plots.items():
-        run.write_bytes(f"{name}.png", render_png(figure))
-    run.write_text("report.md", _markdown(config, dataset, evaluation, mirrored, confidence, history, kept))
-    return run.path / "report.md"
 
 
 def _markdown(
     config: TrainingConfig,
     dataset: Dataset,
-    evaluation: Evaluation,
-    mirrored: Evaluation | None,
-    confidence: str,
+    test: CalibratedEvaluation,
+    mirrored: CalibratedEvaluation | None,
     history: Sequence[EpochResult],
-    kept: EpochResult,
+    best: EpochResult,
 ) -> str:
+    evaluation = test.evaluation
+    results = [
+        ("training, during the epoch", f"{best.loss:.4f}", f"{best.accuracy:.2%}"),
+        ("validation", f"{best.val_loss:.4f}", f"{best.val_accuracy:.2%}"),
+        ("**test**", f"**{evaluation.loss:.4f}**", f"**{evaluation.accuracy:.2%}**"),
+    ]
+    if mirrored:
+        loss, accuracy = mirrored.evaluation.loss, mirrored.evaluation.accuracy
+        results.append(("test, with horizontal-flip TTA", f"{loss:.4f}", f"{accuracy:.2%}"))
     height, width, _ = dataset.train.images.shape[1:]
     summary = (
-        f"The `{config.variant}` network, trained by the `{config.loop}` loop on {len(dataset.train.labels):,} images "
-        f"of {height}x{width} pixels in {len(dataset.class_names)} classes ({_escape(dataset.source)}), a tenth of "
-        f"them held out for validation. Judged on the test set, with the weights of epoch {kept.epoch}, whose "
-        "validation loss was the lowest."
+        f"The `{config.variant}` network, trained with the `{config.loop}` loop on {len(dataset.train.labels):,} "
+        f"images of {height}x{width} pixels in {len(dataset.class_names)} classes ({_escape(dataset.source)}); a tenth "
+        f"of them is the validation split. Evaluated on the test images with the weights of epoch {best.epoch}, which "
+        "had the lowest validation loss."
     )
-    curves = "The circle marks the epoch that was kept; a dashed line, that the learning rate (lr) was lowered."
+    curves = "The circle marks the epoch whose weights are kept; dashed lines mark reductions of the learning rate."
+    confidence = (
+        f"The logits are divided by a temperature of {test.temperature:.3f}, fitted on the validation images, in the "
+        f"exported model too. Expected calibration error: {test.uncalibrated.expected_calibration_error:.4f} before, "
+        f"{evaluation.calibration.expected_calibration_error:.4f} after. It is the mean absolute difference of "
+        f"confidence and accuracy in {CALIBRATION_BINS} bins, weighted by their images."
+    )
     return "\n".join(
         [
             f"# {_escape(dataset.name)}: {evaluation.accuracy:.2%} of {evaluation.count:,} test images",
@@ -100,25 +100,10 @@ def _markdown(
             "",
             *_table(
                 ("", "loss", "accuracy"),
-                (
-                    ("training, during the epoch", f"{kept.loss:.4f}", f"{kept.accuracy:.2%}"),
-                    ("validation", f"{kept.val_loss:.4f}", f"{kept.val_accuracy:.2%}"),
-                    ("**test**", f"**{evaluation.loss:.4f}**", f"**{evaluation.accuracy:.2%}**"),
-                    *(
-                        []
-                        if mirrored is None
-                        else [
-                            (
-                                "test, averaged with the mirror images",
-                                f"{mirrored.loss:.4f}",
-                                f"{mirrored.accuracy:.2%}",
-                            )
-                        ]
-                    ),
-                ),
+                results,
             ),
             "",
-            "To train it again:",
+            "Train it again:",
             "",
             "```sh",
             _command(config),
@@ -148,7 +133,7 @@ def _markdown(
             "",
             "## Samples",
             "",
-            "![Right predictions and confident mistakes](samples.png)",
+            "![Correct predictions and confident errors](samples.png)",
             "",
             "## Configuration",
             "",
@@ -160,7 +145,7 @@ def _markdown(
                 ("epoch", "loss", "accuracy", "val loss", "val accuracy", "learning rate", "images/s", "seconds"),
                 (
                     (
-                        f"{result.epoch}{' (kept)' if result.epoch == kept.epoch else ''}",
+                        f"{result.epoch}{' (best)' if result.epoch == best.epoch else ''}",
                         f"{result.loss:.4f}",
                         f"{result.accuracy:.2%}",
                         f"{result.val_loss:.4f}",
@@ -194,7 +179,7 @@ def _settings(config: TrainingConfig, dataset: Dataset) -> Iterator[tuple[str, s
 
 
 def _command(config: TrainingConfig) -> str:
-    """Return the command line that asks for this run again."""
+    """Return the command that repeats this run."""
     words = ["train"]
     defaults = TrainingConfig.fill_in(variant=config.variant, preset=config.preset)
     for field in dataclasses.fields(config):

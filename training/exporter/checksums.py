@@ -1,8 +1,8 @@
-"""SHA-256 sums of an exported version's files, in the format of the command `sha256sum`.
+"""SHA-256 checksums of the files of an exported version, in the format of the command `sha256sum`.
 
     cd models/<name>/<version> && sha256sum --check assets.extra/SHA256SUMS
 
-TensorFlow checks the contents of variables itself, but not those of `saved_model.pb`, where an export's constants are.
+TensorFlow verifies the contents of variables, but not of `saved_model.pb`, which contains an export's constants.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SUMS_FILE = Path("assets.extra", "SHA256SUMS")
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the sums of all files under a version's folder, by their names relative to it, to `SUMS_FILE`."""
+    """Write the checksums of all files under a version's folder, by relative path, to `SUMS_FILE`."""
     sums = folder / SUMS_FILE
     lines = []
     for path in sorted(folder.rglob("*")):

@@ -1,7 +1,7 @@
-"""Whether an exported model answers as the trained one: compares logits, as far as float32 can have them equal.
+"""Compares the outputs of an exported model with the trained model's logits, within float32 rounding.
 
-Folding changes the order of the operations, and each rounds in proportion to its numbers. So the differences grow with
-the logits, which for a network that is sure of itself are in the hundreds.
+Folding reorders operations, and each rounds in proportion to its operands. So the tolerance grows with the logits,
+which reach the hundreds for a confident network.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import numpy as np
 
 from training.errors import ExportError
 
-# Of the largest logit. Measured: 1e-5 at most, for every variant and preset, on 32x32 and on 200x150 pixels.
+# Relative to the largest logit. Measured: at most 1e-5 for every variant and preset, at 32x32 and 200x150 pixels.
 RELATIVE_TOLERANCE = 2e-4
-ABSOLUTE_TOLERANCE = 1e-5  # for small logits, whose probabilities are rounded to float32 on the way
+ABSOLUTE_TOLERANCE = 1e-5  # for small logits, whose probabilities are rounded to float32
 
-# Smaller probabilities are equal. TensorFlow's softmax rounds those below 2.4e-38 to 0 (measured), earlier than float32
-# has to (1.2e-38): a relative difference so far down tells nothing.
+# Smaller probabilities count as equal. TensorFlow's softmax rounds those below 2.4e-38 to 0 (measured), so relative
+# differences near it mean nothing.
 _SMALLEST = 1e-36
 
 
 def to_logits(probabilities: np.ndarray) -> np.ndarray:
-    """Return logits, float64 (n, classes), that have these probabilities; those below 1e-36 count as 1e-36."""
+    """Return logits, float64 (n, classes), of these probabilities; those below 1e-36 count as 1e-36."""
     return np.log(np.maximum(probabilities.astype(np.float64), _SMALLEST))
 
 
@@ -30,10 +30,10 @@ def compare_logits(actual: np.ndarray, expected: np.ndarray, *, where: str) -> N
     Args:
         actual: (n, classes).
         expected: (n, classes), of the trained model.
-        where: what computed `actual`, for the error.
+        where: what computed `actual`, for the error message.
 
     Raises:
-        ExportError: they differ by more than the tolerance, or have other classes where the margin exceeds it.
+        ExportError: they differ by more than the tolerance, or in a class whose margin exceeds it.
     """
     tolerance = _tolerance(expected, where=where)
     difference = float(np.abs(actual - expected).max())
@@ -45,35 +45,35 @@ def compare_logits(actual: np.ndarray, expected: np.ndarray, *, where: str) -> N
     _compare_classes(actual.argmax(axis=1), expected, tolerance, where=where)
 
 
-def compare_answers(
-    answer: dict[str, np.ndarray], expected: np.ndarray, class_names: tuple[str, ...], *, where: str
+def compare_outputs(
+    outputs: dict[str, np.ndarray], expected: np.ndarray, class_names: tuple[str, ...], *, where: str
 ) -> None:
-    """Check that an exported signature's outputs are those of the trained model.
+    """Check that the outputs of an exported signature match the trained model.
 
     Args:
-        answer: its outputs `probabilities`, `class_id` and `label`.
+        outputs: `probabilities`, `class_id` and `label`.
         expected: (n, classes), logits of the trained model.
         class_names: a label for each class.
-        where: what answered, for the error.
+        where: what returned the outputs, for the error message.
 
     Raises:
-        ExportError: as `compare_logits`, or the outputs do not belong together.
+        ExportError: as for `compare_logits`, or class or label do not match the probabilities.
     """
     tolerance = _tolerance(expected, where=where)
     exact = expected.astype(np.float64)
     exact = exact - exact.max(axis=1, keepdims=True)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    difference = float(np.abs(to_logits(answer["probabilities"]) - np.maximum(exact, np.log(_SMALLEST))).max())
+    difference = float(np.abs(to_logits(outputs["probabilities"]) - np.maximum(exact, np.log(_SMALLEST))).max())
     if not difference <= tolerance:
         raise ExportError(
             f"{where} differs from the trained model: the logarithms of its probabilities by {difference:.2g}, more "
             f"than {tolerance:.2g}"
         )
-    class_ids = answer["probabilities"].argmax(axis=1)
+    class_ids = outputs["probabilities"].argmax(axis=1)
     _compare_classes(class_ids, expected, tolerance, where=where)
     labels = [class_names[class_id].encode() for class_id in class_ids]
-    if answer["class_id"].tolist() != class_ids.tolist() or answer["label"].tolist() != labels:
-        raise ExportError(f"{where} gives labels that do not belong to its probabilities")
+    if outputs["class_id"].tolist() != class_ids.tolist() or outputs["label"].tolist() != labels:
+        raise ExportError(f"{where} returns labels that do not match its probabilities")
 
 
 def _tolerance(expected: np.ndarray, *, where: str) -> float:
@@ -83,11 +83,12 @@ def _tolerance(expected: np.ndarray, *, where: str) -> float:
 
 
 def _compare_classes(actual: np.ndarray, expected: np.ndarray, tolerance: float, *, where: str) -> None:
-    """Check that the classes are the same wherever the best logit leads by more than rounding can change."""
+    """Check that the classes are equal wherever the margin of the largest logit exceeds the tolerance."""
     ordered = np.sort(expected, axis=1)
     margins = ordered[:, -1] - ordered[:, -2] if expected.shape[1] > 1 else np.zeros(len(expected))
     differs = (margins > tolerance) & (actual != expected.argmax(axis=1))
     if differs.any():
         raise ExportError(
-            f"{where} differs from the trained model: it gives other labels to {differs.sum()} of {len(actual)} images"
+            f"{where} differs from the trained model: it returns other labels for {differs.sum()} of {len(actual)} "
+            "images"
         )

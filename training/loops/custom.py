@@ -1,4 +1,4 @@
-"""Training by a loop of our own around `tf.GradientTape`: the article's section 3."""
+"""Custom training loop with `tf.GradientTape`: the article's section 3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterable
 import keras
 import tensorflow as tf
 
-from training.callbacks import EpochResult, Monitor, check_finite
+from training.data.input_pipeline import LoopData
+from training.history import EpochResult
+from training.loops.callback import TrainingCallback, check_finite
 
 
 class _Means:
@@ -35,16 +37,12 @@ def train_custom(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
     loss: keras.losses.Loss,
+    data: LoopData,
     *,
-    train: tf.data.Dataset,
-    validation: tf.data.Dataset,
-    steps_per_epoch: int,
-    images_per_epoch: int,
-    first_epoch: int,
-    epochs: int,
-    monitor: Monitor,
+    epochs: range,
+    callback: TrainingCallback,
 ) -> list[EpochResult]:
-    """Train with a GradientTape. Arguments, result and errors are those of `train_fit`."""
+    """Train with a `tf.GradientTape`. Arguments, result and errors are those of `train_fit`."""
     means = _Means()
 
     @tf.function(reduce_retracing=True)
@@ -70,19 +68,19 @@ def train_custom(
         return float(mean_loss), float(accuracy)
 
     results: list[EpochResult] = []
-    batches = iter(train)
-    for epoch in range(first_epoch + 1, epochs + 1):
+    batches = iter(data.train)
+    for epoch in epochs:
         started = time.perf_counter()
-        monitor.on_epoch_start(epoch)
+        callback.on_epoch_begin(epoch)
         means.reset()
-        for step in range(1, steps_per_epoch + 1):
+        for step in range(1, data.steps_per_epoch + 1):
             mean_loss, accuracy = map(float, train_step(*next(batches)))
             check_finite(mean_loss, epoch=epoch, step=step)
-            monitor.on_batch_end(step, loss=mean_loss, accuracy=accuracy)
+            callback.on_batch_end(step, loss=mean_loss, accuracy=accuracy)
         trained = time.perf_counter()
 
-        val_loss, val_accuracy = validate(validation)
-        check_finite(val_loss, epoch=epoch, step=steps_per_epoch)
+        val_loss, val_accuracy = validate(data.validation)
+        check_finite(val_loss, epoch=epoch, step=data.steps_per_epoch)
         result = EpochResult(
             epoch=epoch,
             loss=mean_loss,
@@ -91,8 +89,8 @@ def train_custom(
             val_accuracy=val_accuracy,
             learning_rate=float(optimizer.learning_rate.numpy()),
             seconds=time.perf_counter() - started,
-            images_per_s=images_per_epoch / (trained - started),
+            images_per_s=data.images_per_epoch / (trained - started),
         )
         results.append(result)
-        monitor.on_epoch_end(result)
+        callback.on_epoch_end(result)
     return results

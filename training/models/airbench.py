@@ -17,15 +17,14 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from training.config import Block
 from training.models import bf16_conv
+from training.models.presets import Block
 
 PATCH = 2  # pixels on each side of what the first layer looks at
 DIRECTIONS = 8  # in which such patches of 12 numbers vary the most
 WHITENED_IMAGES = 5_000  # whose patches it is made from
 WHITENING_EPSILON = 5e-4  # keeps patches that hardly vary from being blown up
 HEAD_SCALE = 1 / 9
-MIN_SIZE = 15  # leaves one pixel after three halvings and the rows that go without padding
 
 
 @keras.saving.register_keras_serializable(package="training")
@@ -235,8 +234,7 @@ class Airbench(keras.Model):
 
     def logits(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Return what the softmax is given."""
-        height, width = (used_size(size) for size in images.shape[1:3])
-        features = self.block1(self.whitening(images[:, :height, :width]), training=training)
+        features = self.block1(self.whitening(crop_to_odd(images)), training=training)
         features = self.block3(self.block2(features, training=training), training=training)
         return HEAD_SCALE * self.head(tf.reduce_max(features, axis=(1, 2)))
 
@@ -249,9 +247,10 @@ class Airbench(keras.Model):
         return {**super().get_config(), "classes": self.classes, "blocks": self.blocks}
 
 
-def used_size(size: int) -> int:
-    """Return how many of `size` rows (or columns) of pixels are used: the first halving drops an odd one."""
-    return size if size % 2 else size - 1
+def crop_to_odd(images: tf.Tensor) -> tf.Tensor:
+    """Crop images to an odd height and width: the first pooling drops the last row and column of even sizes."""
+    height, width = images.shape[1:3]
+    return images[:, : height - (height + 1) % 2, : width - (width + 1) % 2]
 
 
 def build_airbench(

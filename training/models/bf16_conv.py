@@ -13,13 +13,13 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-SMALL_MAP = 49  # pixels of the largest that this is for
+MAX_PIXELS = 49  # of a feature map for which the convolution below is faster
 
 
 def is_for(maps: tf.Tensor) -> bool:
     """Return whether `convolve` is the faster way for maps (batch, height, width, channels)."""
     height, width = maps.shape[1:3]
-    return bool(maps.dtype == tf.bfloat16 and height * width <= SMALL_MAP)
+    return bool(maps.dtype == tf.bfloat16 and height * width <= MAX_PIXELS)
 
 
 @tf.custom_gradient

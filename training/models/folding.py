@@ -13,13 +13,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from training.models import airbench
-from training.models.airbench import HEAD_SCALE, Airbench, BatchNorm, Conv
+from training.models.airbench import HEAD_SCALE, Airbench, BatchNorm, Conv, crop_to_odd
 from training.models.sequential import used_size
 
 # Rows up to which TensorFlow's own pooling is better than oneDNN's, which takes 20 us to begin: much faster for one
 # image, about as fast for 64. The operation MaxPoolV2 is the one that TensorFlow does not give to oneDNN.
-SMALL_MAP = 16
+MAX_EIGEN_ROWS = 16
 
 Logits = Callable[[tf.Tensor], tf.Tensor]  # uint8 (n, height, width, 3) -> float32 (n, classes)
 
@@ -69,9 +68,7 @@ def fold_airbench(model: Airbench, *, temperature: float) -> Logits:
     head = model.head.kernel.numpy() * np.float32(HEAD_SCALE / temperature)
 
     def logits(images: tf.Tensor) -> tf.Tensor:
-        height, width = (airbench.used_size(size) for size in images.shape[1:3])
-        pixels = tf.cast(images[:, :height, :width], tf.float32)
-        features = tf.nn.conv2d(pixels, whitening_kernel, 1, "VALID")
+        features = tf.nn.conv2d(tf.cast(crop_to_odd(images), tf.float32), whitening_kernel, 1, "VALID")
         features = tf.nn.relu(tf.nn.bias_add(features, whitening_bias))
         for block in blocks:
             for number, (kernel, bias, padding) in enumerate(block):
@@ -86,7 +83,7 @@ def fold_airbench(model: Airbench, *, temperature: float) -> Logits:
 
 def _halve(features: tf.Tensor) -> tf.Tensor:
     """Return the maximum of each 2x2 square."""
-    if features.shape[1] > SMALL_MAP:
+    if features.shape[1] > MAX_EIGEN_ROWS:
         return tf.nn.max_pool2d(features, 2, 2, "VALID")
     return tf.raw_ops.MaxPoolV2(input=features, ksize=[1, 2, 2, 1], strides=[1, 2, 2, 1], padding="VALID")
 
@@ -95,6 +92,17 @@ def _fold_norm(conv: Conv, norm: BatchNorm) -> tuple[np.ndarray, np.ndarray]:
     """Return the kernel and the bias of a convolution that does what `conv` and then `norm` do."""
     scale = 1 / np.sqrt(norm.variance.numpy() + norm.EPSILON)
     return conv.kernel.numpy() * scale, norm.bias.numpy() - norm.mean.numpy() * scale
+
+
+def compute_logits(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
+    """Return the logits, float32 (n, classes), of a model built by `build_model`."""
+    if not isinstance(model, keras.Sequential):
+        return model.logits(images)
+    *inner, output = model.layers
+    features = images
+    for layer in inner:
+        features = layer(features)
+    return tf.matmul(features, output.kernel) + output.bias
 
 
 def freeze(model: Callable[[tf.Tensor], tf.Tensor], input_shape: tuple[int, int, int]) -> Callable[..., tf.Tensor]:

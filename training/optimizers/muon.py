@@ -12,8 +12,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-LABEL_SMOOTHING = 0.1  # half of the paper's: better on validation images
-
 
 @keras.saving.register_keras_serializable(package="training")
 class Muon(keras.optimizers.Optimizer):
@@ -74,32 +72,3 @@ def orthogonalize(kernel: tf.Tensor, *, steps: int = 3) -> tf.Tensor:
         gram = tf.matmul(matrix, matrix, transpose_a=True)
         matrix = a * matrix + tf.matmul(matrix, b * gram + c * tf.matmul(gram, gram))
     return tf.reshape(tf.transpose(matrix) if is_wide else matrix, kernel.shape)
-
-
-@keras.saving.register_keras_serializable(package="training")
-class LinearDecay(keras.optimizers.schedules.LearningRateSchedule):
-    """From `initial` at the first step to 0 at the last."""
-
-    def __init__(self, initial: float, *, steps: int) -> None:
-        self.initial = initial
-        self.steps = steps
-
-    def __call__(self, step: Any) -> tf.Tensor:
-        """Return the learning rate of a step, counted from 0."""
-        return self.initial * tf.maximum(0.0, 1 - tf.cast(step, tf.float32) / self.steps)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return what the constructor takes."""
-        return {"initial": self.initial, "steps": self.steps}
-
-
-@keras.saving.register_keras_serializable(package="training")
-class SmoothedCrossentropy(keras.losses.Loss):
-    """Cross-entropy of class numbers and probabilities, a tenth of each label spread evenly over all classes."""
-
-    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
-        """Return the loss of each image, float32 (batch,)."""
-        classes = y_pred.shape[-1]
-        labels = tf.one_hot(tf.cast(tf.reshape(y_true, (-1,)), tf.int32), classes)
-        labels = (1 - LABEL_SMOOTHING) * labels + LABEL_SMOOTHING / classes
-        return -tf.reduce_sum(labels * tf.math.log(tf.maximum(y_pred, keras.config.epsilon())), axis=-1)

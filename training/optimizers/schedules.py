@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import keras
+import tensorflow as tf
 
 
 class PlateauSchedule:
@@ -45,3 +49,20 @@ class PlateauSchedule:
         """Go on from a `state` saved before."""
         self._best = state["best"]
         self._epochs_without = int(state["epochs_without"])
+
+
+@keras.saving.register_keras_serializable(package="training")
+class LinearDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """From `initial` at the first step to 0 at the last."""
+
+    def __init__(self, initial: float, *, steps: int) -> None:
+        self.initial = initial
+        self.steps = steps
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        """Return the learning rate of a step, counted from 0."""
+        return self.initial * tf.maximum(0.0, 1 - tf.cast(step, tf.float32) / self.steps)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {"initial": self.initial, "steps": self.steps}

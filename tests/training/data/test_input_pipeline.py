@@ -3,7 +3,6 @@ import itertools
 import numpy as np
 import pytest
 
-from training.config import Augmentation
 from training.data import Split
 from training.data.input_pipeline import (
     evaluation_batches,
@@ -12,6 +11,7 @@ from training.data.input_pipeline import (
     training_batches,
 )
 from training.errors import DatasetError
+from training.models.presets import Augmentation
 
 
 def numbered_images(count, classes=4):

@@ -7,11 +7,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from training.callbacks import EpochResult
 from training.evaluation.calibration import apply_temperature
 from training.evaluation.metrics import evaluate
 from training.evaluation.plots import in_our_style, plot_calibration, plot_confusion, plot_curves, shorten
 from training.evaluation.sample_sheet import plot_samples
+from training.history import EpochResult
 
 
 def make_history(val_losses, rates=None):

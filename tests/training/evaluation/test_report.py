@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from training.__main__ import train as train_command
-from training.callbacks import EpochResult
 from training.config import TrainingConfig
 from training.data import Dataset, Split
-from training.evaluation.metrics import evaluate
+from training.evaluation.metrics import CalibratedEvaluation, evaluate
 from training.evaluation.report import write_report
+from training.history import EpochResult
 from training.run_dir import RunDir
 from training.shell_command import format_command
 
@@ -53,16 +53,17 @@ def report(
     run = RunDir.create(folder, config)
     epochs_run = make_history(epochs)
     run.write_history(epochs_run if history is None else history)
+    evaluation = evaluate(probabilities, labels, names)
+    test = CalibratedEvaluation(
+        evaluation=evaluation, uncalibrated=evaluation.calibration, temperature=1.234, probabilities=probabilities
+    )
     path = write_report(
         run,
         config=config,
         dataset=Dataset("pets", "some folder", names, split, split),
-        evaluation=evaluate(probabilities, labels, names),
-        mirrored=mirrored and evaluate(probabilities, labels, names),
-        uncalibrated=evaluate(probabilities, labels, names).calibration,
-        temperature=1.234,
-        probabilities=probabilities,
-        best=vars(epochs_run[-1]),
+        test=test,
+        mirrored=mirrored and test,
+        best=epochs_run[-1],
     )
     return path.read_text()
 
@@ -99,7 +100,7 @@ def test_a_report_says_what_was_measured_and_how_to_do_it_again(tmp_path):
         "python -m training train --dataset folder --image-size 32x32 --variant sequential --loop fit --epochs 5 "
         "--dtype float32 --seed 0 --deterministic" in text
     )
-    assert "| 5 (kept) | 0.4000 | 86.00% | 0.4200 | 85.60% | 0.0002 | 2,346 | 12.5 |" in text
+    assert "| 5 (best) | 0.4000 | 86.00% | 0.4200 | 85.60% | 0.0002 | 2,346 | 12.5 |" in text
     assert "| image size | 32x32 |" in text
     assert "| deterministic | yes |" in text
     assert r"| a\|b $x_{$ 2 |" in text
@@ -149,12 +150,12 @@ def test_a_best_epoch_that_the_history_has_not_heard_of_is_reported(tmp_path):
     # Killed after the best checkpoint was saved, before the history was written.
     text = report(tmp_path / "run", epochs=3, history=make_history(2))
     assert "| 2 | " in text
-    assert "| 3 (kept) | 0.6667 | " in text
+    assert "| 3 (best) | 0.6667 | " in text
 
 
 def test_a_run_without_history_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(RunDir, "write_history", lambda *_: None)
-    assert "| 1 (kept) | 2.0000 | " in report(tmp_path / "run", epochs=1)
+    assert "| 1 (best) | 2.0000 | " in report(tmp_path / "run", epochs=1)
 
 
 def test_a_report_is_written_over_the_one_before(tmp_path):

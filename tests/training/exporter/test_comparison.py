@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 
 from training.errors import ExportError
-from training.exporter.comparison import RELATIVE_TOLERANCE, compare_answers, compare_logits
+from training.exporter.comparison import RELATIVE_TOLERANCE, compare_logits, compare_outputs
 
 NAMES = ("cat", "dog", "fox")
 LARGE = np.array([[800.0, -300.0, 20.0], [-5.0, 750.0, 700.0]])
@@ -35,7 +35,7 @@ def test_classes_may_differ_only_where_rounding_decides():
     compare_logits(expected - [[0, 1e-2, 0]], expected, where="it")
     expected = np.array([[100.0, 100.0 + 2.5e-2, 0.0]])
     wrong = expected + np.array([1.5e-2, -1.5e-2, 0])
-    with pytest.raises(ExportError, match="it gives other labels to 1 of 1 images"):
+    with pytest.raises(ExportError, match="it returns other labels for 1 of 1 images"):
         compare_logits(wrong, expected, where="it")
 
 
@@ -48,18 +48,18 @@ def test_infinite_logits_cannot_be_compared():
 @pytest.mark.parametrize("scale", [1e-3, 0.01, 1, 10])
 def test_answers_are_compared_as_far_as_probabilities_tell(scale):
     logits = scale * LARGE / 100
-    compare_answers(answer(logits), logits, NAMES, where="it")
-    compare_answers(answer(logits + 7), logits, NAMES, where="it")  # a softmax does not see it
+    compare_outputs(answer(logits), logits, NAMES, where="it")
+    compare_outputs(answer(logits + 7), logits, NAMES, where="it")  # a softmax does not see it
     with pytest.raises(ExportError, match="the logarithms of its probabilities by"):
-        compare_answers(answer(1.1 * logits), logits, NAMES, where="it")
-    with pytest.raises(ExportError, match="labels that do not belong to its probabilities"):
-        compare_answers(answer(logits, class_ids=[0, 2]), logits, NAMES, where="it")
+        compare_outputs(answer(1.1 * logits), logits, NAMES, where="it")
+    with pytest.raises(ExportError, match="labels that do not match its probabilities"):
+        compare_outputs(answer(logits, class_ids=[0, 2]), logits, NAMES, where="it")
 
 
 def test_probabilities_of_0_and_1_are_answers_too():
-    compare_answers(answer(LARGE), LARGE, NAMES, where="it")
+    compare_outputs(answer(LARGE), LARGE, NAMES, where="it")
     with pytest.raises(ExportError, match="differs from the trained model"):
-        compare_answers(answer(LARGE[:, ::-1]), LARGE, NAMES, where="it")
+        compare_outputs(answer(LARGE[:, ::-1]), LARGE, NAMES, where="it")
 
 
 def test_probabilities_that_a_softmax_rounds_to_0_are_equal():
@@ -68,6 +68,6 @@ def test_probabilities_that_a_softmax_rounds_to_0_are_equal():
     logits = np.stack([margins, 0 * margins, margins - 1], axis=1).astype(np.float32)
     rounded = answer(logits) | {"probabilities": tf.nn.softmax(logits).numpy()}
     assert 0 < np.count_nonzero(rounded["probabilities"][:, 1]) < len(margins)
-    compare_answers(rounded, logits, NAMES, where="it")
+    compare_outputs(rounded, logits, NAMES, where="it")
     with pytest.raises(ExportError, match="the logarithms of its probabilities by"):
-        compare_answers(rounded, logits + np.array([0, 0.1, 0], np.float32), NAMES, where="it")
+        compare_outputs(rounded, logits + np.array([0, 0.1, 0], np.float32), NAMES, where="it")

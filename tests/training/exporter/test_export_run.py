@@ -8,14 +8,16 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from training.config import PRESETS, TrainingConfig
+from training.config import TrainingConfig
 from training.data import Dataset, Split
 from training.data.shapes import draw_shapes
 from training.errors import ExportError
-from training.exporter import saved_model
 from training.exporter.comparison import compare_logits
-from training.exporter.saved_model import export_run
-from training.models import build_model, compute_logits, fold_model
+from training.exporter.publish import export_run
+from training.models import build_model
+from training.models.folding import compute_logits
+from training.models.presets import PRESETS
+from training.models.recipes import AirbenchRecipe
 from training.run_dir import RunDir
 from training.trainer import load_best_model, train_and_evaluate
 
@@ -53,7 +55,7 @@ def trained(request, tmp_path_factory):
 def test_airbench_is_exported_whatever_it_was_trained_on(trained, tmp_path):
     run, images = trained
     version = export_run(run, models_dir=tmp_path)
-    model, _ = load_best_model(run)
+    model = load_best_model(run).model
     expected = compute_logits(model, tf.constant(images)).numpy() / run.read_evaluation()["test"]["temperature"]
     answer = tf.saved_model.load(str(version)).signatures["serving_default"](images=tf.constant(images))
     np.testing.assert_allclose(answer["probabilities"], tf.nn.softmax(expected), atol=1e-3)
@@ -75,11 +77,13 @@ def test_airbench_is_exported_whatever_it_was_trained_on(trained, tmp_path):
 def test_a_fault_of_the_folding_is_found_where_all_probabilities_are_0_or_1(trained, tmp_path, monkeypatch):
     run, _ = trained
 
+    fold = AirbenchRecipe.fold
+
     def fold_badly(*arguments, **options):
-        exact = fold_model(*arguments, **options)
+        exact = fold(*arguments, **options)
         return lambda images: 1.001 * exact(images)
 
-    monkeypatch.setattr(saved_model, "fold_model", fold_badly)
+    monkeypatch.setattr(AirbenchRecipe, "fold", fold_badly)
     with pytest.raises(ExportError, match="the folded network, at batch size 1, differs from the trained model"):
         export_run(run, models_dir=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -96,7 +100,7 @@ def test_folded_to_float32_rounding_at_200x150_pixels(options):
         model.adapt(images)
         for _ in range(3):
             model(images, training=True)  # moves the batch norms' means and variances
-    folded = fold_model(model, config, temperature=1.0)
+    folded = config.recipe.fold(model, config, temperature=1.0)
     noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
     for given in (images, noise):
         expected = compute_logits(model, tf.constant(given)).numpy()

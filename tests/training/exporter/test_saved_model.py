@@ -14,7 +14,8 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from training.config import VARIANTS
 from training.errors import ExportError
-from training.exporter.saved_model import _next_version, publish_model
+from training.exporter.publish import publish_model
+from training.exporter.versions import next_version
 from training.models import build_model
 
 CLASSES = ("cat", "dog", "größe")  # labels are text, not ASCII
@@ -29,7 +30,7 @@ def publish(models_dir, *, variant="sequential", model=None, name="pets", **opti
         class_names=CLASSES,
         input_shape=(24, 32, 3),
         # Of what is so already, the card is not believed.
-        card={"seed": 7, "class_names": ["a"], "version": 99, "input_shape": [1, 1, 1]},
+        metadata={"seed": 7, "class_names": ["a"], "version": 99, "input_shape": [1, 1, 1]},
         **options,
     )
 
@@ -177,7 +178,7 @@ def test_numbers_that_no_version_can_have_are_passed_over(tmp_path, folders, rem
     for name in folders:
         (tmp_path / name).mkdir()
     (tmp_path / ".last_version").write_text(remembered)
-    with _next_version(tmp_path) as (number, partial):
+    with next_version(tmp_path) as (number, partial):
         partial.mkdir()
     assert number == version
     assert (tmp_path / str(version)).is_dir()
@@ -186,7 +187,7 @@ def test_numbers_that_no_version_can_have_are_passed_over(tmp_path, folders, rem
 
 def test_there_is_no_version_after_the_largest(tmp_path):
     (tmp_path / "9223372036854775807").mkdir()
-    with pytest.raises(ExportError, match="the largest possible, so no newer one can"), _next_version(tmp_path):
+    with pytest.raises(ExportError, match="the largest possible, so no newer one can"), next_version(tmp_path):
         pass
 
 
@@ -237,14 +238,14 @@ def test_a_name_must_fit_into_an_address(tmp_path, name):
 _EXPORT_FOREVER = """
 import sys
 from pathlib import Path
-from training.exporter.saved_model import publish_model
+from training.exporter.publish import publish_model
 from training.models import build_model
 
 model = build_model("sequential", (24, 32, 3), classes=3, conv_activation="relu")
 print("ready", flush=True)
 while True:
     publish_model(model, models_dir=Path(sys.argv[1]), name="pets", class_names=("a", "b", "c"),
-                  input_shape=(24, 32, 3), card={})
+                  input_shape=(24, 32, 3), metadata={})
 """
 
 

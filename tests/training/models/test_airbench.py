@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training.config import DTYPES, PRESETS, Augmentation, Block, TrainingConfig, fastest_dtype
+from training.config import DTYPES, TrainingConfig
 from training.data import Dataset
 from training.data.shapes import draw_shapes
-from training.models import build_model, fold_model
+from training.models import RECIPES, build_model
 from training.models.airbench import AirbenchBlock, BatchNorm, Conv, Whitening
+from training.models.presets import PRESETS, Augmentation, Block
+from training.models.recipes import fastest_dtype
 from training.run_dir import RunDir
 from training.trainer import load_best_model, train_and_evaluate
 
@@ -127,9 +129,9 @@ def test_folded_it_answers_as_before(shape, preset):
     for block in (model.block1, model.block2, model.block3):
         for norm in block.norms:
             norm.bias.assign(np.random.default_rng(1).normal(0, 0.5, norm.bias.shape))
-    folded = fold_model(model, TrainingConfig.fill_in(variant="airbench"), temperature=1.0)
+    folded = RECIPES["airbench"].fold(model, TrainingConfig.fill_in(variant="airbench"), temperature=1.0)
     np.testing.assert_allclose(tf.nn.softmax(folded(tf.constant(images))), model(images), atol=1e-5)
-    cooled = fold_model(model, TrainingConfig.fill_in(variant="airbench"), temperature=2.0)
+    cooled = RECIPES["airbench"].fold(model, TrainingConfig.fill_in(variant="airbench"), temperature=2.0)
     np.testing.assert_allclose(2 * cooled(tf.constant(images)), folded(tf.constant(images)), rtol=1e-4, atol=1e-5)
 
 
@@ -173,7 +175,7 @@ def test_what_was_trained_in_bfloat16_is_judged_in_float32(dataset, tmp_path):
     for dtype in DTYPES:
         run = RunDir.create(tmp_path / dtype, TrainingConfig.fill_in(variant="airbench", epochs=1, dtype=dtype))
         train_and_evaluate(run, dataset)
-        model, _ = load_best_model(run)
+        model = load_best_model(run).model
         assert {layer.compute_dtype for layer in model._flatten_layers()} == {"float32"}
         weights.append(model.get_weights())
     differences = [np.abs(exact - rounded).max() for exact, rounded in zip(*weights, strict=True)]
@@ -189,9 +191,10 @@ def test_presets_fill_in_what_is_not_given():
             assert config.epochs == preset.epochs[dtype]
     assert TrainingConfig.fill_in(variant="airbench").preset == "quick"
     assert TrainingConfig.fill_in() == TrainingConfig()
-    for wrong in ({"variant": "airbench", "preset": "huge"}, {"preset": "quick"}):
-        with pytest.raises(ValueError, match="preset must be one of quick, best"):
-            TrainingConfig.fill_in(**wrong)
+    with pytest.raises(ValueError, match="preset must be one of quick, best for the variant airbench; got 'huge'"):
+        TrainingConfig.fill_in(variant="airbench", preset="huge")
+    with pytest.raises(ValueError, match="preset must be left out for the variant sequential; got 'quick'"):
+        TrainingConfig.fill_in(preset="quick")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def test_a_run_is_trained_as_its_preset_says(changed, dataset, tmp_path, monkeyp
         monkeypatch.setitem(PRESETS, "quick", preset)
         run = RunDir.create(tmp_path / str(len(weights)), config)
         train_and_evaluate(run, dataset)
-        weights.append(load_best_model(run)[0].get_weights())
+        weights.append(load_best_model(run).model.get_weights())
     shapes = [[weight.shape for weight in of_run] for of_run in weights]
     same = shapes[0] == shapes[1] and all(np.allclose(*pair, atol=1e-3) for pair in zip(*weights, strict=True))
     assert same == (not changed)

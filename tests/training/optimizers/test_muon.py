@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training.optimizers.muon import LABEL_SMOOTHING, LinearDecay, Muon, SmoothedCrossentropy, orthogonalize
+from training.models.losses import LABEL_SMOOTHING, SmoothedCrossentropy
+from training.optimizers.muon import Muon, orthogonalize
+from training.optimizers.schedules import LinearDecay
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 24, 32), (3, 3, 2, 40)])
