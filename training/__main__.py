@@ -11,7 +11,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,13 +18,13 @@ import click
 from click.core import ParameterSource
 
 from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, VARIANTS, TrainingConfig
+from training.data import load_dataset
 from training.errors import RunError, StorageFullError, TrainingError
 from training.models.presets import PRESETS
 from training.shell_command import format_command
 from training.storage import is_full
 
 if TYPE_CHECKING:
-    from training.data import Dataset
     from training.run_dir import RunDir
     from training.trainer import BestModel, TrainingResult
 
@@ -194,7 +193,7 @@ def train(
             config = TrainingConfig.fill_in(**config_values)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-    dataset = _load_dataset(config)
+    dataset = load_dataset(config)
     if export:
         exported_name = name or (run.read_dataset().name if run and run.has_dataset() else dataset.name)
         check_model_name(exported_name)
@@ -205,9 +204,7 @@ def train(
     if run is None and run_path is not None:
         run = RunDir.create(run_path, config)
     elif run is None:
-        # Two runs may begin in one second.
-        stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-        run = RunDir.create_numbered(Path("runs") / f"{stamp}-{dataset.name}-{config.variant}-{config.loop}", config)
+        run = RunDir.create_default(config, dataset.name)
     try:
         from training.trainer import train_and_evaluate
 
@@ -236,7 +233,7 @@ def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
 
     run = RunDir.open(run_path)
     config = run.read_config()
-    dataset = _load_dataset(dataclasses.replace(config, data=data or config.data))
+    dataset = load_dataset(dataclasses.replace(config, data=data or config.data))
     from training.trainer import evaluate_run
 
     result = evaluate_run(run, dataset, mirror=mirror)
@@ -272,15 +269,8 @@ def samples(folder: Path, *, per_class: int, **config_values: Any) -> None:
     """Write some test images of a dataset into FOLDER, as PNG files named by their class."""
     from training.data.samples import write_samples
 
-    paths = write_samples(_load_dataset(TrainingConfig(**config_values)), folder, per_class=per_class)
+    paths = write_samples(load_dataset(TrainingConfig(**config_values)), folder, per_class=per_class)
     click.echo(f"wrote {len(paths)} pictures into {folder}")
-
-
-def _load_dataset(config: TrainingConfig) -> Dataset:
-    # Before TensorFlow is imported and before a run folder is made: missing data is told at once and costs nothing.
-    from training.data import load_dataset
-
-    return load_dataset(config.dataset, data=config.data, image_size=config.image_size, seed=config.seed)
 
 
 def _show_evaluation(result: TrainingResult) -> None:

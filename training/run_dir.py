@@ -20,6 +20,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ class RunDir:
                 )
             run.write_config(config)
         return run
+
+    @classmethod
+    def create_default(cls, config: TrainingConfig, dataset_name: str) -> RunDir:
+        """Create a directory `runs/TIME-DATASET-VARIANT-LOOP`."""
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{dataset_name}-{config.variant}-{config.loop}"
+        return cls.create_numbered(Path("runs") / name, config)
 
     @classmethod
     def create_numbered(cls, path: Path, config: TrainingConfig) -> RunDir:

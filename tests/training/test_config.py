@@ -10,7 +10,7 @@ from training.config import TrainingConfig
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("dataset", "mnist"),
+        ("dataset", "cifar100"),
         ("variant", "resnet"),
         ("loop", "keras"),
         ("conv_activation", "gelu"),

@@ -94,7 +94,7 @@ def test_images_that_do_not_fit_into_memory_are_told_with_the_numbers(tmp_path, 
         load_image_folder(tmp_path, image_size=(300, 400), seed=0)
 
 
-def test_available_memory_is_the_least_of_machine_and_control_groups(tmp_path):
+def test_available_memory_is_the_least_of_machine_limit_and_control_groups(tmp_path):
     def write(path, text):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -102,6 +102,10 @@ def test_available_memory_is_the_least_of_machine_and_control_groups(tmp_path):
     assert available_bytes(tmp_path) is None
     write("proc/meminfo", "MemTotal: 100 kB\nMemAvailable: 50 kB\n")
     assert available_bytes(tmp_path) == 50 * 1024
+    write("proc/self/statm", "3 1 1 1 0 1 0\n")
+    for limit, available in (("unlimited", 50 * 1024), (str(3 * os.sysconf("SC_PAGE_SIZE") + 20000), 20000)):
+        write("proc/self/limits", f"Limit Soft Hard Units\nMax address space   {limit}   unlimited   bytes\n")
+        assert available_bytes(tmp_path) == available
     write("proc/self/cgroup", "0::/box/inner\n")
     write("sys/fs/cgroup/box/memory.max", "40000\n")
     write("sys/fs/cgroup/box/memory.current", "30000\n")

@@ -1,11 +1,8 @@
-"""The datasets: everything that knows where images come from. Imports no TensorFlow.
-
-`cifar10` is looked for in the usual places, `shapes` is drawn, `folder` is any folder of images by class.
-"""
+"""Datasets and the input pipeline. Importing this package does not import TensorFlow."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training.data.cifar10 import load_cifar10
 from training.data.dataset import Dataset, Split
@@ -13,34 +10,31 @@ from training.data.image_folder import load_image_folder
 from training.data.shapes import load_shapes
 from training.errors import DatasetError
 
+if TYPE_CHECKING:
+    from training.config import TrainingConfig
+
 __all__ = ["Dataset", "Split", "load_dataset"]
 
 
-def load_dataset(name: str, *, data: Path | None, image_size: tuple[int, int] | None, seed: int) -> Dataset:
-    """Load a dataset by name, and only that one: nothing is ever put in its place.
+def load_dataset(config: TrainingConfig) -> Dataset:
+    """Load the dataset that a config names.
 
-    Args:
-        name: "cifar10", "shapes" or "folder".
-        data: where it lies; "cifar10" has usual places to look if this is `None`, "folder" has none.
-        image_size: (height, width) in pixels to resize to; `None` keeps the images as they are.
-        seed: of what is drawn, and of the test split of a folder that has none.
+    "cifar10" is searched in the usual places unless `config.data` names one, "shapes" is drawn, and "folder" is a
+    folder of images by class.
 
     Raises:
         DatasetError: the data is missing, damaged or unusable.
-        ValueError: there is no dataset of this name.
     """
-    if name not in ("cifar10", "shapes", "folder"):
-        raise ValueError(f'the datasets are "cifar10", "shapes" and "folder"; got {name!r}')
-    if name == "folder":
-        if data is None:
+    if config.dataset == "folder":
+        if config.data is None:
             raise DatasetError(
-                "a folder of images has to be named: --data FOLDER (make train DATASET=folder DATA=FOLDER)"
+                "a folder of images must be named: --data FOLDER (make train DATASET=folder DATA=FOLDER)"
             )
-        return load_image_folder(data, image_size=image_size, seed=seed)
-    if image_size is not None:
-        raise DatasetError(f"--image-size is for --dataset folder: the images of {name} are 32x32")
-    if name == "cifar10":
-        return load_cifar10(data, seed=seed)
-    if data is not None:
-        raise DatasetError(f"--data {data} cannot be used with --dataset shapes, which draws its images")
-    return load_shapes(seed=seed)
+        return load_image_folder(config.data, image_size=config.image_size, seed=config.seed)
+    if config.image_size is not None:
+        raise DatasetError(f"--image-size is for --dataset folder: the images of {config.dataset} are 32x32")
+    if config.dataset == "cifar10":
+        return load_cifar10(config.data, seed=config.seed)
+    if config.data is not None:
+        raise DatasetError(f"--data {config.data} cannot be used with --dataset shapes, which draws its images")
+    return load_shapes(seed=config.seed)

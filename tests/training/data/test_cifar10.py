@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.training.data.cifar10_files import check, write_archive, write_batches
+from training.config import TrainingConfig
 from training.data import load_dataset
 from training.data.cifar10 import CLASS_NAMES, SHA256, URL, load_cifar10
 from training.errors import DatasetError
@@ -75,9 +76,9 @@ def test_the_places_are_looked_at_in_order(tmp_path, monkeypatch, nowhere):
     check(load_cifar10(None, seed=0))
     named = write_batches(tmp_path / "named")
     monkeypatch.setenv("CIFAR10_DATA", str(named))
-    assert load_dataset("cifar10", data=None, image_size=None, seed=0).source == str(named)
+    assert load_dataset(TrainingConfig(dataset="cifar10")).source == str(named)
     given = write_batches(tmp_path / "given")
-    assert load_dataset("cifar10", data=given, image_size=None, seed=0).source == str(given)
+    assert load_dataset(TrainingConfig(dataset="cifar10", data=given)).source == str(given)
     monkeypatch.delenv("CIFAR10_DATA")
     assert load_cifar10(None, seed=0).source == str(cached)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from training.config import TrainingConfig
 from training.data import Dataset, Split, load_dataset
 from training.errors import DatasetError
 
@@ -67,11 +68,6 @@ def test_the_content_hash_knows_pixels_labels_names_and_splits_but_not_the_place
     assert all(len(bytes.fromhex(digest)) == 32 for digest in hashes)
 
 
-def test_an_unknown_name_loads_nothing():
-    with pytest.raises(ValueError, match="cifar100"):
-        load_dataset("cifar100", data=None, image_size=None, seed=0)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -83,7 +79,7 @@ def test_an_unknown_name_loads_nothing():
 )
 def test_what_a_dataset_has_no_use_for_is_refused(name, options, message):
     with pytest.raises(DatasetError, match=message):
-        load_dataset(name, **{"data": None, "image_size": None, "seed": 0, **options})
+        load_dataset(TrainingConfig(dataset=name, **options))
 
 
 def test_no_dataset_needs_tensorflow():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.config import TrainingConfig
 from training.data import load_dataset
 from training.errors import DatasetError
 
@@ -72,7 +73,7 @@ def test_the_message_fits_the_file(tmp_path, dataset, kind):
     path = tmp_path / "cifar-10-python.tar.gz"  # told by what it holds, not by its name
     path.write_bytes(content)
     with pytest.raises(DatasetError) as error:
-        load_dataset(dataset, data=path, image_size=None, seed=0)
+        load_dataset(TrainingConfig(dataset=dataset, data=path))
     assert str(error.value).startswith(f"{path} {message}")
     assert "\n" not in str(error.value)
 
@@ -89,7 +90,7 @@ def test_the_message_fits_the_file(tmp_path, dataset, kind):
 def test_a_file_is_no_image_folder(tmp_path, content, message):
     (tmp_path / "data").write_bytes(content)
     with pytest.raises(DatasetError) as error:
-        load_dataset("folder", data=tmp_path / "data", image_size=None, seed=0)
+        load_dataset(TrainingConfig(dataset="folder", data=tmp_path / "data"))
     assert str(error.value) == f"{tmp_path / 'data'} {message}"
 
 
@@ -97,6 +98,6 @@ def test_a_file_is_no_image_folder(tmp_path, content, message):
 def test_what_is_no_archive_at_all_is_told_in_one_line(tmp_path, content):
     (tmp_path / "data").write_bytes(content)
     with pytest.raises(DatasetError) as error:
-        load_dataset("cifar10", data=tmp_path / "data", image_size=None, seed=0)
+        load_dataset(TrainingConfig(dataset="cifar10", data=tmp_path / "data"))
     assert "is not a whole tar archive (it is empty, or its beginning is no archive's)" in str(error.value)
     assert "\n" not in str(error.value)

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from training.data import image_reading, load_dataset
+from training import memory
+from training.config import TrainingConfig
+from training.data import load_dataset
 from training.data.image_folder import load_image_folder
-from training.errors import DatasetError
+from training.errors import DatasetError, MemoryTooSmallError
 
 
 def save(path, *, size=(32, 32), colour=(200, 30, 60)):
@@ -37,7 +39,7 @@ def make_splits(folder, **options):
 
 
 def load(folder, *, image_size=None, seed=0):
-    return load_dataset("folder", data=folder, image_size=image_size, seed=seed)
+    return load_dataset(TrainingConfig(dataset="folder", data=folder, image_size=image_size, seed=seed))
 
 
 def refusal(folder, **options):
@@ -349,11 +351,12 @@ def test_fewer_images_than_classes_are_refused(tmp_path):
 LOAD = """
 import sys
 from pathlib import Path
+from training.config import TrainingConfig
 from training.data import load_dataset
-from training.errors import DatasetError
+from training.errors import TrainingError
 try:
-    load_dataset("folder", data=Path(sys.argv[1]), image_size=None, seed=0)
-except DatasetError as error:
+    load_dataset(TrainingConfig(dataset="folder", data=Path(sys.argv[1])))
+except TrainingError as error:
     sys.exit(str(error))
 """
 
@@ -363,21 +366,22 @@ def test_more_than_the_memory_holds_is_refused_with_a_way_out(tmp_path):
     for name in ("cat", "dog"):
         for number in range(1, 60):
             (folder / name / f"{number}.png").hardlink_to(folder / name / "0.png")
-    large = LOAD.replace("image_size=None", "image_size=(4000, 4000)")
+    large = LOAD.replace("sys.argv[1])", "sys.argv[1]), image_size=(4000, 4000)")
     limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n" + large
     done = subprocess.run([sys.executable, "-c", limited, folder], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("120 images of 4000x4000 need 5.4 GiB of memory")
+    assert done.stderr.startswith("120 images of 4000x4000, and the copy made when they are split, need about 10.7 GiB")
     assert "--image-size 96x96 (make: IMAGE_SIZE=96x96)" in done.stderr
 
 
 def test_memory_that_the_system_would_grant_and_not_have_is_refused(tmp_path, monkeypatch):
-    """Linux grants more than there is, and ends the process once it is used."""
+    """Linux grants more than there is, and kills the process once it is used."""
     folder = make_classes(tmp_path)
-    monkeypatch.setattr(image_reading, "available_bytes", lambda: 2 * 8 * 32 * 32 * 3)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * 8 * 32 * 32 * 3)
     assert len(load(folder).train.labels) == 6
-    monkeypatch.setattr(image_reading, "available_bytes", lambda: 2 * 8 * 32 * 32 * 3 - 1)
-    assert "8 images of 32x32 need 0.0 MiB of memory" in refusal(folder)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * 8 * 32 * 32 * 3 - 1)
+    with pytest.raises(MemoryTooSmallError, match=r"^8 images of 32x32.* need about 0\.0 MiB of memory"):
+        load(folder)
 
 
 def test_progress_is_shown_on_a_terminal_and_nowhere_else(tmp_path):

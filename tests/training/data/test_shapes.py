@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.config import TrainingConfig
 from training.data import load_dataset
 from training.data.samples import write_samples
 from training.data.shapes import CLASS_NAMES, draw_shapes
@@ -13,7 +14,7 @@ from training.data.shapes import CLASS_NAMES, draw_shapes
 
 @pytest.fixture(scope="module")
 def shapes():
-    return load_dataset("shapes", data=None, image_size=None, seed=0)
+    return load_dataset(TrainingConfig(dataset="shapes"))
 
 
 def test_the_same_seed_draws_the_same_pictures_in_every_process():
