@@ -6,7 +6,7 @@ Each `plot_` function returns a figure, `render_png` makes a file's content of i
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import pairwise
 from typing import Any, ParamSpec, TypeVar
@@ -16,7 +16,6 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from training.evaluation.metrics import CALIBRATION_BINS, Calibration
@@ -38,6 +37,8 @@ _STYLE: Any = {
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
+    "legend.fontsize": 8,
+    "legend.frameon": False,
     "text.color": INK,
     "text.parse_math": False,  # a class may well be named with dollar signs
     "xtick.color": GREY,
@@ -45,7 +46,6 @@ _STYLE: Any = {
     "ytick.color": GREY,
     "ytick.labelcolor": INK,
 }
-_HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a note readable where a line runs under it
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -79,103 +79,51 @@ def render_png(figure: Figure) -> bytes:
 
 @in_our_style
 def plot_curves(history: Sequence[EpochResult], *, quantity: str, best_epoch: int) -> Figure:
-    """Plot the loss or the accuracy over the epochs, of training and of validation.
+    """Plot training and validation loss or accuracy by epoch.
 
     Args:
         history: the epochs, at least one.
         quantity: "loss" or "accuracy".
-        best_epoch: the epoch whose weights were kept; one of `history`.
+        best_epoch: the epoch whose weights are kept; one of `history`.
     """
-    figure = Figure(figsize=(5.6, 3.5), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
     axes = figure.add_subplot()
     epochs = [result.epoch for result in history]
-    curves = {
-        "training": ([getattr(result, quantity) for result in history], BLUE),
-        "validation": ([getattr(result, f"val_{quantity}") for result in history], VERMILLION),
-    }
-    for values, colour in curves.values():
-        marker = "o" if len(epochs) <= 40 else ""
-        axes.plot(epochs, values, color=colour, linewidth=1.8, marker=marker, markersize=3.5, clip_on=False)
+    marker = "o" if len(epochs) <= 40 else ""
+    for name, prefix, colour in (("training", "", BLUE), ("validation", "val_", VERMILLION)):
+        values = [getattr(result, f"{prefix}{quantity}") for result in history]
+        axes.plot(epochs, values, color=colour, linewidth=1.8, marker=marker, markersize=3.5, clip_on=False, label=name)
+    best = values[epochs.index(best_epoch)]
+    label = f"kept: epoch {best_epoch}, {best:{'.1%' if quantity == 'accuracy' else '.3f'}}"
+    axes.plot(best_epoch, best, "o", markersize=9, markerfacecolor="none", color=INK, clip_on=False, label=label)
     axes.set_xlim(epochs[0] - 0.4, epochs[-1] + 0.4)
-    axes.margins(y=0.16)
+    axes.margins(y=0.1)
     bottom, top = axes.get_ylim()
     axes.set_ylim(max(bottom, 0), min(top, 1) if quantity == "accuracy" else top)
-    _name_curves(axes, epochs[-1], {name: (values[-1], colour) for name, (values, colour) in curves.items()})
-    shown = ".1%" if quantity == "accuracy" else ".3f"
-    _mark_kept(axes, epochs, best_epoch, {name: values for name, (values, _) in curves.items()}, shown)
-    marked = _mark_learning_rates(axes, history)
-    axes.set_title(quantity.capitalize(), pad=20 if marked else 8)
+    _mark_learning_rates(axes, history)
+    axes.set_title(quantity.capitalize())
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if quantity == "accuracy":
         axes.yaxis.set_major_formatter(_PERCENT)
     axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
-def _name_curves(axes: Axes, epoch: int, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Write each curve's name beside its last point, pushed apart where two would touch, and kept beside the axes."""
-    bottom, top = axes.get_ylim()
-    (upper, (high, high_colour)), (lower, (low, low_colour)) = sorted(ends.items(), key=lambda end: -end[1][0])
-    gap = 0.08 * (top - bottom)
-    push = max(0.0, gap - (high - low)) / 2
-    high, low = high + push, low - push
-    if low < bottom:
-        low, high = bottom, max(high, bottom + gap)
-    elif high > top:
-        high, low = top, min(low, top - gap)
-    for name, height, colour in ((upper, high, high_colour), (lower, low, low_colour)):
-        axes.annotate(
-            name,
-            (epoch, height),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            weight="bold",
-            annotation_clip=False,  # else a point that rounding puts outside the axes has no name
-        )
-
-
-def _mark_kept(
-    axes: Axes, epochs: Sequence[int], best_epoch: int, curves: Mapping[str, Sequence[float]], shown: str
-) -> None:
-    """Circle the validation's point of the kept epoch, and write its value as near as the curves leave room."""
-    value = curves["validation"][epochs.index(best_epoch)]
-    axes.plot(best_epoch, value, "o", markersize=9, markerfacecolor="none", color=INK, clip_on=False)
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    place = (best_epoch - left) / (right - left)
-    align, start = ("left", 0.0) if place < 0.2 else ("right", -0.3) if place > 0.8 else ("center", -0.15)
-    under = best_epoch + (start + np.linspace(0, 0.3, 20)) * (right - left)
-    others = [np.interp(under, epochs, values) for values in curves.values()]
-
-    def room(height: float) -> float:
-        return min(float(np.abs(other - height).min()) for other in others) if bottom < height < top else 0.0
-
-    heights = [value + side * away * (top - bottom) for away in (0.085, 0.14, 0.2) for side in (-1, 1)]
-    height = max(heights, key=lambda height: min(room(height), 0.055 * (top - bottom)))  # the first with so much
-    note = f"kept: epoch {best_epoch}, {value:{shown}}"
-    backing = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-    axes.text(best_epoch, height, note, ha=align, va="center", fontsize=7.5, bbox=backing)
-
-
-def _mark_learning_rates(axes: Axes, history: Sequence[EpochResult]) -> bool:
-    """Draw a line where the learning rate was lowered, or tell of a schedule; return whether there was something."""
-    drops = [(after.epoch - 0.5, after.learning_rate) for before, after in pairwise(history)
-             if after.learning_rate < before.learning_rate]  # fmt: skip
-    above: Any = {"xytext": (0, 6), "textcoords": "offset points", "fontsize": 7.5}
-    if len(drops) > 2 and len(drops) == len(history) - 1:  # with every epoch: a line at each would say nothing
-        note = f"lr {_rate(history[0].learning_rate)} to {_rate(history[-1].learning_rate)}, epoch by epoch"
-        axes.annotate(note, (1, 1), xycoords="axes fraction", ha="right", **above)
-        return True
-    next_label = np.inf
-    for epoch, rate in reversed(drops):
-        axes.axvline(epoch, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-        # Where drops are crowded, the last one's rate is written: the one that training went on with.
-        if next_label - epoch > 0.16 * (history[-1].epoch - history[0].epoch):
-            axes.annotate(f"lr {_rate(rate)}", (epoch, 1), xycoords=("data", "axes fraction"), ha="center", **above)
-            next_label = epoch
-    return bool(drops)
+def _mark_learning_rates(axes: Axes, history: Sequence[EpochResult]) -> None:
+    """Draw a line where the learning rate was reduced, except for a schedule that reduces it every epoch."""
+    drops = [b.epoch - 0.5 for a, b in pairwise(history) if b.learning_rate < a.learning_rate]
+    if not drops:
+        return
+    rates = f"learning rate {_rate(history[0].learning_rate)} to {_rate(history[-1].learning_rate)}"
+    line: Any = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (4, 3))}
+    if len(drops) > 2 and len(drops) == len(history) - 1:
+        axes.plot([], [], linestyle="none", label=f"{rates}, every epoch")
+        return
+    for epoch in drops:
+        axes.axvline(epoch, zorder=0, **line)
+    axes.plot([], [], label=rates, **line)
 
 
 def _rate(learning_rate: float) -> str:
@@ -249,8 +197,7 @@ def plot_calibration(before: Calibration, after: Calibration, *, temperature: fl
     for axis in (panels[0, 0].yaxis, panels[1, 0].yaxis, panels[1, 0].xaxis):
         axis.set_major_formatter(_PERCENT)
     panels[1, 0].yaxis.set_major_locator(MaxNLocator(3))
-    for line, (text, colour) in enumerate((("accuracy", BLUE), ("mean confidence", VERMILLION))):
-        panels[0, 0].text(0.03, 0.96 - 0.07 * line, text, color=colour, weight="bold", va="center", path_effects=_HALO)
+    panels[0, 0].legend(loc="upper left")
     return figure
 
 
@@ -259,8 +206,9 @@ def _draw_reliability(upper: Axes, lower: Axes, calibration: Calibration) -> Non
     filled = calibration.counts > 0
     accuracies, confidences = calibration.accuracies[filled], calibration.confidences[filled]
     bars: Any = {"width": 1 / CALIBRATION_BINS, "align": "edge", "edgecolor": "white", "linewidth": 0.8}
-    upper.bar(edges[filled], accuracies, color=BLUE, **bars)
-    upper.hlines(confidences, edges[filled], edges[filled] + 1 / CALIBRATION_BINS, color=VERMILLION, linewidth=2)
+    upper.bar(edges[filled], accuracies, color=BLUE, label="accuracy", **bars)
+    ends = edges[filled] + 1 / CALIBRATION_BINS
+    upper.hlines(confidences, edges[filled], ends, color=VERMILLION, linewidth=2, label="mean confidence")
     upper.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     share = calibration.counts / calibration.counts.sum()
     upper.annotate(
