@@ -71,7 +71,8 @@ def evaluate(run_dir: Path | str, dataset: Dataset | None = None, *, mirror: boo
         True
     """
     run = RunDir.open(Path(run_dir))
-    return evaluate_run(run, dataset or load_dataset(run.read_config()), mirror=mirror)
+    config = run.read_config()
+    return evaluate_run(run, dataset or load_dataset(config), config=config, mirror=mirror)
 
 
 def export(

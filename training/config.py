@@ -1,4 +1,4 @@
-"""What a training run is asked to do. Imports no TensorFlow, so that a wrong command line answers at once."""
+"""The configuration of a run. Imports no TensorFlow, so that usage errors are reported at once."""
 
 from __future__ import annotations
 
@@ -16,36 +16,35 @@ VARIANTS = tuple(RECIPES)
 LOOPS = ("fit", "custom")
 CONV_ACTIVATIONS = ("relu", "linear")
 DTYPES = ("float32", "mixed_bfloat16")
-# What may differ when a run is resumed. The data is known again by its content, and the rest is set from here on.
+# May differ when a run is resumed. The data is compared by its content.
 CHANGEABLE = frozenset({"data", "epochs", "tensorboard"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """One training run, complete: the same config and seed give the same run.
+    """Configuration of a run. The same config gives the same run.
 
     Attributes:
         dataset: one of `DATASETS`.
-        data: where the dataset lies; `None` lets the dataset look in its usual places.
-        image_size: (height, width) in pixels to resize every image to; `None` keeps the images' own if they are alike
-            and small.
-        variant: the network, one of `VARIANTS`: the article's in two writings, or airbench.
-        preset: of airbench, one of `PRESETS`; `None` for the article's network.
-        loop: which way it is trained, one of `LOOPS`.
-        conv_activation: activation after each convolution of the article's network, one of `CONV_ACTIVATIONS`.
+        data: path of the dataset; with `None`, cifar10 is searched in its usual places.
+        image_size: (height, width) in pixels to resize all images to; `None` keeps small images of equal size.
+        variant: the model, one of `VARIANTS`.
+        preset: of airbench, one of `PRESETS`; `None` for other variants.
+        loop: the training loop, one of `LOOPS`.
+        conv_activation: after each convolution of the article's network, one of `CONV_ACTIVATIONS`.
         epochs: passes over the training images.
         batch_size: images per optimizer step.
-        learning_rate: Adam's or, for airbench, Muon's, at the start.
-        plateau_factor: what Adam's learning rate is multiplied by when the validation loss stalls.
-        plateau_patience: epochs without a better validation loss before that happens.
-        dtype: Keras's dtype policy of airbench's convolutions while it is trained, one of `DTYPES`; "float32" for the
-            article's network. What is judged and exported computes in float32.
+        learning_rate: initial learning rate of the optimizer.
+        plateau_factor: multiplies Adam's learning rate when the validation loss has not improved.
+        plateau_patience: epochs without improvement before that.
+        dtype: Keras dtype policy of airbench's convolutions in training, one of `DTYPES`. Evaluation and export use
+            float32.
         seed: of the validation split, the initial weights and the order of the images.
-        deterministic: ask TensorFlow for bit-identical results, at some cost in speed.
-        tensorboard: write TensorBoard logs into the run folder.
+        deterministic: bit-identical results, slower.
+        tensorboard: write TensorBoard logs into the run directory.
 
     Raises:
-        ValueError: a value is out of range; the message says which and what is allowed.
+        ValueError: a value is out of range; the message names the field.
     """
 
     dataset: str = "cifar10"
@@ -117,17 +116,17 @@ class TrainingConfig:
         return cls(**given)
 
     def to_json(self) -> str:
-        """Return the config as JSON text that `from_json` reads back."""
+        """Return the config as JSON."""
         values = dataclasses.asdict(self)
         values["data"] = None if self.data is None else str(self.data)
         return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> TrainingConfig:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
-            ValueError: the text is not such JSON, or a field is unknown or out of range.
+            ValueError: the JSON is invalid, or a field is unknown, of another type or out of range.
         """
         values: dict[str, Any] = json.loads(text)
         fields = {field.name for field in dataclasses.fields(cls)}
@@ -142,13 +141,13 @@ class TrainingConfig:
         return cls(**values)
 
     def changes_from(self, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return what differs from an earlier config of the same run that training cannot go on with.
+        """Compare with an earlier config of the same run, without the fields that may change.
 
         Args:
             earlier: its JSON values.
 
         Returns:
-            By field, its value now and then.
+            (value now, value then) of each field that differs.
         """
         now = json.loads(self.to_json())
         fixed = now.keys() & earlier.keys() - CHANGEABLE
@@ -156,7 +155,7 @@ class TrainingConfig:
 
 
 def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise `ValueError` if a value from a JSON file is not of its field's type."""
+    """Raise `ValueError` if a JSON value has not the type of its field."""
     if value is None and field.default is None:
         return
     if field.name == "image_size":

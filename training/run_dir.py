@@ -179,10 +179,8 @@ class RunDir:
             RunError: dataset.json is missing or invalid.
         """
         again = format_command("train", "--resume", self.path)
-        values = self._read_json(
-            "dataset.json",
-            missing=f"the run ended before it read its data, or the file was lost. Write it again with: {again}",
-        )
+        missing = f"the run ended before it read its data, or the file was lost. Write it again with: {again}"
+        values = self._read_json("dataset.json", missing=missing)
         try:
             values["class_names"] = tuple(values["class_names"])
             values["input_shape"] = tuple(values["input_shape"])
@@ -230,9 +228,8 @@ class RunDir:
         Raises:
             RunError: the run has not been evaluated.
         """
-        return self._read_json(
-            "evaluation.json", missing=f"evaluate the run first: {format_command('evaluate', self.path)}"
-        )
+        missing = f"evaluate the run first: {format_command('evaluate', self.path)}"
+        return self._read_json("evaluation.json", missing=missing)
 
     def write_report(self, text: str, plots: Mapping[str, bytes]) -> Path:
         """Write report.md and its plots, the contents of PNG files by name; return the path of report.md."""

@@ -23,7 +23,7 @@ from training.data.input_pipeline import (
     training_batches,
 )
 from training.errors import RunError
-from training.evaluation.calibration import apply_temperature, average_views, fit_temperature
+from training.evaluation.calibration import apply_temperature, average_logits, fit_temperature
 from training.evaluation.metrics import CalibratedEvaluation, Evaluation, evaluate
 from training.evaluation.report import write_report
 from training.history import EpochResult
@@ -93,18 +93,18 @@ def train_and_evaluate(run: RunDir, dataset: Dataset, *, config: TrainingConfig 
         return _evaluate_best(run, config, dataset, validation=validation)
 
 
-def evaluate_run(run: RunDir, dataset: Dataset, *, mirror: bool = False) -> TrainingResult:
+def evaluate_run(run: RunDir, dataset: Dataset, *, config: TrainingConfig, mirror: bool = False) -> TrainingResult:
     """Evaluate the best checkpoint of a past run on the test images again, and write its report.
 
     Args:
         run: the run.
         dataset: the data of the run.
+        config: of the run.
         mirror: evaluate with horizontal-flip test-time augmentation too.
 
     Raises:
         TrainingError: the run has no checkpoint, or the data differs from the run's.
     """
-    config = run.read_config()
     with run.lock(), _explain_full_storage(run):
         _check_dataset(run, dataset)
         _, validation = split_validation(dataset.train, seed=config.seed)
@@ -143,7 +143,7 @@ def predict_probabilities(model: keras.Model, images: np.ndarray, *, mirror: boo
         mirror: average the logits of each image and its horizontal flip.
     """
     if mirror:
-        return average_views(predict_probabilities(model, images), predict_probabilities(model, images[:, :, ::-1]))
+        return average_logits(predict_probabilities(model, images), predict_probabilities(model, images[:, :, ::-1]))
     predict = tf.function(lambda batch: model(batch, training=False), reduce_retracing=True)
     batches = range(0, len(images), _EVALUATION_BATCH_SIZE)
     return np.concatenate(
@@ -191,15 +191,9 @@ def _train(run: RunDir, config: TrainingConfig, dataset: Dataset, *, train: Spli
     run.write_config(config)  # with more epochs, or a new path of the data
     if done >= config.epochs:
         return
-    logger.info(
-        "training %s in %s with %s on %s training images, %s for validation, from epoch %d",
-        config.variant,
-        config.dtype,
-        config.loop,
-        f"{images:,}",
-        f"{len(validation.labels):,}",
-        done + 1,
-    )
+    message = "training %s in %s with %s on %s training images, %s for validation, from epoch %d"
+    counts = f"{images:,}", f"{len(validation.labels):,}"
+    logger.info(message, config.variant, config.dtype, config.loop, *counts, done + 1)
     preset = config.recipe.presets.get(config.preset or "")
     data = LoopData(
         train=training_batches(
@@ -232,9 +226,8 @@ def _evaluate_best(
         values["mirror"] = mirrored.to_json()
     run.write_evaluation(values)
     write_report(run, config=config, dataset=dataset, test=test, mirrored=mirrored, best=best.epoch)
-    return TrainingResult(
-        run=run, best=best, evaluation=test.evaluation, mirrored=mirrored.evaluation if mirrored else None
-    )
+    flipped = mirrored.evaluation if mirrored else None
+    return TrainingResult(run=run, best=best, evaluation=test.evaluation, mirrored=flipped)
 
 
 def _evaluate_calibrated(
@@ -252,19 +245,10 @@ def _evaluate_calibrated(
 
 
 def _build(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int, dtype: str) -> keras.Model:
-    return build_model(
-        config.variant,
-        input_shape,
-        classes=classes,
-        conv_activation=config.conv_activation,
-        preset=config.preset,
-        dtype=dtype,
-    )
+    options = {"conv_activation": config.conv_activation, "preset": config.preset}
+    return build_model(config.variant, input_shape, classes=classes, dtype=dtype, **options)
 
 
 def _explain_full_storage(run: RunDir) -> contextlib.AbstractContextManager[None]:
-    return explain_full_storage(
-        run.path,
-        "Earlier checkpoints are intact: free some space, then resume: "
-        + format_command("train", "--resume", run.path),
-    )
+    resume = format_command("train", "--resume", run.path)
+    return explain_full_storage(run.path, f"Earlier checkpoints are intact: free some space, then resume: {resume}")

@@ -216,7 +216,7 @@ def test_where_no_checkpoint_is_whole_each_is_named(copied):
     for kind in ("best", "latest"):
         damage(folder / kind / "checkpoint-1.data-00000-of-00001", "flipped")
     before = listing(folder)
-    match = r"no checkpoint can be used.*(best|latest)/checkpoint-1 is damaged.*(best|latest)/checkpoint-1 is damaged"
+    match = r"no checkpoint is usable.*(best|latest)/checkpoint-1 is damaged.*(best|latest)/checkpoint-1 is damaged"
     with pytest.raises(RunError, match=match):
         read(folder)
     with pytest.raises(RunError, match=match):

@@ -189,7 +189,7 @@ def test_train_and_export_build_the_network_twice_and_read_the_config_once(run, 
 
 def test_a_name_that_cannot_be_exported_is_told_before_anything_is_written(pictures, tmp_path, capfd):
     assert train(pictures, tmp_path / "run", "--models-dir", tmp_path / "models") == 1
-    assert "'my pictures (2)' cannot be a model's name" in capfd.readouterr().err
+    assert "'my pictures (2)' is not a valid model name" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -223,8 +223,8 @@ def test_a_failed_export_tells_how_to_export_again(run, tmp_path, capfd, monkeyp
     ("error", "code", "message"),
     [
         (OSError(13, "Permission denied", "/somewhere"), 1, "error: /somewhere: Permission denied"),
-        (OSError(28, "No space left on device"), 4, "error: no space is left"),
-        (MemoryError("5 GiB"), 1, "error: there is not enough memory (5 GiB)"),
+        (OSError(28, "No space left on device"), 4, "error: disk full"),
+        (MemoryError("5 GiB"), 1, "error: not enough memory (5 GiB)"),
         (ZeroDivisionError("by zero"), 1, "error: unexpected ZeroDivisionError: by zero"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

@@ -37,7 +37,7 @@ def dataset(count=20, height=32, width=32):
     ],
 )
 def test_a_model_name_that_cannot_be_used_is_refused_with_one_that_can(name, suggestion):
-    with pytest.raises(ExportError, match=rf"cannot be a model's name.*--name {suggestion}$"):
+    with pytest.raises(ExportError, match=rf"is not a valid model name.*--name {suggestion}$"):
         check_model_name(name)
 
 
@@ -51,9 +51,9 @@ def test_a_models_folder_is_checked_without_leaving_anything(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "pets").write_text("in the way")
-    with pytest.raises(ExportError, match=r"models/pets is not a folder that can be written to .*--models-dir"):
+    with pytest.raises(ExportError, match=r"models/pets is not a writable folder .*--models-dir"):
         check_models_folder(tmp_path / "models", "pets")
-    with pytest.raises(ExportError, match="not a folder that can be written to"):
+    with pytest.raises(ExportError, match="not a writable folder"):
         check_models_folder(Path("/proc/models"), "pets")
 
 
@@ -129,7 +129,7 @@ def test_too_little_space_is_told_with_the_numbers(tmp_path, monkeypatch):
 
     # A checkpoint of 32x32 pixels has 1.3 MB; the report has 4 MiB; the export is as large as the weights twice.
     check(9 * 2**20, None)
-    with pytest.raises(StorageFullError, match=r"about 7\.\d MiB .* and 3\.0 MiB are free"):
+    with pytest.raises(StorageFullError, match=r"about 7\.\d MiB .* 3\.0 MiB are free"):
         check(3 * 2**20, None)
     with pytest.raises(StorageFullError, match=r"about 1\d\.\d MiB .*models, and 9\.0 MiB are free"):
         check(9 * 2**20, models)

@@ -1,4 +1,4 @@
-"""CIFAR-10: where it is found, in whichever form, and fetched from when it is nowhere."""
+"""CIFAR-10: searched in several places and formats, or downloaded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from training.errors import DatasetError
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-# Keras 3 unpacks into a "-target" folder and keeps the archive beside it; Keras before 3.3 had neither ending.
+# Keras 3 extracts into a "-target" folder and keeps the archive beside it; Keras before 3.3 used neither suffix.
 _KERAS_PLACES = (
     f"{FOLDER}-target/{FOLDER}",
     FOLDER,
-    ARCHIVE,  # where we put it
+    ARCHIVE,  # our own download
     f"{FOLDER}-target_archive",
     f"{FOLDER}.tar.gz",
 )
@@ -30,18 +30,18 @@ def load_cifar10(
 ) -> Dataset:
     """Load CIFAR-10 from `data`, else from `$CIFAR10_DATA`, else from Keras's cache, else download it there.
 
-    A place that was named and holds no CIFAR-10 is an error; the next place is not tried then.
+    A named place without CIFAR-10 is an error; the next place is not tried.
 
     Args:
-        data: the original archive, its extracted folder, an image folder, or a folder that holds one of these (looked
-            for in this order: extracted folder, archive, image folder).
-        seed: of the test split, for an image folder that has none.
-        url: where the original archive is.
-        sha256: what the archive's SHA-256 must be.
-        timeout_s: how long to wait for an answer, and then for each next piece of the download.
+        data: the original archive, its extracted folder, an image folder, or a folder that contains one of these, which
+            is searched in the order extracted folder, archive, image folder.
+        seed: of the test split of an image folder without one.
+        url: of the original archive.
+        sha256: of the original archive.
+        timeout_s: of the download; see `download`.
 
     Raises:
-        DatasetError: it is nowhere, or what is there is damaged; the message says what was tried and what would work.
+        DatasetError: it was not found, or is damaged; the message says what was tried and what to do.
     """
     if data is not None:
         return _load_from(data, seed=seed)
@@ -57,7 +57,7 @@ def load_cifar10(
                 return _load_from(cache / place, seed=seed)
             except DatasetError as error:
                 raise DatasetError(
-                    f"{error}\n(this is Keras's cache: remove {cache / place} to fetch it anew)"
+                    f"{error}\n(this is Keras's cache: remove {cache / place} to download it again)"
                 ) from error
     try:
         download(url, cache / ARCHIVE, sha256=sha256, timeout_s=timeout_s)
@@ -65,12 +65,12 @@ def load_cifar10(
         raise DatasetError(
             "CIFAR-10 was not found:\n"
             "  no path was given (--data, or the environment variable CIFAR10_DATA)\n"
-            f"  Keras's cache, {cache}, does not have it\n"
+            f"  it is not in Keras's cache, {cache}\n"
             f"  the download of {url} failed: {error}\n"
-            "Any of these would work:\n"
+            "Use one of these:\n"
             f"  make train DATA=/path/to/{ARCHIVE}    (or its extracted folder, or an image folder)\n"
             "  make train DATASET=shapes    (images drawn by this program, no data needed)\n"
-            "  make demo    (the same, then served)"
+            "  make demo    (the same, and serve the model)"
         ) from error
     return _load_from(cache / ARCHIVE, seed=seed)
 
@@ -84,7 +84,7 @@ def _load_from(path: Path, *, seed: int) -> Dataset:
     if path.is_file():
         return _make_dataset(path, read_archive(path))
     if not path.is_dir():
-        raise DatasetError(f"there is no file or folder {path}")
+        raise DatasetError(f"{path} does not exist")
     for folder in (path, path / FOLDER):
         if (folder / TEST_FILE).is_file():
             return _make_dataset(folder, read_batches(folder))
@@ -92,9 +92,11 @@ def _load_from(path: Path, *, seed: int) -> Dataset:
         return _make_dataset(path / ARCHIVE, read_archive(path / ARCHIVE))
     found = _find_images(path)
     if not found:
-        raise DatasetError(f"{path} holds no CIFAR-10: expected {ARCHIVE}, {FOLDER}/, or an image folder ({LAYOUTS})")
+        raise DatasetError(
+            f"{path} does not contain CIFAR-10: expected {ARCHIVE}, {FOLDER}/, or an image folder ({LAYOUTS})"
+        )
     if len(found) > 1:
-        raise DatasetError(f"{path} holds {len(found)} image folders, {found[0]} and {found[1]} among them: name one")
+        raise DatasetError(f"{path} contains {len(found)} image folders, such as {found[0]} and {found[1]}: name one")
     (folder,) = found
     other = f"To train on it: make train DATASET=folder DATA={shlex.quote(str(folder))}"
     if (names := read_class_names(folder)) != CLASS_NAMES:
@@ -108,12 +110,12 @@ def _load_from(path: Path, *, seed: int) -> Dataset:
         raise DatasetError(f"{error}\n(CIFAR-10's images are all 32x32. {other})") from error
     height, width = dataset.train.images.shape[1:3]
     if (height, width) != (32, 32):
-        raise DatasetError(f"{folder} has images of {height}x{width}, and CIFAR-10's are 32x32. {other}")
+        raise DatasetError(f"{folder} has images of {height}x{width}, but CIFAR-10's are 32x32. {other}")
     return Dataset("cifar10", dataset.source, CLASS_NAMES, dataset.train, dataset.test)
 
 
 def _find_images(path: Path) -> list[Path]:
-    """Return the image folders at `path` or right in it, those of CIFAR-10's classes if there are any."""
+    """Return the image folders at `path` or directly in it; only those with CIFAR-10's classes, if there are any."""
     if _has_own_classes(path):
         return [path]
     below = [child for child in sorted(path.iterdir()) if child.is_dir() and _has_own_classes(child)]

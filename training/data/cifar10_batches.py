@@ -1,7 +1,7 @@
-"""CIFAR-10's original files: six pickled batches in a folder, or in the archive that they are published in.
+"""CIFAR-10's original files: six pickled batches, in a folder or in the original archive.
 
-Their form is described at https://www.cs.toronto.edu/~kriz/cifar.html. A pickle can run any program, so these are
-read by an unpickler that knows numpy's arrays and nothing else.
+The format is described at https://www.cs.toronto.edu/~kriz/cifar.html. A pickle can run arbitrary code, so the
+unpickler here allows numpy arrays only.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FOLDER = "cifar-10-batches-py"
 TRAIN_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_FILE = "test_batch"
 CLASSES = 10
-_MAX_BATCH_BYTES = 1 << 26  # the original's have half of that; no archive makes us read more into memory
+_MAX_BATCH_BYTES = 1 << 26  # twice the size of the original's; limits the memory for any archive
 _READ_BYTES = 1 << 20
 
-# Names in pickles; numpy renamed the first module, and the original has the old name.
+# Names in pickles. numpy renamed the first module; the original has the old name.
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -39,10 +39,10 @@ _ALLOWED = {
 
 
 def read_batches(folder: Path) -> tuple[Split, Split]:
-    """Read the training and the test images of an extracted archive, the batches in the order of their numbers.
+    """Read training and test images of the extracted archive, in the order of the batches' numbers.
 
     Raises:
-        DatasetError: a batch is missing, damaged or no batch.
+        DatasetError: a batch is missing or damaged.
     """
 
     def read(name: str) -> bytes:
@@ -55,13 +55,13 @@ def read_batches(folder: Path) -> tuple[Split, Split]:
 
 
 def read_archive(path: Path) -> tuple[Split, Split]:
-    """Read the training and the test images out of the archive; nothing is unpacked to the disk.
+    """Read training and test images from the archive, without extracting it to disk.
 
     Raises:
-        DatasetError: the archive is damaged or another one, or a batch in it is missing, damaged or no batch.
+        DatasetError: the archive is damaged or another one, or a batch is missing or damaged.
     """
     if kind := describe_foreign_file(path):
-        raise DatasetError(f"{path} {kind}. CIFAR-10 is read from {ARCHIVE}, from its extracted folder, or from images")
+        raise DatasetError(f"{path} {kind}. CIFAR-10 is read from {ARCHIVE}, its extracted folder, or an image folder")
     contents: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:*") as archive:
@@ -70,21 +70,21 @@ def read_archive(path: Path) -> tuple[Split, Split]:
                 if not member.isfile() or Path(folder).name != FOLDER or name not in (*TRAIN_FILES, TEST_FILE):
                     continue
                 if member.size > _MAX_BATCH_BYTES:
-                    raise DatasetError(f"{path}: {member.name} has {member.size:,} bytes, too many for a batch")
+                    raise DatasetError(f"{path}: {member.name} has {member.size:,} bytes, too large for a batch")
                 file = archive.extractfile(member)
                 assert file is not None
                 contents[name] = file.read()
-            # The checksum comes last, behind some padding: without it a flipped bit would go unseen.
+            # Read up to the checksum at the end, after padding: it detects flipped bits.
             while archive.fileobj is not None and archive.fileobj.read(_READ_BYTES):
                 pass
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        # Where no way to open it works, the error has a line for each of them.
-        reason = f"{error}" if "\n" not in f"{error}" else "it is empty, or its beginning is no archive's"
-        raise DatasetError(f"{path} is not a whole tar archive ({reason}): fetch it again") from error
+        # If no format matches, the error has a line for each of them.
+        reason = f"{error}" if "\n" not in f"{error}" else "it is empty, or does not start like an archive"
+        raise DatasetError(f"{path} is not a complete tar archive ({reason}): download it again") from error
 
     def read(name: str) -> bytes:
         if name not in contents:
-            raise DatasetError(f"{path} has no {FOLDER}/{name}: it is not CIFAR-10's original archive for Python")
+            raise DatasetError(f"{path} has no {FOLDER}/{name}: it is not CIFAR-10's original Python archive")
         return contents[name]
 
     return _join(read, source=path)
@@ -101,11 +101,11 @@ def _parse_batch(content: bytes, *, where: str) -> Split:
     try:
         batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise anything
-        raise DatasetError(f"{where}: this is no batch of CIFAR-10: {error or type(error).__name__}") from error
+        raise DatasetError(f"{where}: not a CIFAR-10 batch: {error or type(error).__name__}") from error
     if isinstance(batch, dict) and {"data", "labels"} <= batch.keys():
         raise DatasetError(
-            f"{where}: its keys are text ('data'), and those of CIFAR-10's own batches are bytes (b'data'): it was "
-            f"pickled anew by another program. Use the files of the original {ARCHIVE}"
+            f"{where}: its keys are str ('data'), but those of CIFAR-10's batches are bytes (b'data'): it was pickled "
+            f"by another program. Use the files of the original {ARCHIVE}"
         )
     if isinstance(batch, dict) and b"fine_labels" in batch:
         raise DatasetError(f"{where}: this is CIFAR-100, not CIFAR-10")
@@ -118,21 +118,21 @@ def _parse_batch(content: bytes, *, where: str) -> Split:
         or not all(type(label) is int and 0 <= label < CLASSES for label in labels)
     ):
         raise DatasetError(f"{where}: expected 'labels', {len(data)} whole numbers from 0 to {CLASSES - 1}")
-    # A row holds the red, the green, then the blue plane.
+    # A row contains the red, the green and the blue plane.
     images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split(np.ascontiguousarray(images), np.array(labels, np.int64))
 
 
 class _BatchUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes an array's bytes in the original's protocol
+        if (module, name) == ("_codecs", "encode"):  # Python 3's encoding of array bytes in the original's protocol
             return _encode_latin1
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of CIFAR-10 does")
+            raise pickle.UnpicklingError(f"it imports {module}.{name}, which a CIFAR-10 batch does not")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, which no numpy array does")
+        raise pickle.UnpicklingError(f"it uses the encoding {encoding!r}, which a numpy array does not")
     return text.encode("latin1")

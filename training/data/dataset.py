@@ -1,4 +1,4 @@
-"""What a dataset is, whatever it was read from."""
+"""Datasets in memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Split:
 
     Attributes:
         images: uint8 (n, height, width, 3), raw pixels 0-255.
-        labels: int64 (n,), each the position of the image's class among the dataset's class names.
+        labels: int64 (n,), indices into the dataset's class names.
 
     Raises:
-        ValueError: they are of another shape or type, or not as many labels as images.
+        ValueError: wrong shape or dtype.
     """
 
     images: np.ndarray
@@ -31,20 +31,29 @@ class Split:
         if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be int64 {images.shape[:1]}; got {labels.dtype} {labels.shape}")
 
+    def split_off(self, fraction: float, *, seed: int) -> tuple[Split, Split]:
+        """Return the other images, and a random `fraction` of each class, at least one image; both in their order."""
+        rng = np.random.default_rng(seed)
+        chosen = np.zeros(len(self.labels), bool)
+        for class_id in np.unique(self.labels):
+            members = np.flatnonzero(self.labels == class_id)
+            chosen[rng.choice(members, max(1, round(fraction * len(members))), replace=False)] = True
+        return Split(self.images[~chosen], self.labels[~chosen]), Split(self.images[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset in memory.
+    """Labelled images of one size, in memory.
 
     Attributes:
-        name: what a model trained on it is called unless told otherwise.
-        source: where it came from, for people to read.
+        name: default name of a model trained on it.
+        source: description of its origin.
         class_names: a name for each label.
-        train: the images to learn from.
-        test: the images to judge by, and for nothing else.
+        train: training images; a tenth of each class is split off for validation.
+        test: test images.
 
     Raises:
-        ValueError: images of two sizes, or labels that have no name.
+        ValueError: images differ in size, class names are not unique, or a label has no class name.
     """
 
     name: str
@@ -56,16 +65,16 @@ class Dataset:
     def __post_init__(self) -> None:
         sizes = [split.images.shape[1:3] for split in (self.train, self.test)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"train and test images must be of one (height, width); got {sizes[0]} and {sizes[1]}")
+            raise ValueError(f"train and test images must have the same (height, width); got {sizes[0]} and {sizes[1]}")
         if len(set(self.class_names)) != len(self.class_names):
-            raise ValueError(f"class names must differ; got {self.class_names}")
+            raise ValueError(f"class names must be unique; got {self.class_names}")
         for split in (self.train, self.test):
             if not np.isin(split.labels, np.arange(len(self.class_names))).all():
-                raise ValueError(f"labels must lie from 0 to {len(self.class_names) - 1}, one for each class name")
+                raise ValueError(f"labels must be from 0 to {len(self.class_names) - 1}, one for each class name")
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over class names, pixels and labels in the order they were read, as hexadecimal digits."""
+        """SHA-256 of class names, pixels and labels in their order, as hexadecimal digits."""
         digest = hashlib.sha256(repr(self.class_names).encode())
         for split in (self.train, self.test):
             for array in (split.images, split.labels):

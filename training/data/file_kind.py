@@ -1,4 +1,4 @@
-"""What a file is that was named in place of a dataset, told by its first bytes, and what to do about it."""
+"""Detects the type of a file that is not a dataset, and says how to use it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SAVE_AS_FILES = "save its images as files, in a folder for each class, and name
 _KINDS = (
     (b"7z\xbc\xaf\x27\x1c", f"is a 7z archive: {_UNPACK}"),
     (b"Rar!\x1a\x07", f"is a RAR archive: {_UNPACK}"),
-    (b"\x93NUMPY", f"is a NumPy array (.npy), which is not read: {_SAVE_AS_FILES}"),
-    (b"\x89HDF\r\n\x1a\n", f"is an HDF5 file, which is not read: {_SAVE_AS_FILES}"),
-    (b"PAR1", f"is a Parquet file, which is not read: {_SAVE_AS_FILES}"),
+    (b"\x93NUMPY", f"is a NumPy array (.npy), which is not supported: {_SAVE_AS_FILES}"),
+    (b"\x89HDF\r\n\x1a\n", f"is an HDF5 file, which is not supported: {_SAVE_AS_FILES}"),
+    (b"PAR1", f"is a Parquet file, which is not supported: {_SAVE_AS_FILES}"),
     (b"\xff\xd8\xff", "is a single image: name the folder of all images"),
     (b"\x89PNG\r\n\x1a\n", "is a single image: name the folder of all images"),
 )
@@ -22,10 +22,10 @@ _MARKUP = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
 
 def describe_foreign_file(path: Path) -> str | None:
-    """Say what a file is that holds no tar archive, as the end of a sentence that begins with its name.
+    """Describe a file that is not a tar archive, for a message that starts with its name.
 
     Returns:
-        None for what may be a tar archive, and for what is not known.
+        `None` for a possible tar archive, and for an unknown type.
     """
     try:
         with path.open("rb") as file:
@@ -42,7 +42,7 @@ def describe_foreign_file(path: Path) -> str | None:
 
 
 def describe_file(path: Path) -> str:
-    """Say what a file is that was named where a folder is expected, as the end of a sentence."""
+    """Describe a file that was named instead of a folder, for a message that starts with its name."""
     if kind := describe_foreign_file(path):
         return kind
     with path.open("rb") as file:
@@ -60,5 +60,5 @@ def _describe_zip(path: Path) -> str:
         return "is a zip archive, and damaged: fetch it again, unpack it, and name the folder"
     if names and all(name.endswith(".npy") for name in names):
         arrays = ", ".join(name.removesuffix(".npy") for name in names[:4])
-        return f"is a NumPy archive (.npz, of {arrays}), which is not read: {_SAVE_AS_FILES}"
+        return f"is a NumPy archive (.npz, of {arrays}), which is not supported: {_SAVE_AS_FILES}"
     return f"is a zip archive: {_UNPACK}"

@@ -1,4 +1,4 @@
-"""One image file to pixels, as the exported model decodes it: the same picture has to give the same answer."""
+"""Decodes one image file to the same pixels as the exported model does."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from image_formats.decoding import decode_rgb
 from image_formats.errors import UnreadableImage
 from training.errors import DatasetError
 
-MAX_PIXELS = 50_000_000  # what the exported model takes: nothing is trained on that could not be asked about
+MAX_PIXELS = 50_000_000  # limit of the exported model too
 
 
 def read_image(file: Path | BinaryIO, *, image_size: tuple[int, int] | None) -> np.ndarray:
-    """Read one image: upright, three channels, resized by antialiased bilinear.
+    """Read one image, upright and in RGB, with antialiased bilinear resizing.
 
     Args:
-        file: a JPEG, PNG, WebP, AVIF, BMP or GIF file, whatever its name, or one opened for reading; of an animation,
-            the first picture counts.
-        image_size: (height, width); `None` leaves it as it is.
+        file: path or open file, JPEG, PNG, WebP, AVIF, BMP or GIF; the first frame of an animation.
+        image_size: (height, width); `None` keeps the image's size.
 
     Returns:
         uint8 (height, width, 3). Transparency is composited over white, grey repeated, 16-bit samples keep their high
         byte.
 
     Raises:
-        DatasetError: the file is damaged, no image, or has more than `MAX_PIXELS`, which is told from its header.
+        DatasetError: the file is damaged, not an image, or has more than `MAX_PIXELS` according to its header.
     """
     try:
         data = file.read_bytes() if isinstance(file, Path) else file.read()
@@ -41,9 +40,7 @@ def read_image(file: Path | BinaryIO, *, image_size: tuple[int, int] | None) -> 
     if header.problem:
         raise DatasetError(f"{file}: {header.problem}")
     if header.pixels > MAX_PIXELS:
-        raise DatasetError(
-            f"{file} has {header.width} x {header.height} pixels; at most {MAX_PIXELS:,} in all are taken"
-        )
+        raise DatasetError(f"{file} has {header.width} x {header.height} pixels; the limit is {MAX_PIXELS:,} in total")
     try:
         image = decode_rgb(data, header)
     except UnreadableImage as error:
@@ -54,7 +51,7 @@ def read_image(file: Path | BinaryIO, *, image_size: tuple[int, int] | None) -> 
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether a file begins as an image file does, of any format and whatever its name; False if it can't be read."""
+    """Return whether a file starts with the signature of an image format; False if it cannot be read."""
     try:
         with path.open("rb") as stream:
             return path.is_file() and name_format(stream.read(HEAD_BYTES)) is not None

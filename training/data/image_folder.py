@@ -1,4 +1,4 @@
-"""Any folder of images sorted by class: `train/<class>/*` and `test/<class>/*`, or one level of `<class>/*`."""
+"""Folders of images by class: `train/<class>/*` and `test/<class>/*`, or `<class>/*`."""
 
 from __future__ import annotations
 
@@ -21,25 +21,21 @@ from training.errors import DatasetError
 
 TEST_FRACTION = 0.1  # of a folder without a test split
 LAYOUTS = "train/<class>/* and test/<class>/*, or <class>/*"
-# The names of the folders of a split, in small or capital letters.
-_SPLITS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "validation": ("val", "valid", "validation"),
-}
-# What file managers, disks and file systems leave behind, hidden files apart.
+# Names of the folders of a split, case-insensitive.
+_SPLITS = {"train": ("train", "training"), "test": ("test", "testing"), "validation": ("val", "valid", "validation")}
+# Files and folders of file managers and file systems; hidden files are skipped too.
 _LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir", "lost+found")
 _SHOWN_AT_MOST = 5
-_SAMPLED_AT_MOST = 1_000  # files that are opened to tell what a folder is
+_SAMPLED_AT_MOST = 1_000  # files that are opened to detect an image folder
 
 logger = logging.getLogger(__name__)
 
 
 def find_image_folders(folder: Path) -> list[Path]:
-    """Return `folder` if it holds images by class, in either layout; else those folders right in it that do.
+    """Return `folder` if it is an image folder; otherwise the image folders directly in it.
 
-    A layout is known by the folders `train/<class>/`, or by a folder with image files in it, which are known by their
-    content. Several folders with images further down are classes, as for Keras; a single one is looked into.
+    An image folder has folders `train/<class>/`, or a folder with image files, detected by their content. Several
+    folders with images in deeper folders are classes, as for Keras; a single one is searched.
 
     Raises:
         DatasetError: the folder is missing or cannot be listed.
@@ -62,13 +58,11 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
     by_class = _find_splits(folder)["train"][0] if _has_splits(folder) else folder
     names = tuple(path.name for path in _subfolders(by_class))
     for name in names:
-        if not _is_text(name):
-            raise DatasetError(
-                f"{_shown(by_class / name)} cannot be a class: its name is not UTF-8, as labels are. Rename the folder"
-            )
+        if name != _shown(Path(name)):
+            raise DatasetError(f"{_shown(by_class / name)} cannot be a class: its name is not UTF-8. Rename the folder")
     if names and all(any(name.lower() in known for known in _SPLITS.values()) for name in names):
         raise DatasetError(
-            f"{by_class} has images right in {'/ and '.join(names)}/: put them into a folder for each class, {LAYOUTS}"
+            f"{by_class} has images directly in {'/ and '.join(names)}/: use a folder for each class, {LAYOUTS}"
         )
     if len(names) < 2:
         raise DatasetError(
@@ -78,53 +72,48 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
 
 
 def load_image_folder(
-    folder: Path,
-    *,
-    image_size: tuple[int, int] | None,
-    seed: int,
-    default_size: tuple[int, int] | None = DEFAULT_SIZE,
+    folder: Path, *, image_size: tuple[int, int] | None, seed: int, default_size: tuple[int, int] | None = DEFAULT_SIZE
 ) -> Dataset:
-    """Load every image of a folder.
+    """Load an image folder.
 
-    Every file in a class's folder, and in the folders below it, has to be an image. Only what file managers and file
-    systems leave behind is skipped: files and folders whose names begin with a dot (`.DS_Store`, `._cat.jpg`), or are
-    known as such (`Thumbs.db`, `__MACOSX`, `@eaDir`, `lost+found`). Files beside the class folders belong to no class
-    and are ignored. Without a test folder, that of the validation images is used for testing; without either, a tenth
-    of each class is set aside.
+    Every file in a class folder and the folders below it must be an image. Hidden files and folders (`.DS_Store`,
+    `._cat.jpg`) and those of file managers and file systems (`Thumbs.db`, `__MACOSX`, `@eaDir`, `lost+found`) are
+    skipped, files beside the class folders are ignored. Without a test folder, the validation folder is used for
+    testing; without either, a tenth of each class is split off.
 
     Args:
-        folder: `train/<class>/*` and `test/<class>/*`, or `<class>/*`, or a folder that holds just one such folder.
-        image_size: (height, width) to resize to, antialiased bilinear; `None` keeps small images that are alike.
-        seed: which images are set aside where there is no test folder.
-        default_size: (height, width) that images are resized to that are large or not alike; see `read_images`.
+        folder: in one of the two layouts, or with a single such folder in it.
+        image_size: (height, width) to resize to; `None` keeps small images of equal size.
+        seed: of the test split, if there is no test folder.
+        default_size: (height, width) for large images and images of different sizes; see `read_images`.
 
     Raises:
-        DatasetError: no such folder, a damaged file, an empty class, a class missing in `test/`, or too few images in
-            a class. The message names the file or class.
+        DatasetError: the folder does not exist, a file is damaged, a class is empty, missing in `test/`, or too small.
+            The message names the file or class.
     """
     if folder.is_file():
         raise DatasetError(f"{folder} {describe_file(folder)}")
     found = find_image_folders(folder)
     if not found:
-        raise DatasetError(f"{folder} is no image folder, and holds none: {_explain_no_images(folder)}")
+        raise DatasetError(f"{folder} is not an image folder and contains none: {_explain_no_images(folder)}")
     if len(found) > 1:
-        raise DatasetError(f"{folder} holds {len(found)} image folders, {_listed(found)}: name one of them")
+        raise DatasetError(f"{folder} contains {len(found)} image folders, {_listed(found)}: name one of them")
     if _has_splits(found[0]):
         return _load_splits(found[0], image_size, default_size)
     return _load_and_split(found[0], image_size, default_size, seed)
 
 
 def _explain_no_images(folder: Path) -> str:
-    """Say why `find_image_folders` found nothing, as the end of a sentence."""
+    """Return the reason why `find_image_folders` found nothing, for the end of a message."""
     if any(map(is_image_file, _list(folder))):
-        return f"its images are right in it; put them into a folder for each class, {LAYOUTS}"
+        return f"its images are directly in it; put them into a folder for each class, {LAYOUTS}"
     types = Counter(
         path.suffix.lower() or "without a suffix" for subfolder in _subfolders(folder) for path in _sample(subfolder)
     )
     if not types:
         return f"expected {LAYOUTS}"
     listed = _listed([f"{name} ({count:,})" for name, count in types.most_common()])
-    return f"the files in its folders are of types that cannot be read, {listed}; {EXPECTED}"
+    return f"the files in its folders have unsupported types, {listed}; {EXPECTED}"
 
 
 def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size: tuple[int, int] | None) -> Dataset:
@@ -132,12 +121,14 @@ def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size:
     splits = _find_splits(folder)
     for paths in splits.values():
         if len(paths) > 1:
-            raise DatasetError(f"{folder} has {_listed([f'{path.name}/' for path in paths])} for one use: keep one")
+            raise DatasetError(
+                f"{folder} has {_listed([f'{path.name}/' for path in paths])} for the same split: keep one"
+            )
     (train_folder,) = splits["train"]
     if not (tests := splits["test"] or splits["validation"]):
         raise DatasetError(
-            f"{folder} has {train_folder.name}/ but no test/: make one with the same classes, or name "
-            f"{shlex.quote(str(train_folder))} itself, and a tenth of it is set aside for testing"
+            f"{folder} has {train_folder.name}/ but no test/: add one with the same classes, or name "
+            f"{shlex.quote(str(train_folder))} itself, and a tenth of it is split off for testing"
         )
     (test_folder,) = tests
     if not splits["test"]:
@@ -145,22 +136,22 @@ def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size:
     read = (train_folder.name, test_folder.name)
     if others := [path.name for path in _subfolders(folder) if path.name not in read]:
         logger.warning(
-            "only %s/ and %s/ are read of %s, not %s; the images for validation are set aside from %s/",
-            *read,
+            "of %s, only %s/ and %s/ are read, not %s; the validation images are split off from %s/",
             folder,
+            *read,
             _listed(others),
             train_folder.name,
         )
     test_classes = [path.name for path in _subfolders(test_folder)]
     if not test_classes and any(map(is_image_file, _list(test_folder))):
         raise DatasetError(
-            f"the images of {test_folder} are right in it, so their classes are not known: put them into a folder for "
-            "each class, or move the folder away, and a tenth of the training images is set aside for testing"
+            f"the images of {test_folder} are directly in it, so their classes are unknown: put them into a folder for "
+            "each class, or move the folder away, and a tenth of the training images is split off for testing"
         )
     if missing := [name for name in class_names if name not in test_classes]:
-        raise DatasetError(f"{test_folder} lacks the {_classes(missing)} that {train_folder} has")
+        raise DatasetError(f"{test_folder} lacks the {_classes(missing)} of {train_folder}")
     if unknown := [name for name in test_classes if name not in class_names]:
-        raise DatasetError(f"{test_folder} has the {_classes(unknown)} that {train_folder} does not have")
+        raise DatasetError(f"{test_folder} has the {_classes(unknown)}, which {train_folder} lacks")
     paths, labels = _list_classes(train_folder, class_names, at_least=2, needed_for="to train and validate")
     test_paths, test_labels = _list_classes(test_folder, class_names, at_least=1, needed_for="to test")
     images = read_images([*paths, *test_paths], image_size=image_size, folder=folder, default_size=default_size)
@@ -174,47 +165,34 @@ def _load_and_split(
     class_names = read_class_names(folder)
     paths, labels = _list_classes(folder, class_names, at_least=3, needed_for="to train, validate and test")
     images = read_images(paths, image_size=image_size, folder=folder, default_size=default_size)
-    rng = np.random.default_rng(seed)
-    is_test = np.zeros(len(labels), bool)
-    for class_id in range(len(class_names)):
-        members = np.flatnonzero(labels == class_id)
-        is_test[rng.choice(members, max(1, round(TEST_FRACTION * len(members))), replace=False)] = True
-    source = f"{_shown(folder)} (a tenth set aside for testing, seed {seed})"
-    train, test = Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test])
+    train, test = Split(images, labels).split_off(TEST_FRACTION, seed=seed)
+    source = f"{_shown(folder)} (a tenth split off for testing, seed {seed})"
     return Dataset(folder.resolve().name, source, class_names, train, test)
 
 
 def _list_classes(
     folder: Path, class_names: Sequence[str], *, at_least: int, needed_for: str
 ) -> tuple[list[Path], np.ndarray]:
-    """Return the files of all classes, by class and then by name, and their labels."""
+    """Return the files of all classes, sorted by class and name, and their labels."""
     files = {name: list(_walk(folder / name)) for name in class_names}
     if empty := [name for name in class_names if not files[name]]:
         raise DatasetError(f"{folder} has no images in the {_classes(empty)}")
     for name in class_names:
         if other := [path for path in files[name] if not path.is_file()]:
-            raise DatasetError(f"{other[0]} is no regular file; the folder of a class holds images and nothing else")
+            raise DatasetError(f"{other[0]} is not a regular file; a class folder must contain images only")
         if len(files[name]) < at_least:
             raise DatasetError(
-                f"{folder} has too few images in the class {name!r}: {len(files[name])}, and at least {at_least} are "
-                f"needed, {needed_for}"
+                f"{folder} has too few images in the class {name!r}: {len(files[name])}; at least {at_least} are "
+                f"needed {needed_for}"
             )
     if any(path.parent.name != name for name in class_names for path in files[name]):
-        logger.info("the classes of %s are %s; the folders below them belong to them", folder, _listed(class_names))
+        logger.info("the classes of %s are %s; images in folders below them are included", folder, _listed(class_names))
     labels = np.repeat(np.arange(len(class_names), dtype=np.int64), [len(files[name]) for name in class_names])
     return [path for name in class_names for path in files[name]], labels
 
 
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # bytes of a file name that are not UTF-8 become surrogates
-        return False
-    return True
-
-
 def _shown(path: Path) -> str:
-    """Return a path as text, with escapes for what is not UTF-8."""
+    """Return a path as text; bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
@@ -225,23 +203,23 @@ def _is_image_folder(folder: Path) -> bool:
 
 
 def _find_splits(folder: Path) -> dict[str, list[Path]]:
-    """Return the folders for training, testing and validation, by the names that they usually have."""
+    """Return the folders of each split, by their usual names."""
     subfolders = _subfolders(folder)
     return {split: [path for path in subfolders if path.name.lower() in names] for split, names in _SPLITS.items()}
 
 
 def _has_splits(folder: Path) -> bool:
-    # A class may be called "train": then there are images in it and no folders.
+    # A class called "train" contains images, not folders.
     return any(_subfolders(path) for path in _find_splits(folder)["train"])
 
 
 def _sample(folder: Path) -> Iterator[Path]:
-    """Yield what `_walk` does, up to a limit: to tell what is in a folder that may be a whole disk."""
+    """Yield the first paths of `_walk`: the folder may be a whole disk."""
     return itertools.islice(_walk(folder), _SAMPLED_AT_MOST)
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """Yield what is in a folder and in the folders below it, by name; a link back to a folder above leads nowhere."""
+    """Yield the files in a folder and below, sorted; links to a parent folder are skipped."""
     status = folder.stat()
     above = (*above, (status.st_dev, status.st_ino))
     for path in _list(folder):
@@ -256,7 +234,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _list(folder: Path) -> list[Path]:
-    """Return what a folder holds, by name, without what file managers leave behind."""
+    """Return the entries of a folder, sorted, without hidden files and those of file managers."""
     try:
         paths = sorted(folder.iterdir())
     except OSError as error:

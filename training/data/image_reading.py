@@ -1,4 +1,4 @@
-"""Reads many image files into one array: of one size, within the memory there is."""
+"""Reads many image files into one array, after checking that it fits into memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from training.data.image_file import MAX_PIXELS, read_image
 from training.errors import DatasetError
 from training.memory import available_bytes, require_memory
 
-DEFAULT_SIZE = (96, 96)  # of images that differ in size or are large: a network for them is trained in minutes
-LARGEST_OWN_SIDE = 128  # images of one size are kept as they are up to this
-_DECODING_BYTES = 9 * MAX_PIXELS  # of one image, the largest there may be: decoded, converted and turned
+DEFAULT_SIZE = (96, 96)  # of images that differ in size or are large; trains in minutes
+LARGEST_OWN_SIDE = 128  # images of one size up to this are not resized
+_DECODING_BYTES = 9 * MAX_PIXELS  # of the largest image: decoded, converted and rotated
 _SHOWN_AT_MOST = 5
 
 logger = logging.getLogger(__name__)
 
 
 class _NoCommonSizeError(Exception):
-    """The images cannot be kept in their own size; the message says why."""
+    """The images must be resized; the message says why."""
 
 
 def read_images(
@@ -39,11 +39,11 @@ def read_images(
     """Read image files.
 
     Args:
-        paths: the files, at least one.
-        image_size: (height, width) to resize to, antialiased bilinear; `None` keeps small images of one size.
-        folder: where they are, for messages.
-        default_size: (height, width) that others are resized to then; with `None`, large images are kept too, and
-            images of several sizes are an error.
+        paths: at least one file.
+        image_size: (height, width) to resize to; `None` keeps small images of equal size.
+        folder: for messages.
+        default_size: (height, width) for other images if `image_size` is `None`. If both are, large images are kept,
+            and images of different sizes are an error.
 
     Returns:
         uint8 (n, height, width, 3), in the order of the paths.
@@ -71,7 +71,7 @@ def _read(
     images: np.ndarray | None = None
     first = paths[0]
     damaged: list[str] = []
-    # Closed here on an error: else its threads would go on until all files are read.
+    # Closed on an error; otherwise its threads would read all files.
     with closing(_decode(paths, image_size, folder)) as decoded:
         for row, (path, image) in enumerate(zip(paths, decoded, strict=True)):
             if isinstance(image, DatasetError):
@@ -82,7 +82,7 @@ def _read(
                     raise _NoCommonSizeError(f"the images in {folder} are large, {path} is {_text(image.shape)}")
                 images, first = _allocate(len(paths), image), path
             if image.shape != images.shape[1:]:
-                # At once: reading all of what may be many large photos would only tell the same.
+                # At once, because reading the other files could take long.
                 raise _NoCommonSizeError(
                     f"the images in {folder} differ in size (height x width), {first} is {_text(images.shape[1:])} and "
                     f"{path} is {_text(image.shape)}"
@@ -91,7 +91,9 @@ def _read(
     if damaged:
         more = f"\n  and {len(damaged) - _SHOWN_AT_MOST} more" if len(damaged) > _SHOWN_AT_MOST else ""
         shown = "".join(f"\n  {message}" for message in damaged[:_SHOWN_AT_MOST])
-        raise DatasetError(f"{len(damaged)} of {len(paths):,} files cannot be used; mend or remove them:{shown}{more}")
+        raise DatasetError(
+            f"{len(damaged)} of {len(paths):,} files are not usable; repair or remove them:{shown}{more}"
+        )
     assert images is not None
     return images
 
@@ -121,7 +123,7 @@ def _decode(
 
 
 def _count_threads() -> int:
-    """Return how many threads can decode at once: as many as there are cores, and images that the memory can hold."""
+    """Return the number of decoding threads: one per core, as far as their images fit into memory."""
     available = available_bytes()
     cores = os.cpu_count() or 1
     return cores if available is None else max(1, min(cores, available // _DECODING_BYTES))

@@ -1,7 +1,6 @@
-"""From a dataset in memory to batches: the validation split, the order of every epoch, batching.
+"""Input pipeline: validation split, shuffling, augmentation, batching.
 
-The order is a pure function of the seed and the epoch. That is what makes an exact resume simple: nothing about
-the data has to be saved.
+The order is a function of seed and epoch, so resuming needs no saved state of the data.
 """
 
 from __future__ import annotations
@@ -36,62 +35,49 @@ class LoopData:
 
 
 def split_validation(train: Split, *, seed: int) -> tuple[Split, Split]:
-    """Set a tenth of each class of the training images aside for validation.
+    """Split off a tenth of each class for validation.
 
     Args:
         train: the training images, at least two of each class.
-        seed: which images are set aside.
+        seed: of the random choice.
 
     Returns:
-        The images left to train on, and the validation images; both in the order they had.
+        Training and validation images, in their original order.
 
     Raises:
         DatasetError: a class has a single image.
     """
-    rng = np.random.default_rng(seed)
-    held_out = np.zeros(len(train.labels), bool)
-    for class_id in np.unique(train.labels):
-        members = np.flatnonzero(train.labels == class_id)
-        if len(members) < 2:
-            raise DatasetError(
-                f"class {class_id} has one training image; at least 2 are needed, one of them for validation"
-            )
-        count = max(1, round(VALIDATION_FRACTION * len(members)))
-        held_out[rng.choice(members, count, replace=False)] = True
-    return (
-        Split(train.images[~held_out], train.labels[~held_out]),
-        Split(train.images[held_out], train.labels[held_out]),
-    )
+    classes, counts = np.unique(train.labels, return_counts=True)
+    if (counts < 2).any():
+        raise DatasetError(
+            f"class {classes[counts.argmin()]} has one training image; at least 2 are needed, one for validation"
+        )
+    return train.split_off(VALIDATION_FRACTION, seed=seed)
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """Return how many batches one pass over `split` takes, the last of which may be smaller."""
+    """Return the number of batches of an epoch, including a smaller last one."""
     return -(-len(split.labels) // batch_size)
 
 
 def training_batches(
     split: Split, *, batch_size: int, seed: int, first_epoch: int, augmentation: Augmentation | None = None
 ) -> tf.data.Dataset:
-    """Return endless shuffled batches, epoch after epoch from `first_epoch` (counted from 0).
-
-    Every image comes once in an epoch, in an order drawn from (seed, epoch).
+    """Return endless shuffled batches of (images uint8 (batch, height, width, 3), labels int64 (batch,)).
 
     Args:
-        split: the images and labels.
-        batch_size: images in a batch; the last of an epoch may have fewer.
-        seed: of the order.
-        first_epoch: where to begin.
-        augmentation: mirror every image in every other epoch, and do this to it.
-
-    Returns:
-        A dataset of (images uint8 (batch, height, width, 3), labels int64 (batch,)).
+        split: the images and labels; each occurs once in an epoch.
+        batch_size: the last batch of an epoch may be smaller.
+        seed: the order is a function of seed and epoch.
+        first_epoch: to begin with, counted from 0.
+        augmentation: flip every image horizontally in every other epoch, and apply these changes.
     """
-    # Made outside the functions below, which then hold a reference instead of a copy inside their graph.
+    # Outside the functions below, whose graphs would otherwise contain copies.
     images, labels = tf.constant(split.images), tf.constant(split.labels)
     positions = tf.range(len(split.labels))
-    # Which images are mirrored first. In later epochs they take turns (arXiv 2404.00498, section 3.6): two epochs show
-    # each image both ways, where a coin tossed each time would show half of them one way twice.
-    turns = tf.random.stateless_uniform([len(split.labels)], (seed, -1), maxval=2, dtype=tf.int64)
+    # The images that are flipped first; in later epochs they alternate (arXiv 2404.00498, section 3.6). So two epochs
+    # show each image both ways; independent random flips would show half of the images the same way twice.
+    flips = tf.random.stateless_uniform([len(split.labels)], (seed, -1), maxval=2, dtype=tf.int64)
 
     def epoch_order(epoch: tf.Tensor) -> tf.data.Dataset:
         order = tf.random.experimental.stateless_shuffle(positions, seed=tf.stack([seed, epoch]))
@@ -106,8 +92,8 @@ def training_batches(
     def gather(rows: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         batch = tf.gather(images, rows)
         if augmentation:
-            mirrored = tf.cast((tf.gather(turns, rows) + epoch) % 2, tf.int32)
-            # Every shift as often as any other; where the batch begins among them is drawn with its first row.
+            mirrored = tf.cast((tf.gather(flips, rows) + epoch) % 2, tf.int32)
+            # All shifts are equally frequent; the first shift of a batch is random, as its first row is.
             shifts = (tf.range(tf.size(rows)) + rows[0]) % sources.shape[1]
             batch = _take_pixels(batch, tf.gather_nd(sources, tf.stack([mirrored, shifts], axis=1)))
             if augmentation.cutout:
@@ -121,13 +107,10 @@ def training_batches(
 
 
 def _augmented_sources(height: int, width: int, *, max_shift: int) -> np.ndarray:
-    """Return where in an image each pixel of its every augmented form comes from.
-
-    A form is a shift by up to `max_shift` pixels each way, what comes in at the edges being mirrored.
+    """Return the source of each pixel in an image shifted by up to `max_shift` pixels, with reflected edges.
 
     Returns:
-        int32 (2, shifts, height * width): of the image as it is, then of the image mirrored; each pixel's place counted
-        along the rows.
+        int32 (2, shifts, height * width): flat pixel indices, for the original and the flipped image.
     """
     places = np.arange(height * width, dtype=np.int32).reshape(height, width)
     sides = range(2 * max_shift + 1)
@@ -139,11 +122,11 @@ def _augmented_sources(height: int, width: int, *, max_shift: int) -> np.ndarray
 
 
 def _take_pixels(batch: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
-    """Rearrange a whole batch in one operation: flipping, padding and slicing it cost nine times as much.
+    """Rearrange the pixels of a batch in one operation: flip, pad and slice take nine times as long.
 
     Args:
         batch: (batch, height, width, channels).
-        places: int32 (batch, height * width), where in the image each pixel comes from.
+        places: int32 (batch, height * width), flat index of each pixel's source.
     """
     height, width, channels = batch.shape[1:]
     pixels = places + tf.range(tf.shape(batch)[0])[:, None] * (height * width)
@@ -151,16 +134,9 @@ def _take_pixels(batch: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
 
 
 def _squares(count: tf.Tensor, height: int, width: int, *, side: int, seed: tf.Tensor) -> tf.Tensor:
-    """Return bool (count, height, width), true in one square of each picture: cutout (arXiv 1708.04552).
+    """Return bool (count, height, width), true in a random square of each image: cutout (arXiv 1708.04552).
 
-    Its middle is any pixel, so part of it may lie outside.
-
-    Args:
-        count: how many pictures, int32.
-        height: of each.
-        width: of each.
-        side: of the squares.
-        seed: int64 (2,), of where they lie.
+    The centre is any pixel, so part of the square may be outside the image.
     """
     corners = tf.cast(tf.random.stateless_uniform([count, 1, 2], seed) * (height, width), tf.int32) - side // 2
     down = tf.range(height) - corners[..., 0]

@@ -1,4 +1,4 @@
-"""Some test images of a dataset as files, to try a served model on."""
+"""Writes test images of a dataset to files, to try a served model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Drawn shapes: a dataset that needs nothing but this file.
+"""Drawn shapes: a dataset that needs no data.
 
-Ten classes of 32x32 pictures, one shape in each, varied in colour, size, place, rotation, proportions, background and
-noise. The same seed draws the same pictures, to the bit where numpy and Pillow are of the same version.
+Ten classes of 32x32 images with one shape each, varied in colour, size, position, rotation, proportions, background and
+noise. The same seed gives bit-identical images for the same versions of numpy and Pillow.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from training.data.dataset import Dataset, Split
 SIZE = 32
 TRAIN_COUNT = 8000
 TEST_COUNT = 1000
-_SCALE = 4  # drawn this many times larger, then reduced, so that edges are smooth
-_MIN_CONTRAST = 110  # grey levels between shape and background, in the channel that differs most
+_SCALE = 4  # supersampling factor, for smooth edges
+_MIN_CONTRAST = 110  # grey levels between shape and background, in the channel with the largest difference
 
 Point = tuple[float, float]
 
@@ -48,7 +48,7 @@ def _cross(arm: float) -> list[Point]:
 def _crescent() -> list[Point]:
     outer = [(math.cos(a), math.sin(a)) for a in np.linspace(math.radians(50), math.radians(310), 40)]
     tip_x, tip_y = outer[-1]
-    # The inner edge is part of another circle through both tips.
+    # The inner edge is an arc of another circle through both tips.
     centre = 0.45
     radius = math.hypot(tip_x - centre, tip_y)
     tip = math.atan2(tip_y, tip_x - centre) % (2 * math.pi)
@@ -80,27 +80,27 @@ CLASS_NAMES = tuple(_OUTLINES)
 
 
 def load_shapes(*, seed: int) -> Dataset:
-    """Draw the dataset: 8,000 training and 1,000 test images, as many of each class."""
+    """Draw 8,000 training and 1,000 test images, equally many of each class."""
     return Dataset(
         "shapes",
         f"drawn, seed {seed}",
         CLASS_NAMES,
         draw_shapes(TRAIN_COUNT, seed=seed),
-        # A stream of its own, which no seed's training images come from.
+        # Another random stream, so that no seed gives the same training images.
         draw_shapes(TEST_COUNT, seed=seed, stream=1),
     )
 
 
 def draw_shapes(count: int, *, seed: int, stream: int = 0) -> Split:
-    """Draw `count` shapes in a random order, as many of each class as `count` allows.
+    """Draw shapes in random order, with balanced classes.
 
     Args:
-        count: at least 1.
-        seed: of all that is random.
-        stream: another number draws other pictures by the same seed.
+        count: number of images, at least 1.
+        seed: of the random numbers.
+        stream: another stream gives other images for the same seed.
 
     Returns:
-        uint8 images (count, 32, 32, 3), and labels by position in `CLASS_NAMES`.
+        Images uint8 (count, 32, 32, 3), and labels as indices into `CLASS_NAMES`.
     """
     rng = np.random.default_rng((seed, stream))
     labels = np.arange(count, dtype=np.int64) % len(CLASS_NAMES)
@@ -119,11 +119,11 @@ def _draw(name: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def _mask(name: str, rng: np.random.Generator) -> Image.Image:
-    """Draw where the shape is: 255 inside, 0 outside."""
+    """Draw the mask of a shape: 255 inside, 0 outside."""
     radius = rng.uniform(9, 14) * _SCALE
     x, y = (SIZE * _SCALE / 2 + rng.uniform(-0.7, 0.7) * (SIZE * _SCALE / 2 - 0.95 * radius) for _ in range(2))
     angle = rng.uniform(0, 2 * math.pi)
-    squeeze = rng.uniform(0.85, 1)  # a little foreshortening; more would make circles into something else
+    squeeze = rng.uniform(0.85, 1)  # slight foreshortening; more would change the shape
     cos, sin = math.cos(angle), math.sin(angle)
 
     def place(points: Sequence[Point], factor: float = 1.0) -> list[Point]:
@@ -142,8 +142,8 @@ def _mask(name: str, rng: np.random.Generator) -> Image.Image:
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """Make a plain, sloping, striped or blotchy background, float32 (32, 32, 3)."""
-    # Dark, as the shapes are bright: a small network then learns them in a few epochs.
+    """Return a plain, gradient, striped or blotchy background, float32 (32, 32, 3)."""
+    # Dark behind bright shapes, so that a small network learns them in a few epochs.
     first = rng.uniform(0, 120, 3)
     second = (first + rng.normal(0, 20, 3)).clip(0, 255)
     kind = rng.integers(4)
@@ -161,10 +161,10 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def _contrasting_colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Choose a colour that stands out against what the shape lies on."""
+    """Choose a colour that contrasts with the background."""
     around = background.reshape(-1, 3)
     colours = rng.uniform(100, 255, (24, 3))
-    # The largest channel difference against every pixel of the background, at its worst.
+    # The channel with the largest difference, at the background pixel with the smallest.
     contrast = np.abs(colours[:, None] - around[None, ::16]).max(axis=2).min(axis=1)
     fits = np.flatnonzero(contrast >= _MIN_CONTRAST)
     chosen: np.ndarray = colours[fits[0] if len(fits) else contrast.argmax()]

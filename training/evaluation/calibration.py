@@ -1,14 +1,14 @@
-"""Temperature scaling: one number that makes a classifier's confidence mean what it says.
+"""Temperature scaling: divides the logits by one number, so that confidence matches accuracy.
 
-Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599), section 4.2. The temperature divides the
-logits, so it changes how sure an answer is and never which class it is. Knows only arrays.
+Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599), section 4.2. The predicted class never
+changes.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# On images that are all classified right, the best temperature would be 0, and on noise infinite.
+# The best temperature is 0 if all images are classified correctly, and infinite for noise.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 10.0
 
 
@@ -16,12 +16,12 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the temperature with the lowest loss, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`.
 
     Args:
-        probabilities: float32 (n, classes), of images that were not trained on.
-        labels: int64 (n,), the right classes, from 0.
+        probabilities: float32 (n, classes), of images not used for training.
+        labels: int64 (n,), true classes, from 0.
     """
     logits = _logits(probabilities)
     own = logits[np.arange(len(labels)), labels]
-    # The loss is convex in the inverse of the temperature, so where its slope is 0 there is one place.
+    # The loss is convex in the inverse temperature, so its slope is 0 at one point: bisection.
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     for _ in range(50):
         inverse = (low + high) / 2
@@ -31,17 +31,17 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Return float32 (n, classes): the probabilities that the logits divided by `temperature` have."""
+    """Return the probabilities of the logits divided by `temperature`, float32 (n, classes)."""
     return _softmax(_logits(probabilities) / temperature).astype(np.float32)
 
 
-def average_views(*views: np.ndarray) -> np.ndarray:
-    """Return float32 (n, classes): the probabilities that the mean of the views' logits has."""
-    return _softmax(np.mean([_logits(view) for view in views], axis=0)).astype(np.float32)
+def average_logits(*predictions: np.ndarray) -> np.ndarray:
+    """Return the probabilities of the mean logits, float32 (n, classes)."""
+    return _softmax(np.mean([_logits(probabilities) for probabilities in predictions], axis=0)).astype(np.float32)
 
 
 def _logits(probabilities: np.ndarray) -> np.ndarray:
-    # Up to a constant in each row, which a softmax does not see. A probability rounded to 0 counts as the smallest.
+    # Up to a constant per row, which does not change the softmax. A probability of 0 counts as the smallest float32.
     return np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
 
 

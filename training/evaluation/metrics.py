@@ -78,20 +78,15 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values; `None` where undefined."""
+        per_class = [
+            {name: _defined(value) if isinstance(value, float) else value for name, value in vars(metrics).items()}
+            for metrics in self.per_class
+        ]
         return {
             "accuracy": self.accuracy,
             "loss": self.loss,
             "count": self.count,
-            "per_class": [
-                {
-                    "name": metrics.name,
-                    "precision": _defined(metrics.precision),
-                    "recall": _defined(metrics.recall),
-                    "f1": _defined(metrics.f1),
-                    "support": metrics.support,
-                }
-                for metrics in self.per_class
-            ],
+            "per_class": per_class,
             "confusion": self.confusion.tolist(),
             "calibration": self.calibration.to_json(),
         }

@@ -1,7 +1,4 @@
-"""The style of a report's plots, and all of them but the sample sheet.
-
-Each `plot_` function returns a figure, `render_png` makes a file's content of it; nothing here touches the disk.
-"""
+"""The plots of a report, except the sample sheet, and their style."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from training.evaluation.metrics import CALIBRATION_BINS, Calibration
 from training.history import EpochResult
 
-# Okabe and Ito's colours, which people with any colour vision tell apart.
+# Okabe and Ito's colours, distinguishable with any colour vision.
 BLUE, VERMILLION, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#22262B"
 _STYLE: Any = {
     "figure.dpi": 160,
@@ -40,44 +37,43 @@ _STYLE: Any = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "text.color": INK,
-    "text.parse_math": False,  # a class may well be named with dollar signs
+    "text.parse_math": False,  # class names may contain dollar signs
     "xtick.color": GREY,
     "xtick.labelcolor": INK,
     "ytick.color": GREY,
     "ytick.labelcolor": INK,
 }
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-_COUNTS_UP_TO = 20  # classes whose counts are written into a confusion matrix
-_NAMES_UP_TO = 100  # classes whose names are written beside it
+_COUNTS_UP_TO = 20  # classes up to which a confusion matrix shows counts
+_NAMES_UP_TO = 100  # classes up to which it shows names
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
-def in_our_style(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorate what makes or renders a figure."""
+def with_style(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate a function that creates or renders a figure."""
 
     @wraps(function)
     def styled(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        # On top of matplotlib's own defaults, so that a plot looks the same whatever a person's matplotlibrc says.
+        # Based on matplotlib's defaults, whatever the user's matplotlibrc contains.
         with style.context(["default", _STYLE]):
             return function(*args, **kwargs)
 
     return styled
 
 
-@in_our_style
+@with_style
 def render_png(figure: Figure) -> bytes:
-    """Return `figure` as the content of a PNG file."""
+    """Return `figure` as a PNG file."""
     content = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(content, format="png")
     return content.getvalue()
 
 
-@in_our_style
+@with_style
 def plot_curves(history: Sequence[EpochResult], *, quantity: str, best_epoch: int) -> Figure:
     """Plot training and validation loss or accuracy by epoch.
 
@@ -116,7 +112,7 @@ def _mark_learning_rates(axes: Axes, history: Sequence[EpochResult]) -> None:
     drops = [b.epoch - 0.5 for a, b in pairwise(history) if b.learning_rate < a.learning_rate]
     if not drops:
         return
-    rates = f"learning rate {_rate(history[0].learning_rate)} to {_rate(history[-1].learning_rate)}"
+    rates = f"learning rate {history[0].learning_rate:.2g} to {history[-1].learning_rate:.2g}"
     line: Any = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (4, 3))}
     if len(drops) > 2 and len(drops) == len(history) - 1:
         axes.plot([], [], linestyle="none", label=f"{rates}, every epoch")
@@ -126,17 +122,9 @@ def _mark_learning_rates(axes: Axes, history: Sequence[EpochResult]) -> None:
     axes.plot([], [], label=rates, **line)
 
 
-def _rate(learning_rate: float) -> str:
-    if learning_rate == 0:
-        return "0"
-    mantissa, exponent = f"{learning_rate:.1e}".split("e")
-    power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
-    return f"{mantissa.removesuffix('.0')}\N{MULTIPLICATION SIGN}{power}"
-
-
-@in_our_style
+@with_style
 def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Plot a confusion matrix, each row shaded by its own share, with counts where there is room.
+    """Plot a confusion matrix, shaded by share of the row, with counts for few classes.
 
     Args:
         confusion: int64 (classes, classes), (true, predicted).
@@ -174,14 +162,14 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
     return figure
 
 
-@in_our_style
+@with_style
 def plot_calibration(before: Calibration, after: Calibration, *, temperature: float) -> Figure:
-    """Plot accuracy against confidence, and how often each confidence occurs (Guo et al. 2017, figure 1).
+    """Plot accuracy by confidence, and the distribution of confidences (Guo et al. 2017, figure 1).
 
     Args:
-        before: as the model was trained, on the left.
-        after: with its logits divided by `temperature`, on the right.
-        temperature: the temperature.
+        before: of the trained model, on the left.
+        after: with the logits divided by `temperature`, on the right.
+        temperature: for the title.
     """
     figure = Figure(figsize=(8.2, 4.9), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3.4, 1))
@@ -211,10 +199,10 @@ def _draw_reliability(upper: Axes, lower: Axes, calibration: Calibration) -> Non
     upper.hlines(confidences, edges[filled], ends, color=VERMILLION, linewidth=2, label="mean confidence")
     upper.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     share = calibration.counts / calibration.counts.sum()
+    means = np.nansum(share * calibration.accuracies), np.nansum(share * calibration.confidences)
+    text = "accuracy {:.1%}, mean confidence {:.1%}, expected error {:.3f}"
     upper.annotate(
-        f"accuracy {np.nansum(share * calibration.accuracies):.1%}, "
-        f"mean confidence {np.nansum(share * calibration.confidences):.1%}, "
-        f"expected error {calibration.expected_calibration_error:.3f}",
+        text.format(*means, calibration.expected_calibration_error),
         (0, 1),
         xycoords="axes fraction",
         xytext=(0, 7),
@@ -225,6 +213,6 @@ def _draw_reliability(upper: Axes, lower: Axes, calibration: Calibration) -> Non
 
 
 def shorten(name: str, length: int) -> str:
-    """Cut from the middle: names that are alike often differ at the end."""
+    """Shorten in the middle, because similar names often differ at the end."""
     tail = length // 3
     return name if len(name) <= length else f"{name[: length - 1 - tail]}…{name[-tail:]}"

@@ -20,6 +20,7 @@ from training.shell_command import format_command
 
 # Shown in the command even where they are the default.
 _ALWAYS_SHOWN = ("dataset", "variant", "preset", "loop", "dtype", "epochs", "seed")
+_EPOCH_COLUMNS = ("epoch", "loss", "accuracy", "val loss", "val accuracy", "learning rate", "images/s", "seconds")
 
 
 def write_report(
@@ -79,92 +80,74 @@ def _markdown(
         loss, accuracy = mirrored.evaluation.loss, mirrored.evaluation.accuracy
         results.append(("test, with horizontal-flip TTA", f"{loss:.4f}", f"{accuracy:.2%}"))
     height, width, _ = dataset.train.images.shape[1:]
-    summary = (
-        f"The `{config.variant}` network, trained with the `{config.loop}` loop on {len(dataset.train.labels):,} "
-        f"images of {height}x{width} pixels in {len(dataset.class_names)} classes ({_escape(dataset.source)}); a tenth "
-        f"of them is the validation split. Evaluated on the test images with the weights of epoch {best.epoch}, which "
-        "had the lowest validation loss."
+    classes = (
+        (_escape(c.name), _percent(c.precision), _percent(c.recall), _percent(c.f1), f"{c.support:,}")
+        for c in evaluation.per_class
     )
-    curves = "The circle marks the epoch whose weights are kept; dashed lines mark reductions of the learning rate."
-    confidence = (
-        f"The logits are divided by a temperature of {test.temperature:.3f}, fitted on the validation images, in the "
-        f"exported model too. Expected calibration error: {test.uncalibrated.expected_calibration_error:.4f} before, "
-        f"{evaluation.calibration.expected_calibration_error:.4f} after. It is the mean absolute difference of "
-        f"confidence and accuracy in {CALIBRATION_BINS} bins, weighted by their images."
+    epochs = (
+        (
+            f"{result.epoch}{' (best)' if result.epoch == best.epoch else ''}",
+            f"{result.loss:.4f}",
+            f"{result.accuracy:.2%}",
+            f"{result.val_loss:.4f}",
+            f"{result.val_accuracy:.2%}",
+            f"{result.learning_rate:.3g}",
+            f"{result.images_per_s:,.0f}",
+            f"{result.seconds:.1f}",
+        )
+        for result in history
     )
-    return "\n".join(
-        [
-            f"# {_escape(dataset.name)}: {evaluation.accuracy:.2%} of {evaluation.count:,} test images",
-            "",
-            summary,
-            "",
-            *_table(
-                ("", "loss", "accuracy"),
-                results,
-            ),
-            "",
-            "Train it again:",
-            "",
-            "```sh",
-            _command(config),
-            "```",
-            "",
-            "![Loss by epoch](loss.png) ![Accuracy by epoch](accuracy.png)",
-            "",
-            curves,
-            "",
-            "## By class",
-            "",
-            *_table(
-                ("class", "precision", "recall", "F1", "images"),
-                (
-                    (_escape(c.name), _percent(c.precision), _percent(c.recall), _percent(c.f1), f"{c.support:,}")
-                    for c in evaluation.per_class
-                ),
-            ),
-            "",
-            "![Confusion matrix](confusion.png)",
-            "",
-            "## Confidence",
-            "",
-            confidence,
-            "",
-            "![Accuracy by confidence](calibration.png)",
-            "",
-            "## Samples",
-            "",
-            "![Correct predictions and confident errors](samples.png)",
-            "",
-            "## Configuration",
-            "",
-            *_table(("setting", "value"), _settings(config, dataset)),
-            "",
-            "## Epochs",
-            "",
-            *_table(
-                ("epoch", "loss", "accuracy", "val loss", "val accuracy", "learning rate", "images/s", "seconds"),
-                (
-                    (
-                        f"{result.epoch}{' (best)' if result.epoch == best.epoch else ''}",
-                        f"{result.loss:.4f}",
-                        f"{result.accuracy:.2%}",
-                        f"{result.val_loss:.4f}",
-                        f"{result.val_accuracy:.2%}",
-                        f"{result.learning_rate:.3g}",
-                        f"{result.images_per_s:,.0f}",
-                        f"{result.seconds:.1f}",
-                    )
-                    for result in history
-                ),
-            ),
-            "",
-        ]
-    )
+    return f"""# {_escape(dataset.name)}: {evaluation.accuracy:.2%} of {evaluation.count:,} test images
+
+The `{config.variant}` network, trained with the `{config.loop}` loop on {len(dataset.train.labels):,} images of \
+{height}x{width} pixels in {len(dataset.class_names)} classes ({_escape(dataset.source)}); a tenth of them is the \
+validation split. Evaluated on the test images with the weights of epoch {best.epoch}, which had the lowest validation \
+loss.
+
+{_table(("", "loss", "accuracy"), results)}
+
+Train it again:
+
+```sh
+{_command(config)}
+```
+
+![Loss by epoch](loss.png) ![Accuracy by epoch](accuracy.png)
+
+The circle marks the epoch whose weights are kept; dashed lines mark reductions of the learning rate.
+
+## By class
+
+{_table(("class", "precision", "recall", "F1", "images"), classes)}
+
+![Confusion matrix](confusion.png)
+
+## Confidence
+
+The logits are divided by a temperature of {test.temperature:.3f}, fitted on the validation images, in the exported \
+model too. Expected calibration error: {test.uncalibrated.expected_calibration_error:.4f} before, \
+{evaluation.calibration.expected_calibration_error:.4f} after. It is the mean absolute difference of confidence and \
+accuracy in {CALIBRATION_BINS} bins, weighted by their images.
+
+![Accuracy by confidence](calibration.png)
+
+## Samples
+
+![Correct predictions and confident errors](samples.png)
+
+## Configuration
+
+{_table(("setting", "value"), _settings(config, dataset))}
+
+## Epochs
+
+{_table(_EPOCH_COLUMNS, epochs)}
+"""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     alignment = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(cells)} |" for cells in (head, alignment, *rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, alignment, *rows))
 
 
 def _settings(config: TrainingConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:

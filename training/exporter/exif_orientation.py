@@ -1,29 +1,28 @@
-"""The orientation of JPEG and PNG files, found inside a TensorFlow graph as `image_formats` finds it outside.
+"""EXIF orientation of JPEG and PNG files in a TensorFlow graph, as `image_formats` reads it outside.
 
-The layouts are those of the Exif standard (CIPA DC-008, sections 4.5 and 4.6) and of the PNG specification. Damaged
-data is no error: what cannot be read counts as upright. Files are walked piece by piece: to have all bytes of a file
-as a tensor takes as long as to decode it.
+See the Exif standard (CIPA DC-008, sections 4.5 and 4.6) and the PNG specification. Damaged data is not an error: the
+image counts as upright. Files are parsed in pieces, because converting all bytes to a tensor takes as long as decoding.
 """
 
 from __future__ import annotations
 
 import tensorflow as tf
 
-MAX_STEPS = 100_000  # segments, or chunks, that are looked at
+MAX_STEPS = 100_000  # segments or chunks that are parsed
 MAX_EXIF_BYTES = 1 << 16
 
-_SEGMENT_BYTES = 10  # of a JPEG's segment: marker, length, "Exif" and two zeros
-_MAX_WINDOW_BYTES = 1 << 20  # searched at once for the next marker, where there is garbage
+_SEGMENT_BYTES = 10  # of a JPEG segment: marker, length, "Exif" and two zeros
+_MAX_WINDOW_BYTES = 1 << 20  # searched at once for the next marker
 _ENTRY_BYTES = 12
 _ORIENTATION_TAG = 0x0112
 _SOI, _EOI, _SOS, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 
 
 def jpeg_orientation(data: tf.Tensor) -> tf.Tensor:
-    """Return the EXIF orientation of a JPEG file, int32 from 1 (upright) to 8; 1 where there is none.
+    """Return the EXIF orientation of a JPEG file, int32 from 1 (upright) to 8; 1 if there is none.
 
-    Markers are found as libjpeg finds them: fill bytes and what belongs to no segment are skipped. The first EXIF
-    segment before the first scan counts, wherever it is.
+    Markers are found as in libjpeg: fill bytes and bytes between segments are skipped. The first EXIF segment before
+    the first scan counts.
 
     Args:
         data: string scalar, the file.
@@ -45,7 +44,7 @@ def jpeg_orientation(data: tf.Tensor) -> tf.Tensor:
         end = position + 2 + tf.where(has_length, tf.maximum(length, 2), 0)
         is_exif = tf.equal(code, _APP1) & tf.reduce_all(tf.equal(found[4:10], tf.constant(list(b"Exif\0\0"), tf.uint8)))
         content = tf.where(is_exif, tf.stack([position + 10, tf.maximum(end - position - 10, 0)]), exif)
-        # A segment is read, or the search goes to the next marker, or on to the next window.
+        # Parse a segment, or continue at the next marker or the next window.
         is_found = tf.reduce_any(is_marker)
         elsewhere = position + tf.where(is_found, index, window - 1)
         return (
@@ -101,7 +100,7 @@ def png_orientation(data: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def _orientation_at(data: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
-    """Return the orientation of the EXIF data at [position, length] in a file; most files have none."""
+    """Return the orientation in the EXIF data at [position, length]; length 0 for none."""
 
     def read() -> tf.Tensor:
         content = _substr(data, exif[0], exif[1])
@@ -112,13 +111,13 @@ def _orientation_at(data: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
 
 
 def _substr(data: tf.Tensor, position: tf.Tensor | int, length: tf.Tensor | int) -> tf.Tensor:
-    """As `tf.strings.substr`, but empty behind the end instead of an error, and of `MAX_EXIF_BYTES` at most."""
+    """Return at most `MAX_EXIF_BYTES`; empty after the end, where `tf.strings.substr` fails."""
     start = tf.minimum(position, tf.strings.length(data))
     return tf.strings.substr(data, start, tf.clip_by_value(length, 0, MAX_EXIF_BYTES))
 
 
 def _exif_orientation(tiff: tf.Tensor) -> tf.Tensor:
-    """Return the orientation that the first directory of a TIFF header declares; see `image_formats.exif`."""
+    """Return the orientation in the first directory of a TIFF header; see `image_formats.exif`."""
     size = tf.strings.length(tiff)
     found = tf.cast(tf.io.decode_raw(tf.strings.join([tiff, b"\0" * 2 * _ENTRY_BYTES]), tf.uint8), tf.int64)
     is_little = tf.equal(tf.strings.substr(tiff, 0, 4), b"II*\0")
@@ -144,7 +143,7 @@ def _exif_orientation(tiff: tf.Tensor) -> tf.Tensor:
     )
     is_integer = tf.reduce_any(tf.equal(kind[:, None], tf.constant([1, 6, 3, 8, 4, 9], tf.int64)), axis=1)
     is_orientation = tf.equal(integer(entries, 2), _ORIENTATION_TAG) & is_integer & tf.equal(integer(entries + 4, 4), 1)
-    # The last one counts where a broken file repeats the tag; a leading 1 is there for files without one.
+    # The last value counts if a file repeats the tag; 1 is for files without the tag.
     values = tf.concat([[1], tf.boolean_mask(value, is_orientation)], axis=0)
     orientation = values[-1]
     is_valid = is_inside & (orientation >= 1) & (orientation <= 8)

@@ -1,9 +1,8 @@
 """Decode and resize encoded images inside a TensorFlow graph, as `image_formats/decoding.py` does outside it.
 
-Every server that loads the exported model decodes with these operations, so they are chosen to agree with
-Pillow: the accurate DCT gives its pixels bit for bit (the default is off by up to 8 levels), antialiased bilinear
-resizing is its `BILINEAR` to within one level. The EXIF orientation is applied, and transparency is composited over
-white, so that the model sees what a person sees.
+The operations agree with Pillow: the accurate DCT gives bit-identical pixels (the default differs by up to 8 levels),
+and antialiased bilinear resizing agrees with `BILINEAR` within one level. The EXIF orientation is applied, and
+transparency is composited over white.
 """
 
 from __future__ import annotations
@@ -13,21 +12,20 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from training.data.image_file import MAX_PIXELS
 from training.exporter.exif_orientation import jpeg_orientation, png_orientation
 
-# 50 megapixels, more than most cameras make; a small file that claims to be larger is refused before it is decoded.
-MAX_PIXELS = 50_000_000
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# What follows are patterns for whole strings; \C is a byte of any value. The colour type is byte 25 of a PNG.
+# Patterns for whole strings; \C is any byte. The colour type is byte 25 of a PNG.
 _HAS_ALPHA = r"\C{25}[\x04\x06]\C*"
-# Grey or RGB, and the image data is the first chunk after the header: the first 41 bytes tell it.
+# Grey or RGB, and the image data is the first chunk after the header.
 _PLAIN_HEAD = r"\C{25}[\x00\x02]\C{11}IDAT"
 _PLAIN_HEAD_BYTES = 41
-_EXIF = r"\C*Exif\C*"  # the name of a JPEG's segment with an orientation
+_EXIF = r"\C*Exif\C*"  # the name of a JPEG's EXIF segment
 _SMALL_BYTES = 1 << 16
-# With alpha, or with a name of the chunks that make a PNG transparent or turn it. Where the name is there by chance,
-# the file is decoded to the same image by the slower way.
+# With an alpha channel, or the name of a chunk with transparency or orientation. If the name occurs by chance, the slow
+# path decodes the same image.
 _TRANSPARENT_OR_TURNED = _HAS_ALPHA + r"|\C*(?:tRNS|eXIf)\C*"
 
 
@@ -46,8 +44,8 @@ def decode_images(image_bytes: tf.Tensor, *, height: int, width: int) -> tf.Tens
     Raises:
         tf.errors.InvalidArgumentError: a file is neither JPEG nor PNG, damaged, or larger than `MAX_PIXELS`.
     """
-    # Small opaque PNG files of the model's own size are what most clients send, and need nothing but decoding: the
-    # checks and branches of the general way cost several times what the decoder does.
+    # Fast path for opaque PNG files of the model's size, which most clients send: the checks and branches of the slow
+    # path take several times as long as the decoder.
     head = _PNG_SIGNATURE + b"\0\0\0\rIHDR" + struct.pack(">II", width, height)
     are_size = tf.reduce_all(tf.equal(tf.strings.substr(image_bytes, 0, len(head)), head))
     are_exact = tf.cond(
@@ -72,7 +70,7 @@ def _decode_exact_png(image_bytes: tf.Tensor, shape: tuple[int, int, int]) -> tf
         return tf.ensure_shape(tf.io.decode_png(data, channels=3), shape)
 
     return tf.cond(
-        tf.equal(tf.size(image_bytes), 1),  # a loop costs a lone image a tenth of its time
+        tf.equal(tf.size(image_bytes), 1),  # without the loop, which takes a tenth of the time of a single image
         lambda: tf.expand_dims(decode(image_bytes[0]), 0),
         lambda: _map_images(decode, image_bytes, shape),
     )
@@ -87,8 +85,8 @@ def _map_images(
 def _decode(data: tf.Tensor, *, height: int, width: int) -> tf.Tensor:
     is_jpeg = tf.equal(tf.strings.substr(data, 0, 3), _JPEG_SIGNATURE)
     is_png = tf.equal(tf.strings.substr(data, 0, 8), _PNG_SIGNATURE)
-    # Without this the operation below would take other formats too, some of them with a surprising rank.
-    # The message quotes nothing of the file: TensorFlow in Python fails on a message that is not UTF-8.
+    # The operation below would decode other formats too, some to another rank.
+    # The message does not quote the file: TensorFlow in Python fails on a message that is not UTF-8.
     known = tf.debugging.Assert(
         is_jpeg | is_png, ["image_bytes must hold JPEG or PNG files; convert others first, such as HEIC or WebP"]
     )
@@ -96,8 +94,7 @@ def _decode(data: tf.Tensor, *, height: int, width: int) -> tf.Tensor:
         data = tf.identity(data)
     pixels, orientation, is_transparent = tf.cond(is_jpeg, lambda: _inspect_jpeg(data), lambda: _inspect_png(data))
     small_enough = tf.debugging.Assert(
-        pixels <= MAX_PIXELS,
-        [f"image_bytes must hold images of at most {MAX_PIXELS} pixels; this one has", pixels],
+        pixels <= MAX_PIXELS, [f"image_bytes must hold images of at most {MAX_PIXELS} pixels; this one has", pixels]
     )
     with tf.control_dependencies([small_enough]):
         data = tf.identity(data)
@@ -106,7 +103,7 @@ def _decode(data: tf.Tensor, *, height: int, width: int) -> tf.Tensor:
         lambda: _decode_over_white(data),
         lambda: tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE"),  # decodes PNG as well
     )
-    image = tf.ensure_shape(_turn_upright(image, orientation), (None, None, 3))
+    image = tf.ensure_shape(_apply_orientation(image, orientation), (None, None, 3))
     resized = tf.image.resize(image, (height, width), method="bilinear", antialias=True)
     return tf.saturate_cast(tf.round(resized), tf.uint8)
 
@@ -116,15 +113,15 @@ _Inspected = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # pixels int64, orientation
 
 def _inspect_jpeg(data: tf.Tensor) -> _Inspected:
     pixels = tf.reduce_prod(tf.io.extract_jpeg_shape(data, output_type=tf.int64)[:2])
-    # To search a small file for the name is quicker than to walk its segments.
+    # In a small file, searching for the name is faster than parsing the segments.
     has_exif = (tf.strings.length(data) > _SMALL_BYTES) | _matches(tf.strings.substr(data, 0, _SMALL_BYTES), _EXIF)
     orientation = tf.cond(has_exif, lambda: jpeg_orientation(data), lambda: tf.constant(1))
     return pixels, orientation, tf.constant(False)
 
 
 def _inspect_png(data: tf.Tensor) -> _Inspected:
-    # Width and height stand at byte 16, 32 bits each with the high byte first (the PNG specification, section 11.2.2).
-    # A file that ends before them is padded here, and refused by the decoder.
+    # Width and height are big-endian 32-bit integers at byte 16 (PNG specification, section 11.2.2). A shorter file is
+    # padded here, and rejected by the decoder.
     head = tf.strings.substr(data, 0, _PLAIN_HEAD_BYTES)
     size = tf.strings.substr(tf.strings.join([head, b"\0" * 24]), 16, 8)
     size = tf.bitcast(tf.io.decode_raw(size, tf.int32, little_endian=False), tf.uint32)
@@ -135,22 +132,22 @@ def _inspect_png(data: tf.Tensor) -> _Inspected:
 
 
 def _decode_over_white(data: tf.Tensor) -> tf.Tensor:
-    """Decode a PNG file that has an alpha channel or a tRNS chunk, and composite it over white."""
+    """Decode a PNG file with an alpha channel or a tRNS chunk, composited over white."""
     rgba = tf.cast(tf.io.decode_png(data, channels=4), tf.uint16)
     colour, alpha = rgba[..., :3], rgba[..., 3:]
-    # libpng ignores a damaged tRNS chunk. TensorFlow then fills the alpha of samples of fewer than 8 bits with the
-    # largest value of so many bits, and not with 255.
+    # libpng ignores a damaged tRNS chunk. For samples of fewer than 8 bits, TensorFlow then fills alpha with the
+    # largest value of that many bits instead of 255.
     depth = tf.cast(tf.io.decode_raw(tf.strings.substr(data, 24, 1), tf.uint8)[0], tf.int32)
     filling = tf.cast(tf.bitwise.left_shift(1, tf.minimum(depth, 8)) - 1, tf.uint16)
     alpha = tf.where(tf.reduce_all(tf.equal(alpha, filling)), tf.constant(255, tf.uint16), alpha)
-    # (colour * alpha + 255 * (255 - alpha)) / 255, rounded to nearest, in 16 bits and without a division.
+    # (colour * alpha + 255 * (255 - alpha)) / 255, rounded to nearest, in 16 bits without division.
     blended = colour * alpha + (255 * (255 - alpha) + 128)
     blended += tf.bitwise.right_shift(blended, tf.constant(8, tf.uint16))
     return tf.cast(tf.bitwise.right_shift(blended, tf.constant(8, tf.uint16)), tf.uint8)
 
 
-def _turn_upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    # 5 to 8 were stored on their side.
+def _apply_orientation(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    # 5 to 8 are transposed.
     image = tf.cond(orientation >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
     flip_columns = tf.reduce_any(tf.equal(orientation, [2, 3, 6, 7]))
     flip_rows = tf.reduce_any(tf.equal(orientation, [3, 4, 7, 8]))

@@ -20,7 +20,7 @@ from training.errors import RunError
 from training.exporter.checksums import write_checksums
 from training.exporter.comparison import to_logits
 from training.exporter.saved_model import write_extra_assets, write_saved_model
-from training.exporter.verify import Logits, verify_folded, verify_saved_model
+from training.exporter.verify import ExpectedLogits, verify_folded, verify_saved_model
 from training.exporter.versions import next_version
 from training.models.folding import compute_logits, freeze
 from training.preflight import check_model_name
@@ -61,20 +61,11 @@ def export_run(
     best = best or load_best_model(run)
     metrics = _read_metrics(run, evaluation, split, best_epoch=best.epoch.epoch)
     dataset, config, model = run.read_dataset(), best.config, best.model
+    dataset_fields = ("name", "source", "train_images", "test_images", "content_hash")
     metadata = {
-        "variant": config.variant,
-        "loop": config.loop,
-        "preset": config.preset,
-        "dtype": config.dtype,
-        "conv_activation": config.conv_activation,
+        **{field: getattr(config, field) for field in ("variant", "loop", "preset", "dtype", "conv_activation")},
         "parameters": model.count_params(),
-        "dataset": {
-            "name": dataset.name,
-            "source": dataset.source,
-            "train_images": dataset.train_images,
-            "test_images": dataset.test_images,
-            "content_hash": dataset.content_hash,
-        },
+        "dataset": {field: getattr(dataset, field) for field in dataset_fields},
         "seed": config.seed,
         "epochs": config.epochs,
         "best_epoch": best.epoch.epoch,
@@ -108,7 +99,7 @@ def publish_model(
     model: Callable[[tf.Tensor], tf.Tensor],
     *,
     folded: Callable[[tf.Tensor], tf.Tensor] | None = None,
-    logits: Logits | None = None,
+    logits: ExpectedLogits | None = None,
     models_dir: Path,
     name: str,
     class_names: tuple[str, ...],

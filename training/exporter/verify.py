@@ -21,17 +21,17 @@ from training.exporter.saved_model import example_images, example_inputs
 
 BATCH_SIZES = (1, 3, 64)
 
-Logits = Callable[[np.ndarray], np.ndarray]  # uint8 (n, height, width, 3) -> float (n, classes)
+ExpectedLogits = Callable[[np.ndarray], np.ndarray]  # uint8 (n, height, width, 3) -> float (n, classes)
 _Outputs = dict[str, np.ndarray] | Exception
 _Case = tuple[str, str, np.ndarray]  # signature, input name, batch
 
 
 def verify_folded(
-    folded: Callable[[tf.Tensor], tf.Tensor], expected: Logits, *, input_shape: tuple[int, int, int]
+    folded: Callable[[tf.Tensor], tf.Tensor], expected: ExpectedLogits, *, input_shape: tuple[int, int, int]
 ) -> None:
     """Compare the logits of a folded network with those of the trained model.
 
-    Logits, not probabilities: probabilities of 0 and 1 would hide errors of the folding.
+    ExpectedLogits, not probabilities: probabilities of 0 and 1 would hide errors of the folding.
 
     Raises:
         ExportError: they differ.
@@ -44,7 +44,7 @@ def verify_folded(
 
 
 def verify_saved_model(
-    folder: Path, expected: Logits, *, class_names: tuple[str, ...], input_shape: tuple[int, int, int]
+    folder: Path, expected: ExpectedLogits, *, class_names: tuple[str, ...], input_shape: tuple[int, int, int]
 ) -> None:
     """Call every signature of a SavedModel, loaded with `tf.saved_model.load` and in a session.
 

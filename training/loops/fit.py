@@ -79,11 +79,7 @@ def train_fit(
     Raises:
         DivergedError: the loss became NaN or infinite.
     """
-    model.compile(
-        optimizer,
-        loss=loss,
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-    )
+    model.compile(optimizer, loss=loss, metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")])
     keras_callback = _KerasCallback(callback, images_per_epoch=data.images_per_epoch)
     model.fit(
         data.train,

@@ -10,10 +10,9 @@ LABEL_SMOOTHING = 0.1  # half of the airbench paper's value: better on the valid
 
 @keras.saving.register_keras_serializable(package="training")
 class SmoothedCrossentropy(keras.losses.Loss):
-    """Cross-entropy of class numbers and probabilities, a tenth of each label spread evenly over all classes."""
+    """Cross-entropy of labels and probabilities, with label smoothing."""
 
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
-        """Return the loss of each image, float32 (batch,)."""
         classes = y_pred.shape[-1]
         labels = tf.one_hot(tf.cast(tf.reshape(y_true, (-1,)), tf.int32), classes)
         labels = (1 - LABEL_SMOOTHING) * labels + LABEL_SMOOTHING / classes

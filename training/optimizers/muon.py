@@ -1,8 +1,8 @@
-"""Muon, the optimizer of the `airbench` variant, with the schedule and the loss that go with it.
+"""Muon, the optimizer of the airbench network.
 
-Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and the program airbench94_muon of
-KellerJordan/cifar10-airbench: the step of a convolution's filters is their momentum made orthogonal, so that it moves
-all directions alike; everything else takes Nesterov's momentum. Keras's own Muon leaves convolutions to AdamW.
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and airbench94_muon in
+KellerJordan/cifar10-airbench: the update of convolution filters is their orthogonalized momentum; other variables use
+SGD with Nesterov momentum. Keras's Muon uses AdamW for convolutions.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import tensorflow as tf
 
 @keras.saving.register_keras_serializable(package="training")
 class Muon(keras.optimizers.Optimizer):
-    """Orthogonal steps for 4-dimensional variables, stochastic gradient descent for the rest.
+    """Orthogonalized updates for 4-dimensional variables, SGD with Nesterov momentum for the others.
 
     Args:
-        learning_rate: of the filters; a number or a schedule. That of biases and of the head follows it.
-        decay: pulls biases and head towards 0, times the gradient's own step.
+        learning_rate: of the filters; a number or a schedule. Those of biases and head are proportional to it.
+        decay: weight decay of biases and head.
     """
 
     FILTER_MOMENTUM = 0.6
@@ -31,19 +31,17 @@ class Muon(keras.optimizers.Optimizer):
         self.decay = decay
 
     def build(self, variables: list[Any]) -> None:
-        """Make a momentum for each variable."""
         if self.built:
             return
         super().build(variables)
         self._momenta = [self.add_variable_from_reference(variable, name="momentum") for variable in variables]
 
     def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
-        """Take a step."""
         momentum = self._momenta[self._get_variable_index(variable)]
         if len(variable.shape) == 4:
             momentum.assign(self.FILTER_MOMENTUM * momentum + gradient)
             step = orthogonalize(gradient + self.FILTER_MOMENTUM * momentum)
-            # The filters' length says nothing, as what they give is normalised: it is kept at that of orthogonal ones.
+            # Outputs are normalized, so the norm of the filters is arbitrary: keep that of orthogonal filters.
             length = tf.sqrt(float(variable.shape[-1]))
             variable.assign(variable * (length / tf.norm(variable)) - learning_rate * step)
             return
@@ -53,14 +51,13 @@ class Muon(keras.optimizers.Optimizer):
         variable.assign_sub(rate * learning_rate * (gradient + self.MOMENTUM * momentum))
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the constructor takes."""
         return {**super().get_config(), "decay": self.decay}
 
 
 def orthogonalize(kernel: tf.Tensor, *, steps: int = 3) -> tf.Tensor:
-    """Return about the orthogonal matrix that is nearest to a kernel (height, width, inputs, outputs) seen as a matrix.
+    """Return the approximately nearest orthogonal matrix of a kernel (height, width, inputs, outputs).
 
-    By Newton-Schulz iterations with the coefficients of the paper, which bring all singular values near 1.
+    Newton-Schulz iterations with the coefficients of the paper, which bring all singular values near 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     matrix = tf.reshape(kernel, (-1, kernel.shape[-1]))

@@ -1,4 +1,4 @@
-"""Lower the learning rate when the validation loss stalls."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import tensorflow as tf
 
 
 class PlateauSchedule:
-    """`keras.callbacks.ReduceLROnPlateau`, as the article's notebook uses it, for every loop.
+    """`keras.callbacks.ReduceLROnPlateau`, as in the article's notebook, for every loop.
 
-    Keras's own callback forgets what it has seen whenever training starts again, and a resumed run would then go
-    on differently from one that was never stopped; this one can be saved (`state`) and restored.
+    Keras's callback loses its state when training is resumed; this one can be saved (`state`) and restored.
 
     Args:
-        factor: what the learning rate is multiplied by.
-        patience: epochs without a better validation loss before that happens.
+        factor: multiplies the learning rate.
+        patience: epochs without a better validation loss before that.
     """
 
-    MIN_DELTA = 1e-4  # less than this is no better; Keras's default
+    MIN_DELTA = 1e-4  # smallest improvement that counts; Keras's default
 
     def __init__(self, *, factor: float, patience: int) -> None:
         self._factor = factor
@@ -42,27 +41,25 @@ class PlateauSchedule:
 
     @property
     def state(self) -> dict[str, float]:
-        """What `restore` needs, as JSON can hold it."""
+        """State for `restore`, as JSON values."""
         return {"best": self._best, "epochs_without": self._epochs_without}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on from a `state` saved before."""
+        """Restore a saved `state`."""
         self._best = state["best"]
         self._epochs_without = int(state["epochs_without"])
 
 
 @keras.saving.register_keras_serializable(package="training")
 class LinearDecay(keras.optimizers.schedules.LearningRateSchedule):
-    """From `initial` at the first step to 0 at the last."""
+    """Decay from `initial` at the first step to 0 at the last."""
 
     def __init__(self, initial: float, *, steps: int) -> None:
         self.initial = initial
         self.steps = steps
 
     def __call__(self, step: Any) -> tf.Tensor:
-        """Return the learning rate of a step, counted from 0."""
         return self.initial * tf.maximum(0.0, 1 - tf.cast(step, tf.float32) / self.steps)
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the constructor takes."""
         return {"initial": self.initial, "steps": self.steps}

@@ -85,12 +85,12 @@ def test_the_places_are_looked_at_in_order(tmp_path, monkeypatch, nowhere):
 
 def test_a_named_place_that_is_wrong_is_never_replaced_by_the_next(tmp_path, monkeypatch, nowhere):
     write_batches(nowhere)
-    assert refusal(tmp_path / "typo") == f"there is no file or folder {tmp_path / 'typo'}"
+    assert refusal(tmp_path / "typo") == f"{tmp_path / 'typo'} does not exist"
     monkeypatch.setenv("CIFAR10_DATA", str(tmp_path / "typo"))
-    assert refusal(None).startswith(f"there is no file or folder {tmp_path / 'typo'}\n")
+    assert refusal(None).startswith(f"{tmp_path / 'typo'} does not exist\n")
     assert "the environment variable CIFAR10_DATA" in refusal(None)
     (tmp_path / "empty").mkdir()
-    assert "holds no CIFAR-10: expected cifar-10-python.tar.gz" in refusal(tmp_path / "empty")
+    assert "does not contain CIFAR-10: expected cifar-10-python.tar.gz" in refusal(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_damaged_cache_says_what_to_remove(nowhere):
     (folder / "data_batch_4").unlink()
     message = refusal(None)
     assert "data_batch_4 cannot be read" in message
-    assert f"remove {folder} to fetch it anew" in message
+    assert f"remove {folder} to download it again" in message
 
 
 def test_an_image_folder_of_other_classes_is_refused_before_it_is_read(tmp_path):
@@ -134,7 +134,7 @@ def test_one_class_more_or_less_is_not_cifar10(tmp_path):
 
 def test_an_image_folder_of_another_size_is_refused(tmp_path):
     message = refusal(make_images(tmp_path / "large", size=(48, 40)))
-    assert "images of 40x48, and CIFAR-10's are 32x32" in message
+    assert "images of 40x48, but CIFAR-10's are 32x32" in message
     assert "DATASET=folder" in message
 
 
@@ -152,7 +152,7 @@ def test_images_of_several_sizes_are_not_resized_to_be_cifar10(tmp_path):
 def test_several_image_folders_have_to_be_told_apart(tmp_path):
     for name in ("one", "two"):
         make_images(tmp_path / name)
-    assert "holds 2 image folders" in refusal(tmp_path)
+    assert "contains 2 image folders" in refusal(tmp_path)
 
 
 def test_a_download_is_kept_where_the_next_run_finds_it(tmp_path, nowhere, monkeypatch):
@@ -192,7 +192,7 @@ def test_without_network_and_data_the_command_says_what_was_tried_and_what_works
     assert done.returncode == 1
     for part in (
         "--data, or the environment variable CIFAR10_DATA",
-        f"Keras's cache, {tmp_path / 'keras' / 'datasets'}, does not have it",
+        f"it is not in Keras's cache, {tmp_path / 'keras' / 'datasets'}",
         f"the download of {URL} failed: ",
         "make train DATA=/path/to/cifar-10-python.tar.gz",
         "make train DATASET=shapes",

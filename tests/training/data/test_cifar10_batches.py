@@ -89,7 +89,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     folder = write_batches(tmp_path)
     (folder / "data_batch_3").write_bytes(pickle.dumps({**make_batch(2), b"data": call}, protocol=protocol))
-    with pytest.raises(DatasetError, match=f"data_batch_3: this is no batch of CIFAR-10: it asks for {refused}"):
+    with pytest.raises(DatasetError, match=f"data_batch_3: not a CIFAR-10 batch: it imports {refused}"):
         read_batches(folder)
     assert not list(tmp_path.glob("was-run*"))
 
@@ -106,12 +106,12 @@ def test_no_other_codec_is_reached(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no batch of CIFAR-10: Ran out of input"),
-        (b"not a pickle", "no batch of CIFAR-10"),
-        (pickle.dumps(make_batch(0), protocol=2)[:900], "no batch of CIFAR-10"),
+        (b"", "not a CIFAR-10 batch: Ran out of input"),
+        (b"not a pickle", "not a CIFAR-10 batch"),
+        (pickle.dumps(make_batch(0), protocol=2)[:900], "not a CIFAR-10 batch"),
         (pickle.dumps([1, 2]), "expected a dictionary"),
         (pickle.dumps({b"labels": [1]}), "uint8"),
-        (pickle.dumps({"data": b"", "labels": []}), r"its keys are text \('data'\)"),
+        (pickle.dumps({"data": b"", "labels": []}), r"its keys are str \('data'\)"),
         (pickle.dumps({b"fine_labels": [], b"data": b""}), "this is CIFAR-100"),
         (pickle.dumps({**make_batch(0), b"data": np.zeros((COUNT, 3072))}, protocol=2), "uint8"),
         (pickle.dumps({**make_batch(0), b"data": np.zeros((COUNT, 10), np.uint8)}, protocol=2), r"\(n, 3072\)"),
@@ -183,7 +183,7 @@ def test_nothing_in_an_archive_is_written_anywhere(tmp_path, monkeypatch):
 def test_a_batch_that_claims_a_monstrous_size_is_refused(tmp_path, monkeypatch):
     archive = write_archive(tmp_path / "a.tar.gz")
     monkeypatch.setattr(cifar10_batches, "_MAX_BATCH_BYTES", 1000)
-    with pytest.raises(DatasetError, match="too many for a batch"):
+    with pytest.raises(DatasetError, match="too large for a batch"):
         read_archive(archive)
 
 
@@ -192,7 +192,7 @@ def test_a_cut_archive_is_named(tmp_path, share):
     archive = write_archive(tmp_path / "cifar-10-python.tar.gz")
     content = archive.read_bytes()
     archive.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(DatasetError, match=r"cifar-10-python\.tar\.gz is not a whole tar archive"):
+    with pytest.raises(DatasetError, match=r"cifar-10-python\.tar\.gz is not a complete tar archive"):
         read_archive(archive)
 
 

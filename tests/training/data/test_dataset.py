@@ -39,10 +39,10 @@ def test_a_split_is_checked(images, labels):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test": split(height=5)}, "of one"),
+        ({"test": split(height=5)}, "must have the same"),
         ({"test": split(classes=4)}, "from 0 to 2"),
         ({"train": Split(split().images, np.full(6, -1))}, "from 0 to 2"),
-        ({"class_names": ("ant", "bee", "bee")}, "must differ"),
+        ({"class_names": ("ant", "bee", "bee")}, "must be unique"),
     ],
 )
 def test_a_dataset_is_checked(changes, message):

@@ -99,5 +99,5 @@ def test_what_is_no_archive_at_all_is_told_in_one_line(tmp_path, content):
     (tmp_path / "data").write_bytes(content)
     with pytest.raises(DatasetError) as error:
         load_dataset(TrainingConfig(dataset="cifar10", data=tmp_path / "data"))
-    assert "is not a whole tar archive (it is empty, or its beginning is no archive's)" in str(error.value)
+    assert "is not a complete tar archive (it is empty, or does not start like an archive)" in str(error.value)
     assert "\n" not in str(error.value)

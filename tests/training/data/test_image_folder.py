@@ -97,7 +97,7 @@ def test_a_folder_that_holds_one_is_enough(tmp_path):
     assert load(tmp_path / "download").name == "pets"
     make_splits(tmp_path / "download" / "more")
     message = refusal(tmp_path / "download")
-    assert "holds 2 image folders" in message
+    assert "contains 2 image folders" in message
     assert str(tmp_path / "download" / "more") in message
 
 
@@ -114,7 +114,7 @@ def test_a_class_may_be_called_train(tmp_path):
 
 
 def test_train_and_test_without_classes_are_no_classes(tmp_path):
-    assert "put them into a folder for each class" in refusal(make_classes(tmp_path, classes=("test", "train")))
+    assert "use a folder for each class" in refusal(make_classes(tmp_path, classes=("test", "train")))
 
 
 def test_files_beside_the_folders_of_the_classes_belong_to_none(tmp_path):
@@ -130,7 +130,7 @@ def test_a_split_that_is_not_read_is_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load(folder)
     assert caplog.messages == [
-        f"only train/ and test/ are read of {folder}, not val; the images for validation are set aside from train/"
+        f"of {folder}, only train/ and test/ are read, not val; the validation images are split off from train/"
     ]
 
 
@@ -190,7 +190,7 @@ def test_folders_below_a_class_belong_to_it(tmp_path, caplog):
     assert dataset.class_names == ("cat", "dog")
     assert len(dataset.train.labels) + len(dataset.test.labels) == 16
     assert caplog.messages == [
-        f"the classes of {tmp_path / 'pets'} are cat, dog; the folders below them belong to them"
+        f"the classes of {tmp_path / 'pets'} are cat, dog; images in folders below them are included"
     ]
     save(tmp_path / "pets" / "cat" / "more" / "deep" / "x.png", colour=(1, 2, 3))
     save(tmp_path / "pets" / "dog" / "y.png", colour=(1, 2, 3))
@@ -233,12 +233,12 @@ def test_splits_are_known_by_their_usual_names(tmp_path, caplog, train, test, to
 def test_two_folders_for_one_use_are_refused(tmp_path):
     for name in ("train", "val", "valid"):
         make_classes(tmp_path / name)
-    assert "has val/, valid/ for one use: keep one" in refusal(tmp_path)
+    assert "has val/, valid/ for the same split: keep one" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("names", [("Train", "val"), ("train",), ("training", "valid", "test")])
 def test_splits_without_classes_are_no_classes(tmp_path, names):
-    assert "put them into a folder for each class" in refusal(make_classes(tmp_path, classes=names))
+    assert "use a folder for each class" in refusal(make_classes(tmp_path, classes=names))
 
 
 def test_types_that_cannot_be_read_are_named(tmp_path):
@@ -248,12 +248,12 @@ def test_types_that_cannot_be_read_are_named(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"no image that is known here")
     message = refusal(tmp_path)
-    assert "are of types that cannot be read, .heic (6), .psd (3); expected JPEG, PNG" in message
+    assert "have unsupported types, .heic (6), .psd (3); expected JPEG, PNG" in message
 
 
 def test_images_without_classes_are_told(tmp_path):
     save(tmp_path / "cat.1.png")
-    assert "its images are right in it; put them into a folder for each class" in refusal(tmp_path)
+    assert "its images are directly in it; put them into a folder for each class" in refusal(tmp_path)
 
 
 def test_after_a_refusal_no_thread_goes_on_reading(tmp_path):
@@ -311,19 +311,22 @@ def test_files_that_systems_leave_behind_are_passed_over(tmp_path):
     ("change", "message"),
     [
         (lambda f: (f / "train" / "fox").mkdir(), "lacks the class 'fox'"),
-        (lambda f: (f / "test" / "fox").mkdir(), "has the class 'fox' that"),
+        (lambda f: (f / "test" / "fox").mkdir(), "has the class 'fox', which"),
         (lambda f: shutil.rmtree(f / "test" / "dog"), "lacks the class 'dog'"),
         (lambda f: [(f / s / "fox").mkdir() for s in ("train", "test")], "train has no images in the class 'fox'"),
         (lambda f: [p.unlink() for p in (f / "test" / "dog").iterdir()], "test has no images in the class 'dog'"),
         (lambda f: [(f / s / f"c{n}").mkdir() for s in ("train", "test") for n in range(9)], "'c4' and 4 more"),
-        (lambda f: (shutil.rmtree(f / "test"), save(f / "test" / "0.png")), "test are right in it"),
+        (lambda f: (shutil.rmtree(f / "test"), save(f / "test" / "0.png")), "test are directly in it"),
         (lambda f: shutil.rmtree(f / "test"), "has train/ but no test/"),
         (lambda f: [shutil.rmtree(f / s / "dog") for s in ("train", "test")], "has one class folder"),
-        (lambda f: (f / "train" / "cat" / "gone.png").symlink_to("nowhere"), "gone.png is no regular file"),
-        (lambda f: os.mkfifo(f / "train" / "cat" / "pipe.png"), "pipe.png is no regular file"),
-        (lambda f: [(f / "train" / "dog" / f"{n}.png").unlink() for n in range(3)], "class 'dog': 1, and at least 2"),
+        (lambda f: (f / "train" / "cat" / "gone.png").symlink_to("nowhere"), "gone.png is not a regular file"),
+        (lambda f: os.mkfifo(f / "train" / "cat" / "pipe.png"), "pipe.png is not a regular file"),
+        (
+            lambda f: [(f / "train" / "dog" / f"{n}.png").unlink() for n in range(3)],
+            "class 'dog': 1; at least 2 are needed",
+        ),
         (shutil.rmtree, "cannot be read as a folder: No such file"),
-        (lambda f: [shutil.rmtree(f / s) for s in ("train", "test")], "is no image folder, and holds none"),
+        (lambda f: [shutil.rmtree(f / s) for s in ("train", "test")], "is not an image folder and contains none"),
         (lambda f: [shutil.rmtree(f), f.write_bytes(b"")], "is an empty file: name a folder"),
     ],
 )
@@ -337,7 +340,7 @@ def test_a_class_needs_an_image_for_each_use(tmp_path):
     folder = make_classes(tmp_path / "pets", count=3)
     assert len(load(folder).test.labels) == 2
     (folder / "dog" / "0.png").unlink()
-    assert "class 'dog': 2, and at least 3 are needed" in refusal(folder)
+    assert "class 'dog': 2; at least 3 are needed" in refusal(folder)
 
 
 def test_fewer_images_than_classes_are_refused(tmp_path):
@@ -345,7 +348,7 @@ def test_fewer_images_than_classes_are_refused(tmp_path):
     (folder / "dog").mkdir()
     assert "no images in the class 'dog'" in refusal(folder)
     (folder / "dog").rmdir()
-    assert "class 'ant': 1, and at least 3 are needed" in refusal(folder)
+    assert "class 'ant': 1; at least 3 are needed" in refusal(folder)
 
 
 LOAD = """

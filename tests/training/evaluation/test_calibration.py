@@ -5,7 +5,7 @@ from training.evaluation.calibration import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     apply_temperature,
-    average_views,
+    average_logits,
     fit_temperature,
 )
 from training.evaluation.metrics import evaluate
@@ -62,4 +62,4 @@ def test_a_temperature_of_1_changes_nothing():
 def test_views_are_averaged_as_logits():
     rng = np.random.default_rng(0)
     one, other = rng.normal(size=(2, 50, 4))
-    np.testing.assert_allclose(average_views(softmax(one), softmax(other)), softmax((one + other) / 2), atol=1e-6)
+    np.testing.assert_allclose(average_logits(softmax(one), softmax(other)), softmax((one + other) / 2), atol=1e-6)

@@ -230,7 +230,7 @@ def test_what_large_logits_differ_by_is_no_fault_if_it_is_rounding(tmp_path, dif
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "a:predict"])
 def test_a_name_must_fit_into_an_address(tmp_path, name):
-    with pytest.raises(ExportError, match="cannot be a model's name"):
+    with pytest.raises(ExportError, match="is not a valid model name"):
         publish(tmp_path, name=name)
     assert not list(tmp_path.iterdir())
 
