@@ -1,6 +1,6 @@
 """`make bench-train`: the article's own code, this package's loops on the same network, and airbench, in one run.
 
-Each is a process of its own. What a run of this package reaches and how long it takes is read from its run directory. The
+Each is a process of its own. Accuracy and time of this package come from its run directory. The
 table is printed and, with every single figure, written as JSON after each of them.
 """
 

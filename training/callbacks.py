@@ -89,15 +89,12 @@ class RunCallback:
         return done
 
     def on_epoch_begin(self, epoch: int) -> None:
-        """See `TrainingCallback`."""
         self.display.start_epoch(epoch)
 
     def on_batch_end(self, step: int, *, loss: float, accuracy: float) -> None:
-        """See `TrainingCallback`."""
         self.display.update(step, loss=loss, accuracy=accuracy)
 
     def on_epoch_end(self, result: EpochResult) -> None:
-        """Reduce the learning rate on a plateau, save checkpoints and history, show the metrics."""
         self._history.append(result)
         if self._config.recipe.uses_plateau:
             self._optimizer.learning_rate.assign(

@@ -233,9 +233,7 @@ def _read_all(folder: Path) -> tuple[list[_Checkpoint], dict[Path, str]]:
             if not os.path.lexists(data):
                 return _read_all(folder)
             damaged[path] = (str(error).splitlines() or [type(error).__name__])[0]
-    complete.sort(
-        key=lambda checkpoint: checkpoint.epoch
-    )  # stable: the higher number is last of two with the same epoch
+    complete.sort(key=lambda checkpoint: checkpoint.epoch)  # stable: of equal epochs, the higher number is last
     return complete, damaged
 
 

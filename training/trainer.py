@@ -14,14 +14,7 @@ import tensorflow as tf
 from training.callbacks import RunCallback
 from training.checkpoints import Checkpoints, read_best_state, restore_best
 from training.config import TrainingConfig
-from training.data import Dataset, Split
-from training.data.input_pipeline import (
-    LoopData,
-    evaluation_batches,
-    split_validation,
-    steps_per_epoch,
-    training_batches,
-)
+from training.data import Dataset, Split, input_pipeline
 from training.errors import RunError
 from training.evaluation.calibration import apply_temperature, average_logits, fit_temperature
 from training.evaluation.metrics import CalibratedEvaluation, Evaluation, evaluate
@@ -88,7 +81,7 @@ def train_and_evaluate(run: RunDir, dataset: Dataset, *, config: TrainingConfig 
     config = config or run.read_config()
     with run.lock(), _explain_full_storage(run):
         _check_dataset(run, dataset)
-        train, validation = split_validation(dataset.train, seed=config.seed)
+        train, validation = input_pipeline.split_validation(dataset.train, seed=config.seed)
         _train(run, config, dataset, train=train, validation=validation)
         return _evaluate_best(run, config, dataset, validation=validation)
 
@@ -107,7 +100,7 @@ def evaluate_run(run: RunDir, dataset: Dataset, *, config: TrainingConfig, mirro
     """
     with run.lock(), _explain_full_storage(run):
         _check_dataset(run, dataset)
-        _, validation = split_validation(dataset.train, seed=config.seed)
+        _, validation = input_pipeline.split_validation(dataset.train, seed=config.seed)
         return _evaluate_best(run, config, dataset, validation=validation, mirror=mirror)
 
 
@@ -183,7 +176,7 @@ def _train(run: RunDir, config: TrainingConfig, dataset: Dataset, *, train: Spli
     model = _build(config, train.images.shape[1:], classes=len(dataset.class_names), dtype=config.dtype)
     if hasattr(model, "adapt"):
         model.adapt(train.images)
-    steps, images = steps_per_epoch(train, config.batch_size), len(train.labels)
+    steps, images = input_pipeline.steps_per_epoch(train, config.batch_size), len(train.labels)
     optimizer = config.recipe.make_optimizer(config, steps_per_epoch=steps)
     checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=optimizer)
     callback = RunCallback(run, config, checkpoints, optimizer, content_hash=dataset.content_hash)
@@ -195,15 +188,15 @@ def _train(run: RunDir, config: TrainingConfig, dataset: Dataset, *, train: Spli
     counts = f"{images:,}", f"{len(validation.labels):,}"
     logger.info(message, config.variant, config.dtype, config.loop, *counts, done + 1)
     preset = config.recipe.presets.get(config.preset or "")
-    data = LoopData(
-        train=training_batches(
+    data = input_pipeline.LoopData(
+        train=input_pipeline.training_batches(
             train,
             batch_size=config.batch_size,
             seed=config.seed,
             first_epoch=done,
             augmentation=preset.augmentation if preset else None,
         ),
-        validation=evaluation_batches(validation, batch_size=_EVALUATION_BATCH_SIZE),
+        validation=input_pipeline.evaluation_batches(validation, batch_size=_EVALUATION_BATCH_SIZE),
         steps_per_epoch=steps,
         images_per_epoch=images,
     )

@@ -74,7 +74,7 @@ def weights(run, which):
     return {name: reader.get_tensor(name) for name in names}
 
 
-def test_more_epochs_continue_the_run_as_if_it_had_been_asked_for_them(run, pictures, tmp_path, capfd):
+def test_resuming_with_more_epochs_equals_one_longer_run(run, pictures, tmp_path, capfd):
     assert call("train", "--resume", run, "--epochs", 4, "--no-export") == 0
     assert "epoch 3/4" not in capfd.readouterr().err
     assert train(pictures, tmp_path / "whole", "--epochs", 4, "--no-export") == 0
@@ -87,7 +87,7 @@ def test_more_epochs_continue_the_run_as_if_it_had_been_asked_for_them(run, pict
     assert len((run / "history.csv").read_text().splitlines()) == 5
 
 
-def test_fewer_epochs_than_are_done_are_refused_by_option_and_in_the_config(run, capfd):
+def test_fewer_epochs_than_completed_are_rejected(run, capfd):
     before = (run / "config.json").read_bytes()
     assert call("train", "--resume", run, "--epochs", 2, "--no-export") == 1
     assert "has completed 3 epochs, more than the 2 requested" in capfd.readouterr().err
@@ -97,7 +97,7 @@ def test_fewer_epochs_than_are_done_are_refused_by_option_and_in_the_config(run,
     assert "has completed 3 epochs, more than the 1 requested" in capfd.readouterr().err
 
 
-def test_data_that_has_moved_is_named_and_known_by_its_content(run, pictures, tmp_path, capfd):
+def test_moved_data_is_recognized_by_its_content(run, pictures, tmp_path, capfd):
     moved = tmp_path / "moved"
     shutil.copytree(pictures, moved)
     edit(run / "config.json", data=str(tmp_path / "gone"))
@@ -114,7 +114,7 @@ def test_data_that_has_moved_is_named_and_known_by_its_content(run, pictures, tm
     assert capfd.readouterr().err.count("was trained on other data") == 2
 
 
-def test_other_data_is_refused_even_if_dataset_json_is_lost(run, pictures, tmp_path, capfd):
+def test_other_data_is_rejected_even_if_dataset_json_is_lost(run, pictures, tmp_path, capfd):
     other = tmp_path / "other"
     shutil.copytree(pictures, other)
     next((other / "cat").iterdir()).unlink()
@@ -130,7 +130,7 @@ def test_other_data_is_refused_even_if_dataset_json_is_lost(run, pictures, tmp_p
     assert (run / "dataset.json").read_bytes() == before
 
 
-def test_what_cannot_be_checked_is_told_of_a_run_of_an_earlier_version(run, monkeypatch, caplog):
+def test_unverifiable_data_of_an_earlier_version_is_logged(run, monkeypatch, caplog):
     (run / "dataset.json").unlink()
     monkeypatch.setattr(
         "training.trainer.read_best_state",
@@ -171,7 +171,7 @@ def test_an_export_falls_back_to_the_latest_checkpoint_and_deletes_nothing(run, 
     assert "test" not in info
 
 
-def test_lost_checkpoints_are_not_taken_for_a_run_at_its_beginning(run, capfd):
+def test_lost_checkpoints_are_an_error(run, capfd):
     shutil.rmtree(run / "checkpoints")
     assert call("train", "--resume", run, "--no-export") == 1
     assert "has no checkpoint, though 3 epochs were completed" in capfd.readouterr().err
@@ -187,13 +187,13 @@ def test_train_and_export_build_the_network_twice_and_read_the_config_once(run, 
     assert calls == ["read", "build", "build"]  # to train, and to evaluate and export
 
 
-def test_a_name_that_cannot_be_exported_is_told_before_anything_is_written(pictures, tmp_path, capfd):
+def test_invalid_model_name_is_rejected_before_anything_is_written(pictures, tmp_path, capfd):
     assert train(pictures, tmp_path / "run", "--models-dir", tmp_path / "models") == 1
     assert "'my pictures (2)' is not a valid model name" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_class_names_that_are_not_utf_8_are_told_before_anything_is_written(pictures, tmp_path, capfd):
+def test_class_names_that_are_not_utf_8_are_rejected_before_anything_is_written(pictures, tmp_path, capfd):
     folder = tmp_path / "data"
     shutil.copytree(pictures, folder)
     os.rename(os.fsencode(folder / "dog"), os.fsencode(folder) + b"/chien\xe9")  # noqa: PTH104 - no path of text
@@ -204,7 +204,7 @@ def test_class_names_that_are_not_utf_8_are_told_before_anything_is_written(pict
     assert not (tmp_path / "run").exists()
 
 
-def test_a_failed_export_tells_how_to_export_again(run, tmp_path, capfd, monkeypatch):
+def test_failed_export_prints_the_export_command(run, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(
         "training.exporter.publish.verify_saved_model",
         lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")),
@@ -233,10 +233,10 @@ def test_every_error_ends_with_a_message_and_a_documented_exit_code(monkeypatch,
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("training.run_dir.RunDir.open", lambda _: (_ for _ in ()).throw(error))
     assert call("export", tmp_path) == code
-    told = capfd.readouterr().err
-    assert message in told
-    assert "Traceback" not in told
+    error_output = capfd.readouterr().err
+    assert message in error_output
+    assert "Traceback" not in error_output
     if isinstance(error, ZeroDivisionError):
         (written,) = tmp_path.glob("training-error-*.txt")
-        assert str(written) in told
+        assert str(written) in error_output
         assert "Traceback" in written.read_text()

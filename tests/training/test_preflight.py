@@ -1,4 +1,4 @@
-"""What is checked before the first training step, and with which numbers."""
+"""Checks before the first training step, and the numbers in their messages."""
 
 import os
 import shutil
@@ -36,17 +36,17 @@ def dataset(count=20, height=32, width=32):
         ("?", "NAME"),
     ],
 )
-def test_a_model_name_that_cannot_be_used_is_refused_with_one_that_can(name, suggestion):
+def test_invalid_model_name_error_suggests_a_valid_name(name, suggestion):
     with pytest.raises(ExportError, match=rf"is not a valid model name.*--name {suggestion}$"):
         check_model_name(name)
 
 
 @pytest.mark.parametrize("name", ["pets", "größe", "v1.2_b-3"])
-def test_a_model_name_that_can_be_used_passes(name):
+def test_valid_model_names_are_accepted(name):
     check_model_name(name)
 
 
-def test_a_models_folder_is_checked_without_leaving_anything(tmp_path):
+def test_models_folder_check_leaves_no_files(tmp_path):
     check_models_folder(tmp_path / "models", "pets")
     assert not list(tmp_path.iterdir())
     (tmp_path / "models").mkdir()
@@ -58,7 +58,7 @@ def test_a_models_folder_is_checked_without_leaving_anything(tmp_path):
 
 
 @pytest.mark.parametrize(("variant", "height", "width"), [("sequential", 40, 57), ("airbench", 33, 40)])
-def test_the_estimate_of_a_checkpoint_is_that_of_its_tensors(variant, height, width):
+def test_checkpoint_size_estimate_matches_its_tensors(variant, height, width):
     config = TrainingConfig.fill_in(variant=variant)
     model = build_model(variant, (height, width, 3), classes=7)
     optimizer = config.recipe.make_optimizer(config, steps_per_epoch=1)
@@ -68,7 +68,7 @@ def test_the_estimate_of_a_checkpoint_is_that_of_its_tensors(variant, height, wi
     assert exact <= checkpoint_bytes(config, (height, width, 3), classes=7) <= 1.05 * exact + 2**16
 
 
-def test_too_little_memory_is_told_with_the_numbers(monkeypatch):
+def test_too_little_memory_error_has_the_numbers(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**30)
     check_memory(TrainingConfig(), dataset())
     with pytest.raises(MemoryTooSmallError) as error:
@@ -82,7 +82,7 @@ def test_too_little_memory_is_told_with_the_numbers(monkeypatch):
         check_memory(TrainingConfig(batch_size=1), dataset(4, 1500, 2000))
 
 
-def test_images_that_do_not_fit_into_memory_are_told_with_the_numbers(tmp_path, monkeypatch):
+def test_error_for_images_larger_than_memory_has_the_numbers(tmp_path, monkeypatch):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for number in range(3):
@@ -119,7 +119,7 @@ def test_available_memory_is_the_least_of_machine_limit_and_control_groups(tmp_p
     assert available_bytes(tmp_path) == 1000
 
 
-def test_too_little_space_is_told_with_the_numbers(tmp_path, monkeypatch):
+def test_too_little_disk_space_error_has_the_numbers(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     run, models = tmp_path / "runs" / "r", tmp_path / "models"
 

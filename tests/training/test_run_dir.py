@@ -1,4 +1,4 @@
-"""Run folders: who makes them, and what damaged or edited files in them lead to."""
+"""Run directories: creation, and invalid or edited files in them."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ from training.errors import RunError
 from training.run_dir import RunDir
 
 
-def test_runs_begun_in_the_same_second_have_folders_of_their_own(tmp_path):
+def test_runs_started_in_the_same_second_have_different_folders(tmp_path):
     path = tmp_path / "runs" / "20260101-000000-shapes"
     with ThreadPoolExecutor(8) as pool:
         runs = list(pool.map(lambda seed: RunDir.create_numbered(path, TrainingConfig(seed=seed)), range(8)))
@@ -19,7 +19,7 @@ def test_runs_begun_in_the_same_second_have_folders_of_their_own(tmp_path):
     assert [run.read_config().seed for run in runs] == list(range(8))
 
 
-def test_a_named_folder_holds_one_run(tmp_path):
+def test_named_folder_contains_one_run(tmp_path):
     RunDir.create(tmp_path / "run", TrainingConfig(seed=1))
     with pytest.raises(RunError, match="contains a run already"):
         RunDir.create(tmp_path / "run", TrainingConfig(seed=2))
@@ -49,7 +49,7 @@ def test_a_config_edited_to_a_wrong_type_is_rejected(tmp_path, edit, message):
         run.read_config()
 
 
-def test_what_a_run_cannot_go_on_with_is_listed():
+def test_fixed_settings_that_changed_are_listed():
     then = json.loads(TrainingConfig().to_json())
     assert TrainingConfig(epochs=99, tensorboard=True).changes_from(then) == {}
     assert TrainingConfig(learning_rate=0.5, seed=3).changes_from(then) == {
@@ -60,7 +60,7 @@ def test_what_a_run_cannot_go_on_with_is_listed():
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": "pets"}', "\x00\x00"])
-def test_a_damaged_dataset_summary_is_named(tmp_path, content):
+def test_invalid_dataset_json_is_named(tmp_path, content):
     run = RunDir.create(tmp_path / "run", TrainingConfig())
     (run.path / "dataset.json").write_text(content)
     with pytest.raises(RunError, match=r"dataset\.json"):
@@ -68,7 +68,7 @@ def test_a_damaged_dataset_summary_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", ["epoch\nx\n", "epoch,loss\n1,2\n", "loss\n1\n"])
-def test_a_damaged_history_is_named(tmp_path, content):
+def test_invalid_history_csv_is_named(tmp_path, content):
     run = RunDir.create(tmp_path / "run", TrainingConfig())
     (run.path / "history.csv").write_text(content)
     with pytest.raises(RunError, match=r"history\.csv is invalid.*--resume"):

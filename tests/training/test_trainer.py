@@ -1,4 +1,4 @@
-"""Whole runs through the command line, as processes that are killed, interrupted and starved."""
+"""Complete runs through the command line, in processes that are killed, interrupted or run out of disk space."""
 
 import csv
 import json
@@ -77,8 +77,8 @@ def assert_same_run(run, reference):
             histories.append([{k: v for k, v in row.items() if k not in timings} for row in csv.DictReader(file)])
     assert histories[0] == histories[1]
     assert len(histories[0]) == EPOCHS
-    verdicts = [json.loads((folder / "evaluation.json").read_text())["test"] for folder in (run, reference)]
-    assert verdicts[0] == verdicts[1]
+    evaluations = [json.loads((folder / "evaluation.json").read_text())["test"] for folder in (run, reference)]
+    assert evaluations[0] == evaluations[1]
 
 
 @pytest.fixture(scope="session", params=WAYS)
@@ -90,7 +90,7 @@ def undisturbed(request, pictures, tmp_path_factory):
     return request.param, run, done
 
 
-def test_a_run_tells_what_it_does_and_leaves_what_it_promises(undisturbed):
+def test_run_prints_progress_and_writes_its_files(undisturbed):
     _, run, done = undisturbed
     for epoch in range(1, EPOCHS + 1):
         assert re.search(rf"epoch {epoch}/4  loss \d\.\d+  accuracy .* val loss .* images/s", done.stderr)
@@ -101,7 +101,7 @@ def test_a_run_tells_what_it_does_and_leaves_what_it_promises(undisturbed):
     assert [path.name for path in run.glob(".*")] == [".lock"]  # no temporary file is left
 
 
-def test_killed_once_and_resumed_it_is_the_same_to_the_bit(undisturbed, pictures, tmp_path):
+def test_killed_and_resumed_run_is_bit_identical(undisturbed, pictures, tmp_path):
     way, reference, _ = undisturbed
     run = tmp_path / "killed"
     with subprocess.Popen(
@@ -119,7 +119,7 @@ def test_killed_once_and_resumed_it_is_the_same_to_the_bit(undisturbed, pictures
     assert_same_run(run, reference)
 
 
-def test_ten_kills_at_random_moments_cost_nothing(undisturbed, pictures, tmp_path):
+def test_run_killed_ten_times_is_bit_identical(undisturbed, pictures, tmp_path):
     way, reference, _ = undisturbed
     if way != "custom":
         pytest.skip("one way is enough here: what is saved, and when, is the same code for all")
@@ -132,7 +132,7 @@ def test_ten_kills_at_random_moments_cost_nothing(undisturbed, pictures, tmp_pat
     while kills < 10:
         with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
             # Every other kill waits for the first epoch of this process, so that the run gets on; a moment later it is
-            # training, validating, saving, or already judging.
+            # training, validating, saving, or already evaluating.
             if kills % 2:
                 for line in process.stderr:
                     if line.startswith("epoch"):
@@ -149,7 +149,7 @@ def test_ten_kills_at_random_moments_cost_nothing(undisturbed, pictures, tmp_pat
     assert_same_run(run, reference)
 
 
-def test_a_complete_run_is_judged_again_by_evaluate_and_resume(undisturbed, tmp_path):
+def test_complete_run_is_evaluated_again(undisturbed, tmp_path):
     _, reference, _ = undisturbed
     run = tmp_path / "copy"
     shutil.copytree(reference, run)
@@ -167,31 +167,31 @@ def test_export_of_a_past_run(undisturbed, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "pets" / "1") in done.stdout
     assert done.stderr == ""
-    card = json.loads((tmp_path / "pets" / "1" / "assets.extra" / "model.json").read_text())
+    metadata = json.loads((tmp_path / "pets" / "1" / "assets.extra" / "model.json").read_text())
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert card["class_names"] == ["class0", "class1", "class2", "class3"]
-    assert card["input_shape"] == [32, 32, 3]
-    assert card["test"]["accuracy"] == evaluation["test"]["accuracy"]
-    assert card["validation"]["loss"] == evaluation["best"]["val_loss"]
-    assert card["best_epoch"] == evaluation["best"]["epoch"]
-    assert len(card["dataset"]["content_hash"]) == 64
+    assert metadata["class_names"] == ["class0", "class1", "class2", "class3"]
+    assert metadata["input_shape"] == [32, 32, 3]
+    assert metadata["test"]["accuracy"] == evaluation["test"]["accuracy"]
+    assert metadata["validation"]["loss"] == evaluation["best"]["val_loss"]
+    assert metadata["best_epoch"] == evaluation["best"]["epoch"]
+    assert len(metadata["dataset"]["content_hash"]) == 64
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_keeps_its_best_and_says_how_to_go_on(pictures, tmp_path, signal_number):
+def test_interrupted_run_keeps_its_best_and_prints_the_resume_command(pictures, tmp_path, signal_number):
     run = tmp_path / "run"
     with subprocess.Popen(
         train_arguments(pictures, run), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
-        heard = ""
+        output = ""
         for line in process.stderr:
-            heard += line
+            output += line
             if line.startswith("epoch 1/4"):
                 process.send_signal(signal_number)
         assert process.wait() == 130
-    assert "Traceback" not in heard
-    assert "keeps its best checkpoint, of epoch" in heard
-    assert f"--resume {run}" in heard
+    assert "Traceback" not in output
+    assert "keeps its best checkpoint, of epoch" in output
+    assert f"--resume {run}" in output
     assert checkpoint_values(run, "best")
 
 
@@ -221,9 +221,9 @@ def test_a_full_disk_keeps_the_best_and_has_its_own_exit_code(pictures, small_di
     with subprocess.Popen(
         train_arguments(pictures, run), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
-        heard = ""
+        output = ""
         for line in process.stderr:
-            heard += line
+            output += line
             if line.startswith("epoch 1/4"):
                 filler = small_disk / "filler"
                 with filler.open("wb", buffering=0) as file:
@@ -232,9 +232,9 @@ def test_a_full_disk_keeps_the_best_and_has_its_own_exit_code(pictures, small_di
                             file.write(b"0" * 4096)
                     except OSError:
                         pass
-        assert process.wait() == 4, heard
-    assert "disk full" in heard
-    assert "Traceback" not in heard
+        assert process.wait() == 4, output
+    assert "disk full" in output
+    assert "Traceback" not in output
     assert checkpoint_values(run, "best")
     filler.unlink()
     done = call(command("train", "--resume", run, "--no-export"))
@@ -255,7 +255,7 @@ def test_a_full_disk_keeps_the_best_and_has_its_own_exit_code(pictures, small_di
         (["export", "nowhere"], 1, "nowhere is not a run directory"),
     ],
 )
-def test_wrong_usage_is_explained(tmp_path, arguments, code, message):
+def test_usage_errors_are_explained(tmp_path, arguments, code, message):
     done = call(command(*arguments), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
     assert done.returncode == code
     assert message in done.stderr

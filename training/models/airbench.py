@@ -213,7 +213,6 @@ class Airbench(keras.Model):
         self.whitening.adapt(images)
 
     def logits(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Return the logits."""
         features = self.block1(self.whitening(crop_to_odd(images)), training=training)
         features = self.block3(self.block2(features, training=training), training=training)
         return HEAD_SCALE * self.head(tf.reduce_max(features, axis=(1, 2)))

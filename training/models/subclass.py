@@ -65,7 +65,6 @@ class ClassifierHead(layers.Layer):
         self.probabilities.build((features[0], 128))
 
     def logits(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Return the logits."""
         output = self.probabilities
         return tf.matmul(self.hidden(self.flatten(inputs)), output.kernel) + output.bias
 
@@ -104,7 +103,6 @@ class ImageClassifier(keras.Model):
         return self.block3(self.block2(features))
 
     def logits(self, images: tf.Tensor) -> tf.Tensor:
-        """Return the logits."""
         return self.head.logits(self.features(images))
 
     def call(self, images: tf.Tensor) -> tf.Tensor:

@@ -41,7 +41,7 @@ def refusal(path, **options):
     return str(error.value)
 
 
-def test_a_path_may_be_the_archive_or_its_folder_or_what_holds_them(tmp_path):
+def test_path_can_be_archive_extracted_folder_or_their_parent(tmp_path):
     archive = write_archive(tmp_path / "a" / "cifar-10-python.tar.gz")
     renamed = archive.with_name("mine.tgz")
     shutil.copy(archive, renamed)
@@ -50,7 +50,7 @@ def test_a_path_may_be_the_archive_or_its_folder_or_what_holds_them(tmp_path):
         check(load_cifar10(path, seed=0))
 
 
-def test_a_path_may_be_an_image_folder_in_either_layout(tmp_path):
+def test_path_can_be_an_image_folder_in_either_layout(tmp_path):
     for split in ("train", "test"):
         make_images(tmp_path / "splits" / split)
     make_images(tmp_path / "flat")
@@ -62,7 +62,7 @@ def test_a_path_may_be_an_image_folder_in_either_layout(tmp_path):
     assert np.bincount(load_cifar10(tmp_path / "flat", seed=0).test.labels).tolist() == [1] * 10
 
 
-def test_batches_come_before_the_archive_and_that_before_images(tmp_path):
+def test_batches_take_precedence_over_archive_over_images(tmp_path):
     make_images(tmp_path / "images")
     assert load_cifar10(tmp_path, seed=0).source.startswith(str(tmp_path / "images"))
     archive = write_archive(tmp_path / "cifar-10-python.tar.gz")
@@ -71,7 +71,7 @@ def test_batches_come_before_the_archive_and_that_before_images(tmp_path):
     assert load_cifar10(tmp_path, seed=0).source == str(folder)
 
 
-def test_the_places_are_looked_at_in_order(tmp_path, monkeypatch, nowhere):
+def test_sources_are_searched_in_order(tmp_path, monkeypatch, nowhere):
     cached = write_batches(nowhere / "cifar-10-batches-py-target")
     check(load_cifar10(None, seed=0))
     named = write_batches(tmp_path / "named")
@@ -83,7 +83,7 @@ def test_the_places_are_looked_at_in_order(tmp_path, monkeypatch, nowhere):
     assert load_cifar10(None, seed=0).source == str(cached)
 
 
-def test_a_named_place_that_is_wrong_is_never_replaced_by_the_next(tmp_path, monkeypatch, nowhere):
+def test_an_invalid_named_path_is_an_error(tmp_path, monkeypatch, nowhere):
     write_batches(nowhere)
     assert refusal(tmp_path / "typo") == f"{tmp_path / 'typo'} does not exist"
     monkeypatch.setenv("CIFAR10_DATA", str(tmp_path / "typo"))
@@ -96,20 +96,20 @@ def test_a_named_place_that_is_wrong_is_never_replaced_by_the_next(tmp_path, mon
 @pytest.mark.parametrize(
     "place", ["cifar-10-batches-py-target_archive", "cifar-10-batches-py.tar.gz", "cifar-10-python.tar.gz"]
 )
-def test_an_archive_in_kerass_cache_is_found_under_each_of_its_names(nowhere, place):
+def test_archive_is_found_under_every_name_in_the_keras_cache(nowhere, place):
     write_archive(nowhere / place)
     shutil.rmtree(nowhere / f"{place}-contents")
     check(load_cifar10(None, seed=0))
 
 
-def test_without_keras_home_the_cache_is_that_of_the_user(tmp_path, monkeypatch):
+def test_default_keras_cache_is_in_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("KERAS_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     write_batches(tmp_path / ".keras" / "datasets")
     check(load_cifar10(None, seed=0))
 
 
-def test_a_damaged_cache_says_what_to_remove(nowhere):
+def test_damaged_cache_error_names_the_path_to_remove(nowhere):
     folder = write_batches(nowhere)
     (folder / "data_batch_4").unlink()
     message = refusal(None)
@@ -117,7 +117,7 @@ def test_a_damaged_cache_says_what_to_remove(nowhere):
     assert f"remove {folder} to download it again" in message
 
 
-def test_an_image_folder_of_other_classes_is_refused_before_it_is_read(tmp_path):
+def test_image_folder_with_other_classes_is_rejected_before_reading(tmp_path):
     folder = make_images(tmp_path / "pets", classes=("cat", "dog"))
     (folder / "cat" / "0.png").write_bytes(b"damaged, and nobody looks")
     message = refusal(folder)
@@ -125,20 +125,20 @@ def test_an_image_folder_of_other_classes_is_refused_before_it_is_read(tmp_path)
     assert f"make train DATASET=folder DATA={folder}" in message
 
 
-def test_one_class_more_or_less_is_not_cifar10(tmp_path):
+def test_missing_or_extra_class_is_rejected(tmp_path):
     make_images(tmp_path / "less", classes=CLASS_NAMES[:9])
     make_images(tmp_path / "more", classes=(*CLASS_NAMES, "zebra"))
     for folder in ("less", "more"):
         assert "not of CIFAR-10" in refusal(tmp_path / folder)
 
 
-def test_an_image_folder_of_another_size_is_refused(tmp_path):
+def test_image_folder_with_another_image_size_is_rejected(tmp_path):
     message = refusal(make_images(tmp_path / "large", size=(48, 40)))
     assert "images of 40x48, but CIFAR-10's are 32x32" in message
     assert "DATASET=folder" in message
 
 
-def test_images_of_several_sizes_are_not_resized_to_be_cifar10(tmp_path):
+def test_images_of_different_sizes_are_not_resized(tmp_path):
     folder = make_images(tmp_path / "my images")
     Image.new("RGB", (64, 64)).save(folder / "cat" / "large.png")
     message = refusal(folder)
@@ -149,13 +149,13 @@ def test_images_of_several_sizes_are_not_resized_to_be_cifar10(tmp_path):
     assert (dataset.class_names, dataset.train.images.shape[1:]) == (CLASS_NAMES, (32, 32, 3))
 
 
-def test_several_image_folders_have_to_be_told_apart(tmp_path):
+def test_several_image_folders_are_rejected(tmp_path):
     for name in ("one", "two"):
         make_images(tmp_path / name)
     assert "contains 2 image folders" in refusal(tmp_path)
 
 
-def test_a_download_is_kept_where_the_next_run_finds_it(tmp_path, nowhere, monkeypatch):
+def test_download_is_cached_for_the_next_run(tmp_path, nowhere, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     archive = write_archive(tmp_path / "server" / "cifar-10-python.tar.gz")
@@ -173,7 +173,7 @@ def test_a_download_is_kept_where_the_next_run_finds_it(tmp_path, nowhere, monke
     assert [path.name for path in nowhere.iterdir()] == ["cifar-10-python.tar.gz"]
 
 
-def test_the_download_is_the_one_that_keras_makes():
+def test_url_and_checksum_match_keras():
     """Read from Keras's own source, which nothing here imports."""
     import importlib.util
 
@@ -183,7 +183,7 @@ def test_the_download_is_the_one_that_keras_makes():
     assert SHA256 in source
 
 
-def test_without_network_and_data_the_command_says_what_was_tried_and_what_works(tmp_path):
+def test_error_without_network_lists_sources_and_alternatives(tmp_path):
     # A proxy that nothing listens at is the surest way to have no network.
     environment = {name: value for name, value in os.environ.items() if name.lower() not in ("no_proxy", "https_proxy")}
     environment |= {"HTTPS_PROXY": "http://127.0.0.1:9", "PYTHONPATH": str(Path.cwd())}
@@ -204,7 +204,7 @@ def test_without_network_and_data_the_command_says_what_was_tried_and_what_works
 
 
 @needs_real
-def test_the_real_data_is_the_same_in_all_its_forms():
+def test_real_data_is_equal_in_all_formats():
     batches = load_cifar10(Path(REAL) / "cifar-10-batches-py", seed=0)
     for split, count in ((batches.train, 50_000), (batches.test, 10_000)):
         assert split.images.shape == (count, 32, 32, 3)

@@ -17,14 +17,14 @@ from training.data.cifar10_batches import read_archive, read_batches
 from training.errors import DatasetError
 
 
-def test_the_batches_come_in_the_order_of_their_numbers(tmp_path):
+def test_batches_are_read_in_numeric_order(tmp_path):
     train, test = read_batches(write_batches(tmp_path))
     assert train.labels.tolist() == [label for number in range(5) for label in make_batch(number)[b"labels"]]
     rows = make_batch(5)[b"data"].reshape(COUNT, 3, 32, 32)
     np.testing.assert_array_equal(test.images, np.moveaxis(rows, 1, 3))
 
 
-def test_the_archive_holds_the_same(tmp_path):
+def test_archive_and_folder_give_equal_data(tmp_path):
     of_folder, of_archive = read_batches(write_batches(tmp_path)), read_archive(write_archive(tmp_path / "a.tar.gz"))
     for one, other in zip(of_folder, of_archive, strict=True):
         np.testing.assert_array_equal(one.images, other.images)
@@ -56,14 +56,14 @@ def python_2_pickle(value):
     ],
     ids=["Python 2", "protocol 2", "protocol 3", "protocol 4"],
 )
-def test_a_batch_may_come_from_any_python_and_numpy(tmp_path, dump):
+def test_batches_of_any_python_and_numpy_version_are_read(tmp_path, dump):
     folder = write_batches(tmp_path)
     (folder / "test_batch").write_bytes(dump(make_batch(7)))
     assert read_batches(folder)[1].labels.tolist() == make_batch(7)[b"labels"]
 
 
 class Calls:
-    """Pickled, it asks whoever loads it for a call."""
+    """Executes a call when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -85,7 +85,7 @@ class Calls:
     ],
     ids=["mkdir", "eval", "getattr", "save", "load", "path"],
 )
-def test_a_pickle_that_would_run_something_is_refused_and_does_not(tmp_path, monkeypatch, call, refused, protocol):
+def test_pickles_that_execute_code_are_rejected(tmp_path, monkeypatch, call, refused, protocol):
     monkeypatch.chdir(tmp_path)
     folder = write_batches(tmp_path)
     (folder / "data_batch_3").write_bytes(pickle.dumps({**make_batch(2), b"data": call}, protocol=protocol))
@@ -94,7 +94,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not(tmp_path, mon
     assert not list(tmp_path.glob("was-run*"))
 
 
-def test_no_other_codec_is_reached(tmp_path):
+def test_other_codecs_are_rejected(tmp_path):
     folder = write_batches(tmp_path)
     content = pickle.dumps(make_batch(0), protocol=2)
     assert content.count(b"latin1") == 1
@@ -122,7 +122,7 @@ def test_no_other_codec_is_reached(tmp_path):
         (pickle.dumps({**make_batch(0), b"labels": None}, protocol=2), "whole numbers"),
     ],
 )
-def test_what_is_no_batch_is_named(tmp_path, content, message):
+def test_invalid_batch_is_named(tmp_path, content, message):
     folder = write_batches(tmp_path)
     (folder / "test_batch").write_bytes(content)
     with pytest.raises(DatasetError, match=f"test_batch: .*{message}"):
@@ -132,7 +132,7 @@ def test_what_is_no_batch_is_named(tmp_path, content, message):
 @pytest.mark.filterwarnings("ignore:dtype")
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_a_damaged_batch_is_read_or_refused_and_nothing_else(data):
+def test_damaged_batch_is_read_or_raises_dataset_error(data):
     content = bytearray(b"\x80\x02" + python_2_pickle(make_batch(0, count=2)) + b".")
     edges = st.integers(0, 200) | st.integers(len(content) - 60, len(content) - 1)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -143,7 +143,7 @@ def test_a_damaged_batch_is_read_or_refused_and_nothing_else(data):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_batch_is_named(tmp_path, name):
+def test_missing_batch_is_named(tmp_path, name):
     folder = write_batches(tmp_path)
     (folder / name).unlink()
     with pytest.raises(DatasetError, match=f"{name} cannot be read: No such file"):
@@ -156,14 +156,14 @@ def add(archive, name, content):
     archive.addfile(member, io.BytesIO(content))
 
 
-def test_another_archive_is_told_apart(tmp_path):
+def test_another_archive_is_rejected(tmp_path):
     with tarfile.open(tmp_path / "other.tar.gz", "w:gz") as archive:
         add(archive, "cifar-100-python/train", pickle.dumps(make_batch(0), protocol=2))
     with pytest.raises(DatasetError, match=r"other\.tar\.gz has no cifar-10-batches-py/data_batch_1"):
         read_archive(tmp_path / "other.tar.gz")
 
 
-def test_nothing_in_an_archive_is_written_anywhere(tmp_path, monkeypatch):
+def test_archive_is_not_extracted_to_disk(tmp_path, monkeypatch):
     """Neither a path that leads out, nor a link in a batch's place, nor anything else."""
     monkeypatch.chdir(tmp_path)
     write_archive(tmp_path / "whole.tar.gz")
@@ -180,7 +180,7 @@ def test_nothing_in_an_archive_is_written_anywhere(tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_batch_that_claims_a_monstrous_size_is_refused(tmp_path, monkeypatch):
+def test_batch_with_a_huge_declared_size_is_rejected(tmp_path, monkeypatch):
     archive = write_archive(tmp_path / "a.tar.gz")
     monkeypatch.setattr(cifar10_batches, "_MAX_BATCH_BYTES", 1000)
     with pytest.raises(DatasetError, match="too large for a batch"):
@@ -188,7 +188,7 @@ def test_a_batch_that_claims_a_monstrous_size_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.9999])
-def test_a_cut_archive_is_named(tmp_path, share):
+def test_truncated_archive_is_named(tmp_path, share):
     archive = write_archive(tmp_path / "cifar-10-python.tar.gz")
     content = archive.read_bytes()
     archive.write_bytes(content[: int(share * len(content))])
@@ -196,7 +196,7 @@ def test_a_cut_archive_is_named(tmp_path, share):
         read_archive(archive)
 
 
-def test_a_flipped_bit_anywhere_in_an_archive_is_noticed(tmp_path):
+def test_flipped_bits_in_an_archive_are_detected(tmp_path):
     archive = write_archive(tmp_path / "cifar-10-python.tar.gz")
     content = archive.read_bytes()
     # What comes before is gzip's header, with a time and a name that nothing depends on.

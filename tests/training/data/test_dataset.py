@@ -31,7 +31,7 @@ def dataset(**changes):
         (np.zeros((6, 4, 5, 3), np.uint8), np.zeros(6, np.uint8)),
     ],
 )
-def test_a_split_is_checked(images, labels):
+def test_split_validates_its_arrays(images, labels):
     with pytest.raises(ValueError, match=r"^(images|labels) must be"):
         Split(images, labels)
 
@@ -45,12 +45,12 @@ def test_a_split_is_checked(images, labels):
         ({"class_names": ("ant", "bee", "bee")}, "must be unique"),
     ],
 )
-def test_a_dataset_is_checked(changes, message):
+def test_dataset_validates_its_fields(changes, message):
     with pytest.raises(ValueError, match=message):
         dataset(**changes)
 
 
-def test_the_content_hash_knows_pixels_labels_names_and_splits_but_not_the_place():
+def test_content_hash_depends_on_pixels_labels_names_and_splits_only():
     reference = dataset()
     assert dataset(name="other", source="there").content_hash == reference.content_hash
     pixel = split()
@@ -77,13 +77,13 @@ def test_the_content_hash_knows_pixels_labels_names_and_splits_but_not_the_place
         ("cifar10", {"image_size": (48, 48)}, "--image-size is for --dataset folder"),
     ],
 )
-def test_what_a_dataset_has_no_use_for_is_refused(name, options, message):
+def test_unsupported_options_of_a_dataset_are_rejected(name, options, message):
     with pytest.raises(DatasetError, match=message):
         load_dataset(TrainingConfig(dataset=name, **options))
 
 
-def test_no_dataset_needs_tensorflow():
-    """Missing data is told at once, before TensorFlow's seconds of loading."""
+def test_datasets_do_not_import_tensorflow():
+    """Missing data is reported before TensorFlow is imported, which takes seconds."""
     code = (
         "import sys, training.data, training.data.samples; "
         "print({'tensorflow', 'keras'} & {name.partition('.')[0] for name in sys.modules})"

@@ -1,4 +1,4 @@
-"""Files that were named in place of a dataset: each message fits the file."""
+"""Messages for files that are not datasets."""
 
 import gzip
 import io
@@ -68,9 +68,9 @@ FOREIGN = {
 
 @pytest.mark.parametrize("dataset", ["cifar10", "folder"])
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_the_message_fits_the_file(tmp_path, dataset, kind):
+def test_message_describes_the_file_type(tmp_path, dataset, kind):
     content, message = FOREIGN[kind]
-    path = tmp_path / "cifar-10-python.tar.gz"  # told by what it holds, not by its name
+    path = tmp_path / "cifar-10-python.tar.gz"  # detected by content, not by name
     path.write_bytes(content)
     with pytest.raises(DatasetError) as error:
         load_dataset(TrainingConfig(dataset=dataset, data=path))
@@ -87,7 +87,7 @@ def test_the_message_fits_the_file(tmp_path, dataset, kind):
         (b"text", "is a file: name a folder"),
     ],
 )
-def test_a_file_is_no_image_folder(tmp_path, content, message):
+def test_file_instead_of_an_image_folder_is_rejected(tmp_path, content, message):
     (tmp_path / "data").write_bytes(content)
     with pytest.raises(DatasetError) as error:
         load_dataset(TrainingConfig(dataset="folder", data=tmp_path / "data"))
@@ -95,7 +95,7 @@ def test_a_file_is_no_image_folder(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"text"])
-def test_what_is_no_archive_at_all_is_told_in_one_line(tmp_path, content):
+def test_invalid_archive_error_has_one_line(tmp_path, content):
     (tmp_path / "data").write_bytes(content)
     with pytest.raises(DatasetError) as error:
         load_dataset(TrainingConfig(dataset="cifar10", data=tmp_path / "data"))

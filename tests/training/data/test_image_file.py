@@ -30,12 +30,12 @@ def orientation(value):
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "BMP", "WEBP"])
-def test_formats_without_loss_give_the_pixels(image_format):
+def test_lossless_formats_give_exact_pixels(image_format):
     options = {"lossless": True} if image_format == "WEBP" else {}
     np.testing.assert_array_equal(read(Image.fromarray(PHOTO), image_format, **options), PHOTO)
 
 
-def test_of_an_animation_the_first_picture_counts():
+def test_first_frame_of_an_animation_is_read():
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime")]
     image = read(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert image.shape == (6, 8, 3)
@@ -58,7 +58,7 @@ def test_the_transparent_entry_of_a_palette_is_white(image_format):
     np.testing.assert_array_equal(read(palette, image_format, transparency=3), expected)
 
 
-def test_grey_is_repeated():
+def test_grey_images_become_rgb():
     grey = PHOTO[..., 0]
     np.testing.assert_array_equal(read(Image.fromarray(grey), "PNG"), np.stack([grey] * 3, axis=2))
 
@@ -70,7 +70,7 @@ def test_16_bit_samples_keep_their_high_byte():
 
 @pytest.mark.parametrize("value", range(1, 9))
 @pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "MPO"])
-def test_pictures_are_turned_upright(image_format, value):
+def test_exif_orientation_is_applied(image_format, value):
     # MPO is what many phones write as .jpg: a JPEG file with further pictures behind the first.
     more = {"save_all": True, "append_images": [Image.new("RGB", (4, 4))]} if image_format == "MPO" else {}
     content = encode(Image.fromarray(PHOTO), image_format, exif=orientation(value), **more)
@@ -80,27 +80,27 @@ def test_pictures_are_turned_upright(image_format, value):
     np.testing.assert_array_equal(image, np.asarray(upright))
 
 
-def test_a_png_is_turned_upright():
+def test_exif_orientation_of_png_is_applied():
     np.testing.assert_array_equal(read(Image.fromarray(PHOTO), "PNG", exif=orientation(6)), np.rot90(PHOTO, -1))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0MM\0\x2a\xff\xff\xff\xff", b"nonsense", b"Exif\0\0II*\0"])
-def test_damaged_exif_data_is_no_reason_to_lose_a_picture(exif):
+def test_damaged_exif_data_is_ignored(exif):
     assert read(Image.fromarray(PHOTO), "JPEG", exif=exif).shape == (40, 32, 3)
 
 
-def test_another_size_is_reached_by_antialiased_bilinear():
+def test_resizing_is_antialiased_bilinear():
     small = Image.fromarray(PHOTO).resize((24, 20), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(read(Image.fromarray(PHOTO), "PNG", image_size=(20, 24)), np.asarray(small))
 
 
-def test_the_exported_model_takes_what_can_be_trained_on():
+def test_size_limit_equals_that_of_the_exported_model():
     assert MAX_PIXELS == MAX_PIXELS_IN_THE_GRAPH
 
 
 @pytest.mark.parametrize("size", [(7001, 7143), (20_000, 20_000)])  # just above the limit; above Pillow's as well
-def test_a_decompression_bomb_is_refused_and_named(tmp_path, size):
+def test_decompression_bomb_is_rejected_and_named(tmp_path, size):
     Image.new("1", size).save(tmp_path / "bomb.png")
     with pytest.raises(DatasetError, match=r"bomb\.png has .*pixels; the limit is 50,000,000"):
         read_image(tmp_path / "bomb.png", image_size=(32, 32))
@@ -116,13 +116,13 @@ def test_a_decompression_bomb_is_refused_and_named(tmp_path, size):
         (encode(Image.fromarray(PHOTO), "JPEG")[:-400], "the picture is damaged or cut off"),
     ],
 )
-def test_what_is_no_picture_is_named(tmp_path, content, message):
+def test_file_that_is_not_an_image_is_named(tmp_path, content, message):
     (tmp_path / "cat.jpg").write_bytes(content)
     with pytest.raises(DatasetError, match=rf"cat\.jpg: {message}"):
         read_image(tmp_path / "cat.jpg", image_size=None)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_is_named(tmp_path):
     with pytest.raises(DatasetError, match=r"cat\.jpg cannot be read: No such file"):
         read_image(tmp_path / "cat.jpg", image_size=None)
 
@@ -137,7 +137,7 @@ WHOLE_FILES = [
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_damage_gives_a_picture_or_a_dataset_error_and_nothing_else(data):
+def test_damaged_file_is_read_or_raises_dataset_error(data):
     content = bytearray(data.draw(st.sampled_from(WHOLE_FILES)))
     for _ in range(data.draw(st.integers(1, 4))):
         position = data.draw(st.integers(0, min(len(content) - 1, 300)) | st.integers(0, len(content) - 1))

@@ -62,7 +62,7 @@ def test_train_and_test_by_class(tmp_path):
     assert dataset.test.labels.tolist() == [0, 1]
 
 
-def test_one_level_is_split_by_class_and_seed(tmp_path):
+def test_single_level_folder_is_split_by_class_and_seed(tmp_path):
     folder = make_classes(tmp_path / "pets", count=20)
     dataset, again, other = (load(folder, seed=seed) for seed in (1, 1, 2))
     assert np.bincount(dataset.test.labels).tolist() == [2, 2]
@@ -74,7 +74,7 @@ def test_one_level_is_split_by_class_and_seed(tmp_path):
 
 @settings(max_examples=15, deadline=None)
 @given(counts=st.lists(st.integers(3, 25), min_size=2, max_size=4), seed=st.integers(0, 2**31 - 1))
-def test_the_test_split_takes_a_tenth_of_each_class_whatever_their_sizes(tmp_path_factory, counts, seed):
+def test_test_split_is_a_tenth_of_each_class(tmp_path_factory, counts, seed):
     folder = tmp_path_factory.mktemp("counts")
     for class_id, count in enumerate(counts):
         make_classes(folder, classes=(f"class{class_id}",), count=count, size=(2, 2))
@@ -84,14 +84,14 @@ def test_the_test_split_takes_a_tenth_of_each_class_whatever_their_sizes(tmp_pat
     assert totals.tolist() == counts
 
 
-def test_files_are_read_in_the_order_of_their_names_whatever_the_number_of_threads(tmp_path):
+def test_files_are_read_in_name_order_with_any_number_of_threads(tmp_path):
     folder = make_splits(tmp_path / "pets", count=20)
     dataset = load(folder)
     names = sorted(str(number) + ".png" for number in range(20))
     assert dataset.train.images[:20, 0, 0, 1].tolist() == [10 * int(name[:-4]) for name in names]
 
 
-def test_a_folder_that_holds_one_is_enough(tmp_path):
+def test_parent_of_a_single_image_folder_is_accepted(tmp_path):
     make_splits(tmp_path / "download" / "pets")
     (tmp_path / "download" / "docs").mkdir()
     assert load(tmp_path / "download").name == "pets"
@@ -101,30 +101,30 @@ def test_a_folder_that_holds_one_is_enough(tmp_path):
     assert str(tmp_path / "download" / "more") in message
 
 
-def test_folders_of_other_files_are_not_taken_for_classes(tmp_path):
+def test_folders_without_images_are_not_classes(tmp_path):
     make_splits(tmp_path / "images")
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"no picture")
     assert load(tmp_path).name == "images"
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_class_can_be_called_train(tmp_path):
     dataset = load(make_classes(tmp_path / "vehicles", classes=("bus", "car", "train")))
     assert dataset.class_names == ("bus", "car", "train")
 
 
-def test_train_and_test_without_classes_are_no_classes(tmp_path):
+def test_train_and_test_folders_without_classes_are_rejected(tmp_path):
     assert "use a folder for each class" in refusal(make_classes(tmp_path, classes=("test", "train")))
 
 
-def test_files_beside_the_folders_of_the_classes_belong_to_none(tmp_path):
+def test_files_beside_class_folders_are_ignored(tmp_path):
     folder = make_splits(tmp_path / "pets")
     save(folder / "train" / "overview.png", size=(100, 100))
     (folder / "README.md").write_text("Pets")
     assert len(load(folder).train.labels) == 8
 
 
-def test_a_split_that_is_not_read_is_told(tmp_path, caplog):
+def test_unread_split_is_logged(tmp_path, caplog):
     folder = make_splits(tmp_path / "pets")
     make_classes(folder / "val")
     with caplog.at_level(logging.WARNING):
@@ -134,12 +134,12 @@ def test_a_split_that_is_not_read_is_told(tmp_path, caplog):
     ]
 
 
-def test_names_of_classes_may_be_any(tmp_path):
+def test_any_class_name_is_accepted(tmp_path):
     names = ("Äpfel & Birnen", "a.b", "犬")
     assert load(make_splits(tmp_path / "x", classes=names)).class_names == tuple(sorted(names))
 
 
-def test_images_that_differ_in_size_get_a_small_one_which_is_told(tmp_path, caplog):
+def test_images_of_different_sizes_are_resized_and_logged(tmp_path, caplog):
     folder = make_splits(tmp_path / "pets")
     save(folder / "train" / "dog" / "big.png", size=(60, 40))
     with caplog.at_level(logging.INFO):
@@ -156,7 +156,7 @@ def test_images_that_differ_in_size_get_a_small_one_which_is_told(tmp_path, capl
     assert dataset.train.images.shape == (9, 24, 48, 3)
 
 
-def test_photos_get_a_small_size_which_is_told(tmp_path, caplog):
+def test_large_photos_are_resized_and_logged(tmp_path, caplog):
     folder = make_classes(tmp_path / "photos", size=(2000, 1500), count=3)
     with caplog.at_level(logging.INFO):
         dataset = load(folder)
@@ -167,21 +167,21 @@ def test_photos_get_a_small_size_which_is_told(tmp_path, caplog):
     assert dataset.train.images.shape[1:] == (96, 96, 3)
 
 
-def test_small_images_of_one_size_keep_it(tmp_path, caplog):
+def test_small_images_of_equal_size_are_not_resized(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert load(make_classes(tmp_path, size=(128, 100))).train.images.shape[1:] == (100, 128, 3)
         assert load(tmp_path, image_size=(150, 200)).train.images.shape[1:] == (150, 200, 3)
     assert caplog.messages == []
 
 
-def test_train_and_test_get_one_size(tmp_path):
+def test_train_and_test_images_have_the_same_size(tmp_path):
     make_classes(tmp_path / "train")
     make_classes(tmp_path / "test", size=(40, 40))
     dataset = load(tmp_path)
     assert dataset.train.images.shape[1:] == dataset.test.images.shape[1:] == (96, 96, 3)
 
 
-def test_folders_below_a_class_belong_to_it(tmp_path, caplog):
+def test_images_below_a_class_folder_belong_to_the_class(tmp_path, caplog):
     for batch in ("batch1", "batch2"):
         for name in ("cat", "dog"):
             make_classes(tmp_path / "pets" / name, classes=(batch,))
@@ -201,7 +201,7 @@ def test_folders_below_a_class_belong_to_it(tmp_path, caplog):
     assert np.bincount(load(tmp_path / "split").train.labels).tolist() == [9, 9]
 
 
-def test_a_link_back_to_a_folder_above_leads_nowhere(tmp_path):
+def test_links_to_a_parent_folder_are_skipped(tmp_path):
     folder = make_classes(tmp_path / "pets")
     (folder / "cat" / "loop").symlink_to(".")
     (folder / "dog" / "up").symlink_to("../dog")
@@ -211,7 +211,7 @@ def test_a_link_back_to_a_folder_above_leads_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "told"),
+    ("train", "test", "logged"),
     [
         ("Train", "Test", False),
         ("TRAINING", "testing", False),
@@ -220,28 +220,28 @@ def test_a_link_back_to_a_folder_above_leads_nowhere(tmp_path):
         ("training", "validation", True),
     ],
 )
-def test_splits_are_known_by_their_usual_names(tmp_path, caplog, train, test, told):
+def test_usual_names_of_splits_are_recognized(tmp_path, caplog, train, test, logged):
     make_classes(tmp_path / train)
     make_classes(tmp_path / test, count=2)
     with caplog.at_level(logging.INFO):
         dataset = load(tmp_path)
     assert (dataset.class_names, len(dataset.train.labels), len(dataset.test.labels)) == (("cat", "dog"), 8, 4)
     message = f"{tmp_path} has no test/, so the images of {test}/ are the test images"
-    assert caplog.messages == ([message] if told else [])
+    assert caplog.messages == ([message] if logged else [])
 
 
-def test_two_folders_for_one_use_are_refused(tmp_path):
+def test_two_folders_for_the_same_split_are_rejected(tmp_path):
     for name in ("train", "val", "valid"):
         make_classes(tmp_path / name)
     assert "has val/, valid/ for the same split: keep one" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("names", [("Train", "val"), ("train",), ("training", "valid", "test")])
-def test_splits_without_classes_are_no_classes(tmp_path, names):
+def test_split_folders_without_classes_are_rejected(tmp_path, names):
     assert "use a folder for each class" in refusal(make_classes(tmp_path, classes=names))
 
 
-def test_types_that_cannot_be_read_are_named(tmp_path):
+def test_unsupported_file_types_are_named(tmp_path):
     for number in range(3):
         for name in ("cat/{}.heic", "dog/{}.HEIC", "dog/more/{}.psd"):
             path = tmp_path / name.format(number)
@@ -251,12 +251,12 @@ def test_types_that_cannot_be_read_are_named(tmp_path):
     assert "have unsupported types, .heic (6), .psd (3); expected JPEG, PNG" in message
 
 
-def test_images_without_classes_are_told(tmp_path):
+def test_images_without_class_folders_are_rejected(tmp_path):
     save(tmp_path / "cat.1.png")
     assert "its images are directly in it; put them into a folder for each class" in refusal(tmp_path)
 
 
-def test_after_a_refusal_no_thread_goes_on_reading(tmp_path):
+def test_reading_threads_stop_after_an_error(tmp_path):
     before = set(threading.enumerate())
     folder = make_splits(tmp_path / "pets", count=200, size=(8, 8))
     save(folder / "train" / "cat" / "1.png", size=(9, 9))
@@ -285,14 +285,14 @@ def test_damaged_files_are_named(tmp_path):
     assert message.count("\n") == 6
 
 
-def test_a_folder_of_nothing_but_damaged_files(tmp_path):
+def test_folder_of_damaged_files_is_rejected(tmp_path):
     folder = make_splits(tmp_path / "pets", count=2)
     for path in folder.glob("*/*/*.png"):
         path.write_bytes(b"damaged")
     assert "8 of 8 files" in refusal(folder)
 
 
-def test_files_that_systems_leave_behind_are_passed_over(tmp_path):
+def test_files_of_file_managers_are_skipped(tmp_path):
     folder = make_splits(tmp_path / "pets")
     for name in ("train/cat/.DS_Store", "train/cat/._0.png", "train/cat/Thumbs.db", "test/dog/desktop.ini"):
         (folder / name).write_bytes(b"\0")
@@ -330,20 +330,20 @@ def test_files_that_systems_leave_behind_are_passed_over(tmp_path):
         (lambda f: [shutil.rmtree(f), f.write_bytes(b"")], "is an empty file: name a folder"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, change, message):
+def test_errors_name_file_or_class(tmp_path, change, message):
     folder = make_splits(tmp_path / "pets")
     change(folder)
     assert message in refusal(folder)
 
 
-def test_a_class_needs_an_image_for_each_use(tmp_path):
+def test_class_needs_an_image_for_each_split(tmp_path):
     folder = make_classes(tmp_path / "pets", count=3)
     assert len(load(folder).test.labels) == 2
     (folder / "dog" / "0.png").unlink()
     assert "class 'dog': 2; at least 3 are needed" in refusal(folder)
 
 
-def test_fewer_images_than_classes_are_refused(tmp_path):
+def test_too_few_images_are_rejected(tmp_path):
     folder = make_classes(tmp_path / "pets", classes=("ant", "bee", "cat"), count=1)
     (folder / "dog").mkdir()
     assert "no images in the class 'dog'" in refusal(folder)
@@ -364,7 +364,7 @@ except TrainingError as error:
 """
 
 
-def test_more_than_the_memory_holds_is_refused_with_a_way_out(tmp_path):
+def test_images_larger_than_the_address_space_limit_are_rejected_with_advice(tmp_path):
     folder = make_classes(tmp_path / "photos", count=1)
     for name in ("cat", "dog"):
         for number in range(1, 60):
@@ -377,7 +377,7 @@ def test_more_than_the_memory_holds_is_refused_with_a_way_out(tmp_path):
     assert "--image-size 96x96 (make: IMAGE_SIZE=96x96)" in done.stderr
 
 
-def test_memory_that_the_system_would_grant_and_not_have_is_refused(tmp_path, monkeypatch):
+def test_images_larger_than_available_memory_are_rejected(tmp_path, monkeypatch):
     """Linux grants more than there is, and kills the process once it is used."""
     folder = make_classes(tmp_path)
     monkeypatch.setattr(memory, "available_bytes", lambda: 2 * 8 * 32 * 32 * 3)
@@ -387,7 +387,7 @@ def test_memory_that_the_system_would_grant_and_not_have_is_refused(tmp_path, mo
         load(folder)
 
 
-def test_progress_is_shown_on_a_terminal_and_nowhere_else(tmp_path):
+def test_progress_is_shown_on_terminals_only(tmp_path):
     folder = make_splits(tmp_path / "pets")
     command = [sys.executable, "-c", LOAD, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

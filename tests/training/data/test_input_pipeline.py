@@ -32,7 +32,7 @@ def epochs(split, count, *, seed=0, first_epoch=0, batch_size=16):
     return [rows[epoch * steps : (epoch + 1) * steps] for epoch in range(count)]
 
 
-def test_validation_takes_a_tenth_of_each_class_and_nothing_twice():
+def test_validation_split_is_a_disjoint_tenth_of_each_class():
     train = numbered_images(200)
     kept, validation = split_validation(train, seed=3)
     assert np.bincount(validation.labels).tolist() == [5, 5, 5, 5]
@@ -43,14 +43,14 @@ def test_validation_takes_a_tenth_of_each_class_and_nothing_twice():
         assert (split.images[:, 0, 0, 0] % 4 == split.labels).all()
 
 
-def test_the_seed_alone_decides_the_validation_split():
+def test_validation_split_is_a_function_of_the_seed():
     train = numbered_images(200)
     first, again, other = (split_validation(train, seed=seed)[1].images for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
-def test_small_classes_keep_one_image_on_each_side():
+def test_small_classes_have_an_image_in_each_split():
     kept, validation = split_validation(numbered_images(8), seed=0)
     assert np.bincount(kept.labels).tolist() == [1, 1, 1, 1]
     assert np.bincount(validation.labels).tolist() == [1, 1, 1, 1]
@@ -58,7 +58,7 @@ def test_small_classes_keep_one_image_on_each_side():
         split_validation(numbered_images(4), seed=0)
 
 
-def test_every_image_comes_once_an_epoch_and_the_last_batch_is_smaller():
+def test_every_image_occurs_once_per_epoch():
     first, second = epochs(numbered_images(50), 2)
     for epoch in (first, second):
         assert [len(batch) for batch in epoch] == [16, 16, 16, 2]
@@ -67,7 +67,7 @@ def test_every_image_comes_once_an_epoch_and_the_last_batch_is_smaller():
     assert list(itertools.chain(*first)) != list(range(50))
 
 
-def test_labels_stay_with_their_images():
+def test_shuffling_keeps_images_and_labels_together():
     for images, labels in itertools.islice(
         training_batches(numbered_images(50), batch_size=16, seed=0, first_epoch=0), 8
     ):
@@ -81,7 +81,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert epochs(split, 4, seed=1) != whole
 
 
-def test_evaluation_reads_everything_once_in_order():
+def test_evaluation_batches_contain_everything_once_in_order():
     batches = numbers(evaluation_batches(numbered_images(50), batch_size=16))
     assert [len(batch) for batch in batches] == [16, 16, 16, 2]
     assert list(itertools.chain(*batches)) == list(range(50))
@@ -100,7 +100,7 @@ def bright_pixels(images):
 
 
 @pytest.mark.parametrize(("batch_size", "max_shift"), [(50, 2), (10, 2), (50, 3)])
-def test_augmented_images_are_shifted_a_little_and_mirrored_in_turn(batch_size, max_shift):
+def test_augmentation_shifts_and_alternates_flips(batch_size, max_shift):
     split = corner_images(100)
     batches = training_batches(
         split, batch_size=batch_size, seed=0, first_epoch=0, augmentation=Augmentation(max_shift)
@@ -126,7 +126,7 @@ def test_augmented_images_are_shifted_a_little_and_mirrored_in_turn(batch_size, 
         np.testing.assert_array_equal(before, ~after)
 
 
-def test_cutout_paints_a_square_of_every_image_in_the_mean_colour():
+def test_cutout_fills_a_square_with_the_mean_colour():
     pixels = np.zeros((200, 12, 16, 3), np.uint8)
     pixels[:100] = 200, 100, 50
     split = Split(pixels, np.arange(200, dtype=np.int64) % 2)

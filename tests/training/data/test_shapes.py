@@ -17,7 +17,7 @@ def shapes():
     return load_dataset(TrainingConfig(dataset="shapes"))
 
 
-def test_the_same_seed_draws_the_same_pictures_in_every_process():
+def test_same_seed_gives_equal_images_in_every_process():
     code = (
         "import hashlib; from training.data.shapes import draw_shapes; "
         "print(hashlib.sha256(draw_shapes(60, seed=1).images.tobytes()).hexdigest())"
@@ -26,7 +26,7 @@ def test_the_same_seed_draws_the_same_pictures_in_every_process():
     assert hashlib.sha256(draw_shapes(60, seed=1).images.tobytes()).hexdigest() == elsewhere.strip()
 
 
-def test_another_seed_and_another_stream_draw_other_pictures():
+def test_another_seed_or_stream_gives_other_images():
     first, other_seed, other_stream = (
         draw_shapes(40, seed=1),
         draw_shapes(40, seed=2),
@@ -44,13 +44,13 @@ def test_the_classes_are_balanced(count):
     assert counts.max() - counts.min() <= 1
 
 
-def test_the_names_are_sorted_as_those_of_a_folder_are():
+def test_class_names_are_sorted_like_those_of_a_folder():
     assert tuple(sorted(CLASS_NAMES)) == CLASS_NAMES
     assert len(CLASS_NAMES) == 10
     assert set(CLASS_NAMES) >= {"circle", "ring", "square", "triangle", "star"}
 
 
-def test_the_dataset_has_the_promised_counts_and_no_picture_twice(shapes):
+def test_dataset_has_the_documented_counts_without_duplicates(shapes):
     for split, count in ((shapes.train, 8000), (shapes.test, 1000)):
         assert split.images.shape == (count, 32, 32, 3)
         assert np.bincount(split.labels).tolist() == [count // 10] * 10
@@ -59,7 +59,7 @@ def test_the_dataset_has_the_promised_counts_and_no_picture_twice(shapes):
     assert shapes.source == "drawn, seed 0"
 
 
-def test_a_shape_stands_out_from_its_background_in_every_picture(shapes):
+def test_shapes_contrast_with_their_background(shapes):
     # The corners are background nearly always, so their median is; a shape covers at least a tenth of a picture.
     images = shapes.test.images.astype(int)
     corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
@@ -69,7 +69,7 @@ def test_a_shape_stands_out_from_its_background_in_every_picture(shapes):
     assert np.mean(share < 0.8) > 0.99
 
 
-def test_the_classes_cannot_be_told_by_colour_alone(shapes):
+def test_colour_alone_does_not_predict_the_class(shapes):
     """A nearest-mean classifier on the mean colour does little better than chance: the shape is what matters."""
     train, test = (split.images.mean(axis=(1, 2)) for split in (shapes.train, shapes.test))
     means = np.stack([train[shapes.train.labels == class_id].mean(axis=0) for class_id in range(10)])

@@ -16,7 +16,7 @@ def softmax(logits):
     return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def answers(temperature, *, count=20_000, classes=6, seed=0):
+def make_predictions(temperature, *, count=20_000, classes=6, seed=0):
     """Probabilities of a classifier that is too sure of itself by `temperature`, and labels."""
     rng = np.random.default_rng(seed)
     logits = 2 * rng.normal(size=(count, classes))
@@ -26,19 +26,19 @@ def answers(temperature, *, count=20_000, classes=6, seed=0):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7, 4.0])
-def test_the_temperature_is_found_and_makes_confidence_honest(temperature):
-    probabilities, labels = answers(temperature)
+def test_fitted_temperature_is_the_true_one_and_calibrates(temperature):
+    probabilities, labels = make_predictions(temperature)
     fitted = fit_temperature(probabilities, labels)
     assert fitted == pytest.approx(temperature, rel=0.03)
-    other, other_labels = answers(temperature, seed=1)
+    other, other_labels = make_predictions(temperature, seed=1)
     names = [str(n) for n in range(6)]
     after = evaluate(apply_temperature(other, fitted), other_labels, names)
     assert after.calibration.expected_calibration_error < 0.015
     assert after.accuracy == evaluate(other, other_labels, names).accuracy
 
 
-def test_no_other_temperature_has_a_lower_loss():
-    probabilities, labels = answers(1.4, count=500)
+def test_fitted_temperature_minimizes_the_loss():
+    probabilities, labels = make_predictions(1.4, count=500)
     fitted = fit_temperature(probabilities, labels)
 
     def loss(temperature):
@@ -47,19 +47,19 @@ def test_no_other_temperature_has_a_lower_loss():
     assert loss(fitted) < min(loss(fitted * 0.95), loss(fitted * 1.05))
 
 
-def test_it_stays_within_bounds():
+def test_temperature_stays_within_bounds():
     sure, labels = np.float32([[1, 0], [0, 1]]), np.array([0, 1])
     assert fit_temperature(sure, labels) == pytest.approx(MIN_TEMPERATURE)
     assert fit_temperature(sure, labels[::-1]) == pytest.approx(MAX_TEMPERATURE)
 
 
 def test_a_temperature_of_1_changes_nothing():
-    probabilities, _ = answers(1.0, count=100)
+    probabilities, _ = make_predictions(1.0, count=100)
     np.testing.assert_allclose(apply_temperature(probabilities, 1.0), probabilities, atol=1e-7)
     assert np.isfinite(apply_temperature(np.float32([[1, 0, 0]]), 3.0)).all()
 
 
-def test_views_are_averaged_as_logits():
+def test_predictions_are_averaged_as_logits():
     rng = np.random.default_rng(0)
     one, other = rng.normal(size=(2, 50, 4))
     np.testing.assert_allclose(average_logits(softmax(one), softmax(other)), softmax((one + other) / 2), atol=1e-6)

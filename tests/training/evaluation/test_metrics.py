@@ -15,7 +15,7 @@ def one_hot_ish(rows):
     return np.array(rows, np.float32)
 
 
-def test_figures_worked_by_hand():
+def test_metrics_match_values_calculated_by_hand():
     probabilities = one_hot_ish([[0.8, 0.1, 0.1], [0.3, 0.6, 0.1], [0.5, 0.4, 0.1], [0.1, 0.9, 0.0]])
     labels = np.array([0, 0, 1, 1])
     result = evaluate(probabilities, labels, NAMES)
@@ -30,7 +30,7 @@ def test_figures_worked_by_hand():
     assert all(map(math.isnan, (fox.precision, fox.recall, fox.f1)))
 
 
-def test_calibration_worked_by_hand():
+def test_calibration_matches_values_calculated_by_hand():
     # Two at 0.9, one of them right: 0.4 off. Two at 0.55, both right: 0.45 off.
     probabilities = one_hot_ish([[0.9, 0.1], [0.9, 0.1], [0.55, 0.45], [0.45, 0.55]])
     calibration = evaluate(probabilities, np.array([0, 1, 0, 1]), NAMES[:2]).calibration
@@ -41,22 +41,22 @@ def test_calibration_worked_by_hand():
     assert math.isnan(calibration.accuracies[0])
 
 
-def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower():
+def test_confidence_on_the_edge_of_two_bins_belongs_to_the_lower():
     # 3/15 as the paper's bins have it: the third is (2/15, 3/15].
     probabilities = np.array([[0.2, 0.2, 0.2, 0.2, 0.2]])
     counts = evaluate(probabilities, np.array([0]), list("abcde")).calibration.counts
     assert np.flatnonzero(counts).tolist() == [2]
 
 
-def test_certainty_falls_into_the_last_bin():
+def test_confidence_1_is_in_the_last_bin():
     assert evaluate(one_hot_ish([[1, 0, 0]]), np.array([0]), NAMES).calibration.counts.tolist() == [0] * 14 + [1]
 
 
-def test_a_probability_of_zero_for_the_right_class_leaves_the_loss_finite():
+def test_loss_is_finite_for_probability_0_of_the_true_class():
     assert 80 < evaluate(one_hot_ish([[1, 0, 0]]), np.array([1]), NAMES).loss < 100
 
 
-def test_a_perfect_loss_is_0_and_not_below():
+def test_perfect_loss_is_not_negative_zero():
     for right in (1.0, np.nextafter(np.float32(1), np.float32(2))):  # as a float32 softmax rounds
         assert f"{evaluate(one_hot_ish([[right, 0, 0]]), np.array([0]), NAMES).loss:.4f}" == "0.0000"
 
@@ -67,24 +67,24 @@ def test_json_has_no_nan():
 
 
 @pytest.mark.parametrize("probabilities", [np.zeros((0, 3), np.float32), np.zeros((2, 2), np.float32)])
-def test_wrong_shapes_are_refused(probabilities):
+def test_wrong_shapes_are_rejected(probabilities):
     with pytest.raises(ValueError, match="expected probabilities"):
         evaluate(probabilities, np.zeros(len(probabilities), np.int64), NAMES)
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_without_a_column_is_refused(label):
+def test_label_out_of_range_is_rejected(label):
     with pytest.raises(ValueError, match="expected labels from 0 to 2"):
         evaluate(one_hot_ish([[1, 0, 0]]), np.array([label]), NAMES)
 
 
-def test_nan_is_refused():
+def test_nan_is_rejected():
     with pytest.raises(ValueError, match="NaN for 1 images"):
         evaluate(one_hot_ish([[1, 0, 0], [math.nan, 0, 0]]), np.array([0, 0]), NAMES)
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 60), classes=st.integers(2, 12))
-def test_the_figures_belong_together(seed, count, classes):
+def test_metrics_are_consistent(seed, count, classes):
     rng = np.random.default_rng(seed)
     probabilities = rng.dirichlet(np.ones(classes) * 0.3, count).astype(np.float32)
     labels = rng.integers(0, classes, count)
@@ -108,7 +108,7 @@ def test_the_figures_belong_together(seed, count, classes):
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 60))
-def test_the_order_of_the_images_is_of_no_matter(seed, count):
+def test_order_of_the_images_does_not_matter(seed, count):
     rng = np.random.default_rng(seed)
     probabilities, labels = rng.dirichlet(np.ones(3), count).astype(np.float32), rng.integers(0, 3, count)
     order = rng.permutation(count)

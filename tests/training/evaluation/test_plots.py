@@ -175,7 +175,7 @@ def test_samples_are_readable(share_right, size):
         assert not any(box.overlaps(picture.shrunk(0.98, 0.98)) for picture in pictures), text
 
 
-def test_the_samples_are_right_ones_and_the_most_confident_mistakes():
+def test_samples_are_correct_predictions_and_the_most_confident_errors():
     count = 100
     labels = np.arange(count) % 2
     confidences = np.linspace(0.55, 0.99995, count, dtype=np.float32)

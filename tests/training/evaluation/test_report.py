@@ -93,7 +93,7 @@ def test_a_report_shows_every_plot(tmp_path, case):
     assert [path.name for path in (tmp_path / "run").glob(".*")] == [".lock"]  # no temporary file is left
 
 
-def test_a_report_says_what_was_measured_and_how_to_do_it_again(tmp_path):
+def test_report_contains_metrics_and_the_command(tmp_path):
     text = report(tmp_path / "run")
     assert "weights of epoch 5" in text
     assert (
@@ -130,7 +130,7 @@ def test_a_report_says_what_was_measured_and_how_to_do_it_again(tmp_path):
     ],
     ids=["defaults", "airbench", "everything else"],
 )
-def test_the_command_in_a_report_asks_for_the_same_run(tmp_path, config):
+def test_command_in_the_report_gives_the_same_config(tmp_path, config):
     text = report(tmp_path / "run", config=config)
     (line,) = [line for line in text.splitlines() if " -m training train " in line]
     assert line.startswith(format_command("train"))
@@ -140,13 +140,13 @@ def test_the_command_in_a_report_asks_for_the_same_run(tmp_path, config):
     assert TrainingConfig.fill_in(**values) == config
 
 
-def test_what_is_undefined_is_a_dash(tmp_path):
-    text = report(tmp_path / "run", classes=30, count=10)  # so of most classes there is no image
+def test_undefined_metrics_are_shown_as_a_dash(tmp_path):
+    text = report(tmp_path / "run", classes=30, count=10)  # most classes have no image
     assert "| \N{EN DASH} | \N{EN DASH} | \N{EN DASH} | 0 |" in text
     assert "nan" not in text
 
 
-def test_a_best_epoch_that_the_history_has_not_heard_of_is_reported(tmp_path):
+def test_best_epoch_missing_in_the_history_is_reported(tmp_path):
     # Killed after the best checkpoint was saved, before the history was written.
     text = report(tmp_path / "run", epochs=3, history=make_history(2))
     assert "| 2 | " in text
@@ -158,7 +158,7 @@ def test_a_run_without_history_is_reported(tmp_path, monkeypatch):
     assert "| 1 (best) | 2.0000 | " in report(tmp_path / "run", epochs=1)
 
 
-def test_a_report_is_written_over_the_one_before(tmp_path):
+def test_report_replaces_the_previous_one(tmp_path):
     report(tmp_path / "run")
     before = (tmp_path / "run" / "report.md").read_text()
     (tmp_path / "run" / "config.json").unlink()

@@ -15,13 +15,13 @@ def softmax(logits):
     return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def answer(logits, *, class_ids=None):
+def make_outputs(logits, *, class_ids=None):
     ids = logits.argmax(axis=1) if class_ids is None else np.array(class_ids)
     names = np.array([NAMES[class_id].encode() for class_id in ids], object)
     return {"probabilities": softmax(logits), "class_id": ids, "label": names}
 
 
-def test_the_tolerance_is_a_share_of_the_largest_logit():
+def test_tolerance_is_relative_to_the_largest_logit():
     compare_logits(LARGE + 0.9 * TOLERANCE, LARGE, where="it")
     for wrong in (LARGE + np.array([0, 1.1 * TOLERANCE, 0]), LARGE / 1000, LARGE * np.nan):
         with pytest.raises(ExportError, match="it differs from the trained model: its logits by"):
@@ -30,7 +30,7 @@ def test_the_tolerance_is_a_share_of_the_largest_logit():
         compare_logits(LARGE / 1000 + 0.9 * TOLERANCE, LARGE / 1000, where="it")
 
 
-def test_classes_may_differ_only_where_rounding_decides():
+def test_classes_may_differ_only_within_the_tolerance():
     expected = np.array([[100.0, 100.0 + 0.5e-2, 0.0]])
     compare_logits(expected - [[0, 1e-2, 0]], expected, where="it")
     expected = np.array([[100.0, 100.0 + 2.5e-2, 0.0]])
@@ -39,34 +39,34 @@ def test_classes_may_differ_only_where_rounding_decides():
         compare_logits(wrong, expected, where="it")
 
 
-def test_infinite_logits_cannot_be_compared():
+def test_infinite_logits_are_rejected():
     for value in (np.inf, np.nan):
         with pytest.raises(ExportError, match="the trained model's own logits are infinite or NaN"):
             compare_logits(LARGE, np.where(LARGE == 800, value, LARGE), where="it")
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.01, 1, 10])
-def test_answers_are_compared_as_far_as_probabilities_tell(scale):
+def test_outputs_are_compared_by_log_probabilities(scale):
     logits = scale * LARGE / 100
-    compare_outputs(answer(logits), logits, NAMES, where="it")
-    compare_outputs(answer(logits + 7), logits, NAMES, where="it")  # a softmax does not see it
+    compare_outputs(make_outputs(logits), logits, NAMES, where="it")
+    compare_outputs(make_outputs(logits + 7), logits, NAMES, where="it")  # a softmax does not see it
     with pytest.raises(ExportError, match="the logarithms of its probabilities by"):
-        compare_outputs(answer(1.1 * logits), logits, NAMES, where="it")
+        compare_outputs(make_outputs(1.1 * logits), logits, NAMES, where="it")
     with pytest.raises(ExportError, match="labels that do not match its probabilities"):
-        compare_outputs(answer(logits, class_ids=[0, 2]), logits, NAMES, where="it")
+        compare_outputs(make_outputs(logits, class_ids=[0, 2]), logits, NAMES, where="it")
 
 
-def test_probabilities_of_0_and_1_are_answers_too():
-    compare_outputs(answer(LARGE), LARGE, NAMES, where="it")
+def test_probabilities_of_0_and_1_are_accepted():
+    compare_outputs(make_outputs(LARGE), LARGE, NAMES, where="it")
     with pytest.raises(ExportError, match="differs from the trained model"):
-        compare_outputs(answer(LARGE[:, ::-1]), LARGE, NAMES, where="it")
+        compare_outputs(make_outputs(LARGE[:, ::-1]), LARGE, NAMES, where="it")
 
 
 def test_probabilities_that_a_softmax_rounds_to_0_are_equal():
     # TensorFlow's softmax gives 0 for all that is smaller than about twice the smallest normal float32.
     margins = np.linspace(80, 95, 3001)
     logits = np.stack([margins, 0 * margins, margins - 1], axis=1).astype(np.float32)
-    rounded = answer(logits) | {"probabilities": tf.nn.softmax(logits).numpy()}
+    rounded = make_outputs(logits) | {"probabilities": tf.nn.softmax(logits).numpy()}
     assert 0 < np.count_nonzero(rounded["probabilities"][:, 1]) < len(margins)
     compare_outputs(rounded, logits, NAMES, where="it")
     with pytest.raises(ExportError, match="the logarithms of its probabilities by"):

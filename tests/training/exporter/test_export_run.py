@@ -1,4 +1,4 @@
-"""Every kind of network is trained and exported, on images unlike CIFAR-10's, and exports exactly what was trained."""
+"""Export of trained runs, on images of other sizes than CIFAR-10's."""
 
 import json
 import subprocess
@@ -52,13 +52,13 @@ def trained(request, tmp_path_factory):
     return run, dataset.test.images
 
 
-def test_airbench_is_exported_whatever_it_was_trained_on(trained, tmp_path):
+def test_airbench_is_exported_for_any_image_size(trained, tmp_path):
     run, images = trained
     version = export_run(run, models_dir=tmp_path)
     model = load_best_model(run).model
     expected = compute_logits(model, tf.constant(images)).numpy() / run.read_evaluation()["test"]["temperature"]
-    answer = tf.saved_model.load(str(version)).signatures["serving_default"](images=tf.constant(images))
-    np.testing.assert_allclose(answer["probabilities"], tf.nn.softmax(expected), atol=1e-3)
+    outputs = tf.saved_model.load(str(version)).signatures["serving_default"](images=tf.constant(images))
+    np.testing.assert_allclose(outputs["probabilities"], tf.nn.softmax(expected), atol=1e-3)
     info = json.loads((version / "assets.extra" / "model.json").read_text())
     assert info["class_names"] == list(run.read_dataset().class_names)
     assert info["input_shape"] == list(images.shape[1:])
@@ -74,7 +74,7 @@ def test_airbench_is_exported_whatever_it_was_trained_on(trained, tmp_path):
     assert listed == files - {"assets.extra/SHA256SUMS"}
 
 
-def test_a_fault_of_the_folding_is_found_where_all_probabilities_are_0_or_1(trained, tmp_path, monkeypatch):
+def test_folding_error_is_detected_when_all_probabilities_are_0_or_1(trained, tmp_path, monkeypatch):
     run, _ = trained
 
     fold = AirbenchRecipe.fold
@@ -92,7 +92,7 @@ def test_a_fault_of_the_folding_is_found_where_all_probabilities_are_0_or_1(trai
 @pytest.mark.parametrize(
     "options", [{"variant": "sequential"}, {"variant": "subclass"}, *({"preset": preset} for preset in PRESETS)]
 )
-def test_folded_to_float32_rounding_at_200x150_pixels(options):
+def test_folded_logits_match_within_rounding_at_200x150_pixels(options):
     config = TrainingConfig.fill_in(**{"variant": "airbench", **options})
     model = build_model(config.variant, (150, 200, 3), classes=5, preset=config.preset)
     images = draw_photos(4, seed=0).images

@@ -69,7 +69,7 @@ SAME_SIZE = {
 
 
 @pytest.mark.parametrize("name", SAME_SIZE)
-def test_files_of_the_model_s_size_are_decoded_as_by_pillow_to_the_bit(decode, name):
+def test_files_of_the_model_s_size_decode_bit_identically_to_pillow(decode, name):
     by_pillow = Image.open(io.BytesIO(SAME_SIZE[name]))
     if by_pillow.has_transparency_data:
         by_pillow = Image.alpha_composite(Image.new("RGBA", by_pillow.size, "white"), by_pillow.convert("RGBA"))
@@ -84,13 +84,13 @@ def test_16_bit_samples_keep_their_high_byte(decode):
 
 
 @pytest.mark.parametrize("size", [(20, 20), (32, 31), (33, 100), (400, 300), (640, 480), (1, 1)])
-def test_other_sizes_are_resized_as_by_pillow_to_one_grey_level(decode, size):
+def test_resizing_matches_pillow_within_one_grey_level(decode, size):
     image = picture(*size)
     by_pillow = np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(decode([encoded(image)])[0].numpy() - by_pillow).max() <= 1
 
 
-def test_a_batch_may_mix_sizes_and_formats(decode):
+def test_batch_can_mix_sizes_and_formats(decode):
     files = [encoded(picture(64, 48)), SAME_SIZE["jpeg 4:2:0"], SAME_SIZE["png grey"]]
     together = decode(files)
     assert together.dtype == tf.uint8
@@ -99,7 +99,7 @@ def test_a_batch_may_mix_sizes_and_formats(decode):
 
 
 @pytest.mark.parametrize("number", range(10))
-def test_jpeg_files_are_turned_upright(number):
+def test_exif_orientation_of_jpeg_is_applied(number):
     file = encoded(picture(), "JPEG", exif=with_orientation(number))
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
     decoded = decode_images(tf.constant([file]), height=upright.height, width=upright.width)[0]
@@ -114,7 +114,7 @@ def tiff(order, entries):
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_exif_is_read_in_both_byte_orders_and_behind_other_segments(orientation, order):
+def test_exif_is_read_in_both_byte_orders_and_after_other_segments(orientation, order):
     exif = b"Exif\0\0" + tiff(order, [(0x0100, 7), (0x0112, 6), (0x0128, 2)])
     file = encoded(picture(), "JPEG", exif=exif, comment=b"a comment of some length", icc_profile=b"x" * 3000)
     assert Image.open(io.BytesIO(file)).getexif()[0x0112] == 6
@@ -129,7 +129,7 @@ def test_exif_is_read_in_both_byte_orders_and_behind_other_segments(orientation,
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_damaged_exif_is_never_an_error(orientation, data):
+def test_damaged_exif_is_ignored(orientation, data):
     file = bytearray(encoded(picture(), "JPEG", exif=with_orientation(6))[:300])
     for _ in range(data.draw(st.integers(1, 6))):
         file[data.draw(st.integers(0, 120))] = data.draw(st.integers(0, 255))
@@ -171,6 +171,6 @@ def jpeg_claiming(width, height):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_is_no_usable_file_is_refused(decode, file, message):
+def test_unusable_files_are_rejected(decode, file, message):
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         decode([SAME_SIZE["png"], file])

@@ -29,7 +29,7 @@ def publish(models_dir, *, variant="sequential", model=None, name="pets", **opti
         name=name,
         class_names=CLASSES,
         input_shape=(24, 32, 3),
-        # Of what is so already, the card is not believed.
+        # These fields of the metadata are replaced.
         metadata={"seed": 7, "class_names": ["a"], "version": 99, "input_shape": [1, 1, 1]},
         **options,
     )
@@ -41,23 +41,23 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_export_answers_as_the_model_does(variant, tmp_path):
+def test_export_gives_the_outputs_of_the_model(variant, tmp_path):
     model = build_model(variant, (24, 32, 3), classes=3, conv_activation="relu")
     loaded = tf.saved_model.load(str(publish(tmp_path, model=model)))
     images = np.random.default_rng(0).integers(0, 256, (5, 24, 32, 3), dtype=np.uint8)
     expected = model(images).numpy()
     files = [tf.io.encode_png(image).numpy() for image in images]
-    for answer in (
+    for outputs in (
         loaded.signatures["serving_default"](images=tf.constant(images)),
         loaded.signatures["image_bytes"](image_bytes=tf.constant(files)),
     ):
-        np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
-        assert answer["class_id"].dtype == tf.int64
-        assert answer["class_id"].numpy().tolist() == expected.argmax(axis=1).tolist()
-        assert [label.decode() for label in answer["label"].numpy()] == [CLASSES[i] for i in expected.argmax(axis=1)]
+        np.testing.assert_allclose(outputs["probabilities"], expected, atol=1e-5)
+        assert outputs["class_id"].dtype == tf.int64
+        assert outputs["class_id"].numpy().tolist() == expected.argmax(axis=1).tolist()
+        assert [label.decode() for label in outputs["label"].numpy()] == [CLASSES[i] for i in expected.argmax(axis=1)]
 
 
-def test_the_signatures_are_the_contract(exported):
+def test_signatures_have_the_documented_inputs_and_outputs(exported):
     signatures = tf.saved_model.load(str(exported)).signatures
     assert set(signatures) == {"serving_default", "image_bytes", "labels"}
     pixels = signatures["serving_default"].structured_input_signature[1]["images"]
@@ -75,8 +75,8 @@ def test_the_signatures_are_the_contract(exported):
 
 def test_the_labels_can_be_looked_up(exported):
     labels = tf.saved_model.load(str(exported)).signatures["labels"]
-    answer = labels(class_id=tf.constant([2, 0, 1, 2], tf.int64))
-    assert [label.decode() for label in answer["label"].numpy()] == ["größe", "cat", "dog", "größe"]
+    outputs = labels(class_id=tf.constant([2, 0, 1, 2], tf.int64))
+    assert [label.decode() for label in outputs["label"].numpy()] == ["größe", "cat", "dog", "größe"]
     with pytest.raises(tf.errors.InvalidArgumentError):
         labels(class_id=tf.constant([3], tf.int64))
     with pytest.raises(tf.errors.InvalidArgumentError):
@@ -100,7 +100,7 @@ with tf.Graph().as_default(), tf.compat.v1.Session() as session:
             feed=[given.name], fetch=[output.name for output in definition.outputs.values()]))
         try:
             call(batch)
-            print("answered")
+            print("ok")
         except tf.errors.InvalidArgumentError as error:
             print(str(error).splitlines()[0])
     wrong = [(3,), (2, 2), (0,), (1, 31, 32, 3), (1, 24, 32, 1), (24, 32, 3), (1, 1, 24, 32, 3)]
@@ -111,7 +111,7 @@ with tf.Graph().as_default(), tf.compat.v1.Session() as session:
 """
 
 
-def test_wrong_shapes_and_empty_batches_are_refused_in_the_graph(exported):
+def test_wrong_shapes_and_empty_batches_are_rejected_in_the_graph(exported):
     done = subprocess.run(
         [sys.executable, "-c", _ASK, str(exported)],
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -125,32 +125,32 @@ def test_wrong_shapes_and_empty_batches_are_refused_in_the_graph(exported):
     for line in wrong_shapes:
         assert re.match(r"Shape of tensor .* is not compatible with expected shape \[\?,24,32,3\]", line)
     assert "images must hold at least one row; got a batch of 0" in no_rows
-    assert two_images == "answered"
+    assert two_images == "ok"
     assert "image_bytes must hold at least one row; got a batch of 0" in no_files
     for line in (nested_files, scalar):
         assert re.match(r"Shape of tensor .* is not compatible with expected shape \[\?\]", line)
     assert "image_bytes must hold JPEG or PNG files" in no_image
 
 
-def test_the_card_says_what_the_model_is(exported):
-    card = json.loads((exported / "assets.extra" / "model.json").read_text())
-    assert (card["name"], card["version"], card["seed"]) == ("pets", 1, 7)
-    assert card["created"].endswith("+00:00")
-    assert card["class_names"] == list(CLASSES)
-    assert card["input_shape"] == [24, 32, 3]
+def test_model_json_contains_the_metadata(exported):
+    metadata = json.loads((exported / "assets.extra" / "model.json").read_text())
+    assert (metadata["name"], metadata["version"], metadata["seed"]) == ("pets", 1, 7)
+    assert metadata["created"].endswith("+00:00")
+    assert metadata["class_names"] == list(CLASSES)
+    assert metadata["input_shape"] == [24, 32, 3]
 
 
-def test_the_warm_up_records_are_requests_the_model_answers(exported):
+def test_warmup_records_are_valid_requests(exported):
     signatures = tf.saved_model.load(str(exported)).signatures
     records = tf.data.TFRecordDataset(str(exported / "assets.extra" / "tf_serving_warmup_requests"))
-    asked = []
+    requests = []
     for record in records.as_numpy_iterator():
         request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
         assert request.model_spec.name == "pets"
         inputs = {name: tf.constant(tf.make_ndarray(proto)) for name, proto in request.inputs.items()}
-        answer = signatures[request.model_spec.signature_name](**inputs)
-        asked.append((request.model_spec.signature_name, len(answer["class_id"])))
-    assert sorted(asked) == [(name, size) for name in ("image_bytes", "serving_default") for size in (1, 8, 64)]
+        outputs = signatures[request.model_spec.signature_name](**inputs)
+        requests.append((request.model_spec.signature_name, len(outputs["class_id"])))
+    assert sorted(requests) == [(name, size) for name in ("image_bytes", "serving_default") for size in (1, 8, 64)]
 
 
 def test_versions_only_grow(tmp_path):
@@ -174,7 +174,7 @@ def test_versions_only_grow(tmp_path):
         (["9223372036854775806"], "4", 2**63 - 1),
     ],
 )
-def test_numbers_that_no_version_can_have_are_passed_over(tmp_path, folders, remembered, version):
+def test_invalid_version_numbers_are_ignored(tmp_path, folders, remembered, version):
     for name in folders:
         (tmp_path / name).mkdir()
     (tmp_path / ".last_version").write_text(remembered)
@@ -185,21 +185,21 @@ def test_numbers_that_no_version_can_have_are_passed_over(tmp_path, folders, rem
     assert (tmp_path / ".last_version").read_text() == f"{version}\n"
 
 
-def test_there_is_no_version_after_the_largest(tmp_path):
+def test_largest_version_number_is_an_error(tmp_path):
     (tmp_path / "9223372036854775807").mkdir()
     with pytest.raises(ExportError, match="the largest possible, so no newer one can"), next_version(tmp_path):
         pass
 
 
 class Moody(keras.layers.Layer):
-    """Answers differently each time: no export of it can be proved."""
+    """Returns different outputs each time, so no export of it can be verified."""
 
     def call(self, images):
         noise = tf.random.uniform((tf.shape(images)[0], 3))
         return tf.nn.softmax(noise + tf.reduce_mean(tf.cast(images, tf.float32)))
 
 
-def test_an_export_that_answers_otherwise_is_not_published(tmp_path):
+def test_export_with_different_outputs_is_not_published(tmp_path):
     model = keras.Sequential([keras.Input((24, 32, 3), dtype="uint8"), Moody()])
     with pytest.raises(ExportError, match=r"serving_default.*at batch size 1 differs from the trained model"):
         publish(tmp_path, model=model)
@@ -212,7 +212,7 @@ def channel_logits(images, more=0.0):
 
 
 @pytest.mark.parametrize(("difference", "is_rounding"), [(0.02, True), (0.2, False)])
-def test_what_large_logits_differ_by_is_no_fault_if_it_is_rounding(tmp_path, difference, is_rounding):
+def test_rounding_differences_of_large_logits_are_accepted(tmp_path, difference, is_rounding):
     images = np.random.default_rng(0).integers(0, 256, (64, 24, 32, 3), dtype=np.uint8)
     exact, rounded = (tf.nn.softmax(channel_logits(images, more)).numpy() for more in (0, difference))
     assert np.abs(exact - rounded).max() > 1e-3  # of the probabilities; the logits are about 400
@@ -229,7 +229,7 @@ def test_what_large_logits_differ_by_is_no_fault_if_it_is_rounding(tmp_path, dif
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "a:predict"])
-def test_a_name_must_fit_into_an_address(tmp_path, name):
+def test_invalid_model_names_are_rejected(tmp_path, name):
     with pytest.raises(ExportError, match="is not a valid model name"):
         publish(tmp_path, name=name)
     assert not list(tmp_path.iterdir())
@@ -249,7 +249,7 @@ while True:
 """
 
 
-def test_a_killed_export_leaves_no_half_version(tmp_path):
+def test_killed_export_leaves_no_incomplete_version(tmp_path):
     files = {"saved_model.pb", "variables", "fingerprint.pb", "assets", "assets.extra"}
     rng = np.random.default_rng()
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The airbench network: what sets it apart from a plain one, and that nothing of it is lost when it is folded."""
+"""The airbench network: its layers, presets, dtypes and folding."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def dataset():
     return Dataset("shapes", "drawn", tuple("abcdefghij"), train=train, test=test)
 
 
-def test_whitened_patches_are_uncorrelated_and_of_one_scale():
+def test_whitened_patches_are_uncorrelated_with_unit_variance():
     layer = Whitening()
     layer.build((None, 32, 32, 3))
     images = random_images(500)
@@ -45,7 +45,7 @@ def test_whitened_patches_are_uncorrelated_and_of_one_scale():
     assert not layer.trainable_variables
 
 
-def test_the_directions_kept_are_those_in_which_patches_vary_the_most():
+def test_whitening_keeps_the_directions_of_largest_variance():
     layer = Whitening()
     layer.build((None, 32, 32, 3))
     images = random_images(500)
@@ -57,7 +57,7 @@ def test_the_directions_kept_are_those_in_which_patches_vary_the_most():
     filters = layer.kernel.numpy()[..., :8] * images.std(axis=(0, 1, 2))[:, None]
     lengths = np.linalg.norm(filters.reshape(12, 8), axis=0)
     np.testing.assert_allclose(np.sort(lengths**-2), variances[4:], rtol=0.02, atol=1e-3)
-    assert variances[-1] > 2 * variances[7]  # others would be told apart
+    assert variances[-1] > 2 * variances[7]  # the directions differ clearly
 
 
 def test_images_of_one_colour_can_be_whitened():
@@ -67,7 +67,7 @@ def test_images_of_one_colour_can_be_whitened():
     assert np.isfinite(layer(tf.fill((1, 8, 8, 3), tf.constant(7, tf.uint8)))).all()
 
 
-def test_convolutions_begin_by_handing_their_inputs_on():
+def test_convolutions_are_initialized_as_the_identity():
     layer = Conv(6)
     inputs = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
     np.testing.assert_allclose(layer(inputs)[..., :4], inputs, atol=1e-6)
@@ -75,7 +75,7 @@ def test_convolutions_begin_by_handing_their_inputs_on():
 
 
 @pytest.mark.parametrize("size", [32, 31])
-def test_pixels_left_out_are_those_the_network_makes_no_use_of(size):
+def test_cropped_pixels_do_not_influence_the_output(size):
     model = build_model("airbench", (size, size, 3), classes=10)
     images = random_images(count=2, shape=(size, size, 3))
     whole = model.block1(model.whitening(images))
@@ -84,7 +84,7 @@ def test_pixels_left_out_are_those_the_network_makes_no_use_of(size):
 
 
 @pytest.mark.parametrize(("preset", "sizes"), [("quick", (14, 6, 3)), ("best", (14, 7, 3))])
-def test_the_blocks_give_ever_smaller_maps_from_the_pixels_of_cifar_10(preset, sizes):
+def test_blocks_have_the_documented_feature_map_sizes(preset, sizes):
     model = build_model("airbench", (32, 32, 3), classes=10, preset=preset)
     features = model.whitening(random_images(count=2))
     blocks = (model.block1, model.block2, model.block3)
@@ -94,7 +94,7 @@ def test_the_blocks_give_ever_smaller_maps_from_the_pixels_of_cifar_10(preset, s
         assert len(block.convs) == depth
 
 
-def test_the_third_convolution_of_a_block_adds_to_what_it_is_given():
+def test_third_convolution_of_a_block_is_residual():
     block = AirbenchBlock(4, depth=3)
     inputs = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
     block(inputs)
@@ -108,7 +108,7 @@ def test_the_third_convolution_of_a_block_adds_to_what_it_is_given():
     np.testing.assert_allclose(block(inputs), 2 * first_two(inputs) + 2, rtol=1e-4)
 
 
-def test_batch_norm_is_keras_s_without_a_scale():
+def test_batch_norm_matches_keras_without_scale():
     ours = BatchNorm()
     theirs = keras.layers.BatchNormalization(scale=False, momentum=ours.MOMENTUM, epsilon=ours.EPSILON)
     inputs = np.random.default_rng(0).normal(3, 2, size=(64, 5, 5, 4)).astype(np.float32)
@@ -120,7 +120,7 @@ def test_batch_norm_is_keras_s_without_a_scale():
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("shape", [(32, 32, 3), (15, 40, 3), (31, 22, 3)])
-def test_folded_it_answers_as_before(shape, preset):
+def test_folded_network_gives_the_same_outputs(shape, preset):
     model = build_model("airbench", shape, classes=7, preset=preset)
     images = random_images(shape=shape)
     model.adapt(images)
@@ -136,7 +136,7 @@ def test_folded_it_answers_as_before(shape, preset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_is_rebuilt_from_its_config(dtype, tmp_path):
+def test_model_is_restored_from_its_config(dtype, tmp_path):
     model = build_model("airbench", (32, 32, 3), classes=10, dtype=dtype)
     model.adapt(random_images())
     model.save(tmp_path / "model.keras")
@@ -144,7 +144,7 @@ def test_it_is_rebuilt_from_its_config(dtype, tmp_path):
     np.testing.assert_array_equal(loaded(random_images()), model(random_images()))
 
 
-def test_convolutions_in_bfloat16_are_those_in_float32_rounded():
+def test_bfloat16_convolutions_match_float32_within_rounding():
     exact, rounded = (build_model("airbench", (32, 32, 3), classes=10, dtype=dtype) for dtype in DTYPES)
     rounded.set_weights(exact.get_weights())
     assert {weight.dtype for weight in rounded.weights} == {"float32"}
@@ -157,7 +157,7 @@ def test_convolutions_in_bfloat16_are_those_in_float32_rounded():
     assert 1e-5 < np.abs(outputs[0] - outputs[1]).mean() < 5e-3
 
 
-def test_the_dtype_is_what_the_processor_has_instructions_for(tmp_path):
+def test_default_dtype_depends_on_the_cpu_s_instructions(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     assert fastest_dtype(cpuinfo) == "float32"
     for flags, dtype in (("fma avx512f", "float32"), ("fma avx512_bf16 fsrm", "mixed_bfloat16")):
@@ -170,7 +170,7 @@ def test_the_dtype_is_what_the_processor_has_instructions_for(tmp_path):
         TrainingConfig.fill_in(variant="subclass", dtype="mixed_bfloat16")
 
 
-def test_what_was_trained_in_bfloat16_is_judged_in_float32(dataset, tmp_path):
+def test_evaluation_is_in_float32_after_bfloat16_training(dataset, tmp_path):
     weights = []
     for dtype in DTYPES:
         run = RunDir.create(tmp_path / dtype, TrainingConfig.fill_in(variant="airbench", epochs=1, dtype=dtype))
@@ -182,7 +182,7 @@ def test_what_was_trained_in_bfloat16_is_judged_in_float32(dataset, tmp_path):
     assert 1e-6 < max(differences) < 0.1
 
 
-def test_presets_fill_in_what_is_not_given():
+def test_presets_are_defaults_of_missing_settings():
     for name, preset in PRESETS.items():
         config = TrainingConfig.fill_in(variant="airbench", preset=name, epochs=3)
         assert (config.epochs, config.batch_size) == (3, preset.batch_size)
@@ -207,7 +207,7 @@ def test_presets_fill_in_what_is_not_given():
     ],
     ids=str,
 )
-def test_a_run_is_trained_as_its_preset_says(changed, dataset, tmp_path, monkeypatch):
+def test_every_setting_of_a_preset_affects_training(changed, dataset, tmp_path, monkeypatch):
     """Two runs of a preset give the same weights, and others where anything in the preset is changed between them."""
     config = TrainingConfig.fill_in(variant="airbench", epochs=1, batch_size=50)
     small = dataclasses.replace(PRESETS["quick"], blocks=(Block(16, 1, "VALID"),) * 2 + (Block(16, 2, "SAME"),))

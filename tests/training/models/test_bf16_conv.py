@@ -1,4 +1,4 @@
-"""The gradients of the convolution of small maps are those of TensorFlow's own."""
+"""The bfloat16 convolution has the outputs and gradients of TensorFlow's."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from training.models import bf16_conv
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 3, 4), (3, 7, 7, 4), (2, 2, 9, 4), (1, 1, 1, 4)])
-def test_it_is_tensorflow_s_convolution_and_so_are_its_gradients(shape):
+def test_outputs_and_gradients_match_tensorflow(shape):
     rng = np.random.default_rng(0)
     maps, kernel = tf.constant(rng.normal(size=shape)), tf.constant(rng.normal(size=(3, 3, 4, 6)))
     upstream = rng.normal(size=(*shape[:3], 6))
@@ -26,5 +26,5 @@ def test_it_is_tensorflow_s_convolution_and_so_are_its_gradients(shape):
     ("shape", "dtype", "is_for"),
     [((8, 7, 7, 4), "bfloat16", True), ((8, 7, 8, 4), "bfloat16", False), ((8, 3, 3, 4), "float32", False)],
 )
-def test_it_is_for_small_maps_in_bfloat16(shape, dtype, is_for):
+def test_it_applies_to_small_bfloat16_feature_maps(shape, dtype, is_for):
     assert bf16_conv.is_for(tf.zeros(shape, dtype)) == is_for

@@ -21,7 +21,7 @@ def test_the_article_s_parameter_count(variant):
 
 
 @pytest.mark.parametrize("activation", ["relu", "linear"])
-def test_one_network_in_two_styles(activation):
+def test_sequential_and_subclass_are_the_same_network(activation):
     sequential, subclass = (
         build_model(variant, (32, 32, 3), classes=10, conv_activation=activation)
         for variant in ("sequential", "subclass")
@@ -33,7 +33,7 @@ def test_one_network_in_two_styles(activation):
 
 
 @pytest.mark.parametrize("shape", [(32, 32, 3), (31, 25, 3), (22, 36, 3)])
-def test_pixels_left_out_are_those_the_network_makes_no_use_of(shape):
+def test_cropped_pixels_do_not_influence_the_output(shape):
     model = build_model("sequential", shape, classes=10, conv_activation="relu")
     layers = [layer for layer in model.layers if not isinstance(layer, keras.layers.Cropping2D)]
     assert len(layers) == len(model.layers) - 1
@@ -61,7 +61,7 @@ def test_the_activation_is_applied():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [(22, 22, 3), (40, 64, 3)])
-def test_other_sizes_and_class_counts(variant, shape):
+def test_other_image_sizes_and_class_counts_work(variant, shape):
     model = build_model(variant, shape, classes=3, conv_activation="relu")
     probabilities = model(random_images(shape=shape)).numpy()
     assert probabilities.shape == (4, 3)
@@ -77,13 +77,13 @@ def test_raw_pixels_are_rescaled_inside(variant):
 
 
 @pytest.mark.parametrize(("variant", "smallest"), [("sequential", 22), ("subclass", 22), ("airbench", 15)])
-def test_too_small_images_are_refused(variant, smallest):
+def test_too_small_images_are_rejected(variant, smallest):
     build_model(variant, (smallest, 40, 3), classes=10)
     with pytest.raises(DatasetError, match=rf"{smallest - 1}x40.*at least {smallest}x{smallest}.*--image-size"):
         build_model(variant, (smallest - 1, 40, 3), classes=10)
 
 
-def test_a_subclass_model_is_rebuilt_from_its_config(tmp_path):
+def test_subclass_model_is_restored_from_its_config(tmp_path):
     model = build_model("subclass", (32, 32, 3), classes=10, conv_activation="linear")
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")

@@ -9,7 +9,7 @@ from training.optimizers.schedules import LinearDecay
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 24, 32), (3, 3, 2, 40)])
-def test_steps_of_filters_move_all_directions_alike(shape):
+def test_filter_updates_are_orthogonal(shape):
     kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     step = orthogonalize(tf.constant(kernel)).numpy().reshape(-1, shape[-1])
     before = np.linalg.svd(kernel.reshape(step.shape), compute_uv=False)
@@ -21,7 +21,7 @@ def test_steps_of_filters_move_all_directions_alike(shape):
     assert (step * kernel.reshape(step.shape)).sum() > 0.5 * np.linalg.norm(step) * np.linalg.norm(kernel)
 
 
-def test_filters_keep_their_length_and_the_rest_takes_nesterov_steps():
+def test_filters_keep_their_norm_and_other_variables_use_nesterov():
     rng = np.random.default_rng(0)
     filters, bias = (keras.Variable(np.float32(value)) for value in (rng.normal(size=(3, 3, 4, 8)), np.ones(5)))
     optimizer = Muon(0.24, decay=0.0)
@@ -37,7 +37,7 @@ def test_filters_keep_their_length_and_the_rest_takes_nesterov_steps():
     np.testing.assert_allclose(bias, reference, rtol=1e-5)
 
 
-def test_decay_pulls_biases_towards_nothing():
+def test_weight_decay_reduces_biases():
     bias = keras.Variable(np.ones(5, np.float32))
     optimizer = Muon(0.24, decay=0.01)
     optimizer.build([bias])
@@ -46,13 +46,13 @@ def test_decay_pulls_biases_towards_nothing():
     assert 0.5 < bias.numpy().max() < 0.95
 
 
-def test_the_learning_rate_falls_to_nothing_at_the_last_step():
+def test_learning_rate_decays_linearly_to_0():
     schedule = LinearDecay(0.2, steps=10)
     assert [pytest.approx(float(schedule(step))) for step in (0, 5, 10, 11)] == [0.2, 0.1, 0, 0]
     assert LinearDecay.from_config(schedule.get_config())(5) == schedule(5)
 
 
-def test_the_smoothed_loss_is_keras_s_for_one_hot_labels():
+def test_smoothed_loss_matches_keras_for_one_hot_labels():
     probabilities = tf.nn.softmax(np.random.default_rng(0).normal(size=(8, 10)).astype(np.float32))
     labels = np.arange(8)
     expected = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)(

@@ -22,7 +22,7 @@ def by_keras(losses, *, factor, patience):
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3])
-def test_it_does_what_keras_s_callback_does_however_often_it_is_restored(patience):
+def test_plateau_schedule_matches_keras_after_any_number_of_restores(patience):
     rng = np.random.default_rng(patience)
     losses = [*(np.exp(-np.arange(40) / 8) + rng.normal(0, 0.05, 40)).tolist(), 0.5, 0.49995, 0.4998, 0.4]
     schedule = PlateauSchedule(factor=0.5, patience=patience)
