@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from training.data.image_file import MAX_PIXELS, read_image
+from training.data.image_file import read_image
 from training.errors import DatasetError
-from training.exporter.image_decoding import MAX_PIXELS as MAX_PIXELS_IN_THE_GRAPH
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
 
@@ -93,10 +92,6 @@ def test_damaged_exif_data_is_ignored(exif):
 def test_resizing_is_antialiased_bilinear():
     small = Image.fromarray(PHOTO).resize((24, 20), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(read(Image.fromarray(PHOTO), "PNG", image_size=(20, 24)), np.asarray(small))
-
-
-def test_size_limit_equals_that_of_the_exported_model():
-    assert MAX_PIXELS == MAX_PIXELS_IN_THE_GRAPH
 
 
 @pytest.mark.parametrize("size", [(7001, 7143), (20_000, 20_000)])  # just above the limit; above Pillow's as well
