@@ -238,8 +238,10 @@ def _evaluate_calibrated(
 
 
 def _build(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int, dtype: str) -> keras.Model:
-    options = {"conv_activation": config.conv_activation, "preset": config.preset}
-    return build_model(config.variant, input_shape, classes=classes, dtype=dtype, **options)
+    variant, activation = config.variant, config.conv_activation
+    return build_model(
+        variant, input_shape, classes=classes, conv_activation=activation, preset=config.preset, dtype=dtype
+    )
 
 
 def _explain_full_storage(run: RunDir) -> contextlib.AbstractContextManager[None]:

@@ -37,7 +37,8 @@ def plot_samples(
         _TITLE + -(-len(rows) // _COLUMNS) * (image_height + (lines + 1) * _LINE) for _, rows, _, lines in blocks
     ]
     figure = Figure(figsize=(_COLUMNS * _WIDTH, sum(heights)), layout="constrained")
-    for part, (title, rows, colour, lines) in zip(figure.subfigures(2, 1, height_ratios=heights), blocks, strict=True):
+    parts = np.asarray(figure.subfigures(2, 1, height_ratios=heights))
+    for part, (title, rows, colour, lines) in zip(parts, blocks, strict=True):
         part.suptitle(title if len(rows) else f"{title}: none", x=0, ha="left", fontsize=10, weight="bold")
         for position, index in enumerate(rows):
             axes = part.add_subplot(-(-len(rows) // _COLUMNS), _COLUMNS, position + 1)
