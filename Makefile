@@ -58,7 +58,7 @@ $(INSTALLED): requirements.lock
 demo: $(INSTALLED)  ## everything once, offline: train on drawn shapes, export, serve, classify
 	@PORT=$(PORT) scripts/demo.sh
 
-train: $(INSTALLED)  ## train, judge and export: DATASET= DATA= IMAGE_SIZE=HxW VARIANT= PRESET= LOOP= EPOCHS= BATCH_SIZE= SEED= NAME= or RESUME=runs/... EPOCHS= DATA=
+train: $(INSTALLED)  ## train, evaluate and export: DATASET= DATA= IMAGE_SIZE=HxW VARIANT= PRESET= LOOP= EPOCHS= BATCH_SIZE= SEED= NAME= or RESUME=runs/... EPOCHS= DATA=
 	@$(BIN)/python -m training train --models-dir $(call quoted,MODELS) $(if $(NAME),--name $(call quoted,NAME)) \
 		$(if $(DATA),--data $(call quoted,DATA)) $(if $(EPOCHS),--epochs $(EPOCHS)) \
 		$(if $(RESUME),--resume $(call quoted,RESUME),\

@@ -22,8 +22,9 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from training.datasets import Dataset, Split, load_dataset
-from training.input_pipeline import split_validation
+from training.config import TrainingConfig
+from training.data import Dataset, Split, load_dataset
+from training.data.input_pipeline import split_validation
 
 BATCH_SIZE = 128
 
@@ -37,7 +38,7 @@ BATCH_SIZE = 128
 def main(*, style: str, data: Path | None, epochs: int, seed: int, as_json: bool) -> None:
     """Train the article's network in the article's way, and print what it reaches and how long it takes."""
     keras.utils.set_random_seed(seed)
-    dataset = load_dataset("cifar10", data=data, image_size=None, seed=seed)
+    dataset = load_dataset(TrainingConfig(data=data, seed=seed))
     train, validation = split_validation(dataset.train, seed=seed)
     result = (train_by_fit if style == "fit" else train_by_tape)(train, validation, dataset, epochs)
     if as_json:

@@ -23,8 +23,8 @@ import tensorflow as tf
 
 from serving.inference.saved_model import SavedModelPredictor
 from training.config import TrainingConfig
-from training.export import publish_model, with_softmax
-from training.models import build_model, fold_model
+from training.exporter.publish import publish_model, with_softmax
+from training.models import RECIPES, build_model
 
 SHAPE, CLASSES = (32, 32, 3), tuple("abcdefghij")
 BATCHES = (1, 8, 64)
@@ -45,12 +45,12 @@ def export(variant: str, folder: Path) -> dict[str, Call]:
             model(images, training=True)  # gives the batch norms means and variances
     lean = publish_model(
         model,
-        folded=with_softmax(fold_model(model, TrainingConfig.fill_in(variant=variant), temperature=1.0)),
+        folded=with_softmax(RECIPES[variant].fold(model, TrainingConfig.fill_in(variant=variant), temperature=1.0)),
         models_dir=folder,
         name=variant,
         class_names=CLASSES,
         input_shape=SHAPE,
-        card={},
+        metadata={},
     )
     plain = folder / f"{variant}-plain"
     model.export(plain, verbose=False, input_signature=[tf.TensorSpec((None, *SHAPE), tf.uint8, "images")])

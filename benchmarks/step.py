@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from training.config import VARIANTS, TrainingConfig
 from training.models import build_model
-from training.train import make_loss, make_optimizer
 
 
 @click.command()
@@ -23,7 +22,7 @@ def main(*, variant: str, preset: str | None, seconds: float) -> None:
     """Print the images a second as JSON."""
     config = TrainingConfig.fill_in(variant=variant, preset=preset)
     model = build_model(variant, (32, 32, 3), classes=10, preset=config.preset, dtype=config.dtype)
-    optimizer, loss = make_optimizer(config, steps_per_epoch=1000), make_loss(config)
+    optimizer, loss = config.recipe.make_optimizer(config, steps_per_epoch=1000), config.recipe.make_loss()
     optimizer.build(model.trainable_variables)
     rng = np.random.default_rng(0)
     images = tf.constant(rng.integers(0, 256, (config.batch_size, 32, 32, 3), np.uint8))

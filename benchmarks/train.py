@@ -1,6 +1,6 @@
 """`make bench-train`: the article's own code, this package's loops on the same network, and airbench, in one run.
 
-Each is a process of its own. What a run of this package reaches and how long it takes is read from its run folder. The
+Each is a process of its own. Accuracy and time of this package come from its run directory. The
 table is printed and, with every single figure, written as JSON after each of them.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from training.run import RunFolder
+from training.run_dir import RunDir
 
 ONEDNN = {"TF_ENABLE_ONEDNN_OPTS": "1"}
 ARTICLE_EPOCHS = 10
@@ -42,13 +42,13 @@ def run_article(style: str, data: Sequence[str], seed: int, *, epochs: int, env:
 
 
 def run_ours(options: Sequence[str], data: Sequence[str], seed: int) -> Figures:
-    """Train, judge with and without mirroring, and read the run folder."""
+    """Train, evaluate with and without horizontal-flip TTA, and read the run directory."""
     with tempfile.TemporaryDirectory() as name:
         run = Path(name) / "run"
         train = ["train", *data, *options, "--seed", str(seed), "--run", str(run), "--no-export"]
         for command in (train, ["evaluate", "--mirror", str(run)]):
             subprocess.run([sys.executable, "-m", "training", *command], stdout=sys.stderr, check=True)
-        folder = RunFolder.open(run)
+        folder = RunDir.open(run)
         epochs, judged = folder.read_history(), folder.read_evaluation()
     seconds = [epoch.seconds for epoch in epochs]
     return {

@@ -16,8 +16,8 @@ _ENTRY_BYTES = 12
 def read_orientation(exif: bytes) -> int:
     """Return the orientation, 1 (upright) to 8; 1 where it is missing or damaged.
 
-    The exported model reads it in the same way (`exif_orientation` in `training/image_decoding.py`). Only the one tag
-    is read: Pillow's parser copies the values of all of them, and 64 KB can hold 5,000 tags that share a value of
+    The exported model reads it in the same way (`training/exporter/exif_orientation.py`). Only the one tag is read:
+    Pillow's parser copies the values of all of them, and 64 KB can hold 5,000 tags that share a value of
     60 KB.
 
     Args:

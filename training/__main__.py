@@ -1,4 +1,4 @@
-"""The command line of training: `python -m training train | evaluate | export`."""
+"""Command line: `python -m training train | evaluate | export | samples`."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, PRESETS, VARIANTS, TrainingConfig
+from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, VARIANTS, TrainingConfig
+from training.data import load_dataset
 from training.errors import RunError, StorageFullError, TrainingError
+from training.models.presets import PRESETS
 from training.shell_command import format_command
 from training.storage import is_full
 
 if TYPE_CHECKING:
-    from training.datasets import Dataset
-    from training.evaluation import Evaluation
-    from training.run import RunFolder
+    from training.run_dir import RunDir
+    from training.trainer import BestModel, TrainingResult
 
-# TensorFlow takes seconds to import: the commands import what needs it once their arguments are known to be good.
+# TensorFlow takes seconds to import, so the commands import what needs it after checking their arguments.
 
 _DEFAULTS = TrainingConfig()
 _INTERRUPTED = 130
+_FOLDER = click.Path(path_type=Path, file_okay=False)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -54,71 +55,47 @@ def _by_dtype(value: Any) -> str:
     return " or ".join(f"{own} in {dtype}" for dtype, own in value.items()) if isinstance(value, dict) else str(value)
 
 
+def _choice(name: str, choices: Sequence[str], text: str) -> Callable[[_Command], _Command]:
+    default = getattr(_DEFAULTS, name.removeprefix("--").replace("-", "_"))
+    return click.option(name, type=click.Choice(choices), default=default, help=text)
+
+
+def _data_options(command: _Command) -> _Command:
+    size = "Resize all images.  [default: their own size; 96x96 if sizes differ or are large]"
+    command = click.option("--image-size", type=_ImageSize(), help=size)(command)
+    command = click.option("--data", type=click.Path(path_type=Path), help="Path of the archive or folder.")(command)
+    text = "cifar10; shapes (drawn by this program, needs no data); or a folder of images by class."
+    return _choice("--dataset", DATASETS, text)(command)
+
+
 def _models_options(command: _Command) -> _Command:
-    for option in (
-        click.option("--name", help="The exported model's name.  [default: the dataset's]"),
-        click.option(
-            "--models-dir",
-            type=click.Path(path_type=Path, file_okay=False),
-            default=Path("models"),
-            show_default=True,
-            help="Where the exported model becomes MODELS_DIR/NAME/VERSION.",
-        ),
-    ):
-        command = option(command)
-    return command
+    text = "The model is exported as MODELS_DIR/NAME/VERSION."
+    command = click.option("--models-dir", type=_FOLDER, default=Path("models"), help=text)(command)
+    return click.option("--name", help="Name of the exported model.  [default: the dataset's]")(command)
 
 
-@click.group(context_settings={"max_content_width": 110})
+@click.group(context_settings={"max_content_width": 110, "show_default": True})
 def main() -> None:
-    """Train image classifiers, judge them, and export them for serving.
+    """Train image classifiers, evaluate them, and export them for serving.
 
-    Exit codes: 0 done; 1 something was wrong with the data, the run or the export; 2 wrong usage; 3 the loss
-    diverged; 4 no space left; 130 interrupted.
+    Exit codes: 0 success; 1 error in the data, the run or the export; 2 usage error; 3 the loss diverged; 4 disk full;
+    130 interrupted.
     """
 
 
 @main.command()
-@click.option(
-    "--dataset",
-    type=click.Choice(DATASETS),
-    default=_DEFAULTS.dataset,
-    show_default=True,
-    help="cifar10; shapes (drawn by this program, needs no data); or a folder of images by class.",
-)
-@click.option("--data", type=click.Path(path_type=Path), help="Where the data lies: an archive or a folder.")
-@click.option(
-    "--image-size",
-    type=_ImageSize(),
-    help="Resize all images.  [default: their own size; 96x96 if it differs or is large]",
-)
-@click.option(
+@_data_options
+@_choice(
     "--variant",
-    type=click.Choice(VARIANTS),
-    default=_DEFAULTS.variant,
-    show_default=True,
-    help="The article's network in two writings; or airbench, made to learn in little time, from images that it also "
-    "sees mirrored and shifted.",
+    VARIANTS,
+    "The article's network, as Sequential or as a subclass of Model; or airbench, which trains fast and augments its "
+    "images by flips and shifts.",
 )
 @click.option(
-    "--preset",
-    type=click.Choice(list(PRESETS)),
-    help="How large an airbench is and how long it is trained.  [default: quick]",
+    "--preset", type=click.Choice(list(PRESETS)), help="Size and training time of airbench.  [default: quick]"
 )
-@click.option(
-    "--loop",
-    type=click.Choice(LOOPS),
-    default=_DEFAULTS.loop,
-    show_default=True,
-    help="Keras's fit, or a loop of our own around a GradientTape.",
-)
-@click.option(
-    "--conv-activation",
-    type=click.Choice(CONV_ACTIVATIONS),
-    default=_DEFAULTS.conv_activation,
-    show_default=True,
-    help="Of the article's network, after each convolution; linear is its Sequential listing.",
-)
+@_choice("--loop", LOOPS, "Keras's fit, or a custom loop with GradientTape.")
+@_choice("--conv-activation", CONV_ACTIVATIONS, "Of the article's network; linear is its Sequential listing.")
 @click.option("--epochs", type=click.IntRange(1), help=_default("epochs"))
 @click.option("--batch-size", type=click.IntRange(1), help=_default("batch_size"))
 @click.option("--learning-rate", type=float, help=_default("learning_rate"))
@@ -126,38 +103,27 @@ def main() -> None:
     "--plateau-factor",
     type=float,
     default=_DEFAULTS.plateau_factor,
-    show_default=True,
-    help="The learning rate is multiplied by this when the validation loss stalls...",
+    help="Multiply the learning rate by this when the validation loss has not improved...",
 )
 @click.option(
-    "--plateau-patience",
-    type=click.IntRange(1),
-    default=_DEFAULTS.plateau_patience,
-    show_default=True,
-    help="...for this many epochs.",
+    "--plateau-patience", type=click.IntRange(1), default=_DEFAULTS.plateau_patience, help="...for this many epochs."
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Of airbench's convolutions while it is trained.  [default: mixed_bfloat16 where the processor has "
-    "instructions for it]",
+    help="Of airbench's convolutions in training.  [default: mixed_bfloat16 if the CPU has instructions for it]",
 )
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=_DEFAULTS.seed, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=_DEFAULTS.seed)
 @click.option("--deterministic", is_flag=True, help="Bit-identical results from the same seed; slower.")
-@click.option("--tensorboard", is_flag=True, help="Write TensorBoard logs into the run folder.")
-@click.option(
-    "--run",
-    "run_path",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The run's folder.  [default: runs/TIME-DATASET-VARIANT-LOOP]",
-)
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard logs into the run directory.")
+@click.option("--run", "run_path", type=_FOLDER, help="The run directory.  [default: runs/TIME-DATASET-VARIANT-LOOP]")
 @click.option(
     "--resume",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Continue the run in this folder exactly as it was begun. --epochs sets a new total, --data where the same "
-    "data lies now.",
+    type=_FOLDER,
+    help="Continue the run in this directory with its own settings. --epochs sets a new total, --data a new path of "
+    "the same data.",
 )
-@click.option("--export/--no-export", default=True, show_default=True, help="Export the best checkpoint.")
+@click.option("--export/--no-export", default=True, help="Export the best checkpoint.")
 @_models_options
 @click.pass_context
 def train(
@@ -171,9 +137,9 @@ def train(
     name: str | None,
     **config_values: Any,
 ) -> None:
-    """Train a model, evaluate its best checkpoint on the test set, write a report, export it."""
+    """Train a model, evaluate its best checkpoint on the test images, write a report, export it."""
     from training.preflight import check_free_space, check_memory, check_model_name, check_models_folder
-    from training.run import RunFolder
+    from training.run_dir import RunDir
 
     if export and name is not None:
         check_model_name(name)
@@ -184,8 +150,8 @@ def train(
             if ctx.get_parameter_source("run_path" if parameter == "run" else parameter) is ParameterSource.COMMANDLINE
         }
         if fixed := [f"--{parameter.replace('_', '-')}" for parameter in given if parameter not in ("data", "epochs")]:
-            raise click.UsageError(f"--resume continues a run as it was begun: leave out {', '.join(fixed)}")
-        run = RunFolder.open(resume)
+            raise click.UsageError(f"--resume continues a run with its own settings: leave out {', '.join(fixed)}")
+        run = RunDir.open(resume)
         config = dataclasses.replace(run.read_config(), **given)
     else:
         run = None
@@ -193,32 +159,27 @@ def train(
             config = TrainingConfig.fill_in(**config_values)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-    dataset = _load_dataset(config)
+    dataset = load_dataset(config)
     if export:
-        exported_name = name or (run and run.read_exported_name()) or dataset.name
+        exported_name = name or (run.read_dataset().name if run and run.has_dataset() else dataset.name)
         check_model_name(exported_name)
         check_models_folder(models_dir, exported_name)
     check_memory(config, dataset)
     run_folder = run.path if run else run_path or Path("runs")
     check_free_space(config, dataset, run_folder=run_folder, models_dir=models_dir if export else None)
-    if run is None and run_path is not None:
-        run = RunFolder.create(run_path, config)
-    elif run is None:
-        # Two runs may begin in one second.
-        stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-        run = RunFolder.create_numbered(Path("runs") / f"{stamp}-{dataset.name}-{config.variant}-{config.loop}", config)
+    run = run or (RunDir.create(run_path, config) if run_path else RunDir.create_default(config, dataset.name))
     try:
-        from training.train import train_and_evaluate
+        from training.trainer import train_and_evaluate
 
-        evaluation = train_and_evaluate(run, dataset, config=config)
+        result = train_and_evaluate(run, dataset, config=config)
     except BaseException:
-        _show_what_is_kept(run)
+        _show_checkpoint(run)
         raise
-    _show_evaluation(run, evaluation)
+    _show_evaluation(result)
     if not export:
         return
     try:
-        _export(run, models_dir=models_dir, name=name)
+        _export(run, models_dir=models_dir, name=name, best=result.best)
     except BaseException:
         again = format_command("export", run.path, "--models-dir", models_dir, *(["--name", name] if name else []))
         click.echo(f"{run.path} is trained and evaluated, but not exported. Export it:  {again}", err=True)
@@ -226,109 +187,90 @@ def train(
 
 
 @main.command()
-@click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--data", type=click.Path(path_type=Path), help="Where the same data lies now.")
-@click.option("--mirror", is_flag=True, help="Evaluate the mean of each image and its mirror image too.")
+@click.argument("run_path", metavar="RUN", type=_FOLDER)
+@click.option("--data", type=click.Path(path_type=Path), help="New path of the same data.")
+@click.option("--mirror", is_flag=True, help="Evaluate with horizontal-flip test-time augmentation too.")
 def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
-    """Evaluate the best checkpoint of a past RUN on its test set again, and write its report."""
-    from training.run import RunFolder
+    """Evaluate the best checkpoint of a past RUN on the test images again, and write its report."""
+    from training.run_dir import RunDir
 
-    run = RunFolder.open(run_path)
+    run = RunDir.open(run_path)
     config = run.read_config()
-    dataset = _load_dataset(dataclasses.replace(config, data=data or config.data))
-    from training.train import evaluate_run
+    dataset = load_dataset(dataclasses.replace(config, data=data or config.data))
+    from training.trainer import evaluate_run
 
-    views = evaluate_run(run, dataset, mirror=mirror)
-    _show_evaluation(run, views["test"])
-    if mirror:
-        click.echo(f"mirror         {views['mirror'].accuracy:.2%}, averaged with the mirror images")
+    result = evaluate_run(run, dataset, config=config, mirror=mirror)
+    _show_evaluation(result)
+    if result.mirrored:
+        click.echo(f"mirror         {result.mirrored.accuracy:.2%}, with horizontal-flip test-time augmentation")
 
 
 @main.command()
-@click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run_path", metavar="RUN", type=_FOLDER)
 @_models_options
 @click.option(
-    "--mirror", is_flag=True, help="Answer with the mean of an image and its mirror image, at twice the work."
+    "--mirror", is_flag=True, help="Export with horizontal-flip test-time augmentation, at twice the computation."
 )
 def export(run_path: Path, *, models_dir: Path, name: str | None, mirror: bool) -> None:
     """Export the best checkpoint of a past RUN as the next version of a model."""
-    from training.run import RunFolder
+    from training.run_dir import RunDir
 
-    _export(RunFolder.open(run_path), models_dir=models_dir, name=name, mirror=mirror)
+    _export(RunDir.open(run_path), models_dir=models_dir, name=name, mirror=mirror)
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--dataset", type=click.Choice(DATASETS), default=_DEFAULTS.dataset, show_default=True)
-@click.option("--data", type=click.Path(path_type=Path), help="Where the data lies: an archive or a folder.")
-@click.option(
-    "--image-size",
-    type=_ImageSize(),
-    help="Resize all images.  [default: their own size; 96x96 if it differs or is large]",
-)
-@click.option("--per-class", type=click.IntRange(1), default=1, show_default=True, help="Pictures of each class.")
+@click.argument("folder", type=_FOLDER)
+@_data_options
+@click.option("--per-class", type=click.IntRange(1), default=1, help="Images of each class.")
 def samples(folder: Path, *, per_class: int, **config_values: Any) -> None:
     """Write some test images of a dataset into FOLDER, as PNG files named by their class."""
-    from training.datasets.samples import write_samples
+    from training.data.samples import write_samples
 
-    paths = write_samples(_load_dataset(TrainingConfig(**config_values)), folder, per_class=per_class)
-    click.echo(f"wrote {len(paths)} pictures into {folder}")
-
-
-def _load_dataset(config: TrainingConfig) -> Dataset:
-    # Before TensorFlow is imported and before a run folder is made: missing data is told at once and costs nothing.
-    from training.datasets import load_dataset
-
-    return load_dataset(config.dataset, data=config.data, image_size=config.image_size, seed=config.seed)
+    paths = write_samples(load_dataset(TrainingConfig(**config_values)), folder, per_class=per_class)
+    click.echo(f"wrote {len(paths)} images into {folder}")
 
 
-def _show_evaluation(run: RunFolder, result: Evaluation) -> None:
-    click.echo(f"test accuracy  {result.accuracy:.2%} of {result.count:,} images, loss {result.loss:.4f}")
-    click.echo(f"report         {run.path / 'report.md'}")
+def _show_evaluation(result: TrainingResult) -> None:
+    test = result.evaluation
+    click.echo(f"test accuracy  {test.accuracy:.2%} of {test.count:,} images, loss {test.loss:.4f}")
+    click.echo(f"report         {result.run.path / 'report.md'}")
 
 
-def _show_what_is_kept(run: RunFolder) -> None:
+def _show_checkpoint(run: RunDir) -> None:
     from training.checkpoints import read_best_state
 
     try:
         state = read_best_state(run.checkpoints)
     except RunError:
-        return  # the error that ends the command says it
+        return  # the error that ends the command explains it
     if state is None:
         click.echo(f"{run.path} has no checkpoint yet: no epoch was completed", err=True)
         return
     best = state.history[-1]
     click.echo(
         f"{run.path} keeps its best checkpoint, of epoch {best.epoch} (val loss {best.val_loss:.4f}).\n"
-        f"Go on with it:  {format_command('train', '--resume', run.path)}",
+        f"Resume it:  {format_command('train', '--resume', run.path)}",
         err=True,
     )
 
 
-def _export(run: RunFolder, *, models_dir: Path, name: str | None, mirror: bool = False) -> None:
-    from training.export import export_run
+def _export(
+    run: RunDir, *, models_dir: Path, name: str | None, mirror: bool = False, best: BestModel | None = None
+) -> None:
+    from training.exporter.publish import export_run
 
-    click.echo(f"exported       {export_run(run, models_dir=models_dir, name=name, mirror=mirror)}")
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def prepare_tensorflow() -> None:
-    """Settle what TensorFlow reads from the environment when it is imported, or first used."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Convolutions through oneDNN, which it uses by itself only where there is AVX-512 VNNI: twice as fast elsewhere.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    click.echo(f"exported       {export_run(run, models_dir=models_dir, name=name, mirror=mirror, best=best)}")
 
 
 def run_command_line() -> int:
     """Run the command line; return the exit code."""
-    prepare_tensorflow()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # oneDNN convolutions are the default only with AVX-512 VNNI, but twice as fast on other CPUs too.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for quiet in ("absl", "httpx", "tensorflow"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(standalone_mode=False)
     except TrainingError as error:
@@ -341,13 +283,8 @@ def run_command_line() -> int:
         click.echo("interrupted", err=True)
         return _INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has ended. Nothing can be told, and Python shall not try when it exits.
+        # The reader of stdout is gone. Python must not flush stdout when it exits.
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-        return TrainingError.exit_code
-    except MemoryError as error:
-        click.echo(
-            f"error: there is not enough memory ({error}): choose a smaller --image-size or --batch-size", err=True
-        )
         return TrainingError.exit_code
     except Exception as error:
         return _explain(error)
@@ -355,25 +292,23 @@ def run_command_line() -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Tell of an error that no part of training has foreseen; return the exit code."""
+    """Print an error that is not a `TrainingError`; return the exit code."""
     if is_full(error):
-        click.echo(f"error: no space is left: {error}", err=True)
+        click.echo(f"error: disk full: {error}", err=True)
         return StorageFullError.exit_code
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{error.filename}: "
         click.echo(f"error: {where}{error.strerror}", err=True)
         return TrainingError.exit_code
     text = (str(error).splitlines() or [""])[0]
-    if "OOM when allocating" in text:
-        click.echo(
-            f"error: there is not enough memory: choose a smaller --image-size or --batch-size ({text})", err=True
-        )
+    if isinstance(error, MemoryError) or "OOM when allocating" in text:
+        click.echo(f"error: not enough memory ({text}): choose a smaller --image-size or --batch-size", err=True)
         return TrainingError.exit_code
     click.echo(f"error: unexpected {type(error).__name__}: {text}", err=True)
     with contextlib.suppress(OSError):
         with tempfile.NamedTemporaryFile("w", prefix="training-error-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)
-        click.echo(f"This is a fault of the program. Where it happened is in {file.name}", err=True)
+        click.echo(f"This is a bug. The traceback is in {file.name}", err=True)
     return TrainingError.exit_code
 
 

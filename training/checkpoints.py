@@ -1,15 +1,15 @@
-"""The best and the latest checkpoint of a run, and the way back to them.
+"""The best and the latest checkpoint of a run, saved atomically.
 
     checkpoints/latest/    after the last epoch
     checkpoints/best/      after the epoch with the lowest validation loss
         checkpoint-N.index, checkpoint-N.data-00000-of-00001    weights, optimizer and `TrainingState`
         checkpoint                                              names the newest, for TensorFlow's own tools
 
-Both hold all that an exact resume needs, so each can stand in for the other. A checkpoint is written to a hidden
-folder, synced, renamed, and the folder synced before the predecessor is deleted: there is a complete one at any time.
+Both contain everything for an exact resume, so each replaces the other if it is lost. A checkpoint is written to a
+hidden folder, synced and renamed, and the folder is synced before the previous one is deleted: one is always complete.
 
-Reading decides by content: TensorFlow verifies a checksum for every tensor. Reading never writes, and only complete
-checkpoints are ever deleted, after a newer one is durable; any other file in the folders stays.
+Reading verifies TensorFlow's checksum of every tensor, and never writes. Only complete checkpoints are deleted, after
+a newer one is durable; other files in the folders are kept.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from training.epochs import EpochResult
 from training.errors import RunError
+from training.history import EpochResult
 from training.storage import make_folder, sync, write_file
 
 _INDEX, _DATA = ".index", ".data-00000-of-00001"
@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """What a checkpoint holds besides tensors.
+    """State in a checkpoint besides its tensors.
 
     Attributes:
-        history: the figures of every epoch up to this checkpoint's.
-        plateau: of `PlateauSchedule`.
-        config: the run's config as JSON values; `None` in checkpoints of earlier versions.
-        content_hash: of the data that the run is trained on; `None` in checkpoints of earlier versions.
+        history: metrics of all epochs up to this checkpoint.
+        plateau: state of `PlateauSchedule`.
+        config: JSON values of the run's config; `None` in checkpoints of earlier versions.
+        content_hash: of the run's data; `None` in checkpoints of earlier versions.
     """
 
     history: tuple[EpochResult, ...]
@@ -56,18 +56,18 @@ class TrainingState:
     content_hash: str | None = None
 
     def to_json(self) -> str:
-        """Return the state as JSON text that `from_json` reads back."""
+        """Return the state as JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TrainingState:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
-            ValueError, KeyError, TypeError: the text is something else.
+            ValueError, KeyError, TypeError: the JSON is invalid.
         """
         values = json.loads(text)
-        # The best checkpoints of earlier versions held nothing but the figures of their epoch.
+        # Best checkpoints of earlier versions contain only the metrics of their epoch.
         history = values.get("history") or [values]
         return cls(
             history=tuple(EpochResult(**result) for result in history),
@@ -79,7 +79,7 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    path: Path  # without the endings of its files
+    path: Path  # without the suffixes of its files
     state: TrainingState
     weights: list[np.ndarray]
     optimizer: list[np.ndarray]
@@ -90,39 +90,38 @@ class _Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, under `folder`, for the process that trains it."""
+    """Saves and restores the checkpoints of a run in the process that trains it."""
 
     def __init__(self, folder: Path, *, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
-        """Prepare to save and restore `model` and `optimizer`, whose variables must exist already."""
-        # Restoring into variables that do not exist yet restores nothing, silently.
+        """Use `folder` for the checkpoints of `model`, which must be built, and `optimizer`."""
+        # Restoring into an unbuilt model silently restores nothing.
         assert model.built
         optimizer.build(model.trainable_variables)
         self._latest, self._best = folder / "latest", folder / "best"
         self._weights, self._optimizer = model.variables, optimizer.variables
-        # A string variable carries what is not a tensor, so that it is saved in the same instant as the weights.
+        # A string variable contains the state, so that it is saved atomically with the weights.
         self._state = tf.Variable("", dtype=tf.string)
-        # The variables by themselves, not the model: once compiled, a model drags its metrics and optimizer along,
-        # and what a checkpoint holds would depend on the loop.
+        # Variables instead of the model: a compiled model would add its metrics and optimizer, and the contents would
+        # depend on the loop.
         self._checkpoint = tf.train.Checkpoint(weights=self._weights, optimizer=self._optimizer, state=self._state)
-        # Complete checkpoints, by folder: what the next save there replaces.
+        # Complete checkpoints by folder, replaced by the next save.
         self._complete: dict[Path, list[Path]] = {self._latest: [], self._best: []}
 
     def save_latest(self, state: TrainingState) -> None:
-        """Save weights, optimizer and `state`, replacing the latest before it."""
+        """Replace the latest checkpoint."""
         self._save(self._latest, state)
 
     def save_best(self, state: TrainingState) -> None:
-        """Save weights, optimizer and `state`, replacing the best before it."""
+        """Replace the best checkpoint."""
         self._save(self._best, state)
 
     def restore(self) -> TrainingState | None:
-        """Restore weights and optimizer to the newest complete checkpoint; return its state, `None` if there is none.
+        """Restore the newest complete checkpoint; return its state, `None` if there is no checkpoint.
 
-        If that is the best, because the latest is missing or damaged, it is saved as the latest too; if the best is
-        missing or damaged, the latest takes its place.
+        A missing or damaged latest or best checkpoint is replaced by the other one.
 
         Raises:
-            RunError: there are checkpoints, but none is complete, or they were written for another model.
+            RunError: no checkpoint is complete, or they were written for another model.
         """
         found: dict[Path, _Checkpoint] = {}
         damaged: dict[Path, str] = {}
@@ -134,12 +133,12 @@ class Checkpoints:
                 found[folder] = complete[-1]
         if not found:
             if damaged:
-                raise RunError(f"no checkpoint can be used: {_listed(damaged)}")
+                raise RunError(f"no checkpoint is usable: {_listed(damaged)}")
             return None
-        # The best checkpoints of earlier versions held no optimizer.
+        # Best checkpoints of earlier versions have no optimizer.
         whole = [checkpoint for checkpoint in found.values() if checkpoint.optimizer]
         if not whole:
-            raise RunError(f"the latest checkpoint is needed to resume; {_listed(damaged) or 'it is missing'}")
+            raise RunError(f"resuming needs the latest checkpoint; {_listed(damaged) or 'it is missing'}")
         newest = max(whole, key=lambda checkpoint: checkpoint.epoch)
         _assign(newest, newest.weights, self._weights, "model")
         _assign(newest, newest.optimizer, self._optimizer, "optimizer")
@@ -155,39 +154,38 @@ class Checkpoints:
         self._state.assign(state.to_json())
         make_folder(folder)
         partial = folder / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
-        # Never a name that is in use: that file would be overwritten.
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+        # A new name, because an existing file would be overwritten.
         names = (_OWN_NAME.match(path.name) for path in folder.iterdir())
         name = f"checkpoint-{max((int(own[1]) for own in names if own), default=0) + 1}"
         try:
             self._checkpoint.write(str(partial / name))
-            for ending in (_INDEX, _DATA):
-                sync(partial / f"{name}{ending}")
-            # The data last, and deleted first: then what an interrupted save leaves behind is small.
-            for ending in (_INDEX, _DATA):
-                (partial / f"{name}{ending}").rename(folder / f"{name}{ending}")
+            for suffix in (_INDEX, _DATA):
+                sync(partial / f"{name}{suffix}")
+            # The data last, and deleted first, so that an interrupted save leaves only small files.
+            for suffix in (_INDEX, _DATA):
+                (partial / f"{name}{suffix}").rename(folder / f"{name}{suffix}")
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         sync(folder)
         write_file(
-            folder / "checkpoint",
-            f'model_checkpoint_path: "{name}"\nall_model_checkpoint_paths: "{name}"\n'.encode(),
+            folder / "checkpoint", f'model_checkpoint_path: "{name}"\nall_model_checkpoint_paths: "{name}"\n'.encode()
         )
         for path in self._complete[folder]:
             if not _OWN_NAME.fullmatch(path.name):
-                continue  # somebody's copy
-            for ending in (_DATA, _INDEX):
-                Path(f"{path}{ending}").unlink(missing_ok=True)
+                continue  # a copy made by the user
+            for suffix in (_DATA, _INDEX):
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
         self._complete[folder] = [folder / name]
 
 
 def restore_best(folder: Path, model: keras.Model) -> TrainingState | None:
-    """Restore a model's weights to the best checkpoint under `folder`; return its state, `None` if there is none.
+    """Restore a model's weights from the best checkpoint; return its state, `None` if there is no checkpoint.
 
-    If it is missing or damaged, the latest is used instead, and a warning says so.
+    If the best is missing or damaged, a warning is logged and the latest is used.
 
     Raises:
-        RunError: there are checkpoints, but none is complete, or they were written for another model.
+        RunError: no checkpoint is complete, or they were written for another model.
     """
     best = _find_best(folder)
     if best is None:
@@ -197,10 +195,10 @@ def restore_best(folder: Path, model: keras.Model) -> TrainingState | None:
 
 
 def read_best_state(folder: Path) -> TrainingState | None:
-    """Return the state that `restore_best` would return, without a model.
+    """Return the state that `restore_best` returns, without a model.
 
     Raises:
-        RunError: there are checkpoints, but none is complete.
+        RunError: no checkpoint is complete.
     """
     best = _find_best(folder)
     return None if best is None else best.state
@@ -216,30 +214,26 @@ def _find_best(folder: Path) -> _Checkpoint | None:
         logger.warning("%s; using the latest, %s, of epoch %d, instead", reason, latest[-1].path, latest[-1].epoch)
         return latest[-1]
     if damaged or others:
-        raise RunError(f"no checkpoint can be used: {_listed(damaged | others)}")
+        raise RunError(f"no checkpoint is usable: {_listed(damaged | others)}")
     return None
 
 
 def _read_all(folder: Path) -> tuple[list[_Checkpoint], dict[Path, str]]:
-    """Read every checkpoint in a folder.
-
-    Returns:
-        The complete ones, the newest last, and what is wrong with each that was written after them.
-    """
+    """Return the complete checkpoints in a folder, the newest last, and the reason why later ones are damaged."""
     complete: list[_Checkpoint] = []
     damaged: dict[Path, str] = {}
     for data in sorted(folder.glob(f"*{_DATA}"), key=lambda path: (len(path.name), path.name)):
         path = data.with_name(data.name.removesuffix(_DATA))
         try:
             complete.append(_read(path))
-            damaged.clear()  # a complete one has followed
-        # Truncated files raise IndexError; ValueError, KeyError and TypeError come from a state that is none.
+            damaged.clear()  # a complete one follows
+        # Truncated files raise IndexError; an invalid state ValueError, KeyError or TypeError.
         except (tf.errors.OpError, OSError, IndexError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            # A training process may have replaced it meanwhile: then the newer one is read.
+            # Replaced meanwhile by a training process: read the newer one.
             if not os.path.lexists(data):
                 return _read_all(folder)
             damaged[path] = (str(error).splitlines() or [type(error).__name__])[0]
-    complete.sort(key=lambda checkpoint: checkpoint.epoch)  # stable: of two of one epoch, the higher number comes last
+    complete.sort(key=lambda checkpoint: checkpoint.epoch)  # stable: of equal epochs, the higher number is last
     return complete, damaged
 
 
@@ -258,7 +252,7 @@ def _read(path: Path) -> _Checkpoint:
 
 def _assign(checkpoint: _Checkpoint, values: Sequence[np.ndarray], variables: Sequence[Any], owner: str) -> None:
     if [value.shape for value in values] != [tuple(variable.shape) for variable in variables]:
-        raise RunError(f"the checkpoint {checkpoint.path} was written for another {owner} than config.json describes")
+        raise RunError(f"the checkpoint {checkpoint.path} was written for another {owner} than the one in config.json")
     for value, variable in zip(values, variables, strict=True):
         variable.assign(value)
 

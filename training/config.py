@@ -1,116 +1,50 @@
-"""What a training run is asked to do. Imports no TensorFlow, so that a wrong command line answers at once."""
+"""The configuration of a run. Imports no TensorFlow, so that usage errors are reported at once."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from training.models.recipes import RECIPES, Recipe
 
 DATASETS = ("cifar10", "shapes", "folder")
-VARIANTS = ("sequential", "subclass", "airbench")
+VARIANTS = tuple(RECIPES)
 LOOPS = ("fit", "custom")
 CONV_ACTIVATIONS = ("relu", "linear")
 DTYPES = ("float32", "mixed_bfloat16")
-# What may differ when a run is resumed. The data is known again by its content, and the rest is set from here on.
+# May differ when a run is resumed. The data is compared by its content.
 CHANGEABLE = frozenset({"data", "epochs", "tensorboard"})
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to training images, besides mirroring each in every other epoch.
-
-    Attributes:
-        max_shift: how far an image is moved each way, in pixels.
-        cutout: the side of a square of each image that is painted over, in pixels; 0 for none.
-    """
-
-    max_shift: int
-    cutout: int = 0
-
-
-class Block(NamedTuple):
-    """One of the three blocks of an `airbench` network.
-
-    Attributes:
-        filters: of every convolution.
-        depth: how many convolutions there are.
-        padding: of the first, "SAME" or "VALID".
-    """
-
-    filters: int
-    depth: int
-    padding: str
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How large an `airbench` network is, and how it is trained.
-
-    Attributes:
-        blocks: of the network, in order.
-        epochs: of `TrainingConfig` by its dtype, where nothing else is asked for.
-        batch_size, learning_rate: of `TrainingConfig`, likewise.
-        augmentation: more of it for a network that could learn its training images by heart.
-    """
-
-    blocks: tuple[Block, Block, Block]
-    epochs: dict[str, int]
-    batch_size: int
-    learning_rate: float
-    augmentation: Augmentation
-
-
-# Chosen on the validation images: quick at its own size, best at half of its filters and a third of the images. The
-# epochs are those that fit into the time of the article's own ten, and into an hour: more where convolutions go faster.
-PRESETS = {
-    "quick": Preset(
-        # Of 32x32 pixels these make maps of 28, 14, 12, 6 and 3: little is computed where there are many pixels. Zeros
-        # around the maps of the first two blocks would add a third to the work, some of it for rows that the last
-        # halving drops.
-        blocks=(Block(32, 1, "VALID"), Block(64, 2, "VALID"), Block(128, 3, "SAME")),
-        epochs={"float32": 10, "mixed_bfloat16": 14},
-        batch_size=500,
-        learning_rate=0.12,
-        augmentation=Augmentation(max_shift=2),
-    ),
-    "best": Preset(
-        blocks=(Block(64, 2, "VALID"), Block(192, 2, "SAME"), Block(256, 2, "SAME")),
-        epochs={"float32": 33, "mixed_bfloat16": 48},
-        batch_size=500,
-        learning_rate=0.12,
-        augmentation=Augmentation(max_shift=4, cutout=8),
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """One training run, complete: the same config and seed give the same run.
+    """Configuration of a run. The same config gives the same run.
 
     Attributes:
         dataset: one of `DATASETS`.
-        data: where the dataset lies; `None` lets the dataset look in its usual places.
-        image_size: (height, width) in pixels to resize every image to; `None` keeps the images' own if they are alike
-            and small.
-        variant: the network, one of `VARIANTS`: the article's in two writings, or airbench.
-        preset: of airbench, one of `PRESETS`; `None` for the article's network.
-        loop: which way it is trained, one of `LOOPS`.
-        conv_activation: activation after each convolution of the article's network, one of `CONV_ACTIVATIONS`.
+        data: path of the dataset; with `None`, cifar10 is searched in its usual places.
+        image_size: (height, width) in pixels to resize all images to; `None` keeps small images of equal size.
+        variant: the model, one of `VARIANTS`.
+        preset: of airbench, one of `PRESETS`; `None` for other variants.
+        loop: the training loop, one of `LOOPS`.
+        conv_activation: after each convolution of the article's network, one of `CONV_ACTIVATIONS`.
         epochs: passes over the training images.
         batch_size: images per optimizer step.
-        learning_rate: Adam's or, for airbench, Muon's, at the start.
-        plateau_factor: what Adam's learning rate is multiplied by when the validation loss stalls.
-        plateau_patience: epochs without a better validation loss before that happens.
-        dtype: Keras's dtype policy of airbench's convolutions while it is trained, one of `DTYPES`; "float32" for the
-            article's network. What is judged and exported computes in float32.
+        learning_rate: initial learning rate of the optimizer.
+        plateau_factor: multiplies Adam's learning rate when the validation loss has not improved.
+        plateau_patience: epochs without improvement before that.
+        dtype: Keras dtype policy of airbench's convolutions in training, one of `DTYPES`. Evaluation and export use
+            float32.
         seed: of the validation split, the initial weights and the order of the images.
-        deterministic: ask TensorFlow for bit-identical results, at some cost in speed.
-        tensorboard: write TensorBoard logs into the run folder.
+        deterministic: bit-identical results, slower.
+        tensorboard: write TensorBoard logs into the run directory.
 
     Raises:
-        ValueError: a value is out of range; the message says which and what is allowed.
+        ValueError: a value is out of range; the message names the field.
     """
 
     dataset: str = "cifar10"
@@ -141,13 +75,17 @@ class TrainingConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        if (self.variant == "airbench") != (self.preset in PRESETS):
+        if self.recipe.presets and self.preset not in self.recipe.presets:
             raise ValueError(
-                f"preset must be one of {', '.join(PRESETS)} for the variant airbench, and is for no other; "
-                f"got {self.preset!r} for {self.variant}"
+                f"preset must be one of {', '.join(self.recipe.presets)} for the variant {self.variant}; "
+                f"got {self.preset!r}"
             )
-        if self.variant != "airbench" and self.dtype != "float32":
-            raise ValueError(f"dtype must be float32 for the variant {self.variant}; got {self.dtype!r}")
+        if not self.recipe.presets and self.preset is not None:
+            raise ValueError(f"preset must be left out for the variant {self.variant}; got {self.preset!r}")
+        if self.dtype not in self.recipe.dtypes:
+            raise ValueError(
+                f"dtype must be {' or '.join(self.recipe.dtypes)} for the variant {self.variant}; got {self.dtype!r}"
+            )
         for name in ("epochs", "batch_size", "plateau_patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -160,36 +98,35 @@ class TrainingConfig:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and {2**31 - 1}; got {self.seed}")
 
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the variant."""
+        return RECIPES[self.variant]
+
     @classmethod
     def fill_in(cls, **given: Any) -> TrainingConfig:
-        """Return a config with these values; the others, and those that are None, are the preset's or the defaults.
-
-        airbench's dtype is by default what this machine's processor is fastest with.
+        """Return a config with the given values; missing ones and `None` become the defaults of variant and preset.
 
         Raises:
-            ValueError: as for the constructor.
+            ValueError: a value is out of range.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        if given.get("variant") == "airbench":
-            name = given.setdefault("preset", "quick")
-            dtype = given.setdefault("dtype", fastest_dtype())
-            if (preset := PRESETS.get(name)) and dtype in preset.epochs:
-                own = {"batch_size": preset.batch_size, "learning_rate": preset.learning_rate}
-                given = {"epochs": preset.epochs[dtype], **own, **given}
+        if recipe := RECIPES.get(given.get("variant", cls.variant)):
+            given = {**recipe.defaults(preset=given.get("preset"), dtype=given.get("dtype")), **given}
         return cls(**given)
 
     def to_json(self) -> str:
-        """Return the config as JSON text that `from_json` reads back."""
+        """Return the config as JSON."""
         values = dataclasses.asdict(self)
         values["data"] = None if self.data is None else str(self.data)
         return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> TrainingConfig:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
-            ValueError: the text is not such JSON, or a field is unknown or out of range.
+            ValueError: the JSON is invalid, or a field is unknown, of another type or out of range.
         """
         values: dict[str, Any] = json.loads(text)
         fields = {field.name for field in dataclasses.fields(cls)}
@@ -203,14 +140,14 @@ class TrainingConfig:
             values["image_size"] = tuple(values["image_size"])
         return cls(**values)
 
-    def changes_from(self, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return what differs from an earlier config of the same run that training cannot go on with.
+    def changes_from(self, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Compare with an earlier config of the same run, without the fields that may change.
 
         Args:
             earlier: its JSON values.
 
         Returns:
-            By field, its value now and then.
+            (value now, value then) of each field that differs.
         """
         now = json.loads(self.to_json())
         fixed = now.keys() & earlier.keys() - CHANGEABLE
@@ -218,7 +155,7 @@ class TrainingConfig:
 
 
 def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise `ValueError` if a value from a JSON file is not of its field's type."""
+    """Raise `ValueError` if a JSON value has not the type of its field."""
     if value is None and field.default is None:
         return
     if field.name == "image_size":
@@ -230,16 +167,3 @@ def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
         expected = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
     if not fits:
         raise ValueError(f"{field.name} must be {expected}; got {json.dumps(value)}")
-
-
-def fastest_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the one of `DTYPES` that this machine's processor trains convolutions the fastest with.
-
-    Processors with instructions for bfloat16 multiply it at twice the rate of float32 or more; others, at half of it.
-    """
-    try:
-        text = cpuinfo.read_text()
-    except OSError:  # not Linux
-        return "float32"
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return "mixed_bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags.split()) else "float32"

@@ -1,20 +1,20 @@
-"""The errors a person can meet while training, each with the exit code its command ends with."""
+"""Errors of training, with the exit code of the command."""
 
 from __future__ import annotations
 
 
 class TrainingError(Exception):
-    """Anything that ends a training command with a message instead of a stack trace.
+    """Base class: the command prints the message, without a traceback.
 
     TrainingError                 1
     +-- DatasetError              1   the data is missing, damaged or unusable
-    +-- RunError                  1   a run folder is missing, in use or not what was expected
+    +-- RunError                  1   a run directory is missing, in use or invalid
     +-- MemoryTooSmallError       1   the data and the network do not fit into memory
-    +-- ExportError               1   the exported model does not answer as the trained one
+    +-- ExportError               1   the exported model's outputs differ from the trained model's
     +-- DivergedError             3   the loss became NaN or infinite
-    +-- StorageFullError          4   no space left where the run is written
+    +-- StorageFullError          4   the disk is full
 
-    A wrong command line ends with 2, as is usual, and Ctrl-C with 130.
+    Usage errors have exit code 2, Ctrl-C has 130.
     """
 
     exit_code = 1
@@ -25,7 +25,7 @@ class DatasetError(TrainingError):
 
 
 class RunError(TrainingError):
-    """A run folder is missing, in use, or not what was expected."""
+    """A run directory is missing, in use, or invalid."""
 
 
 class MemoryTooSmallError(TrainingError):
@@ -33,7 +33,7 @@ class MemoryTooSmallError(TrainingError):
 
 
 class ExportError(TrainingError):
-    """The exported model does not answer as the trained one did, so nothing was published."""
+    """The exported model's outputs differ from the trained model's, or it cannot be written; nothing is published."""
 
 
 class DivergedError(TrainingError):
@@ -43,6 +43,6 @@ class DivergedError(TrainingError):
 
 
 class StorageFullError(TrainingError):
-    """No space is left where the run is written."""
+    """The disk is full."""
 
     exit_code = 4

@@ -1,20 +1,18 @@
-"""How much memory and disk space a training needs, and how much memory there is.
+"""Estimates of the memory and disk space that training needs, and the memory that is available.
 
-A process that runs out of memory is killed without a message.
+Memory is checked first because Linux kills a process that runs out of it, without a message.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
-from training.config import PRESETS, Preset, TrainingConfig
+from training.config import TrainingConfig
 from training.errors import MemoryTooSmallError
 
 _FLOAT = 4
-# A weight, and what the optimizer keeps for it: Adam two values, Muon one.
-_SAVED_VALUES = {"sequential": 3, "subclass": 3, "airbench": 2}
-_WHITENING = (2, 16)  # the side of airbench's first filters, and how many there are
 
 
 def require_memory(needed_bytes: int, purpose: str, *, advice: str) -> None:
@@ -28,34 +26,39 @@ def require_memory(needed_bytes: int, purpose: str, *, advice: str) -> None:
 
 
 def network_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
-    """Return about what training the config's network takes: weights with their optimizer, and a batch's features."""
-    weights, features = _count(config, input_shape, classes)
+    """Return the approximate memory for training: weights, optimizer variables, and the features of a batch."""
+    weights, features = config.recipe.size(config, input_shape, classes=classes)
     gradients = weights
-    return _FLOAT * (_SAVED_VALUES[config.variant] * weights + gradients + config.batch_size * features)
+    return _FLOAT * (config.recipe.values_per_weight * weights + gradients + config.batch_size * features)
 
 
 def checkpoint_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
-    """Return about how large a checkpoint of the config's network is."""
-    weights, _ = _count(config, input_shape, classes)
-    return _FLOAT * _SAVED_VALUES[config.variant] * weights + 2**16
+    """Return the approximate size of a checkpoint."""
+    weights, _ = config.recipe.size(config, input_shape, classes=classes)
+    return _FLOAT * config.recipe.values_per_weight * weights + 2**16
 
 
 def export_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
-    """Return about how large an export of the config's network is, warm-up requests included."""
+    """Return the approximate size of an exported version, including warm-up requests."""
     height, width, channels = input_shape
-    weights, _ = _count(config, input_shape, classes)
+    weights, _ = config.recipe.size(config, input_shape, classes=classes)
     return 2 * _FLOAT * weights + 150 * height * width * channels + 2**20
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Return how much memory this process can still take: what the machine has left, or less in a control group.
+    """Return the memory this process can still allocate: the least of machine, control groups and address-space limit.
 
-    `None` where the system does not say.
+    `None` if the system does not tell.
     """
     amounts = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = (root / "proc/meminfo").read_text().splitlines()
         amounts.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = (root / "proc/self/limits").read_text().splitlines()
+        limit = int(next(line for line in lines if line.startswith("Max address space")).split()[3])  # or "unlimited"
+        used = int((root / "proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        amounts.append(limit - used)
     with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -68,56 +71,18 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def format_bytes(count: float) -> str:
-    """Return an amount as people read it."""
+    """Format a number of bytes in MiB or GiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def _group_amounts(mount: Path, group: str, limit: str, usage: str) -> list[int]:
-    """Return what is left in a control group and in those around it; in a container, only the mount can be seen."""
+    """Return the memory left in a control group and its parents; in a container, only the mount is visible."""
     amounts = []
     folder = mount / group.lstrip("/")
     for place in {mount, folder, *(parent for parent in folder.parents if parent.is_relative_to(mount))}:
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+        with contextlib.suppress(OSError, ValueError):  # missing, or "max"
             left = int((place / limit).read_text()) - int((place / usage).read_text())
             statistics = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-            # The page cache is counted as used, and given back when memory runs short.
+            # The page cache counts as used, but is freed when memory runs short.
             amounts.append(left + int(statistics.get("inactive_file", 0)))
     return amounts
-
-
-def _count(config: TrainingConfig, input_shape: tuple[int, int, int], classes: int) -> tuple[int, int]:
-    """Return how many weights the config's network has, and how many features an image makes in it."""
-    if config.variant == "airbench":
-        return _count_airbench(PRESETS[config.preset or "quick"], input_shape, classes)
-    return _count_article(input_shape, classes)
-
-
-def _count_article(input_shape: tuple[int, int, int], classes: int) -> tuple[int, int]:
-    height, width, channels = input_shape
-    weights, features = 0, height * width * channels
-    for _ in range(3):
-        weights += (3 * 3 * channels + 1) * 64
-        height, width, channels = height - 2, width - 2, 64
-        features += 2 * height * width * channels  # before and after the activation
-        height, width = height // 2, width // 2
-        features += height * width * channels
-    flat = max(0, height) * max(0, width) * channels
-    return weights + (flat + 1) * 128 + 129 * classes, features
-
-
-def _count_airbench(preset: Preset, input_shape: tuple[int, int, int], classes: int) -> tuple[int, int]:
-    height, width, channels = input_shape
-    side, filters = _WHITENING
-    weights, features = side * side * channels * filters, height * width * channels
-    height, width, channels = height - 1, width - 1, filters
-    features += 2 * height * width * channels
-    for block in preset.blocks:
-        if block.padding == "VALID":
-            height, width = height - 2, width - 2
-        features += height * width * block.filters  # of the first convolution, which is then halved
-        height, width = height // 2, width // 2
-        for _ in range(block.depth):
-            weights += (9 * channels + 3) * block.filters
-            features += 3 * height * width * block.filters  # convolution, batch norm, activation
-            channels = block.filters
-    return weights + channels * classes, features

@@ -1,51 +1,36 @@
-"""What a person watching a run sees: a line an epoch, and on a terminal a bar within it."""
+"""Progress of a run on standard error: a line per epoch and, on a terminal, a progress bar."""
 
 from __future__ import annotations
 
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
-from training.epochs import EpochResult
+from training.history import EpochResult
 
 
 class ProgressDisplay:
-    """Show a run's progress on standard error.
+    """Shows the progress of a run.
 
     Args:
-        epochs: epochs in all.
-        first_epoch: epochs already done.
-        steps_per_epoch: batches an epoch.
-        images_per_epoch: training images an epoch.
-        console: where to write; standard error by default. Bars are drawn on terminals only.
+        epochs: to train, counted from 1.
+        steps_per_epoch: batches of an epoch.
+        images_per_epoch: training images of an epoch.
     """
 
-    def __init__(
-        self,
-        *,
-        epochs: int,
-        first_epoch: int,
-        steps_per_epoch: int,
-        images_per_epoch: int,
-        console: Console | None = None,
-    ) -> None:
-        self._console = console or Console(stderr=True, highlight=False)
-        self._epochs = epochs
-        self._epochs_to_do = epochs - first_epoch
+    def __init__(self, *, epochs: range, steps_per_epoch: int, images_per_epoch: int) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._last_epoch = epochs[-1]
         self._steps = steps_per_epoch
-        self._images = images_per_epoch
+        self._steps_left = len(epochs) * steps_per_epoch
         self._done_steps = 0
+        self._images_per_step = images_per_epoch / steps_per_epoch
         self._run_started = self._epoch_started = 0.0
-        self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]:>{task.fields[width]}}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %  {task.description}"),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task: TaskID | None = None
+        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(bar_width=24), TextColumn("{task.description}"))
+        is_hidden = not self._console.is_terminal
+        self._bar = Progress(*columns, console=self._console, transient=True, disable=is_hidden)
+        self._task = self._bar.add_task("", total=steps_per_epoch, epoch="")
 
     def __enter__(self) -> ProgressDisplay:
         self._run_started = time.perf_counter()
@@ -56,38 +41,37 @@ class ProgressDisplay:
         self._bar.stop()
 
     def start_epoch(self, epoch: int) -> None:
-        """Begin the bar of `epoch`, counted from 1."""
+        """Start the bar of `epoch`, counted from 1."""
         self._epoch_started = time.perf_counter()
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        label = f"{epoch}/{self._epochs}"
-        self._task = self._bar.add_task("", total=self._steps, epoch=label, width=2 * len(str(self._epochs)) + 1)
+        self._bar.reset(self._task, epoch=self._label(epoch))
 
     def update(self, step: int, *, loss: float, accuracy: float) -> None:
         """Show that `step` batches of the epoch are done."""
-        assert self._task is not None
         self._done_steps += 1
+        self._steps_left -= 1
         now = time.perf_counter()
-        images_per_s = step / self._steps * self._images / (now - self._epoch_started)
-        steps_left = self._epochs_to_do * self._steps - self._done_steps
-        # The pace of the whole run so far, validation included, tells best when it will end.
-        left_s = steps_left * (now - self._run_started) / self._done_steps
+        images_per_s = step * self._images_per_step / (now - self._epoch_started)
+        # Estimated from the whole run so far, validation included.
+        left_s = self._steps_left * (now - self._run_started) / self._done_steps
         self._bar.update(
             self._task,
             completed=step,
-            description=f"loss {loss:.4f}  accuracy {accuracy:.4f}  {images_per_s:,.0f} images/s  "
-            f"{_minutes(left_s)} left",
+            description=f"{100 * step // self._steps:>3} %  loss {loss:.4f}  accuracy {accuracy:.4f}  "
+            f"{images_per_s:,.0f} images/s  {_minutes(left_s)} left",
         )
 
     def end_epoch(self, result: EpochResult, *, is_best: bool) -> None:
-        """Leave the line that stays: the epoch's figures, and whether it is the best so far."""
+        """Print the metrics of an epoch, and whether it is the best so far."""
         self._console.print(
-            f"epoch {result.epoch:>{len(str(self._epochs))}}/{self._epochs}  "
+            f"epoch {self._label(result.epoch)}  "
             f"loss {result.loss:.4f}  accuracy {result.accuracy:.4f}  "
             f"val loss {result.val_loss:.4f}  val accuracy {result.val_accuracy:.4f}  "
             f"{result.images_per_s:,.0f} images/s  {_minutes(result.seconds)}{'  best' if is_best else ''}",
             soft_wrap=True,
         )
+
+    def _label(self, epoch: int) -> str:
+        return f"{epoch:>{len(str(self._last_epoch))}}/{self._last_epoch}"
 
 
 def _minutes(seconds: float) -> str:

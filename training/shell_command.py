@@ -1,4 +1,4 @@
-"""Command lines of this package, as messages and reports suggest them."""
+"""Command lines of this package, for messages and reports."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def format_command(*words: str | Path) -> str:
-    """Return `python -m training` with `words` as a line for the shell, with the Python that runs this process.
+    """Return `python -m training` with `words`, quoted for the shell, with the Python that runs this process.
 
-    After `make` no `python` is on the PATH: it is `.venv/bin/python`.
+    After `make` that is `.venv/bin/python`, which is not on the PATH.
     """
     python = Path(sys.executable or "python")
     with contextlib.suppress(ValueError, OSError):  # OSError: the working directory is gone

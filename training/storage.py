@@ -1,6 +1,6 @@
-"""Write files so that they survive a power cut: contents are synced before a name refers to them, then the folder is.
+"""Durable file writes: contents are synced before the rename, and the folder after it.
 
-Without that a file system may keep the name and lose the contents: after a cut the file is there and empty.
+Otherwise a file can be empty after a power failure: the name was written, the contents were not.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from training.errors import StorageFullError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What file systems answer that cannot sync a folder, among them some network and FUSE ones.
+# From file systems that cannot sync a folder, such as some network and FUSE ones.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def sync(path: Path) -> None:
-    """Flush a file's contents, or a folder's list of names, to the disk."""
+    """Flush a file's contents, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -31,7 +31,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents, durably."""
+    """Create a folder and its missing parents, durably."""
     if path.is_dir():
         return
     if path.parent != path:
@@ -41,8 +41,8 @@ def make_folder(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file durably, whole or not at all."""
-    # One name for all tries: what a killed process left is written over by the next.
+    """Write a file durably and atomically."""
+    # A fixed name: the next write overwrites what a killed process left.
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -57,18 +57,18 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Return whether `error` says that the disk or a quota is full; TensorFlow says so in words only."""
+    """Return whether the disk or a quota is full. TensorFlow's errors tell it only in their message."""
     return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
 
 @contextlib.contextmanager
 def explain_full_storage(path: Path, advice: str) -> Iterator[None]:
-    """Turn the errors of a full disk into a `StorageFullError` that names `path` and ends with `advice`."""
+    """Convert errors of a full disk to a `StorageFullError` with `path` and `advice`."""
     try:
         yield
     except StorageFullError:
         raise
-    except Exception as error:  # OSError, or one of TensorFlow's, which is not imported for this
+    except Exception as error:  # OSError or a TensorFlow error; TensorFlow is not imported here
         if not is_full(error):
             raise
-        raise StorageFullError(f"no space is left for {path}. {advice}") from error
+        raise StorageFullError(f"disk full: cannot write {path}. {advice}") from error

@@ -19,9 +19,9 @@ from serving.images.decoding import read_image as read_upload
 from serving.images.inspection import check_encoded_images
 from serving.images.limits import ImageLimits
 from tests.serving.image_files import chunk, encode, segment
-from training.datasets.image_file import read_image as read_training_image
+from training.data.image_file import read_image as read_training_image
 from training.errors import DatasetError
-from training.image_decoding import decode_images
+from training.exporter.image_decoding import decode_images
 
 SIDE = 64
 LIMITS = ImageLimits(max_pixels=1_000_000, max_side=10_000)
@@ -260,7 +260,7 @@ def test_avif_is_named_where_pillow_was_built_without_it(monkeypatch, way):
         "image_formats.content",
         "image_formats.decoding",
         "serving.images.decoding",
-        "training.datasets.image_file",
+        "training.data.image_file",
         "client.images",
     ):
         monkeypatch.setattr(f"{module}.HAS_AVIF", False)

@@ -55,7 +55,7 @@ def test_the_http_server_knows_neither_flask_nor_the_settings():
     ("package", "modules", "forbidden"),
     [
         ("client", "client, client.__main__, client.grpc", {"tensorflow", "keras"}),
-        ("training", "training.config, training.datasets, training.__main__", {"tensorflow", "keras"}),
+        ("training", "training.config, training.data, training.__main__", {"tensorflow", "keras"}),
         ("serving", "serving.api.app, serving.__main__", {"tensorflow", "keras", "training"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete at any time, found again by their content, and never deleted by reading."""
+"""Checkpoints are always complete, found by content, and never deleted by reading."""
 
 import dataclasses
 import errno
@@ -17,8 +17,8 @@ import tensorflow as tf
 
 from training.checkpoints import Checkpoints, TrainingState, read_best_state, restore_best
 from training.config import VARIANTS
-from training.epochs import EpochResult
 from training.errors import RunError
+from training.history import EpochResult
 from training.models import build_model
 
 ENDINGS = ("index", "data-00000-of-00001")
@@ -72,7 +72,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize(("variant", "kind"), [*((variant, "latest") for variant in VARIANTS), ("sequential", "best")])
-def test_either_checkpoint_restores_weights_optimizer_and_state_to_the_bit(variant, kind, tmp_path):
+def test_both_checkpoints_restore_bit_identically(variant, kind, tmp_path):
     model, optimizer, checkpoints = make(variant, tmp_path)
     step(model, optimizer)
     optimizer.learning_rate.assign(2e-4)
@@ -104,7 +104,7 @@ def test_best_restores_the_outputs(variant, tmp_path):
     np.testing.assert_array_equal(again(images).numpy(), expected)
 
 
-def test_nothing_saved_is_no_error(tmp_path):
+def test_no_checkpoint_is_not_an_error(tmp_path):
     model, _, checkpoints = make("sequential", tmp_path)
     assert checkpoints.restore() is None
     assert restore_best(tmp_path, model) is None
@@ -112,7 +112,7 @@ def test_nothing_saved_is_no_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_one_checkpoint_of_each_is_kept_and_never_overwritten_in_place(tmp_path):
+def test_one_best_and_one_latest_are_kept_and_not_overwritten_in_place(tmp_path):
     _, _, checkpoints = make("sequential", tmp_path)
     for epoch in range(1, 4):
         checkpoints.save_latest(state(epoch))
@@ -152,7 +152,7 @@ def read(folder):
 
 
 @pytest.mark.parametrize("how", ["deleted", "empty", "garbage"])
-def test_the_file_that_names_the_newest_is_not_needed(copied, how):
+def test_checkpoint_state_file_is_not_needed(copied, how):
     folder, weights = copied
     for kind in ("best", "latest"):
         damage(folder / kind / "checkpoint", how)
@@ -196,13 +196,13 @@ def test_a_damaged_latest_is_replaced_by_the_best_and_nothing_is_lost(copied, ca
     assert {name: after[name] for name in before if name.name != "checkpoint"} == {
         name: content for name, content in before.items() if name.name != "checkpoint"
     }
-    # The best has been saved as the latest, and it is not asked about the damaged one again.
+    # The best was saved as the latest, and the damaged file is not reported again.
     caplog.clear()
     assert make("sequential", folder)[2].restore() == state(2)
     assert not caplog.text
 
 
-def test_a_lost_best_is_made_anew_from_the_latest(copied):
+def test_lost_best_is_restored_from_the_latest(copied):
     folder, weights = copied
     shutil.rmtree(folder / "best")
     make("sequential", folder)[2].restore()
@@ -211,12 +211,12 @@ def test_a_lost_best_is_made_anew_from_the_latest(copied):
     assert_same(values(model), weights["latest"])
 
 
-def test_where_no_checkpoint_is_whole_each_is_named(copied):
+def test_error_names_every_damaged_checkpoint(copied):
     folder, _ = copied
     for kind in ("best", "latest"):
         damage(folder / kind / "checkpoint-1.data-00000-of-00001", "flipped")
     before = listing(folder)
-    match = r"no checkpoint can be used.*(best|latest)/checkpoint-1 is damaged.*(best|latest)/checkpoint-1 is damaged"
+    match = r"no checkpoint is usable.*(best|latest)/checkpoint-1 is damaged.*(best|latest)/checkpoint-1 is damaged"
     with pytest.raises(RunError, match=match):
         read(folder)
     with pytest.raises(RunError, match=match):
@@ -224,7 +224,7 @@ def test_where_no_checkpoint_is_whole_each_is_named(copied):
     assert listing(folder) == before
 
 
-def test_files_of_others_are_never_deleted(copied):
+def test_other_files_are_never_deleted(copied):
     folder, _ = copied
     latest = folder / "latest"
     for ending in ENDINGS:
@@ -243,14 +243,14 @@ def test_files_of_others_are_never_deleted(copied):
     assert make("sequential", folder)[2].restore() == state(5)
 
 
-def test_the_newest_complete_checkpoint_is_found_by_its_content_not_by_its_name(copied):
+def test_newest_complete_checkpoint_is_found_by_content(copied):
     folder, _ = copied
     for ending in ENDINGS:
         (folder / "best" / f"checkpoint-1.{ending}").rename(folder / "latest" / f"checkpoint-8.{ending}")
     assert make("sequential", folder)[2].restore() == state(3)
 
 
-def test_a_best_newer_than_the_latest_is_resumed_from(copied, caplog):
+def test_run_is_resumed_from_a_best_newer_than_the_latest(copied, caplog):
     """As after a kill between the two saves of an epoch."""
     folder, _ = copied
     model, optimizer, checkpoints = make("sequential", folder)
@@ -263,7 +263,7 @@ def test_a_best_newer_than_the_latest_is_resumed_from(copied, caplog):
     assert not caplog.text
 
 
-def test_reading_goes_on_while_a_training_replaces_what_is_read(copied, monkeypatch):
+def test_checkpoint_can_be_read_while_training_replaces_it(copied, monkeypatch):
     folder, _ = copied
     _, _, checkpoints = make("sequential", folder)
     checkpoints.restore()
@@ -281,7 +281,7 @@ def test_reading_goes_on_while_a_training_replaces_what_is_read(copied, monkeypa
     assert read_best_state(folder) == state(5)
 
 
-def test_a_checkpoint_of_another_network_is_refused(copied):
+def test_checkpoint_of_another_network_is_rejected(copied):
     folder, _ = copied
     model, _, checkpoints = make("sequential", folder, classes=5)
     with pytest.raises(RunError, match="another model"):
@@ -290,7 +290,7 @@ def test_a_checkpoint_of_another_network_is_refused(copied):
         checkpoints.restore()
 
 
-def test_the_best_of_an_earlier_version_can_be_read(tmp_path):
+def test_best_checkpoint_of_an_earlier_version_is_read(tmp_path):
     """It held the weights, and the figures of its epoch as its whole state."""
     model, _, _ = make("sequential", tmp_path)
     figures = dataclasses.asdict(state(1).history[0])
@@ -301,7 +301,7 @@ def test_the_best_of_an_earlier_version_can_be_read(tmp_path):
     assert_same(values(model), values(again))
 
 
-def test_a_checkpoint_is_on_the_disk_before_its_predecessor_is_deleted(copied, monkeypatch):
+def test_checkpoint_is_synced_before_its_predecessor_is_deleted(copied, monkeypatch):
     folder, _ = copied
     _, _, checkpoints = make("sequential", folder)
     checkpoints.restore()
@@ -334,7 +334,7 @@ def test_a_checkpoint_is_on_the_disk_before_its_predecessor_is_deleted(copied, m
     assert folder_synced < min(deletions)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(copied, monkeypatch):
+def test_full_disk_keeps_the_previous_checkpoint(copied, monkeypatch):
     folder, _ = copied
     _, _, checkpoints = make("sequential", folder)
     checkpoints.restore()
@@ -369,7 +369,7 @@ def ext4(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_after_a_power_cut_the_checkpoint_is_there(ext4, tmp_path):
+def test_checkpoint_survives_a_power_failure(ext4, tmp_path):
     image, disk = ext4
     model, optimizer, checkpoints = make("sequential", disk / "runs" / "run")
     cuts = []

@@ -15,9 +15,11 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from training import trainer
 from training.__main__ import run_command_line
 from training.checkpoints import read_best_state
 from training.errors import RunError, StorageFullError, TrainingError
+from training.run_dir import RunDir
 from training.shell_command import format_command
 
 
@@ -76,7 +78,7 @@ def weights(run, which):
     return {name: reader.get_tensor(name) for name in names}
 
 
-def test_more_epochs_continue_the_run_as_if_it_had_been_asked_for_them(run, pictures, tmp_path, capfd):
+def test_resuming_with_more_epochs_equals_one_longer_run(run, pictures, tmp_path, capfd):
     assert call("train", "--resume", run, "--epochs", 4, "--no-export") == 0
     assert "epoch 3/4" not in capfd.readouterr().err
     assert train(pictures, tmp_path / "whole", "--epochs", 4, "--no-export") == 0
@@ -89,17 +91,17 @@ def test_more_epochs_continue_the_run_as_if_it_had_been_asked_for_them(run, pict
     assert len((run / "history.csv").read_text().splitlines()) == 5
 
 
-def test_fewer_epochs_than_are_done_are_refused_by_option_and_in_the_config(run, capfd):
+def test_fewer_epochs_than_completed_are_rejected(run, capfd):
     before = (run / "config.json").read_bytes()
     assert call("train", "--resume", run, "--epochs", 2, "--no-export") == 1
-    assert "has completed 3 epochs, more than the 2 asked for" in capfd.readouterr().err
+    assert "has completed 3 epochs, more than the 2 requested" in capfd.readouterr().err
     assert (run / "config.json").read_bytes() == before
     edit(run / "config.json", epochs=1)
     assert call("train", "--resume", run, "--no-export") == 1
-    assert "has completed 3 epochs, more than the 1 asked for" in capfd.readouterr().err
+    assert "has completed 3 epochs, more than the 1 requested" in capfd.readouterr().err
 
 
-def test_data_that_has_moved_is_named_and_known_by_its_content(run, pictures, tmp_path, capfd):
+def test_moved_data_is_recognized_by_its_content(run, pictures, tmp_path, capfd):
     moved = tmp_path / "moved"
     shutil.copytree(pictures, moved)
     edit(run / "config.json", data=str(tmp_path / "gone"))
@@ -116,7 +118,7 @@ def test_data_that_has_moved_is_named_and_known_by_its_content(run, pictures, tm
     assert capfd.readouterr().err.count("was trained on other data") == 2
 
 
-def test_other_data_is_refused_even_if_dataset_json_is_lost(run, pictures, tmp_path, capfd):
+def test_other_data_is_rejected_even_if_dataset_json_is_lost(run, pictures, tmp_path, capfd):
     other = tmp_path / "other"
     shutil.copytree(pictures, other)
     next((other / "cat").iterdir()).unlink()
@@ -132,13 +134,14 @@ def test_other_data_is_refused_even_if_dataset_json_is_lost(run, pictures, tmp_p
     assert (run / "dataset.json").read_bytes() == before
 
 
-def test_what_cannot_be_checked_is_told_of_a_run_of_an_earlier_version(run, monkeypatch, caplog):
+def test_unverifiable_data_of_an_earlier_version_is_logged(run, monkeypatch, caplog):
     (run / "dataset.json").unlink()
     monkeypatch.setattr(
-        "training.train.read_best_state", lambda folder: dataclasses.replace(read_best_state(folder), content_hash=None)
+        "training.trainer.read_best_state",
+        lambda folder: dataclasses.replace(read_best_state(folder), content_hash=None),
     )
     assert call("evaluate", run) == 0
-    assert "dataset.json is lost: it cannot be checked that" in caplog.text
+    assert "dataset.json is lost: cannot check that" in caplog.text
 
 
 @pytest.mark.parametrize(("field", "value"), [("learning_rate", 0.5), ("conv_activation", "linear"), ("seed", 4)])
@@ -147,7 +150,7 @@ def test_an_edited_config_is_rejected_by_every_command(run, tmp_path, capfd, fie
     for arguments in (["evaluate", run], ["export", run, "--models-dir", tmp_path / "models", "--name", "pets"]):
         assert call(*arguments) == 1
         error = capfd.readouterr().err
-        assert f"config.json was changed since the checkpoint was written: {field} is {value!r}" in error or (
+        assert f"config.json was changed after the checkpoint was written: {field} is {value!r}" in error or (
             field == "seed" and "was trained on other data" in error
         )
     assert call("train", "--resume", run, "--no-export", "--epochs", 4) == 1
@@ -164,7 +167,7 @@ def test_an_export_falls_back_to_the_latest_checkpoint_and_deletes_nothing(run, 
     assert call("export", run, "--models-dir", tmp_path / "models", "--name", "pets") == 0
     assert "is damaged" in caplog.text
     assert "using the latest" in caplog.text
-    assert "the export has no test figures" in caplog.text
+    assert "the export has no test metrics" in caplog.text
     assert tree(run) == before
     info = json.loads((tmp_path / "models" / "pets" / "1" / "assets.extra" / "model.json").read_text())
     assert info["best_epoch"] == 3
@@ -191,16 +194,25 @@ def test_an_export_of_a_run_that_another_process_is_training_disturbs_nothing(ru
     assert 3 <= info["best_epoch"] <= read_best_state(run / "checkpoints").history[-1].epoch
 
 
-def test_lost_checkpoints_are_not_taken_for_a_run_at_its_beginning(run, capfd):
+def test_lost_checkpoints_are_an_error(run, capfd):
     shutil.rmtree(run / "checkpoints")
     assert call("train", "--resume", run, "--no-export") == 1
     assert "has no checkpoint, though 3 epochs were completed" in capfd.readouterr().err
     assert len((run / "history.csv").read_text().splitlines()) == 4
 
 
-def test_a_name_that_cannot_be_exported_is_told_before_anything_is_written(pictures, tmp_path, capfd):
+def test_train_and_export_build_the_network_twice_and_read_the_config_once(run, tmp_path, monkeypatch):
+    calls = []
+    build, read = trainer.build_model, RunDir.read_config
+    monkeypatch.setattr(trainer, "build_model", lambda *args, **kwargs: calls.append("build") or build(*args, **kwargs))
+    monkeypatch.setattr(RunDir, "read_config", lambda run: calls.append("read") or read(run))
+    assert call("train", "--resume", run, "--models-dir", tmp_path / "models", "--name", "pets") == 0
+    assert calls == ["read", "build", "build"]  # to train, and to evaluate and export
+
+
+def test_invalid_model_name_is_rejected_before_anything_is_written(pictures, tmp_path, capfd):
     assert train(pictures, tmp_path / "run", "--models-dir", tmp_path / "models") == 1
-    assert "'my pictures (2)' cannot be a model's name" in capfd.readouterr().err
+    assert "'my pictures (2)' is not a valid model name" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -238,7 +250,7 @@ def descendants(error_class):
     return [each for child in error_class.__subclasses__() for each in (child, *descendants(child))]
 
 
-def test_class_names_that_are_not_utf_8_are_told_before_anything_is_written(pictures, tmp_path, capfd):
+def test_class_names_that_are_not_utf_8_are_rejected_before_anything_is_written(pictures, tmp_path, capfd):
     folder = tmp_path / "data"
     shutil.copytree(pictures, folder)
     os.rename(os.fsencode(folder / "dog"), os.fsencode(folder) + b"/chien\xe9")  # noqa: PTH104 - no path of text
@@ -249,8 +261,11 @@ def test_class_names_that_are_not_utf_8_are_told_before_anything_is_written(pict
     assert not (tmp_path / "run").exists()
 
 
-def test_a_failed_export_tells_how_to_export_again(run, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("training.export._prove", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+def test_failed_export_prints_the_export_command(run, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(
+        "training.exporter.publish.verify_saved_model",
+        lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")),
+    )
     models = tmp_path / "my models"
     assert call("train", "--resume", run, "--models-dir", models, "--name", "pets") == 4
     error = capfd.readouterr().err
@@ -265,20 +280,20 @@ def test_a_failed_export_tells_how_to_export_again(run, tmp_path, capfd, monkeyp
     ("error", "code", "message"),
     [
         (OSError(13, "Permission denied", "/somewhere"), 1, "error: /somewhere: Permission denied"),
-        (OSError(28, "No space left on device"), 4, "error: no space is left"),
-        (MemoryError("5 GiB"), 1, "error: there is not enough memory (5 GiB)"),
+        (OSError(28, "No space left on device"), 4, "error: disk full"),
+        (MemoryError("5 GiB"), 1, "error: not enough memory (5 GiB)"),
         (ZeroDivisionError("by zero"), 1, "error: unexpected ZeroDivisionError: by zero"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_every_error_ends_with_a_message_and_a_documented_exit_code(monkeypatch, tmp_path, capfd, error, code, message):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("training.run.RunFolder.open", lambda _: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("training.run_dir.RunDir.open", lambda _: (_ for _ in ()).throw(error))
     assert call("export", tmp_path) == code
-    told = capfd.readouterr().err
-    assert message in told
-    assert "Traceback" not in told
+    error_output = capfd.readouterr().err
+    assert message in error_output
+    assert "Traceback" not in error_output
     if isinstance(error, ZeroDivisionError):
         (written,) = tmp_path.glob("training-error-*.txt")
-        assert str(written) in told
+        assert str(written) in error_output
         assert "Traceback" in written.read_text()

@@ -10,7 +10,7 @@ from training.config import TrainingConfig
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("dataset", "mnist"),
+        ("dataset", "cifar100"),
         ("variant", "resnet"),
         ("loop", "keras"),
         ("conv_activation", "gelu"),
@@ -25,7 +25,7 @@ from training.config import TrainingConfig
         ("seed", 2**31),
     ],
 )
-def test_a_value_out_of_range_is_named(field, value):
+def test_value_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=field):
         TrainingConfig(**{field: value})
 
@@ -37,11 +37,11 @@ def test_json_round_trip():
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"epochs": 3, "optimiser": "adam"}', '{"epochs": 0}'])
-def test_other_json_is_refused(text):
+def test_invalid_json_is_rejected(text):
     with pytest.raises(ValueError):  # noqa: PT011 - the four have different messages
         TrainingConfig.from_json(text)
 
 
-def test_a_wrong_command_line_is_answered_without_importing_tensorflow():
+def test_command_line_does_not_import_tensorflow():
     program = "import sys, training.__main__; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""What is checked before the first training step, and with which numbers."""
+"""Checks before the first training step, and the numbers in their messages."""
 
 import os
 import shutil
@@ -11,13 +11,12 @@ from PIL import Image
 
 from training import memory, preflight
 from training.config import TrainingConfig
-from training.datasets import Dataset, Split, image_reading
-from training.datasets.image_folder import load_image_folder
-from training.errors import DatasetError, ExportError, MemoryTooSmallError, StorageFullError
+from training.data import Dataset, Split
+from training.data.image_folder import load_image_folder
+from training.errors import ExportError, MemoryTooSmallError, StorageFullError
 from training.memory import available_bytes, checkpoint_bytes
 from training.models import build_model
 from training.preflight import check_free_space, check_memory, check_model_name, check_models_folder
-from training.train import make_optimizer
 
 
 def dataset(count=20, height=32, width=32):
@@ -37,39 +36,39 @@ def dataset(count=20, height=32, width=32):
         ("?", "NAME"),
     ],
 )
-def test_a_model_name_that_cannot_be_used_is_refused_with_one_that_can(name, suggestion):
-    with pytest.raises(ExportError, match=rf"cannot be a model's name.*--name {suggestion}$"):
+def test_invalid_model_name_error_suggests_a_valid_name(name, suggestion):
+    with pytest.raises(ExportError, match=rf"is not a valid model name.*--name {suggestion}$"):
         check_model_name(name)
 
 
 @pytest.mark.parametrize("name", ["pets", "größe", "v1.2_b-3"])
-def test_a_model_name_that_can_be_used_passes(name):
+def test_valid_model_names_are_accepted(name):
     check_model_name(name)
 
 
-def test_a_models_folder_is_checked_without_leaving_anything(tmp_path):
+def test_models_folder_check_leaves_no_files(tmp_path):
     check_models_folder(tmp_path / "models", "pets")
     assert not list(tmp_path.iterdir())
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "pets").write_text("in the way")
-    with pytest.raises(ExportError, match=r"models/pets is not a folder that can be written to .*--models-dir"):
+    with pytest.raises(ExportError, match=r"models/pets is not a writable folder .*--models-dir"):
         check_models_folder(tmp_path / "models", "pets")
-    with pytest.raises(ExportError, match="not a folder that can be written to"):
+    with pytest.raises(ExportError, match="not a writable folder"):
         check_models_folder(Path("/proc/models"), "pets")
 
 
 @pytest.mark.parametrize(("variant", "height", "width"), [("sequential", 40, 57), ("airbench", 33, 40)])
-def test_the_estimate_of_a_checkpoint_is_that_of_its_tensors(variant, height, width):
+def test_checkpoint_size_estimate_matches_its_tensors(variant, height, width):
     config = TrainingConfig.fill_in(variant=variant)
     model = build_model(variant, (height, width, 3), classes=7)
-    optimizer = make_optimizer(config, steps_per_epoch=1)
+    optimizer = config.recipe.make_optimizer(config, steps_per_epoch=1)
     optimizer.build(model.trainable_variables)
     tensors = (*model.variables, *optimizer.variables)
     exact = sum(keras.ops.convert_to_numpy(variable).nbytes for variable in tensors)
     assert exact <= checkpoint_bytes(config, (height, width, 3), classes=7) <= 1.05 * exact + 2**16
 
 
-def test_too_little_memory_is_told_with_the_numbers(monkeypatch):
+def test_too_little_memory_error_has_the_numbers(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**30)
     check_memory(TrainingConfig(), dataset())
     with pytest.raises(MemoryTooSmallError) as error:
@@ -83,19 +82,19 @@ def test_too_little_memory_is_told_with_the_numbers(monkeypatch):
         check_memory(TrainingConfig(batch_size=1), dataset(4, 1500, 2000))
 
 
-def test_images_that_do_not_fit_into_memory_are_told_with_the_numbers(tmp_path, monkeypatch):
+def test_error_for_images_larger_than_memory_has_the_numbers(tmp_path, monkeypatch):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for number in range(3):
             Image.new("RGB", (400, 300)).save(tmp_path / name / f"{number}.png")
-    monkeypatch.setattr(image_reading, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
     with pytest.raises(
-        DatasetError, match=r"6 images of 300x400 need 2\.1 MiB of memory, .*, more than there is \(1\.0 MiB\)"
+        MemoryTooSmallError, match=r"6 images of 300x400, .*, need about 4\.1 MiB of memory, and 1\.0 MiB are available"
     ):
         load_image_folder(tmp_path, image_size=(300, 400), seed=0)
 
 
-def test_available_memory_is_the_least_of_machine_and_control_groups(tmp_path):
+def test_available_memory_is_the_least_of_machine_limit_and_control_groups(tmp_path):
     def write(path, text):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -103,6 +102,10 @@ def test_available_memory_is_the_least_of_machine_and_control_groups(tmp_path):
     assert available_bytes(tmp_path) is None
     write("proc/meminfo", "MemTotal: 100 kB\nMemAvailable: 50 kB\n")
     assert available_bytes(tmp_path) == 50 * 1024
+    write("proc/self/statm", "3 1 1 1 0 1 0\n")
+    for limit, available in (("unlimited", 50 * 1024), (str(3 * os.sysconf("SC_PAGE_SIZE") + 20000), 20000)):
+        write("proc/self/limits", f"Limit Soft Hard Units\nMax address space   {limit}   unlimited   bytes\n")
+        assert available_bytes(tmp_path) == available
     write("proc/self/cgroup", "0::/box/inner\n")
     write("sys/fs/cgroup/box/memory.max", "40000\n")
     write("sys/fs/cgroup/box/memory.current", "30000\n")
@@ -116,7 +119,7 @@ def test_available_memory_is_the_least_of_machine_and_control_groups(tmp_path):
     assert available_bytes(tmp_path) == 1000
 
 
-def test_too_little_space_is_told_with_the_numbers(tmp_path, monkeypatch):
+def test_too_little_disk_space_error_has_the_numbers(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     run, models = tmp_path / "runs" / "r", tmp_path / "models"
 
@@ -126,7 +129,7 @@ def test_too_little_space_is_told_with_the_numbers(tmp_path, monkeypatch):
 
     # A checkpoint of 32x32 pixels has 1.3 MB; the report has 4 MiB; the export is as large as the weights twice.
     check(9 * 2**20, None)
-    with pytest.raises(StorageFullError, match=r"about 7\.\d MiB .* and 3\.0 MiB are free"):
+    with pytest.raises(StorageFullError, match=r"about 7\.\d MiB .* 3\.0 MiB are free"):
         check(3 * 2**20, None)
     with pytest.raises(StorageFullError, match=r"about 1\d\.\d MiB .*models, and 9\.0 MiB are free"):
         check(9 * 2**20, models)

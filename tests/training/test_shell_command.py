@@ -11,13 +11,13 @@ from training.shell_command import format_command
 PROJECT = Path(__file__).parents[2]
 
 
-def test_the_python_of_the_virtual_environment_is_named_as_one_types_it(monkeypatch, tmp_path):
+def test_python_of_the_virtual_environment_is_a_relative_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
     assert format_command("evaluate", Path("my runs/1")) == ".venv/bin/python -m training evaluate 'my runs/1'"
 
 
-def test_a_command_runs_where_no_python_is_on_the_path():
+def test_command_runs_without_python_on_the_path():
     environment = {**os.environ, "PATH": "/nowhere", "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
         ["/bin/sh", "-c", format_command("train", "--resume", "nowhere")],
@@ -27,11 +27,11 @@ def test_a_command_runs_where_no_python_is_on_the_path():
         check=False,
     )
     assert done.returncode == 1
-    assert "nowhere is not a run folder" in done.stderr
+    assert "nowhere is not a run directory" in done.stderr
 
 
 @pytest.mark.parametrize("package", ["training", "serving", "client"])
-def test_no_message_names_a_python_that_make_does_not_put_on_the_path(package):
+def test_messages_do_not_name_bare_python(package):
     for path in (PROJECT / package).rglob("*.py"):
         tree = ast.parse(path.read_text())
         # Docstrings are for who reads the code, and click's usage line is not a command to copy.

@@ -1,4 +1,4 @@
-"""Training by `compile` and `fit`: the article's sections 1 and 2."""
+"""Keras training loop, `compile` and `fit`: the article's sections 1 and 2."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import time
 from typing import Any
 
 import keras
-import tensorflow as tf
 
-from training.epochs import EpochResult, Monitor, check_finite
+from training.data.input_pipeline import LoopData
+from training.history import EpochResult
+from training.loops.callback import TrainingCallback, check_finite
 
 
-class _MonitorCallback(keras.callbacks.Callback):
-    """Tell a `Monitor` what Keras tells its callbacks, and collect the results."""
+class _KerasCallback(keras.callbacks.Callback):
+    """Forwards Keras's events to a `TrainingCallback`, and collects the results."""
 
-    def __init__(self, monitor: Monitor, *, images_per_epoch: int) -> None:
+    def __init__(self, callback: TrainingCallback, *, images_per_epoch: int) -> None:
         super().__init__()
         self.results: list[EpochResult] = []
-        self._monitor = monitor
+        self._callback = callback
         self._images_per_epoch = images_per_epoch
         self._epoch = 0
         self._started = self._trained = 0.0
@@ -25,13 +26,13 @@ class _MonitorCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         self._epoch = epoch + 1
         self._started = time.perf_counter()
-        self._monitor.on_epoch_start(self._epoch)
+        self._callback.on_epoch_begin(self._epoch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         assert logs is not None
         loss, accuracy = float(logs["loss"]), float(logs["accuracy"])
         check_finite(loss, epoch=self._epoch, step=batch + 1)
-        self._monitor.on_batch_end(batch + 1, loss=loss, accuracy=accuracy)
+        self._callback.on_batch_end(batch + 1, loss=loss, accuracy=accuracy)
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         self._trained = time.perf_counter()
@@ -50,56 +51,44 @@ class _MonitorCallback(keras.callbacks.Callback):
             images_per_s=self._images_per_epoch / (self._trained - self._started),
         )
         self.results.append(result)
-        self._monitor.on_epoch_end(result)
+        self._callback.on_epoch_end(result)
 
 
 def train_fit(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
     loss: keras.losses.Loss,
+    data: LoopData,
     *,
-    train: tf.data.Dataset,
-    validation: tf.data.Dataset,
-    steps_per_epoch: int,
-    images_per_epoch: int,
-    first_epoch: int,
-    epochs: int,
-    monitor: Monitor,
+    epochs: range,
+    callback: TrainingCallback,
 ) -> list[EpochResult]:
-    """Train with Keras's own loop.
+    """Train with `Model.compile` and `Model.fit`.
 
     Args:
         model: uint8 (batch, height, width, 3) in, probabilities (batch, classes) out.
         optimizer: built for the model's variables.
-        loss: of class numbers and probabilities.
-        train: endless batches of (images, labels), beginning with those of `first_epoch`.
-        validation: the validation images once, in batches.
-        steps_per_epoch: batches an epoch.
-        images_per_epoch: training images an epoch.
-        first_epoch: epochs already done.
-        epochs: epochs in all.
-        monitor: is told of every batch and epoch.
+        loss: of labels and probabilities.
+        data: training and validation batches.
+        epochs: to train, counted from 1.
+        callback: called after every batch and epoch.
 
     Returns:
-        The result of each epoch trained here.
+        The metrics of each epoch.
 
     Raises:
         DivergedError: the loss became NaN or infinite.
     """
-    model.compile(
-        optimizer,
-        loss=loss,
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-    )
-    callback = _MonitorCallback(monitor, images_per_epoch=images_per_epoch)
+    model.compile(optimizer, loss=loss, metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")])
+    keras_callback = _KerasCallback(callback, images_per_epoch=data.images_per_epoch)
     model.fit(
-        train,
-        validation_data=validation,
-        steps_per_epoch=steps_per_epoch,
-        initial_epoch=first_epoch,
-        epochs=epochs,
-        callbacks=[callback],
+        data.train,
+        validation_data=data.validation,
+        steps_per_epoch=data.steps_per_epoch,
+        initial_epoch=epochs.start - 1,
+        epochs=epochs.stop - 1,
+        callbacks=[keras_callback],
         verbose=0,
-        shuffle=False,  # the dataset comes in the order of the seed
+        shuffle=False,  # the dataset is already shuffled by the seed
     )
-    return callback.results
+    return keras_callback.results

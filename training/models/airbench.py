@@ -1,11 +1,8 @@
-"""A small network made to learn CIFAR-10 in little time, after the airbench papers.
+"""The airbench network: a small network that learns CIFAR-10 fast.
 
-Keller Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv 2404.00498): a first layer that whitens
-patches and is not trained (section 3.2), filters that begin as the identity (section 3.3), batch normalisation without
-a scale, and a scaled head. What trains it is in `training/muon.py`.
-
-How many convolutions a block has is the preset's business. That channels are multiples of 16 is the CPU's: the width of
-its widest vectors.
+Keller Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv 2404.00498): a fixed first layer that
+whitens patches (section 3.2), identity initialization of filters (section 3.3), batch normalization without a scale,
+and a scaled head. Channels are multiples of 16, the width of a CPU's widest vectors.
 """
 
 from __future__ import annotations
@@ -17,25 +14,23 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from training.config import Block
-from training.models import small_maps
+from training.models import bf16_conv
+from training.models.presets import Block
 
-PATCH = 2  # pixels on each side of what the first layer looks at
-DIRECTIONS = 8  # in which such patches of 12 numbers vary the most
-WHITENED_IMAGES = 5_000  # whose patches it is made from
-WHITENING_EPSILON = 5e-4  # keeps patches that hardly vary from being blown up
+PATCH = 2  # width and height of the patches that the first layer whitens, in pixels
+DIRECTIONS = 8  # of largest variance, of the 12 values in a patch
+WHITENED_IMAGES = 5_000  # used to compute the filters
+WHITENING_EPSILON = 5e-4  # avoids amplifying patches that hardly vary
 HEAD_SCALE = 1 / 9
-MIN_SIZE = 15  # leaves one pixel after three halvings and the rows that go without padding
 
 
 @keras.saving.register_keras_serializable(package="training")
 class Whitening(layers.Layer):
-    """2x2 filters whose outputs are uncorrelated over the training images, each with its negative. Nothing here learns.
+    """Fixed 2x2 filters with uncorrelated outputs over the training images, each with its negative.
 
-    They are those in whose directions the patches vary the most; the paper keeps all.
-
-    The images' own mean and deviation are in the filters too. The paper trains a bias here: that made no difference to
-    the validation loss, and without it no gradient comes down to this layer, which saves a tenth of a step.
+    Only the directions of largest variance are used; the paper uses all. The filters include the normalization by the
+    images' mean and standard deviation. The paper trains a bias here: without it the validation loss is the same, and
+    no gradient of this layer is needed, which saves a tenth of a step.
 
     Input shape:
         uint8 (batch, height, width, 3), raw pixels 0-255.
@@ -45,14 +40,13 @@ class Whitening(layers.Layer):
     """
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the variables; `adapt` gives the filters their values."""
         channels = input_shape[-1] or 0
         shape = (PATCH, PATCH, channels, 2 * DIRECTIONS)
         self.kernel = self.add_weight(name="filters", shape=shape, initializer="glorot_uniform", trainable=False)
         self.offset = self.add_weight(name="offset", shape=shape[-1:], initializer="zeros", trainable=False)
 
     def adapt(self, images: np.ndarray) -> None:
-        """Make the filters from images, uint8 (n, height, width, channels).
+        """Compute the filters from images, uint8 (n, height, width, channels).
 
         They are the eigenvectors of the patches' covariance, each divided by the root of its eigenvalue.
         """
@@ -69,45 +63,42 @@ class Whitening(layers.Layer):
         self.offset.assign(-np.tensordot(mean, kernel.sum(axis=(0, 1)), 1))
 
     def call(self, images: tf.Tensor) -> tf.Tensor:
-        """Return the whitened patches."""
         features = tf.nn.conv2d(tf.cast(images, tf.float32), self.kernel, 1, "VALID")
         return tf.nn.relu(tf.nn.bias_add(features, self.offset))
 
 
 @keras.saving.register_keras_serializable(package="training")
 class Identity(keras.initializers.Initializer):
-    """Filters that hand the first channels on as they are; further ones are drawn, as in section 3.3 of the paper."""
+    """Identity filters for the first channels, random filters for the others (section 3.3 of the paper)."""
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
         """Return a kernel (3, 3, inputs, outputs)."""
         inputs, outputs = shape[2:]
         limit = (9 * inputs) ** -0.5
         drawn = keras.initializers.RandomUniform(-limit, limit)(shape, dtype)
-        handed_on = np.zeros(shape, np.float32)
+        identity = np.zeros(shape, np.float32)
         count = min(inputs, outputs)
-        handed_on[1, 1, range(count), range(count)] = 1
-        return tf.concat([handed_on[..., :count], drawn[..., count:]], axis=-1)
+        identity[1, 1, range(count), range(count)] = 1
+        return tf.concat([identity[..., :count], drawn[..., count:]], axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="training")
 class BatchNorm(layers.Layer):
-    """Batch normalisation with a bias and without a scale, by TensorFlow's fused operation.
+    """Batch normalization with a bias and without a scale, as TensorFlow's fused operation.
 
-    Keras's own is not fused on this backend, and twice as slow on a CPU.
+    Keras's layer is not fused on the TensorFlow backend, and half as fast on a CPU.
     """
 
-    MOMENTUM = 0.6  # of the moving mean and variance: a short training has no time for slow ones
+    MOMENTUM = 0.6  # of the moving mean and variance; low because training is short
     EPSILON = 1e-6
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the variables."""
         shape = (input_shape[-1],)
         self.bias = self.add_weight(name="bias", shape=shape, initializer="zeros")
         self.mean = self.add_weight(name="mean", shape=shape, initializer="zeros", trainable=False)
         self.variance = self.add_weight(name="variance", shape=shape, initializer="ones", trainable=False)
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Return the normalised features, and in training take note of their mean and variance."""
         ones = tf.ones_like(self.bias)
         if not training:
             moments = {"mean": tf.convert_to_tensor(self.mean), "variance": tf.convert_to_tensor(self.variance)}
@@ -122,12 +113,7 @@ class BatchNorm(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="training")
 class Conv(layers.Layer):
-    """A 3x3 convolution without a bias.
-
-    Args:
-        filters: its outputs.
-        padding: "SAME" or "VALID".
-    """
+    """3x3 convolution without a bias; `padding` is "SAME" or "VALID"."""
 
     def __init__(self, filters: int, *, padding: str = "SAME", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -135,33 +121,29 @@ class Conv(layers.Layer):
         self.padding = padding
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the variables."""
         shape = (3, 3, input_shape[-1], self.filters)
         self.kernel = self.add_weight(name="kernel", shape=shape, initializer=Identity())
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Return the features."""
-        if self.padding == "SAME" and small_maps.is_for(inputs):
-            return small_maps.convolve(inputs, tf.convert_to_tensor(self.kernel))
+        if self.padding == "SAME" and bf16_conv.is_for(inputs):
+            return bf16_conv.convolve(inputs, tf.convert_to_tensor(self.kernel))
         return tf.nn.conv2d(inputs, self.kernel, 1, self.padding)
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the constructor takes."""
         return {**super().get_config(), "filters": self.filters, "padding": self.padding}
 
 
 @keras.saving.register_keras_serializable(package="training")
 class AirbenchBlock(layers.Layer):
-    """Convolutions, each with batch norm and ReLU; after the first of them, before its batch norm, 2x2 max-pooling.
+    """Convolutions, each with batch norm and ReLU; the first has 2x2 max-pooling before its batch norm.
 
-    From the third on, what a convolution gives is added to its input. With Keras's dtype policy mixed_bfloat16 the
-    convolutions and the pooling are of such numbers, and what has to add up exactly is of float32: batch norm's
-    statistics and the variables.
+    From the third on, the output of a convolution is added to its input. With the dtype policy mixed_bfloat16,
+    convolutions and pooling use bfloat16, variables and batch-norm statistics float32.
 
     Args:
-        filters: of every convolution.
-        depth: how many there are.
-        padding: of the first.
+        filters: output channels of every convolution.
+        depth: number of convolutions.
+        padding: of the first convolution.
 
     Output shape:
         float32 (batch, height // 2, width // 2, filters); one row and column less with "VALID" padding.
@@ -177,7 +159,6 @@ class AirbenchBlock(layers.Layer):
         self.norms = [BatchNorm() for _ in range(depth)]
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the variables."""
         shape = input_shape
         for conv, norm in zip(self.convs, self.norms, strict=True):
             conv.build(shape)
@@ -185,7 +166,6 @@ class AirbenchBlock(layers.Layer):
             norm.build(shape)
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Return the features."""
         features = inputs
         for number, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             new = conv(features)
@@ -196,17 +176,16 @@ class AirbenchBlock(layers.Layer):
         return features
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the constructor takes."""
         return {**super().get_config(), "filters": self.filters, "depth": self.depth, "padding": self.padding}
 
 
 @keras.saving.register_keras_serializable(package="training")
 class Airbench(keras.Model):
-    """Whitening, three blocks, the maximum over the picture, a head.
+    """Whitening, three blocks, global max-pooling, a head.
 
     Args:
         classes: number of classes.
-        blocks: what each block is like.
+        blocks: the three blocks.
 
     Input shape:
         uint8 (batch, height, width, 3), raw pixels 0-255.
@@ -224,47 +203,37 @@ class Airbench(keras.Model):
             AirbenchBlock(filters, depth=depth, padding=padding, dtype=self.dtype_policy)
             for filters, depth, padding in blocks
         )
-        # Uniform with a deviation of 1.
+        # Uniform with a standard deviation of 1.
         self.head = layers.Dense(
             classes, use_bias=False, kernel_initializer=keras.initializers.RandomUniform(-(3**0.5), 3**0.5)
         )
 
     def adapt(self, images: np.ndarray) -> None:
-        """Make the filters that are not trained from images, uint8 (n, height, width, 3)."""
+        """Compute the fixed filters from the training images, uint8 (n, height, width, 3)."""
         self.whitening.adapt(images)
 
     def logits(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Return what the softmax is given."""
-        height, width = (used_size(size) for size in images.shape[1:3])
-        features = self.block1(self.whitening(images[:, :height, :width]), training=training)
+        features = self.block1(self.whitening(crop_to_odd(images)), training=training)
         features = self.block3(self.block2(features, training=training), training=training)
         return HEAD_SCALE * self.head(tf.reduce_max(features, axis=(1, 2)))
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Return the probabilities."""
         return tf.nn.softmax(self.logits(images, training=training))
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the constructor takes."""
         return {**super().get_config(), "classes": self.classes, "blocks": self.blocks}
 
 
-def used_size(size: int) -> int:
-    """Return how many of `size` rows (or columns) of pixels are used: the first halving drops an odd one."""
-    return size if size % 2 else size - 1
+def crop_to_odd(images: tf.Tensor) -> tf.Tensor:
+    """Crop images to an odd height and width: the first pooling drops the last row and column of even sizes."""
+    height, width = images.shape[1:3]
+    return images[:, : height - (height + 1) % 2, : width - (width + 1) % 2]
 
 
 def build_airbench(
     input_shape: tuple[int, int, int], *, classes: int, blocks: tuple[Block, Block, Block], dtype: str
 ) -> Airbench:
-    """Build the network, its variables made and its first layer not yet adapted.
-
-    Args:
-        input_shape: (height, width, 3) of the images.
-        classes: number of classes.
-        blocks: what each block is like.
-        dtype: Keras's dtype policy of the blocks.
-    """
+    """Build the network with its variables; `adapt` must be called before training."""
     model = Airbench(classes, blocks=blocks, name="airbench", dtype=dtype)
     model(tf.zeros((1, *input_shape), tf.uint8))
     return model

@@ -1,8 +1,7 @@
-"""What a trained network computes once nothing is to be trained any more: constants only, and as few as possible.
+"""Inference graphs of trained networks, without variables and with folded scales.
 
-Each function here takes a model's weights out of it and returns the same mathematics without what only training
-needs: rescaling is multiplied into the first convolution, the temperature into the last layer, and no variable is
-read. `training/export.py` asserts that the answers are the model's own.
+Rescaling is folded into the first convolution, batch norms into the convolutions before them, and the temperature into
+the last layer. `training/exporter/verify.py` compares the outputs with the model's.
 """
 
 from __future__ import annotations
@@ -13,26 +12,26 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from training.models import airbench
-from training.models.airbench import HEAD_SCALE, Airbench, BatchNorm, Conv
+from training.models.airbench import HEAD_SCALE, Airbench, BatchNorm, Conv, crop_to_odd
 from training.models.sequential import used_size
 
-# Rows up to which TensorFlow's own pooling is better than oneDNN's, which takes 20 us to begin: much faster for one
-# image, about as fast for 64. The operation MaxPoolV2 is the one that TensorFlow does not give to oneDNN.
-SMALL_MAP = 16
+# Feature maps up to this height are pooled by MaxPoolV2, which TensorFlow never runs with oneDNN. A oneDNN pooling
+# takes 20 us to start: MaxPoolV2 is much faster for one image, and equally fast for 64.
+MAX_EIGEN_ROWS = 16
 
 Logits = Callable[[tf.Tensor], tf.Tensor]  # uint8 (n, height, width, 3) -> float32 (n, classes)
 
 
 def fold_article_network(model: keras.Model, *, conv_activation: str, temperature: float) -> Logits:
-    """Fold either writing of the article's network, whose weights come in the same order.
+    """Fold the article's network.
 
     Args:
-        model: as `build_sequential` or `build_subclass` builds it.
-        conv_activation: what it was built with.
-        temperature: to divide the logits by.
+        model: built by `build_sequential` or `build_subclass`; their weights have the same order.
+        conv_activation: of the model.
+        temperature: divisor of the logits.
     """
-    *convolutions, hidden, output = _pairs([weight.numpy() for weight in model.weights])
+    weights = [weight.numpy() for weight in model.weights]
+    *convolutions, hidden, output = zip(weights[::2], weights[1::2], strict=True)
     first_kernel, first_bias = convolutions[0]
     convolutions[0] = (first_kernel / np.float32(255), first_bias)
     output = (output[0] / np.float32(temperature), output[1] / np.float32(temperature))
@@ -42,7 +41,7 @@ def fold_article_network(model: keras.Model, *, conv_activation: str, temperatur
         height, width = (used_size(size) for size in images.shape[1:3])
         features = tf.cast(images[:, :height, :width], tf.float32)
         for kernel, bias in convolutions:
-            # In this order the convolution, its bias and its activation become one operation.
+            # In this order TensorFlow fuses convolution, bias and activation.
             features = activation(tf.nn.bias_add(tf.nn.conv2d(features, kernel, 1, "VALID"), bias))
             features = _halve(features)
         features = tf.reshape(features, (-1, hidden[0].shape[0]))
@@ -53,13 +52,9 @@ def fold_article_network(model: keras.Model, *, conv_activation: str, temperatur
 
 
 def fold_airbench(model: Airbench, *, temperature: float) -> Logits:
-    """Fold an airbench network: its batch norms into the convolutions before them, its scales into the head.
+    """Fold an airbench network, dividing its logits by `temperature`.
 
-    A batch norm's scale is positive and the same for all of a picture, so it may as well come before the pooling.
-
-    Args:
-        model: a trained one.
-        temperature: to divide the logits by.
+    The scale of a batch norm is positive and the same for all pixels, so it can be applied before the pooling.
     """
     whitening_kernel, whitening_bias = model.whitening.kernel.numpy(), model.whitening.offset.numpy()
     blocks = [
@@ -69,9 +64,7 @@ def fold_airbench(model: Airbench, *, temperature: float) -> Logits:
     head = model.head.kernel.numpy() * np.float32(HEAD_SCALE / temperature)
 
     def logits(images: tf.Tensor) -> tf.Tensor:
-        height, width = (airbench.used_size(size) for size in images.shape[1:3])
-        pixels = tf.cast(images[:, :height, :width], tf.float32)
-        features = tf.nn.conv2d(pixels, whitening_kernel, 1, "VALID")
+        features = tf.nn.conv2d(tf.cast(crop_to_odd(images), tf.float32), whitening_kernel, 1, "VALID")
         features = tf.nn.relu(tf.nn.bias_add(features, whitening_bias))
         for block in blocks:
             for number, (kernel, bias, padding) in enumerate(block):
@@ -85,31 +78,33 @@ def fold_airbench(model: Airbench, *, temperature: float) -> Logits:
 
 
 def _halve(features: tf.Tensor) -> tf.Tensor:
-    """Return the maximum of each 2x2 square."""
-    if features.shape[1] > SMALL_MAP:
+    """Pool with 2x2 maximum."""
+    if features.shape[1] > MAX_EIGEN_ROWS:
         return tf.nn.max_pool2d(features, 2, 2, "VALID")
     return tf.raw_ops.MaxPoolV2(input=features, ksize=[1, 2, 2, 1], strides=[1, 2, 2, 1], padding="VALID")
 
 
 def _fold_norm(conv: Conv, norm: BatchNorm) -> tuple[np.ndarray, np.ndarray]:
-    """Return the kernel and the bias of a convolution that does what `conv` and then `norm` do."""
+    """Return kernel and bias of a convolution equivalent to `conv` followed by `norm`."""
     scale = 1 / np.sqrt(norm.variance.numpy() + norm.EPSILON)
     return conv.kernel.numpy() * scale, norm.bias.numpy() - norm.mean.numpy() * scale
 
 
-def freeze(model: Callable[[tf.Tensor], tf.Tensor], input_shape: tuple[int, int, int]) -> Callable[..., tf.Tensor]:
-    """Return any model as it is, its variables made constants.
+def compute_logits(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
+    """Return the logits, float32 (n, classes), of a model built by `build_model`."""
+    if not isinstance(model, keras.Sequential):
+        return model.logits(images)
+    *inner, output = model.layers
+    features = images
+    for layer in inner:
+        features = layer(features)
+    return tf.matmul(features, output.kernel) + output.bias
 
-    Args:
-        model: uint8 (n, height, width, 3) in.
-        input_shape: (height, width, 3).
-    """
+
+def freeze(model: Callable[[tf.Tensor], tf.Tensor], input_shape: tuple[int, int, int]) -> Callable[..., tf.Tensor]:
+    """Return a model of uint8 images (n, *input_shape) with its variables converted to constants."""
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     spec = tf.TensorSpec((None, *input_shape), tf.uint8, "images")
     frozen = convert_variables_to_constants_v2(tf.function(lambda images: model(images)).get_concrete_function(spec))
     return lambda images: frozen(images)[0]
-
-
-def _pairs(weights: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    return list(zip(weights[::2], weights[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""The network as a list of layers: the article's section 1, "Sequential API"."""
+"""The article's network as a `keras.Sequential`: section 1, "Sequential API"."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from keras import layers
 
 
 def used_size(size: int) -> int:
-    """Return how many of `size` rows (or columns) of pixels the three rounds of convolution and pooling make use of.
+    """Return how many of `size` rows (or columns) of pixels influence the output: 30 of 32.
 
-    A halving drops an odd last row, so the convolutions before need not have made it: of 32 rows, 30 are used. To
-    leave the others out changes no answer and no gradient, and saves a seventh of the work.
+    Pooling drops an odd last row. Cropping the unused rows first changes no output and no gradient, and saves a seventh
+    of the computation.
     """
     for _ in range(3):
         size = (size - 2) // 2
@@ -20,12 +20,12 @@ def used_size(size: int) -> int:
 
 
 def build_sequential(input_shape: tuple[int, int, int], *, classes: int, conv_activation: str) -> keras.Sequential:
-    """Build the network of three convolutions as a `keras.Sequential`.
+    """Build the network.
 
     Args:
         input_shape: (height, width, 3) of the images.
         classes: number of classes.
-        conv_activation: activation after each convolution; "linear" is the article's own listing.
+        conv_activation: activation after each convolution; "linear" is the article's listing.
 
     Input shape:
         uint8 (batch, height, width, 3), raw pixels 0-255.

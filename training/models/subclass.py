@@ -1,4 +1,4 @@
-"""The same network as classes of our own: the article's section 2, "Sub-classing"."""
+"""The article's network as a subclass of `keras.Model`: section 2, "Sub-classing"."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from keras import layers
 
 from training.models.sequential import used_size
 
-# Sublayers are plain attributes throughout, never in a list or dict: tf.train.Checkpoint would leave those
-# out without a word (keras-team/keras#18398).
+# Sublayers are attributes, not in a list or dict: tf.train.Checkpoint silently skips those (keras-team/keras#18398).
 
 
 @keras.saving.register_keras_serializable(package="training")
 class ConvBlock(layers.Layer):
-    """A 3x3 convolution without padding, then 2x2 max-pooling.
+    """3x3 convolution without padding, then 2x2 max-pooling.
 
     Input shape:
         float32 (batch, height, width, channels).
@@ -33,15 +32,12 @@ class ConvBlock(layers.Layer):
         self.pool = layers.MaxPooling2D(2)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the variables."""
         self.conv.build(input_shape)
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Return the pooled features."""
         return self.pool(self.conv(inputs))
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the constructor takes."""
         return {**super().get_config(), "filters": self.filters, "activation": self.activation}
 
 
@@ -64,22 +60,18 @@ class ClassifierHead(layers.Layer):
         self.probabilities = layers.Dense(classes, activation="softmax")
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the variables."""
         features = self.flatten.compute_output_shape(input_shape)
         self.hidden.build(features)
         self.probabilities.build((features[0], 128))
 
     def logits(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Return what the softmax is given."""
         output = self.probabilities
         return tf.matmul(self.hidden(self.flatten(inputs)), output.kernel) + output.bias
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Return the probabilities."""
         return self.probabilities(self.hidden(self.flatten(inputs)))
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the constructor takes."""
         return {**super().get_config(), "classes": self.classes}
 
 
@@ -105,33 +97,24 @@ class ImageClassifier(keras.Model):
         self.head = ClassifierHead(classes)
 
     def features(self, images: tf.Tensor) -> tf.Tensor:
-        """Return what the head is given."""
+        """Return the input of the head."""
         height, width = (used_size(size) for size in images.shape[1:3])
         features = self.block1(self.rescaling(images[:, :height, :width]))
         return self.block3(self.block2(features))
 
     def logits(self, images: tf.Tensor) -> tf.Tensor:
-        """Return what the softmax is given."""
         return self.head.logits(self.features(images))
 
     def call(self, images: tf.Tensor) -> tf.Tensor:
-        """Return the probabilities."""
         return self.head(self.features(images))
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the constructor takes."""
         return {**super().get_config(), "classes": self.classes, "conv_activation": self.conv_activation}
 
 
 def build_subclass(input_shape: tuple[int, int, int], *, classes: int, conv_activation: str) -> ImageClassifier:
-    """Build the network of three convolutions as an `ImageClassifier`, its variables made.
-
-    Args:
-        input_shape: (height, width, 3) of the images.
-        classes: number of classes.
-        conv_activation: activation after each convolution.
-    """
+    """Build the network with its variables. Arguments are those of `build_sequential`."""
     model = ImageClassifier(classes, conv_activation=conv_activation, name="subclass")
-    # One call makes every variable: a checkpoint restored into an unbuilt model would restore nothing.
+    # The call creates the variables: a checkpoint restored into an unbuilt model restores nothing.
     model(tf.zeros((1, *input_shape), tf.uint8))
     return model

@@ -83,7 +83,7 @@ def make_decode():
 WITH_THE_EXPORTED_GRAPH = """
 def make_decode():
     import tensorflow as tf
-    from training.image_decoding import decode_images
+    from training.exporter.image_decoding import decode_images
     function = tf.function(lambda files: decode_images(files, height=224, width=224))
     tf.config.threading.set_intra_op_parallelism_threads(1)
     return lambda data: function(tf.constant([data]))

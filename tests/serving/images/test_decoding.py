@@ -17,7 +17,7 @@ from serving.images.decoding import read_image
 from serving.images.limits import ImageLimits
 from tests.serving.conftest import encode, picture
 from tests.serving.image_files import bmp, chunk, gif, jpeg_of_scans, png, segment, webp_canvas
-from training.image_decoding import decode_images
+from training.exporter.image_decoding import decode_images
 
 HEIGHT, WIDTH = 40, 48
 

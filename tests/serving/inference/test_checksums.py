@@ -16,7 +16,7 @@ from serving.inference.checksums import SUMS_FILE
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
 from tests.serving.inference.test_local import publish, states, wait_until
-from training.checksums import write_checksums
+from training.exporter.checksums import write_checksums
 
 IMAGE = {"images": np.zeros((1, 32, 32, 3), np.uint8)}
 FILES = (

@@ -1,0 +1,108 @@
+"""Export of trained runs, on images of other sizes than CIFAR-10's."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from training.config import TrainingConfig
+from training.data import Dataset, Split
+from training.data.shapes import draw_shapes
+from training.errors import ExportError
+from training.exporter.comparison import compare_logits
+from training.exporter.publish import export_run
+from training.models import build_model
+from training.models.folding import compute_logits
+from training.models.presets import PRESETS
+from training.models.recipes import AirbenchRecipe
+from training.run_dir import RunDir
+from training.trainer import load_best_model, train_and_evaluate
+
+
+def draw_photos(count, *, seed):
+    """200x150 pixels of two classes, smooth as photographs are."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    coarse = rng.integers(0, 256, (count, 6, 8, 3), dtype=np.uint8)
+    coarse[range(count), ..., labels] |= 128
+    images = [np.asarray(Image.fromarray(image).resize((200, 150), Image.Resampling.BICUBIC)) for image in coarse]
+    return Split(np.stack(images), labels.astype(np.int64))
+
+
+DATASETS = {
+    "shapes": lambda: Dataset("shapes", "drawn", tuple("abcdefghij"), draw_shapes(60, seed=0), draw_shapes(20, seed=1)),
+    "photos": lambda: Dataset("photos", "drawn", ("red", "green"), draw_photos(24, seed=0), draw_photos(6, seed=1)),
+}
+WAYS = {
+    "shapes": {"loop": "fit", "dtype": "mixed_bfloat16"},
+    "photos": {"loop": "custom", "dtype": "float32"},
+}
+
+
+@pytest.fixture(scope="module", params=DATASETS)
+def trained(request, tmp_path_factory):
+    """A run of airbench for an epoch, and its test images."""
+    config = TrainingConfig.fill_in(variant="airbench", epochs=1, batch_size=20, **WAYS[request.param])
+    run = RunDir.create(tmp_path_factory.mktemp("runs") / request.param, config)
+    dataset = DATASETS[request.param]()
+    train_and_evaluate(run, dataset)
+    return run, dataset.test.images
+
+
+def test_airbench_is_exported_for_any_image_size(trained, tmp_path):
+    run, images = trained
+    version = export_run(run, models_dir=tmp_path)
+    model = load_best_model(run).model
+    expected = compute_logits(model, tf.constant(images)).numpy() / run.read_evaluation()["test"]["temperature"]
+    outputs = tf.saved_model.load(str(version)).signatures["serving_default"](images=tf.constant(images))
+    np.testing.assert_allclose(outputs["probabilities"], tf.nn.softmax(expected), atol=1e-3)
+    info = json.loads((version / "assets.extra" / "model.json").read_text())
+    assert info["class_names"] == list(run.read_dataset().class_names)
+    assert info["input_shape"] == list(images.shape[1:])
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "assets.extra/SHA256SUMS"],
+        cwd=version,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listed = {line.removesuffix(": OK") for line in done.stdout.splitlines()}
+    files = {path.relative_to(version).as_posix() for path in version.rglob("*") if path.is_file()}
+    assert listed == files - {"assets.extra/SHA256SUMS"}
+
+
+def test_folding_error_is_detected_when_all_probabilities_are_0_or_1(trained, tmp_path, monkeypatch):
+    run, _ = trained
+
+    fold = AirbenchRecipe.fold
+
+    def fold_badly(*arguments, **options):
+        exact = fold(*arguments, **options)
+        return lambda images: 1.001 * exact(images)
+
+    monkeypatch.setattr(AirbenchRecipe, "fold", fold_badly)
+    with pytest.raises(ExportError, match="the folded network, at batch size 1, differs from the trained model"):
+        export_run(run, models_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options", [{"variant": "sequential"}, {"variant": "subclass"}, *({"preset": preset} for preset in PRESETS)]
+)
+def test_folded_logits_match_within_rounding_at_200x150_pixels(options):
+    config = TrainingConfig.fill_in(**{"variant": "airbench", **options})
+    model = build_model(config.variant, (150, 200, 3), classes=5, preset=config.preset)
+    images = draw_photos(4, seed=0).images
+    if config.variant == "airbench":
+        model.adapt(images)
+        for _ in range(3):
+            model(images, training=True)  # moves the batch norms' means and variances
+    folded = config.recipe.fold(model, config, temperature=1.0)
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    for given in (images, noise):
+        expected = compute_logits(model, tf.constant(given)).numpy()
+        np.testing.assert_allclose(tf.nn.softmax(expected), model(given), atol=1e-6)
+        compare_logits(folded(tf.constant(given)).numpy(), expected, where="folded")

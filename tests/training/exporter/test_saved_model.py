@@ -1,0 +1,269 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow_serving.apis import prediction_log_pb2
+
+from training.config import VARIANTS
+from training.errors import ExportError
+from training.exporter.publish import publish_model
+from training.exporter.versions import next_version
+from training.models import build_model
+
+CLASSES = ("cat", "dog", "größe")  # labels are text, not ASCII
+
+
+def publish(models_dir, *, variant="sequential", model=None, name="pets", **options):
+    model = model or build_model(variant, (24, 32, 3), classes=3, conv_activation="relu")
+    return publish_model(
+        model,
+        models_dir=models_dir,
+        name=name,
+        class_names=CLASSES,
+        input_shape=(24, 32, 3),
+        # These fields of the metadata are replaced.
+        metadata={"seed": 7, "class_names": ["a"], "version": 99, "input_shape": [1, 1, 1]},
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return publish(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_export_gives_the_outputs_of_the_model(variant, tmp_path):
+    model = build_model(variant, (24, 32, 3), classes=3, conv_activation="relu")
+    loaded = tf.saved_model.load(str(publish(tmp_path, model=model)))
+    images = np.random.default_rng(0).integers(0, 256, (5, 24, 32, 3), dtype=np.uint8)
+    expected = model(images).numpy()
+    files = [tf.io.encode_png(image).numpy() for image in images]
+    for outputs in (
+        loaded.signatures["serving_default"](images=tf.constant(images)),
+        loaded.signatures["image_bytes"](image_bytes=tf.constant(files)),
+    ):
+        np.testing.assert_allclose(outputs["probabilities"], expected, atol=1e-5)
+        assert outputs["class_id"].dtype == tf.int64
+        assert outputs["class_id"].numpy().tolist() == expected.argmax(axis=1).tolist()
+        assert [label.decode() for label in outputs["label"].numpy()] == [CLASSES[i] for i in expected.argmax(axis=1)]
+
+
+def test_signatures_have_the_documented_inputs_and_outputs(exported):
+    signatures = tf.saved_model.load(str(exported)).signatures
+    assert set(signatures) == {"serving_default", "image_bytes", "labels"}
+    pixels = signatures["serving_default"].structured_input_signature[1]["images"]
+    assert (pixels.dtype, pixels.shape.as_list()) == (tf.uint8, [None, 24, 32, 3])
+    files = signatures["image_bytes"].structured_input_signature[1]["image_bytes"]
+    assert (files.dtype, files.shape.as_list()) == (tf.string, [None])
+    for signature in (signatures["serving_default"], signatures["image_bytes"]):
+        outputs = signature.structured_outputs
+        assert {name: (spec.dtype, spec.shape.as_list()) for name, spec in outputs.items()} == {
+            "probabilities": (tf.float32, [None, 3]),
+            "class_id": (tf.int64, [None]),
+            "label": (tf.string, [None]),
+        }
+
+
+def test_the_labels_can_be_looked_up(exported):
+    labels = tf.saved_model.load(str(exported)).signatures["labels"]
+    outputs = labels(class_id=tf.constant([2, 0, 1, 2], tf.int64))
+    assert [label.decode() for label in outputs["label"].numpy()] == ["größe", "cat", "dog", "größe"]
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        labels(class_id=tf.constant([3], tf.int64))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        labels(class_id=tf.constant([], tf.int64))
+
+
+# Run as a program of its own: what is tested is that the process survives.
+_ASK = """
+import sys
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2
+
+with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+    graph = tf.compat.v1.saved_model.load(session, ["serve"], sys.argv[1])
+    def ask(signature, batch):
+        definition = graph.signature_def[signature]
+        (given,) = definition.inputs.values()
+        # Without the static check of Session.run, as a server in C++ calls it.
+        call = session._make_callable_from_options(config_pb2.CallableOptions(
+            feed=[given.name], fetch=[output.name for output in definition.outputs.values()]))
+        try:
+            call(batch)
+            print("ok")
+        except tf.errors.InvalidArgumentError as error:
+            print(str(error).splitlines()[0])
+    wrong = [(3,), (2, 2), (0,), (1, 31, 32, 3), (1, 24, 32, 1), (24, 32, 3), (1, 1, 24, 32, 3)]
+    for shape in [*wrong, (0, 24, 32, 3), (2, 24, 32, 3)]:
+        ask("serving_default", np.zeros(shape, np.uint8))
+    for files in [[], [[b"a"]], b"a", [b"a"]]:
+        ask("image_bytes", np.array(files, object))
+"""
+
+
+def test_wrong_shapes_and_empty_batches_are_rejected_in_the_graph(exported):
+    done = subprocess.run(
+        [sys.executable, "-c", _ASK, str(exported)],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *wrong_shapes, no_rows, two_images, no_files, nested_files, scalar, no_image = done.stdout.splitlines()
+    assert len(wrong_shapes) == 7
+    for line in wrong_shapes:
+        assert re.match(r"Shape of tensor .* is not compatible with expected shape \[\?,24,32,3\]", line)
+    assert "images must hold at least one row; got a batch of 0" in no_rows
+    assert two_images == "ok"
+    assert "image_bytes must hold at least one row; got a batch of 0" in no_files
+    for line in (nested_files, scalar):
+        assert re.match(r"Shape of tensor .* is not compatible with expected shape \[\?\]", line)
+    assert "image_bytes must hold JPEG or PNG files" in no_image
+
+
+def test_model_json_contains_the_metadata(exported):
+    metadata = json.loads((exported / "assets.extra" / "model.json").read_text())
+    assert (metadata["name"], metadata["version"], metadata["seed"]) == ("pets", 1, 7)
+    assert metadata["created"].endswith("+00:00")
+    assert metadata["class_names"] == list(CLASSES)
+    assert metadata["input_shape"] == [24, 32, 3]
+
+
+def test_warmup_records_are_valid_requests(exported):
+    signatures = tf.saved_model.load(str(exported)).signatures
+    records = tf.data.TFRecordDataset(str(exported / "assets.extra" / "tf_serving_warmup_requests"))
+    requests = []
+    for record in records.as_numpy_iterator():
+        request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
+        assert request.model_spec.name == "pets"
+        inputs = {name: tf.constant(tf.make_ndarray(proto)) for name, proto in request.inputs.items()}
+        outputs = signatures[request.model_spec.signature_name](**inputs)
+        requests.append((request.model_spec.signature_name, len(outputs["class_id"])))
+    assert sorted(requests) == [(name, size) for name in ("image_bytes", "serving_default") for size in (1, 8, 64)]
+
+
+def test_versions_only_grow(tmp_path):
+    assert publish(tmp_path).name == "1"
+    second = publish(tmp_path)
+    assert second.name == "2"
+    for path in sorted(second.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    second.rmdir()
+    assert publish(tmp_path).name == "3"
+    (tmp_path / "pets" / "0041").mkdir()
+    assert publish(tmp_path).name == "42"
+
+
+@pytest.mark.parametrize(
+    ("folders", "remembered", "version"),
+    [
+        (["7", "99999999999999999999", "9223372036854775808"], "", 8),
+        ([], "99999999999999999999", 1),
+        (["2"], "\0\0", 3),
+        (["9223372036854775806"], "4", 2**63 - 1),
+    ],
+)
+def test_invalid_version_numbers_are_ignored(tmp_path, folders, remembered, version):
+    for name in folders:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".last_version").write_text(remembered)
+    with next_version(tmp_path) as (number, partial):
+        partial.mkdir()
+    assert number == version
+    assert (tmp_path / str(version)).is_dir()
+    assert (tmp_path / ".last_version").read_text() == f"{version}\n"
+
+
+def test_largest_version_number_is_an_error(tmp_path):
+    (tmp_path / "9223372036854775807").mkdir()
+    with pytest.raises(ExportError, match="the largest possible, so no newer one can"), next_version(tmp_path):
+        pass
+
+
+class Moody(keras.layers.Layer):
+    """Returns different outputs each time, so no export of it can be verified."""
+
+    def call(self, images):
+        noise = tf.random.uniform((tf.shape(images)[0], 3))
+        return tf.nn.softmax(noise + tf.reduce_mean(tf.cast(images, tf.float32)))
+
+
+def test_export_with_different_outputs_is_not_published(tmp_path):
+    model = keras.Sequential([keras.Input((24, 32, 3), dtype="uint8"), Moody()])
+    with pytest.raises(ExportError, match=r"serving_default.*at batch size 1 differs from the trained model"):
+        publish(tmp_path, model=model)
+    assert [path.name for path in (tmp_path / "pets").iterdir()] == [".last_version"]
+
+
+def channel_logits(images, more=0.0):
+    """Large logits that are close to each other: of images of noise, three times the means of the colours."""
+    return 3 * tf.reduce_mean(tf.cast(images, tf.float32), axis=(1, 2)) + [0, more, 0]
+
+
+@pytest.mark.parametrize(("difference", "is_rounding"), [(0.02, True), (0.2, False)])
+def test_rounding_differences_of_large_logits_are_accepted(tmp_path, difference, is_rounding):
+    images = np.random.default_rng(0).integers(0, 256, (64, 24, 32, 3), dtype=np.uint8)
+    exact, rounded = (tf.nn.softmax(channel_logits(images, more)).numpy() for more in (0, difference))
+    assert np.abs(exact - rounded).max() > 1e-3  # of the probabilities; the logits are about 400
+    expected = {
+        "model": lambda images: tf.nn.softmax(channel_logits(images)),
+        "logits": lambda images: channel_logits(images).numpy(),
+        "folded": lambda images: tf.nn.softmax(channel_logits(images, difference)),
+    }
+    if is_rounding:
+        publish(tmp_path, **expected)
+    else:
+        with pytest.raises(ExportError, match="differs from the trained model"):
+            publish(tmp_path, **expected)
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "a:predict"])
+def test_invalid_model_names_are_rejected(tmp_path, name):
+    with pytest.raises(ExportError, match="is not a valid model name"):
+        publish(tmp_path, name=name)
+    assert not list(tmp_path.iterdir())
+
+
+_EXPORT_FOREVER = """
+import sys
+from pathlib import Path
+from training.exporter.publish import publish_model
+from training.models import build_model
+
+model = build_model("sequential", (24, 32, 3), classes=3, conv_activation="relu")
+print("ready", flush=True)
+while True:
+    publish_model(model, models_dir=Path(sys.argv[1]), name="pets", class_names=("a", "b", "c"),
+                  input_shape=(24, 32, 3), metadata={})
+"""
+
+
+def test_killed_export_leaves_no_incomplete_version(tmp_path):
+    files = {"saved_model.pb", "variables", "fingerprint.pb", "assets", "assets.extra"}
+    rng = np.random.default_rng()
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", _EXPORT_FOREVER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            assert process.stdout.readline()
+            time.sleep(rng.uniform(0.5, 4))
+            process.send_signal(signal.SIGKILL)
+        for version in (tmp_path / "pets").iterdir():
+            if version.name.isdigit():
+                assert {path.name for path in version.iterdir()} == files
+                assert set(tf.saved_model.load(str(version)).signatures) == {"serving_default", "image_bytes", "labels"}
+    publish(tmp_path)
+    assert not list((tmp_path / "pets").glob(".*.partial"))

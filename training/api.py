@@ -1,0 +1,106 @@
+"""The public functions of `training`: `train`, `evaluate` and `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.config import TrainingConfig
+from training.data import Dataset, load_dataset
+from training.exporter.publish import export_run
+from training.preflight import check_free_space, check_memory
+from training.run_dir import RunDir
+from training.trainer import TrainingResult, evaluate_run, train_and_evaluate
+
+
+def train(
+    config: TrainingConfig, dataset: Dataset | None = None, *, run_dir: Path | str | None = None
+) -> TrainingResult:
+    """Train a model, and evaluate its best checkpoint on the test images.
+
+    Args:
+        config: settings of the run.
+        dataset: images uint8 (n, height, width, 3) with labels int64 (n,), as training and test split. By default
+            it is loaded as `config.dataset`, `config.data` and `config.image_size` say.
+        run_dir: new directory for checkpoints, history and report; by default `runs/TIME-DATASET-VARIANT-LOOP`.
+
+    Returns:
+        The run on disk, its best model in float32, and the metrics on the test images.
+
+    Raises:
+        DatasetError: the data is missing, damaged or too small.
+        RunError: `run_dir` contains a run already.
+        MemoryTooSmallError: images and network do not fit into memory.
+        DivergedError: the loss became NaN or infinite.
+        StorageFullError: the disk is full.
+
+    Example:
+        >>> from training import Dataset, TrainingConfig, train
+        >>> from training.data.shapes import CLASS_NAMES, draw_shapes
+        >>> dataset = Dataset("shapes", "drawn", CLASS_NAMES, draw_shapes(200, seed=0), draw_shapes(50, seed=1))
+        >>> result = train(TrainingConfig(epochs=1), dataset, run_dir="runs/shapes")
+        >>> result.evaluation.count
+        50
+        >>> result.best.model(dataset.test.images[:2]).shape  # probabilities, float32 (n, classes)
+        TensorShape([2, 10])
+    """
+    dataset = dataset or load_dataset(config)
+    check_memory(config, dataset)
+    check_free_space(config, dataset, run_folder=Path(run_dir or "runs"), models_dir=None)
+    run = RunDir.create(Path(run_dir), config) if run_dir else RunDir.create_default(config, dataset.name)
+    return train_and_evaluate(run, dataset, config=config)
+
+
+def evaluate(run_dir: Path | str, dataset: Dataset | None = None, *, mirror: bool = False) -> TrainingResult:
+    """Evaluate the best checkpoint of a run on the test images again, and write its report.
+
+    Args:
+        run_dir: directory of the run.
+        dataset: the data of the run; by default it is loaded as the run's config says.
+        mirror: evaluate with horizontal-flip test-time augmentation too.
+
+    Returns:
+        As for `train`; metrics with test-time augmentation are in `mirrored`.
+
+    Raises:
+        RunError: there is no run, it has no checkpoint, or it was trained on other data.
+        DatasetError: the data is missing or damaged.
+
+    Example:
+        >>> from training import evaluate
+        >>> evaluate("runs/shapes", dataset).evaluation.accuracy == result.evaluation.accuracy
+        True
+    """
+    run = RunDir.open(Path(run_dir))
+    config = run.read_config()
+    return evaluate_run(run, dataset or load_dataset(config), config=config, mirror=mirror)
+
+
+def export(
+    run_dir: Path | str, models_dir: Path | str = "models", *, name: str | None = None, mirror: bool = False
+) -> Path:
+    """Export the best checkpoint of a run as the next version of a model, verified, for serving.
+
+    The signature `serving_default` takes `images` uint8 (n, height, width, 3), raw pixels 0-255; `image_bytes` takes
+    encoded JPEG or PNG images, string (n,). Both return `probabilities` float32 (n, classes), `class_id` int64 (n,)
+    and `label` string (n,).
+
+    Args:
+        run_dir: directory of an evaluated run.
+        models_dir: folder of all models.
+        name: of the model; by default the dataset's.
+        mirror: export with horizontal-flip test-time augmentation; the run must be evaluated with it.
+
+    Returns:
+        The folder of the new version, `models_dir/name/VERSION`.
+
+    Raises:
+        RunError: there is no run, or it has no checkpoint or evaluation.
+        ExportError: the name is invalid, or the outputs of the exported model differ from the trained model's.
+        StorageFullError: the disk is full.
+
+    Example:
+        >>> from training import export
+        >>> export("runs/shapes", "models").as_posix()
+        'models/shapes/1'
+    """
+    return export_run(RunDir.open(Path(run_dir)), models_dir=Path(models_dir), name=name, mirror=mirror)

@@ -1,0 +1,83 @@
+"""Datasets in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images.
+
+    Attributes:
+        images: uint8 (n, height, width, 3), raw pixels 0-255.
+        labels: int64 (n,), indices into the dataset's class names.
+
+    Raises:
+        ValueError: wrong shape or dtype.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"images must be uint8 (n, height, width, 3); got {images.dtype} {images.shape}")
+        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must be int64 {images.shape[:1]}; got {labels.dtype} {labels.shape}")
+
+    def split_off(self, fraction: float, *, seed: int) -> tuple[Split, Split]:
+        """Return the other images, and a random `fraction` of each class, at least one image; both in their order."""
+        rng = np.random.default_rng(seed)
+        chosen = np.zeros(len(self.labels), bool)
+        for class_id in np.unique(self.labels):
+            members = np.flatnonzero(self.labels == class_id)
+            chosen[rng.choice(members, max(1, round(fraction * len(members))), replace=False)] = True
+        return Split(self.images[~chosen], self.labels[~chosen]), Split(self.images[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images of one size, in memory.
+
+    Attributes:
+        name: default name of a model trained on it.
+        source: description of its origin.
+        class_names: a name for each label.
+        train: training images; a tenth of each class is split off for validation.
+        test: test images.
+
+    Raises:
+        ValueError: images differ in size, class names are not unique, or a label has no class name.
+    """
+
+    name: str
+    source: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+
+    def __post_init__(self) -> None:
+        sizes = [split.images.shape[1:3] for split in (self.train, self.test)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"train and test images must have the same (height, width); got {sizes[0]} and {sizes[1]}")
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ValueError(f"class names must be unique; got {self.class_names}")
+        for split in (self.train, self.test):
+            if not np.isin(split.labels, np.arange(len(self.class_names))).all():
+                raise ValueError(f"labels must be from 0 to {len(self.class_names) - 1}, one for each class name")
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of class names, pixels and labels in their order, as hexadecimal digits."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for split in (self.train, self.test):
+            for array in (split.images, split.labels):
+                digest.update(repr((array.shape, array.dtype.str)).encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()

@@ -1,0 +1,151 @@
+"""Input pipeline: validation split, shuffling, augmentation, batching.
+
+The order is a function of seed and epoch, so resuming needs no saved state of the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from training.data import Split
+from training.errors import DatasetError
+from training.models.presets import Augmentation
+
+VALIDATION_FRACTION = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopData:
+    """Input of a training loop. Batches are (images uint8 (n, height, width, 3), labels int64 (n,)).
+
+    Attributes:
+        train: endless training batches, beginning with the first epoch to train.
+        validation: the validation images once.
+        steps_per_epoch: batches of an epoch.
+        images_per_epoch: training images of an epoch.
+    """
+
+    train: tf.data.Dataset
+    validation: tf.data.Dataset
+    steps_per_epoch: int
+    images_per_epoch: int
+
+
+def split_validation(train: Split, *, seed: int) -> tuple[Split, Split]:
+    """Split off a tenth of each class for validation.
+
+    Args:
+        train: the training images, at least two of each class.
+        seed: of the random choice.
+
+    Returns:
+        Training and validation images, in their original order.
+
+    Raises:
+        DatasetError: a class has a single image.
+    """
+    classes, counts = np.unique(train.labels, return_counts=True)
+    if (counts < 2).any():
+        raise DatasetError(
+            f"class {classes[counts.argmin()]} has one training image; at least 2 are needed, one for validation"
+        )
+    return train.split_off(VALIDATION_FRACTION, seed=seed)
+
+
+def steps_per_epoch(split: Split, batch_size: int) -> int:
+    """Return the number of batches of an epoch, including a smaller last one."""
+    return -(-len(split.labels) // batch_size)
+
+
+def training_batches(
+    split: Split, *, batch_size: int, seed: int, first_epoch: int, augmentation: Augmentation | None = None
+) -> tf.data.Dataset:
+    """Return endless shuffled batches of (images uint8 (batch, height, width, 3), labels int64 (batch,)).
+
+    Args:
+        split: the images and labels; each occurs once in an epoch.
+        batch_size: the last batch of an epoch may be smaller.
+        seed: the order is a function of seed and epoch.
+        first_epoch: to begin with, counted from 0.
+        augmentation: flip every image horizontally in every other epoch, and apply these changes.
+    """
+    # Outside the functions below, whose graphs would otherwise contain copies.
+    images, labels = tf.constant(split.images), tf.constant(split.labels)
+    positions = tf.range(len(split.labels))
+    # The images that are flipped first; in later epochs they alternate (arXiv 2404.00498, section 3.6). So two epochs
+    # show each image both ways; independent random flips would show half of the images the same way twice.
+    flips = tf.random.stateless_uniform([len(split.labels)], (seed, -1), maxval=2, dtype=tf.int64)
+
+    def epoch_order(epoch: tf.Tensor) -> tf.data.Dataset:
+        order = tf.random.experimental.stateless_shuffle(positions, seed=tf.stack([seed, epoch]))
+        return tf.data.Dataset.from_tensor_slices(order).batch(batch_size).map(lambda rows: (rows, epoch))
+
+    height, width = split.images.shape[1:3]
+    if augmentation:
+        sources = tf.constant(_augmented_sources(height, width, max_shift=augmentation.max_shift))
+        if augmentation.cutout:
+            mean = tf.constant(split.images.mean(axis=(0, 1, 2)).round().astype(np.uint8))
+
+    def gather(rows: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        batch = tf.gather(images, rows)
+        if augmentation:
+            mirrored = tf.cast((tf.gather(flips, rows) + epoch) % 2, tf.int32)
+            # All shifts are equally frequent; the first shift of a batch is random, as its first row is.
+            shifts = (tf.range(tf.size(rows)) + rows[0]) % sources.shape[1]
+            batch = _take_pixels(batch, tf.gather_nd(sources, tf.stack([mirrored, shifts], axis=1)))
+            if augmentation.cutout:
+                draw = tf.stack([epoch + (seed << 32), tf.cast(rows[0], tf.int64)])
+                covered = _squares(tf.size(rows), height, width, side=augmentation.cutout, seed=draw)
+                batch = tf.where(covered[..., None], mean, batch)
+        return batch, tf.gather(labels, rows)
+
+    endless = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
+    return endless.flat_map(epoch_order).map(gather).prefetch(4)
+
+
+def _augmented_sources(height: int, width: int, *, max_shift: int) -> np.ndarray:
+    """Return the source of each pixel in an image shifted by up to `max_shift` pixels, with reflected edges.
+
+    Returns:
+        int32 (2, shifts, height * width): flat pixel indices, for the original and the flipped image.
+    """
+    places = np.arange(height * width, dtype=np.int32).reshape(height, width)
+    sides = range(2 * max_shift + 1)
+    forms = []
+    for image in (places, places[:, ::-1]):
+        padded = np.pad(image, max_shift, "reflect")
+        forms.append([padded[down : down + height, right : right + width] for down in sides for right in sides])
+    return np.array(forms).reshape(2, len(sides) ** 2, -1)
+
+
+def _take_pixels(batch: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+    """Rearrange the pixels of a batch in one operation: flip, pad and slice take nine times as long.
+
+    Args:
+        batch: (batch, height, width, channels).
+        places: int32 (batch, height * width), flat index of each pixel's source.
+    """
+    height, width, channels = batch.shape[1:]
+    pixels = places + tf.range(tf.shape(batch)[0])[:, None] * (height * width)
+    return tf.reshape(tf.gather(tf.reshape(batch, [-1, channels]), pixels), tf.shape(batch))
+
+
+def _squares(count: tf.Tensor, height: int, width: int, *, side: int, seed: tf.Tensor) -> tf.Tensor:
+    """Return bool (count, height, width), true in a random square of each image: cutout (arXiv 1708.04552).
+
+    The centre is any pixel, so part of the square may be outside the image.
+    """
+    corners = tf.cast(tf.random.stateless_uniform([count, 1, 2], seed) * (height, width), tf.int32) - side // 2
+    down = tf.range(height) - corners[..., 0]
+    right = tf.range(width) - corners[..., 1]
+    is_row, is_column = (down >= 0) & (down < side), (right >= 0) & (right < side)
+    return is_row[:, :, None] & is_column[:, None, :]
+
+
+def evaluation_batches(split: Split, *, batch_size: int) -> tf.data.Dataset:
+    """Return `split` once, in order, in batches of (images uint8, labels int64)."""
+    images, labels = tf.constant(split.images), tf.constant(split.labels)
+    return tf.data.Dataset.from_tensor_slices((images, labels)).batch(batch_size).prefetch(2)

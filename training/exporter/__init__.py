@@ -1,0 +1,1 @@
+"""Export of a trained model as a SavedModel: writing, verifying, publishing."""

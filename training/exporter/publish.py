@@ -1,0 +1,195 @@
+"""Publishes a trained model as a new version: writes it to a hidden folder, verifies it, renames it.
+
+models/<name>/<version>/    see `training.exporter.saved_model`
+assets.extra/SHA256SUMS    checksums of all other files, verified by the service
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version as library_version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from training.errors import RunError
+from training.exporter.checksums import write_checksums
+from training.exporter.comparison import to_logits
+from training.exporter.saved_model import write_extra_assets, write_saved_model
+from training.exporter.verify import ExpectedLogits, verify_folded, verify_saved_model
+from training.exporter.versions import next_version
+from training.models.folding import compute_logits, freeze
+from training.preflight import check_model_name
+from training.run_dir import RunDir
+from training.shell_command import format_command
+from training.storage import explain_full_storage
+from training.trainer import BestModel, load_best_model
+
+logger = logging.getLogger(__name__)
+
+
+def export_run(
+    run: RunDir, *, models_dir: Path, name: str | None = None, mirror: bool = False, best: BestModel | None = None
+) -> Path:
+    """Export the best checkpoint of a run as the next version of a model.
+
+    Args:
+        run: an evaluated run.
+        models_dir: the folder of all models.
+        name: of the model; by default that of the run's dataset.
+        mirror: export with horizontal-flip test-time augmentation: more accurate, at twice the computation.
+        best: the run's best checkpoint, if it is loaded already.
+
+    Returns:
+        The folder of the new version.
+
+    Raises:
+        RunError: the run has no checkpoint, or was not evaluated.
+        ExportError: the exported model's outputs differ from the trained model's; nothing was published.
+    """
+    evaluation = run.read_evaluation()
+    split = "mirror" if mirror else "test"
+    if split not in evaluation:
+        raise RunError(
+            f"{run.path} was not evaluated with --mirror, which fits a temperature of its own: "
+            f"{format_command('evaluate', run.path, '--mirror')}"
+        )
+    best = best or load_best_model(run)
+    metrics = _read_metrics(run, evaluation, split, best_epoch=best.epoch.epoch)
+    dataset, config, model = run.read_dataset(), best.config, best.model
+    dataset_fields = ("name", "source", "train_images", "test_images", "content_hash")
+    metadata = {
+        **{field: getattr(config, field) for field in ("variant", "loop", "preset", "dtype", "conv_activation")},
+        "parameters": model.count_params(),
+        "dataset": {field: getattr(dataset, field) for field in dataset_fields},
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "best_epoch": best.epoch.epoch,
+        "validation": {"loss": best.epoch.val_loss, "accuracy": best.epoch.val_accuracy},
+        "mirror": mirror,
+        **metrics,
+        "libraries": {library: library_version(library) for library in ("tensorflow", "keras", "numpy")},
+    }
+    temperature = metrics["temperature"]
+    compute = tf.function(_average_flips(lambda images: compute_logits(model, images), mirror), reduce_retracing=True)
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        calibrated: np.ndarray = compute(tf.constant(images)).numpy().astype(np.float64) / temperature
+        return calibrated
+
+    folded = _average_flips(config.recipe.fold(model, config, temperature=temperature), mirror)
+    verify_folded(folded, logits, input_shape=dataset.input_shape)
+    return publish_model(
+        model,
+        folded=with_softmax(folded),
+        logits=logits,
+        models_dir=models_dir,
+        name=name or dataset.name,
+        class_names=dataset.class_names,
+        input_shape=dataset.input_shape,
+        metadata=metadata,
+    )
+
+
+def publish_model(
+    model: Callable[[tf.Tensor], tf.Tensor],
+    *,
+    folded: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    logits: ExpectedLogits | None = None,
+    models_dir: Path,
+    name: str,
+    class_names: tuple[str, ...],
+    input_shape: tuple[int, int, int],
+    metadata: dict[str, Any],
+) -> Path:
+    """Export any image classifier as the next version of `models_dir/name`.
+
+    Args:
+        model: any Keras model, or function: uint8 (n, height, width, 3) in, probabilities float32 (n, classes) out.
+        folded: the same without variables, which is exported; by default `model` with its variables made constants.
+        logits: expected logits; by default the logarithms of `model`'s probabilities, which cannot tell apart
+            probabilities that are rounded to 0.
+        models_dir: the folder of all models.
+        name: of the model: letters, digits, `.`, `_` and `-`.
+        class_names: a label for each column of the probabilities.
+        input_shape: (height, width, 3).
+        metadata: more fields of model.json, besides name, version, time, class names and input shape.
+
+    Returns:
+        The folder of the new version.
+
+    Raises:
+        ExportError: the name is invalid, or the exported model's outputs differ from those of `model`.
+    """
+    check_model_name(name)
+    full = explain_full_storage(models_dir, "Nothing was published: free some space, then export again")
+    with full, next_version(models_dir / name) as (version, partial):
+        write_saved_model(
+            folded or freeze(model, input_shape), partial, class_names=class_names, input_shape=input_shape
+        )
+        own = {
+            "name": name,
+            "version": version,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "class_names": class_names,
+            "input_shape": input_shape,
+        }
+        write_extra_assets(partial, name=name, input_shape=input_shape, metadata={**own, **metadata, **own})
+        expected = logits or (lambda images: to_logits(np.asarray(model(tf.constant(images)))))
+        verify_saved_model(partial, expected, class_names=class_names, input_shape=input_shape)
+        write_checksums(partial)
+    return models_dir / name / str(version)
+
+
+def with_softmax(logits: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return the function from images to probabilities."""
+    return lambda images: tf.nn.softmax(logits(images))
+
+
+def _read_metrics(run: RunDir, evaluation: dict[str, Any], split: str, *, best_epoch: int) -> dict[str, Any]:
+    """Return test metrics, temperature and calibration for model.json.
+
+    If evaluation.json is of another epoch, the temperature is 1 and a warning says so.
+
+    Raises:
+        RunError: evaluation.json is invalid.
+    """
+    try:
+        evaluated_epoch = evaluation["best"]["epoch"]
+        metrics = {
+            "test": {"loss": evaluation[split]["loss"], "accuracy": evaluation[split]["accuracy"]},
+            "temperature": float(evaluation[split]["temperature"]),
+            "calibration": evaluation[split]["calibration"],
+            "uncalibrated_error": evaluation[split]["uncalibrated"]["expected_calibration_error"],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{run.path / 'evaluation.json'} is invalid ({error!r}). Evaluate the run again: "
+            f"{format_command('evaluate', run.path)}"
+        ) from error
+    if evaluated_epoch == best_epoch:
+        return metrics
+    logger.warning(
+        "evaluation.json is of epoch %s, and the checkpoint of epoch %d: the export has no test metrics, and its "
+        "confidences are not calibrated. To add both: %s, then export again",
+        evaluated_epoch,
+        best_epoch,
+        format_command("evaluate", run.path),
+    )
+    return {"temperature": 1.0}
+
+
+def _average_flips(logits: Callable[[tf.Tensor], tf.Tensor], mirror: bool) -> Callable[[tf.Tensor], tf.Tensor]:
+    """With `mirror`, return the mean of the logits of each image and of its horizontal flip."""
+    if not mirror:
+        return logits
+
+    def average(images: tf.Tensor) -> tf.Tensor:
+        original, flipped = tf.split(logits(tf.concat([images, tf.reverse(images, [2])], axis=0)), 2)
+        return (original + flipped) / 2
+
+    return average
