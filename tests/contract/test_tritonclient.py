@@ -140,7 +140,7 @@ def test_half_floats_come_as_bytes(client):
     result = client.infer("multi", inputs, parameters={"signature_name": "half"})
     assert result.as_numpy("y").dtype == np.float16
     wanted = [InferRequestedOutput("y", binary_data=False)]
-    with pytest.raises(InferenceServerException, match="ask for it as binary data"):
+    with pytest.raises(InferenceServerException, match="request it as binary data"):
         client.infer("multi", inputs, outputs=wanted, parameters={"signature_name": "half"})
 
 

@@ -1,4 +1,4 @@
-"""The response to an inference request: JSON, and the bytes of its binary tensors behind it."""
+"""Renders the response to an inference request: JSON, followed by the data of binary tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def render(request: InferRequest, result: InferenceResult) -> tuple[bytes, int |
     """Encode the response.
 
     Returns:
-        The body, and how many bytes of it are JSON; None for all.
+        The body, and the length of the JSON at its beginning; None if all of it is JSON.
     """
     outputs, chunks = [], []
     large: list[np.ndarray] = []
