@@ -1,4 +1,4 @@
-"""The Open Inference Protocol as an independent client speaks it: `tritonclient[http]`, against the running service."""
+"""The Open Inference Protocol with an independent client, `tritonclient[http]`, against a running service."""
 
 import shutil
 
@@ -34,7 +34,7 @@ def client(server):
 
 
 def pixels(*classes):
-    """Pictures of one colour each, uint8 (n, 32, 32, 3)."""
+    """Return images of one colour each, uint8 (n, 32, 32, 3)."""
     return np.stack([np.full((32, 32, 3), COLOURS[class_id], np.uint8) for class_id in classes])
 
 
@@ -63,7 +63,7 @@ def test_health(client):
 
 
 def test_not_ready_while_no_model_is_loaded(tmp_path):
-    """A model that waits in its warm-up, which a file that appears later ends."""
+    """The model blocks in its warm-up until a file appears."""
     gate = tmp_path / "gate"
     version = saved_models.save_colour_classifier(tmp_path / "models" / "colours" / "1", gate=gate)
     saved_models.write_warmup_records(version, [pixels(0)])
@@ -98,7 +98,7 @@ def test_metadata(client):
 
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
-def test_tensors_as_bytes_and_as_json(client, binary_in, binary_out):
+def test_binary_and_json_tensors(client, binary_in, binary_out):
     outputs = [InferRequestedOutput(name, binary_data=binary_out) for name in ("label", "probabilities", "class_id")]
     result = client.infer("colours", [images(pixels(2, 0), binary=binary_in)], outputs=outputs, request_id="r 1")
     response = result.get_response()
@@ -135,7 +135,7 @@ def test_several_inputs_of_several_datatypes(client, binary):
     assert result.as_numpy("flag").dtype == np.bool_
 
 
-def test_half_floats_come_as_bytes(client):
+def test_fp16_is_binary_only(client):
     inputs = [tensor("x", np.array([1, 2.5], np.float32), "FP32")]
     result = client.infer("multi", inputs, parameters={"signature_name": "half"})
     assert result.as_numpy("y").dtype == np.float16
@@ -144,9 +144,9 @@ def test_half_floats_come_as_bytes(client):
         client.infer("multi", inputs, outputs=wanted, parameters={"signature_name": "half"})
 
 
-def test_encoded_pictures_through_another_signature(client):
+def test_encoded_images_select_another_signature(client):
     inputs = [tensor("image_bytes", jpegs(2, 1, 0), "BYTES")]
-    result = client.infer("colours", inputs)  # the names of the inputs choose the signature
+    result = client.infer("colours", inputs)  # the input names select the signature
     assert result.as_numpy("label").tolist() == [LABELS[2], LABELS[1], LABELS[0]]
 
 
@@ -173,7 +173,7 @@ def test_several_requests_at_once(client):
         assert result.as_numpy("class_id").tolist() == batches[n]
 
 
-def test_options_that_mean_nothing_here_do_no_harm(client):
+def test_unsupported_options_are_ignored(client):
     result = client.infer(
         "colours", [images(pixels(1))], priority=1, timeout=1_000_000, sequence_id=3, sequence_end=True
     )
@@ -216,7 +216,7 @@ def test_options_that_mean_nothing_here_do_no_harm(client):
         ("404", "there is nothing at", lambda c: c.get_model_config("colours")),
     ],
 )
-def test_errors_arrive_as_the_clients_own(client, status, problem, call):
+def test_errors_are_raised_by_the_client(client, status, problem, call):
     with pytest.raises(InferenceServerException, match=problem) as refused:
         call(client)
     assert refused.value.status() == status
