@@ -59,7 +59,7 @@ def test_health(client):
     assert client.is_model_ready("colours")
     assert client.is_model_ready("colours", "7")
     assert not client.is_model_ready("colours", "8")
-    assert not client.is_model_ready("nobody")
+    assert not client.is_model_ready("unknown")
 
 
 def test_not_ready_while_no_model_is_loaded(tmp_path):
@@ -210,9 +210,9 @@ def test_unsupported_options_are_ignored(client):
             ),
         ),
         ("400", "shared memory is not supported", lambda c: c.infer("colours", [in_shared_memory()])),
-        ("404", 'no model "nobody"', lambda c: c.infer("nobody", [images(pixels(0))])),
+        ("404", 'no model "unknown"', lambda c: c.infer("unknown", [images(pixels(0))])),
         ("404", "no version 8 of model colours", lambda c: c.infer("colours", [images(pixels(0))], model_version="8")),
-        ("404", 'no model "nobody"', lambda c: c.get_model_metadata("nobody")),
+        ("404", 'no model "unknown"', lambda c: c.get_model_metadata("unknown")),
         ("404", "there is nothing at", lambda c: c.get_model_config("colours")),
     ],
 )

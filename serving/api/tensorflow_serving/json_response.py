@@ -52,7 +52,7 @@ def encode_outputs(outputs: Mapping[str, np.ndarray], signature: Signature, *, a
 
 
 def _check_rows(outputs: Mapping[str, np.ndarray]) -> None:
-    advice = "ask with 'inputs' instead of 'instances' for the outputs as they are"
+    advice = "use 'inputs' instead of 'instances' to get the outputs in columnar format"
     row_count = None
     for name, array in outputs.items():
         if not array.ndim:

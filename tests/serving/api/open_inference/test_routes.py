@@ -132,7 +132,7 @@ def test_a_loaded_service_is_live_and_ready(client: FlaskClient) -> None:
     assert client.get("/v2/health/ready").json == {"ready": True}
     for path in ("/v2/models/colours/ready", "/v2/models/colours/versions/7/ready"):
         assert client.get(path).json == {"name": "colours", "ready": True}
-    for path in ("/v2/models/nobody/ready", "/v2/models/colours/versions/8/ready"):
+    for path in ("/v2/models/unknown/ready", "/v2/models/colours/versions/8/ready"):
         assert "there is no " in error(client.get(path), 404)
 
 
@@ -143,7 +143,7 @@ def test_a_service_that_is_loading_is_live_and_not_ready(models_dir: Path) -> No
         response = client.get(path)
         assert (response.status_code, (response.json or {})["ready"]) == (400, False)
         assert "loa" in (response.json or {})["error"]
-    assert client.get("/v2/models/nobody/ready").status_code == 404
+    assert client.get("/v2/models/unknown/ready").status_code == 404
     assert "still being loaded" in error(client.get("/v2/models/colours"), 503)
     assert "still being loaded" in error(post(client, "colours", SUM), 503)
 
@@ -209,9 +209,9 @@ def test_an_unknown_version_is_404(client: FlaskClient, version: str) -> None:
 
 
 def test_an_unknown_model_is_404(client: FlaskClient) -> None:
-    message = 'there is no model "nobody"; available: adder, colours, echo'
+    message = 'there is no model "unknown"; available: adder, colours, echo'
     for path in ("", "/ready", "/versions/1"):
-        assert error(client.get(f"/v2/models/nobody{path}"), 404) == message
+        assert error(client.get(f"/v2/models/unknown{path}"), 404) == message
 
 
 def test_wrong_methods_are_405_and_wrong_paths_404(client: FlaskClient) -> None:
