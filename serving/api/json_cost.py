@@ -11,8 +11,8 @@ DICT_BYTES = 320
 ELEMENT_BYTES = 72
 KEY_BYTES = 256
 STRING_BYTES = 192
-TEXT_BYTES = 9  # per byte, if RapidJSON parses the document and its depth is checked before
-WIDE_TEXT_BYTES = 40  # per byte that is not ASCII: four bytes a character, and more copies
+TEXT_BYTES = 9  # per byte of a document that RapidJSON parses; includes the check of its depth
+WIDE_TEXT_BYTES = 40  # per byte of a document that is not ASCII: four bytes a character, and more copies
 
 _SLICE_BYTES = 1024 * 1024
 

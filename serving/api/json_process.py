@@ -69,9 +69,7 @@ class JsonProcess:
             ModelFailed: the client disconnected, or the deadline passed.
         """
         if len(body) <= SMALL_BYTES:
-            return function(
-                body, *args
-            )  # runs to completion on the event loop's thread, so only one at a time takes memory
+            return function(body, *args)  # on the event loop's thread, so only one at a time takes memory
         context = current_request.get()
         if context.deadline_s is None:
             context = replace(context, deadline_s=time.monotonic() + PARSE_TIMEOUT_S)

@@ -43,9 +43,7 @@ def decode_images(
     """
     total_bytes = sum(len(image.data) for image in images)
     cost, are_quick = run_sized(total_bytes, _estimate, images, size, limits)
-    if (
-        are_quick and len(images) <= FEW_IMAGES
-    ):  # runs to completion on the event loop's thread, so only one at a time takes memory
+    if are_quick and len(images) <= FEW_IMAGES:  # on the event loop's thread, so only one at a time takes memory
         return _decode_all(images, size, limits, metrics)
     context = current_request.get()
     context.reserve(len(images) * size[0] * size[1] * 3)
