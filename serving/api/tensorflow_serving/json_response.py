@@ -40,7 +40,8 @@ def encode_outputs(outputs: Mapping[str, np.ndarray], signature: Signature, *, a
     large: list[np.ndarray] = []
     content: Any
     if len(columns) == 1:
-        content = set_aside(*columns.values(), large)
+        [column] = columns.values()
+        content = set_aside(column, large)
     elif as_rows:
         content = [
             {name: set_aside(value, large) for name, value in zip(columns, row, strict=True)}
