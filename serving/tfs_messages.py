@@ -1,6 +1,6 @@
-"""TensorFlow Serving's messages for status and metadata: gRPC sends them, REST their JSON.
+"""TensorFlow Serving's status and metadata messages: gRPC sends them, and REST sends them as JSON.
 
-Imports TensorFlow, so the REST API imports this module when it needs it.
+This module imports TensorFlow, so the REST API imports it lazily.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serving.inference.tensor_proto import write_tensor
 
 
 def make_status(versions: Iterable[VersionStatus]) -> Any:
-    """Return the GetModelStatusResponse for versions of a model."""
+    """Return a GetModelStatusResponse for some versions of a model."""
     response = get_model_status_pb2.GetModelStatusResponse()
     for version in versions:
         message = response.model_version_status.add()
@@ -30,7 +30,7 @@ def make_status(versions: Iterable[VersionStatus]) -> Any:
 
 
 def make_signature_defs(version: ModelVersion) -> Any:
-    """Return the SignatureDefMap of a version."""
+    """Return the SignatureDefMap of a model version."""
     described = get_model_metadata_pb2.SignatureDefMap()
     for signature in version.predictor.signatures.values():
         _fill_signature(described.signature_def[signature.name], signature)
@@ -52,6 +52,6 @@ def _fill_tensor_info(info: Any, spec: TensorSpec) -> None:
     if spec.shape is None:
         info.tensor_shape.unknown_rank = True
         return
-    info.tensor_shape.SetInParent()  # a scalar has a shape too
+    info.tensor_shape.SetInParent()  # present but empty for a scalar
     for size in spec.shape:
         info.tensor_shape.dim.add().size = -1 if size is None else size

@@ -1,4 +1,4 @@
-"""Compressed request bodies, inflated within limits."""
+"""Decompression of request bodies, limited in size and in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serving.errors import TooLarge
 from serving.greenlets import offload
 from serving.request_context import current_request
 
-MAX_INFLATED_BYTES = 100 * 1024 * 1024  # as TensorFlow Serving has it
+MAX_INFLATED_BYTES = 100 * 1024 * 1024  # TensorFlow Serving's limit
 _CHUNK_BYTES = 256 * 1024
 
 # zlib's window bits for the two Content-Encodings; "deflate" means zlib's own format (RFC 9110, 8.4.1.2).
@@ -18,31 +18,31 @@ DEFLATE = zlib.MAX_WBITS
 
 
 def inflate(body: bytes, *, wbits: int = GZIP, json_bytes: int | None = None) -> bytes:
-    """Return what a compressed body holds.
+    """Decompress a body.
 
-    It is inflated twice: first in small pieces that are only measured, so that a body of a few kilobytes that becomes
-    a document of gigabytes is refused before there is memory for it.
+    The body is decompressed twice. The first pass only measures, in small chunks, so that a decompression bomb is
+    refused before memory is allocated for it.
 
     Args:
-        body: as it was sent.
+        body: the compressed body.
         wbits: GZIP or DEFLATE.
-        json_bytes: how much of what it holds, from the beginning, is JSON; None: all.
+        json_bytes: the length of the JSON at the beginning of the decompressed body; None if all of it is JSON.
 
     Raises:
-        ValueError: it is not compressed in this way, is cut off, or has something behind it.
-        TooLarge: it holds more than MAX_INFLATED_BYTES, or what it holds would need more memory than there is.
-        Overloaded: there was no memory for it before the deadline.
+        ValueError: the body is not in this format, is truncated, or has trailing data.
+        TooLarge: the decompressed body exceeds MAX_INFLATED_BYTES, or the memory budget.
+        Overloaded: no memory was free before the deadline.
     """
     size, cost = offload(_measure, body, wbits, json_bytes)
     context = current_request.get()
     if context.memory is not None:
-        context.memory.check_fits(size + cost)  # what parsing will need is known already
+        context.memory.check_fits(size + cost)  # refuse now what parsing could never reserve
     context.reserve(size)
     return offload(_inflate, body, wbits, size)
 
 
 def _measure(body: bytes, wbits: int, json_bytes: int | None) -> tuple[int, int]:
-    """Return the number of bytes that a body holds, and the memory that they would need as JSON."""
+    """Return the size of the decompressed body, and the memory that parsing its JSON takes, in bytes."""
     inflater = zlib.decompressobj(wbits)
     cost = JsonCost()
     size = 0
@@ -52,7 +52,7 @@ def _measure(body: bytes, wbits: int, json_bytes: int | None) -> tuple[int, int]
             chunk = inflater.decompress(pending, _CHUNK_BYTES)
             pending = inflater.unconsumed_tail
             if not chunk and not pending and not inflater.eof:
-                raise ValueError("it is cut off")
+                raise ValueError("the data is truncated")
             cost.add(chunk if json_bytes is None else chunk[: max(0, json_bytes - size)])
             size += len(chunk)
             if size > MAX_INFLATED_BYTES:
@@ -60,7 +60,7 @@ def _measure(body: bytes, wbits: int, json_bytes: int | None) -> tuple[int, int]
     except zlib.error as error:
         raise ValueError(str(error)) from error
     if inflater.unused_data:
-        raise ValueError("something follows the compressed data")
+        raise ValueError("the data continues after the end of the compressed stream")
     return size, cost.total_bytes
 
 

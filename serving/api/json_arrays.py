@@ -1,31 +1,46 @@
-"""Large arrays to JSON, slice by slice: between two slices other requests have their turn.
+"""Large arrays as JSON, in slices that let other requests run in between.
 
-orjson holds the interpreter's lock while it writes, which for ten million numbers is a second.
+orjson holds the GIL while it writes and while it copies a Fragment: a second for ten million numbers. So a document is
+written with placeholders for its large arrays, and the slices of these are joined with it. `bytes.join` copies without
+the GIL.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import orjson
 
 SLICE_ELEMENTS = 64 * 1024  # written within a few milliseconds
+MARK = "\0"  # never in JSON text, where it is escaped
+PLACEHOLDER = orjson.Fragment(MARK)
 
 
-def write_large(array: np.ndarray) -> np.ndarray | orjson.Fragment:
-    """Return an array of numbers as it is, for orjson to write; a large one as JSON that is written already."""
-    return orjson.Fragment(b"".join(dump_array(array))) if is_large(array) else array
+def set_aside(value: Any, large: list[np.ndarray]) -> Any:
+    """Return a value of a document; if it is a large array, add it to `large` and return PLACEHOLDER."""
+    if not (isinstance(value, np.ndarray) and _is_large(value)):
+        return value
+    large.append(value)
+    return PLACEHOLDER
 
 
-def is_large(array: np.ndarray) -> bool:
-    """Whether an array is written in slices."""
-    return array.ndim > 0 and array.size > SLICE_ELEMENTS
+def insert_arrays(text: bytes, large: list[np.ndarray]) -> bytes:
+    """Replace the placeholders in an encoded document with the arrays that were set aside, in the same order."""
+    if not large:
+        return text
+    first, *others = text.split(MARK.encode())
+    pieces = [first]
+    for array, after in zip(large, others, strict=True):
+        pieces += dump_array(array)
+        pieces.append(after)
+    return b"".join(pieces)
 
 
 def dump_array(array: np.ndarray) -> list[bytes]:
-    """Write an array of numbers as nested lists, in slices; numbers that are not finite as `NaN` and `Infinity`."""
-    if not is_large(array):
+    """Encode an array of numbers as nested lists, in slices; numbers that are not finite as `NaN` and `Infinity`."""
+    if not _is_large(array):
         return [_dump_slice(array)]
     row_size = array.size // len(array)
     if row_size > SLICE_ELEMENTS:
@@ -41,15 +56,19 @@ def dump_array(array: np.ndarray) -> list[bytes]:
     return slices
 
 
-def _dump_slice(array: np.ndarray) -> bytes:
-    text: bytes = orjson.dumps(np.ascontiguousarray(array), option=orjson.OPT_SERIALIZE_NUMPY)
-    if b"null" not in text:  # what orjson makes of a number that is not finite
-        return text
-    return json.dumps(to_python(array), separators=(",", ":")).encode()
-
-
 def to_python(value: np.ndarray | np.generic) -> object:
     """Return numbers as Python's, with no more digits than their own dtype needs."""
     if value.dtype == np.float32:
-        value = np.asarray(value).astype(np.str_).astype(np.float64)  # by way of its own fewest digits
+        value = np.asarray(value).astype(np.str_).astype(np.float64)  # by way of the shortest decimal form
     return value.tolist()
+
+
+def _is_large(array: np.ndarray) -> bool:
+    return array.ndim > 0 and array.size > SLICE_ELEMENTS
+
+
+def _dump_slice(array: np.ndarray) -> bytes:
+    text: bytes = orjson.dumps(np.ascontiguousarray(array), option=orjson.OPT_SERIALIZE_NUMPY)
+    if b"null" not in text:  # orjson's spelling of NaN and infinities
+        return text
+    return json.dumps(to_python(array), separators=(",", ":")).encode()

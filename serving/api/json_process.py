@@ -1,7 +1,7 @@
-"""Large JSON documents are parsed in a process of their own.
+"""Parses large JSON documents in a subprocess, because parsing holds the GIL.
 
-Parsing holds the interpreter's lock: 26 MB would stop every other request for 1.5 s. The process is started when the
-first large document comes, parses one at a time, and ends when its standard input does, even if the service is killed.
+In this process, 26 MB would block all other requests for 1.5 s. The subprocess starts with the first large document,
+parses one document at a time, and exits when its standard input closes, even if the service is killed.
 """
 
 from __future__ import annotations
@@ -33,43 +33,43 @@ R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
-ARRAY_BYTES = 4  # of the arrays that a document becomes, for each of its own
+ARRAY_BYTES = 4  # of the parsed arrays, per byte of the document
 
-LARGE_JSON_BYTES = 1024 * 1024  # parsed within 60 ms; more is left to the process
+LARGE_JSON_BYTES = 1024 * 1024  # parsed within 60 ms; larger documents go to the subprocess
 
-PARSE_TIMEOUT_S = 30.0  # for a request without a deadline of its own
+PARSE_TIMEOUT_S = 30.0  # for requests without a deadline
 
 _LENGTH = struct.Struct("<Q")
-_POLL_S = 0.25  # how often a deadline that has passed, and a client that has disconnected, is noticed
-_NICENESS = 10  # whoever sends little comes first
+_POLL_S = 0.25  # interval of the checks for the deadline and for a client disconnect
+_NICENESS = 10  # small requests have priority
 
 
 class JsonProcess:
-    """The process, and the order in which requests have it."""
+    """Owns the subprocess and the queue of the requests that wait for it."""
 
     def __init__(self) -> None:
-        self._turns = Pool("JSON parser for large documents", 1)
+        self._queue = Pool("JSON parser for large documents", 1)
         self._process: subprocess.Popen[bytes] | None = None
 
     def parse(self, function: Callable[..., R], body: bytes, *args: Any, json_bytes: int | None = None) -> R:
-        """Call a parser on a document: here if it is small, else where it keeps nobody waiting.
+        """Return `function(body, *args)`, called where it does not block other requests.
 
-        Memory for the document's objects is reserved first.
+        A small document is parsed on this thread, a medium one in a worker thread, a large one in the subprocess.
+        Memory for the parsed objects is reserved first.
 
         Args:
-            function: a function of a module; called with `body` and `args`. What it raises comes back if it is a
-                ServingError.
+            function: a module-level function. A ServingError that it raises is raised here too.
             body: the document.
-            args: its other arguments, and like its result something that can be pickled.
-            json_bytes: how much of the body, from its beginning, is JSON; None: all.
+            args: more arguments. They and the result must be picklable.
+            json_bytes: the length of the JSON at the beginning of the body; None if all of it is JSON.
 
         Raises:
-            TooLarge: there could never be enough memory for it.
-            Overloaded: there was no memory or no turn for it before the deadline.
+            TooLarge: the document needs more memory than the whole budget.
+            Overloaded: no memory, or no parser, was free before the deadline; or the parser ran out of memory.
             ModelFailed: the client disconnected, or the deadline passed.
         """
         if len(body) <= SMALL_BYTES:
-            return function(body, *args)  # one at a time, so its objects take little memory
+            return function(body, *args)  # on the event loop's thread, so only one at a time takes memory
         context = current_request.get()
         if context.deadline_s is None:
             context = replace(context, deadline_s=time.monotonic() + PARSE_TIMEOUT_S)
@@ -77,7 +77,7 @@ class JsonProcess:
             if len(body) <= LARGE_JSON_BYTES:
                 result = offload(function, body, *args)
             else:
-                with self._turns.reserve(1, deadline_s=context.deadline_s):
+                with self._queue.reserve(1, deadline_s=context.deadline_s):
                     context.check()
                     kind, value = run_blocking(self._call, context, function, body, args)
                 if kind == "error":
@@ -89,25 +89,27 @@ class JsonProcess:
     def _call(
         self, context: RequestContext, function: Callable[..., object], body: bytes, args: tuple[Any, ...]
     ) -> tuple[str, Any]:
-        """Have the process parse; kills it if the client disconnects or the deadline passes, whatever it does then."""
-        process = self._running()
+        """Parse in the subprocess; kill it if the client disconnects or the deadline passes."""
+        process = self._ensure_running()
         assert process.stdin
         assert process.stdout
         writable, readable = _Pipe(process.stdin, context), _Pipe(process.stdout, context)
         try:
             _write(writable, [pickle.dumps((function, args)), body])
-            answer, *buffers = _read(readable)
-            reply: tuple[str, Any] = pickle.loads(answer, buffers=buffers)
+            pickled, *buffers = _read(readable)
+            outcome: tuple[str, Any] = pickle.loads(pickled, buffers=buffers)
         except (OSError, EOFError) as error:
             self._end()
-            logger.error("the process that parses large JSON documents has ended")
-            raise Overloaded("the document could not be parsed, as the parser ran out of memory; send less") from error
+            logger.error("the subprocess that parses large JSON documents exited unexpectedly")
+            raise Overloaded(
+                "the document could not be parsed: the parser ran out of memory; send smaller requests"
+            ) from error
         except BaseException:
             self._end()
             raise
-        return reply
+        return outcome
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _ensure_running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             package = Path(__file__).parents[2]
             self._process = subprocess.Popen(
@@ -116,7 +118,7 @@ class JsonProcess:
                 stdout=subprocess.PIPE,
                 bufsize=0,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])},
-                start_new_session=True,  # Ctrl-C is for the service, which ends it
+                start_new_session=True,  # Ctrl-C goes to the service only, which then closes stdin
             )
             for stream in (self._process.stdin, self._process.stdout):
                 assert stream
@@ -125,7 +127,7 @@ class JsonProcess:
 
     def _end(self) -> None:
         if self._process:
-            self._process.kill()  # a stopped one too
+            self._process.kill()  # SIGKILL also ends a stopped process
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 if stream:
@@ -134,35 +136,35 @@ class JsonProcess:
 
 
 class _Pipe:
-    """One end of a pipe to the process: reads and writes what it can, and waits while the request may."""
+    """One end of a non-blocking pipe to the subprocess; waits until the request's deadline or a client disconnect."""
 
     def __init__(self, stream: Any, context: RequestContext) -> None:
-        self._stream = stream  # not blocking
+        self._stream = stream
         self._context = context
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write some of it; returns how much."""
+        """Write some of the data; returns the number of bytes written."""
         return self._wait_for(select.POLLOUT, lambda: self._stream.write(data))
 
     def readinto(self, view: memoryview) -> int:
-        """Fill some of it; returns how much, 0 at the end of the stream."""
+        """Read into some of the view; returns the number of bytes read, 0 at the end of the stream."""
         return self._wait_for(select.POLLIN, lambda: self._stream.readinto(view))
 
     def flush(self) -> None:
-        """Do nothing: nothing is buffered."""
+        """Do nothing: the pipe is unbuffered."""
 
-    def _wait_for(self, event: int, move: Callable[[], int | None]) -> int:
-        """Wait until data can be moved, and return the number of bytes moved."""
-        poll = select.poll()  # `select.select` knows no descriptors beyond 1,023
+    def _wait_for(self, event: int, transfer: Callable[[], int | None]) -> int:
+        """Wait until data can be transferred, and return the number of bytes transferred."""
+        poll = select.poll()  # `select.select` fails for file descriptors above 1,023
         poll.register(self._stream, event)
         while True:
             self._context.check()
-            if poll.poll(_POLL_S * 1000) and (count := move()) is not None:
+            if poll.poll(_POLL_S * 1000) and (count := transfer()) is not None:
                 return count
 
 
-def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Parse what comes until the end of the input."""
+def serve(requests: IO[bytes], responses: IO[bytes]) -> None:
+    """Parse documents until `requests` ends; the main loop of the subprocess."""
     os.nice(_NICENESS)
     while True:
         try:
@@ -172,23 +174,23 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         function, args = pickle.loads(call)
         buffers: list[pickle.PickleBuffer] = []
         try:
-            reply: tuple[str, Any] = ("result", function(bytes(body), *args))
+            outcome: tuple[str, Any] = ("result", function(bytes(body), *args))
         except ServingError as error:
-            reply = ("error", error)
+            outcome = ("error", error)
         except Exception as error:
-            reply = ("error", ServingError(f"the document could not be parsed ({type(error).__name__})"))
+            outcome = ("error", ServingError(f"the document could not be parsed ({type(error).__name__})"))
         del body
         stream = io.BytesIO()
-        _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(reply)
-        answer = stream.getvalue()
-        del reply
-        _write(replies, [answer, *(buffer.raw() for buffer in buffers)])
+        _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(outcome)
+        pickled = stream.getvalue()
+        del outcome
+        _write(responses, [pickled, *(buffer.raw() for buffer in buffers)])
         buffers.clear()
         return_freed_memory()
 
 
 class _Pickler(pickle.Pickler):
-    """Packs strings together: to unpickle millions of them would hold the service's lock as parsing does."""
+    """Joins the strings of an array: unpickling millions of them one by one would hold the GIL like parsing."""
 
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, np.ndarray) or obj.dtype != np.object_:
@@ -238,7 +240,7 @@ def _read_exactly(stream: IO[bytes] | _Pipe, size: int) -> bytearray:
 
 
 if __name__ == "__main__":
-    # The module under its own name, so that what is pickled here and there is of the same classes.
+    # Imported under its own name, so that both processes pickle the same classes.
     from serving.api import json_process
 
     json_process.serve(sys.stdin.buffer, sys.stdout.buffer)

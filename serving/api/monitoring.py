@@ -1,4 +1,4 @@
-"""`/healthz`, `/readyz` and the metrics: what an orchestrator and Prometheus ask."""
+"""Liveness (`/healthz`), readiness (`/readyz`) and Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ blueprint = Blueprint("health", __name__)
 
 @blueprint.get("/healthz")
 def healthz() -> tuple[dict[str, Any], int]:
-    """Answer that the process is alive, whether or not it has models; 503 with the reason where a restart is needed."""
+    """Return 200 while the process is alive, with or without models; 503 with the reason if it needs a restart."""
     problem = current_app.liveness.problem
     return ({"status": "alive"}, 200) if problem is None else ({"status": "dead", "reason": problem}, 503)
 
 
 @blueprint.get("/readyz")
 def readyz() -> tuple[dict[str, Any], int]:
-    """Return 200 when at least one model and all required ones are loaded and warmed up, else 503 with the reason.
+    """Return 200 when at least one model and all required models are loaded and warmed up, else 503 with the reason.
 
-    `models` has every version that was tried, with its `error`; `problems` the folders that cannot be read, of a
-    model or, without one, the models folder.
+    `models` lists every version that was tried to load, with its `error`. `problems` lists the folders that cannot be
+    read; `model` is null for the models folder itself.
     """
     repository = current_app.inference.repository
     reason = repository.not_ready_because
@@ -46,5 +46,5 @@ def readyz() -> tuple[dict[str, Any], int]:
 @blueprint.get("/metrics")
 @blueprint.get("/monitoring/prometheus/metrics")
 def metrics() -> Response:
-    """Answer the metrics in Prometheus' text format."""
+    """Return the metrics in Prometheus' text format."""
     return Response(current_app.metrics.render(), content_type=CONTENT_TYPE)

@@ -1,4 +1,4 @@
-"""JSON responses, and the response to an error of the service."""
+"""JSON responses and error responses."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from serving.errors import ServingError
 
 
 class PlainResponse(Response):
-    """A response that is sent without further work: the server adds the length.
+    """A response with a fast path for 200: no header is recomputed, and the server adds Content-Length.
 
-    It is the app's response class, so Flask does not convert what views return.
+    As the app's response class it also spares Flask from converting what views return.
     """
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
-        """Answer as a WSGI application."""
+        """Send the response, as a WSGI application."""
         if self.status_code != 200 or environ["REQUEST_METHOD"] == "HEAD" or not isinstance(self.response, list):
             return super().__call__(environ, start_response)
         start_response(self.status, list(self.headers))
@@ -26,17 +26,17 @@ class PlainResponse(Response):
 
 
 def json_response(document: Any, *, status: int = 200) -> PlainResponse:
-    """Make a response of what JSON can hold, and numpy's arrays and scalars."""
+    """Return a document, which may hold numpy arrays and scalars, as a JSON response."""
     return encoded_response(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), status=status)
 
 
 def encoded_response(text: bytes, *, status: int = 200) -> PlainResponse:
-    """Make a response of encoded JSON."""
+    """Return encoded JSON as a response."""
     return PlainResponse([text], status, content_type="application/json")
 
 
 def error_response(error: ServingError) -> PlainResponse:
-    """Make the response to an error."""
+    """Return the JSON response for an error."""
     response = json_response(error.body(), status=error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)

@@ -1,4 +1,4 @@
-"""A model trained, exported and served by the project's own commands, once for all contract tests."""
+"""Models that are trained, exported and served with the project's commands, once per test session."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 
 from tests.serving.conftest import Server, colours
 
-__all__ = ["colours"]  # a fixture of the service's own tests, used here too
+__all__ = ["colours"]  # a fixture of tests/serving
 
 
 @dataclass(frozen=True)
 class Served:
-    """A running service with one model, and where that model came from."""
+    """A running service with one model, its training run and its exported version."""
 
     server: Server
     run: Path

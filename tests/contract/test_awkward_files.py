@@ -1,4 +1,4 @@
-"""Awkward image files: the same pixels by the service, the client, the training and the exported graph."""
+"""Unusual image files decode to the same pixels in the service, the client, training and the exported graph."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def graph():
 
 
 def cross() -> np.ndarray:
-    """A cross that no turn leaves as it is."""
+    """Return a cross that changes under every rotation."""
     pixels = np.full((SIDE, SIDE, 3), 230, np.uint8)
     pixels[10:20, 5:60] = (10, 60, 200)
     pixels[4:50, 30:40] = (200, 30, 10)
@@ -94,13 +94,13 @@ SIDEWAYS = {
     "BYTE": jpeg_with(app1(exif(1))),
     "after fill bytes": jpeg_with(b"\xff" * 7 + app1(exif())),
     "after many fill bytes": jpeg_with(segment(0xFE), b"\xff" * 3_000, app1(exif())),
-    "behind garbage": jpeg_with(segment(0xFE), bytes(50_000), app1(exif())),
-    "behind 650 KB of segments": jpeg_with(*[segment(0xE2, bytes(65_000))] * 10, app1(exif())),
+    "after garbage": jpeg_with(segment(0xFE), bytes(50_000), app1(exif())),
+    "after 650 KB of segments": jpeg_with(*[segment(0xE2, bytes(65_000))] * 10, app1(exif())),
     "after other text": jpeg_with(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0"), app1(exif())),
-    "the first of two": jpeg_with(app1(exif()), app1(exif().replace(b"\0\6", b"\0\3"))),
+    "first of two": jpeg_with(app1(exif()), app1(exif().replace(b"\0\6", b"\0\3"))),
     "png": png_with(chunk(b"eXIf", exif())),
-    "png, with the head of a JPEG's": png_with(chunk(b"eXIf", b"Exif\0\0" + exif(4, "<"))),
-    "png behind text": png_with(chunk(b"tEXt", b"k\0" + bytes(300_000)), chunk(b"eXIf", exif())),
+    "png, with a JPEG's EXIF prefix": png_with(chunk(b"eXIf", b"Exif\0\0" + exif(4, "<"))),
+    "png after text": png_with(chunk(b"tEXt", b"k\0" + bytes(300_000)), chunk(b"eXIf", exif())),
 }
 
 
@@ -139,7 +139,7 @@ def with_alpha(image: Image.Image) -> Image.Image:
 
 
 def unpack(bits: int) -> np.ndarray:
-    """The samples of `BITS` as so many bits each, the first 64 of each row."""
+    """Return the first 64 samples of each row of `BITS`, of `bits` bits each."""
     rows = np.unpackbits(BITS[:, : SIDE * bits // 8], axis=1).reshape(SIDE, SIDE, bits)
     return rows @ (1 << np.arange(bits)[::-1])
 
@@ -185,7 +185,7 @@ TRANSPARENT = {
         raw_png(2, 0, BITS[:, :16], damaged(chunk(b"tRNS", b"\0\2"))),
         np.repeat((unpack(2) * 85).astype(np.uint8)[..., None], 3, axis=2),
     ),
-    "turned as well": (
+    "with an EXIF orientation": (
         encode(with_alpha(CROSS), "PNG", exif=exif()),
         np.rot90(over_white(cross(), ALPHA), -1),
     ),
@@ -199,25 +199,25 @@ CASES = (
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_file_gives_the_same_pixels_by_every_way(graph, name):
+def test_every_decoder_reads_the_same_pixels(graph, name):
     data, expected = CASES[name]
     size = (SIDE, SIDE)
-    ways = {
+    decoded = {
         "upload": read_upload(data, size=size, limits=LIMITS),
         "training": read_training_image(io.BytesIO(data), image_size=size),
         "exported graph": graph([data])[0].numpy(),
-        # Over gRPC the client sends what its own reader makes of the file.
+        # The gRPC client sends the file that its own decoder returns.
         "client": graph([as_jpeg_or_png(load_image(data, index=0)).data])[0].numpy(),
-        # In a batch with another file the graph takes its general way.
+        # A batch of several files does not take the graph's fast path.
         "exported graph, in a batch": graph([data, JPEG])[0].numpy(),
     }
-    for way, image in ways.items():
-        np.testing.assert_array_equal(image, expected, err_msg=way)
+    for decoder, image in decoded.items():
+        np.testing.assert_array_equal(image, expected, err_msg=decoder)
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "AVIF"])
-def test_other_formats_are_composited_and_turned_by_every_way(graph, kind):
-    # Flat on all but one corner: AVIF has losses.
+def test_every_decoder_composites_and_rotates_other_formats(graph, kind):
+    # Mostly of one colour: AVIF is lossy.
     image = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 32, 16))
     data = encode(image, kind, exif=b"Exif\0\0" + exif(), lossless=True, quality=100)
@@ -228,9 +228,9 @@ def test_other_formats_are_composited_and_turned_by_every_way(graph, kind):
         "training": read_training_image(io.BytesIO(data), image_size=(SIDE, SIDE)),
         "client": graph([as_jpeg_or_png(load_image(data, index=0)).data])[0].numpy(),
     }
-    for way, pixels in read.items():
-        assert np.abs(pixels.astype(int) - expected).max() <= 8, way
-        np.testing.assert_array_equal(pixels, read["upload"], err_msg=way)
+    for decoder, pixels in read.items():
+        assert np.abs(pixels.astype(int) - expected).max() <= 8, decoder
+        np.testing.assert_array_equal(pixels, read["upload"], err_msg=decoder)
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
@@ -275,18 +275,17 @@ DAMAGED = {
     "checksum of the pixels": damaged(PNG[:-12]) + PNG[-12:],
     "checksum of the header": PNG[:32] + bytes([PNG[32] ^ 1]) + PNG[33:],
     "no end": PNG[:-12],
-    "half an end": PNG[:-4],
+    "truncated end": PNG[:-4],
     "an unknown critical chunk": png_with(chunk(b"ABCD", b"x")),
     "a chunk without a name": png_with(chunk(b"\0\1\2\3", b"x")),
     "no palette": raw_png(8, 3, BITS[:, :SIDE]),
-    "header in the second place": PNG[:8] + chunk(b"tEXt", b"k\0v") + PNG[8:],
-    "jpeg with garbage in front": JPEG[:2] + b"\0" + JPEG[2:],
+    "header as the second chunk": PNG[:8] + chunk(b"tEXt", b"k\0v") + PNG[8:],
+    "jpeg with garbage before the first segment": JPEG[:2] + b"\0" + JPEG[2:],
 }
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_is_refused_by_every_way(graph, name):
-
+def test_every_decoder_refuses_damaged_files(graph, name):
     data = DAMAGED[name]
     with pytest.raises(InvalidRequest, match=r"picture|image format"):
         read_upload(data, size=(SIDE, SIDE), limits=LIMITS)

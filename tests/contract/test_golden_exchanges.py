@@ -1,4 +1,4 @@
-"""Every recorded exchange with a real TensorFlow Serving, replayed against this service."""
+"""Replays all recorded exchanges with a real TensorFlow Serving against this service."""
 
 import base64
 import gzip
@@ -25,13 +25,13 @@ EXCHANGES = [
     for line in gzip.decompress((GOLDEN / file).read_bytes()).splitlines()
 ]
 
-# What is answered otherwise on purpose: the status here, and why. docs/tensorflow-serving.md says the same to users.
-WRONG_SHAPE = "there: a wrong answer, or a kernel's refusal; here: the shape is checked against the signature"
-NO_ROWS = "there: answered by models that can, fatal to others; here: refused"
-FRAMING = "proxies and servers read it differently, which lets requests be smuggled (RFC 9112, sections 5.2, 6.3)"
-HTTP_VERSION = "the status for a version of HTTP that is not supported"
-OUT_OF_RANGE = "there: wrapped into another pixel value; here: refused"
-OTHER_ROUTES = "this service has a page, health and metrics where the other has nothing"
+# Intended differences: the status of this service, and the reason. docs/tensorflow-serving.md documents them.
+WRONG_SHAPE = "there: a wrong result, or a kernel's error; here: the shape is validated against the signature"
+NO_ROWS = "there: depends on the model, and may abort the server; here: refused"
+FRAMING = "ambiguous, which allows request smuggling (RFC 9112, sections 5.2, 6.3)"
+HTTP_VERSION = "the status for an unsupported HTTP version"
+OUT_OF_RANGE = "there: wraps to another pixel value; here: refused"
+OTHER_ROUTES = "this service has a page, health checks and metrics on these paths"
 DIFFERENT = {
     "wrong size 31x32": (400, WRONG_SHAPE),
     "rank 5": (400, WRONG_SHAPE),
@@ -39,13 +39,13 @@ DIFFERENT = {
     "element 256": (400, OUT_OF_RANGE),
     "element -1": (400, OUT_OF_RANGE),
     "all out of range 300": (400, OUT_OF_RANGE),
-    "two json docs": (400, "there: what follows the document is ignored; here: refused"),
-    "scalar sig row": (400, "there: rows are let through to a signature that has none; here: the shape is checked"),
+    "two json docs": (400, "there: trailing text is ignored; here: refused"),
+    "scalar sig row": (400, "there: accepted by a signature without rows; here: the shape is validated"),
     "GET /": (200, OTHER_ROUTES),
     "GET /healthz": (200, OTHER_ROUTES),
     "GET /monitoring/prometheus/metrics": (200, OTHER_ROUTES),
-    "prometheus POST": (405, "there: any method gets the metrics; here: GET"),
-    "HTTP/1.1 no Host": (400, "HTTP/1.1 requires a Host header (RFC 9112, section 3.2); there it may be left out"),
+    "prometheus POST": (405, "there: any method returns the metrics; here: only GET"),
+    "HTTP/1.1 no Host": (400, "HTTP/1.1 requires a Host header (RFC 9112, section 3.2); there it is optional"),
     "one: rank 2 columns": (400, WRONG_SHAPE),
     "scalar: list": (400, WRONG_SHAPE),
     "multi: rows, a has three": (400, WRONG_SHAPE),
@@ -56,9 +56,9 @@ DIFFERENT = {
     "wire: HTTP/0.9": (505, HTTP_VERSION),
     "wire: HTTP/2.0": (505, HTTP_VERSION),
     "wire: empty line first": (200, "servers should ignore an empty line before a request (RFC 9112, section 2.2)"),
-    "fragment on predict": (200, "a fragment is never part of a request; the HTTP server here drops it"),
-    "batching 65 > max": (200, "there: a limit that was configured for the recording"),
-    "batching good after empty": (200, "there: a good request pays for an empty one before it"),
+    "fragment on predict": (200, "a request target has no fragment; here: it is removed"),
+    "batching 65 > max": (200, "there: a batching limit was configured for the recording"),
+    "batching good after empty": (200, "there: an empty request breaks the valid one after it"),
 }
 # By the first cell of its row in docs/tensorflow-serving.md: which exchanges it explains.
 DOCUMENTED = {
@@ -91,20 +91,20 @@ DOCUMENTED = {
     "HTTP/0.9, HTTP/2.0 in the request line": {"wire: HTTP/0.9", "wire: HTTP/2.0"},
     "an empty line before the request line": {"wire: empty line first"},
 }
-# Recorded without a monitoring config, which other exchanges were recorded with.
+# Recorded without a monitoring config, unlike the other exchanges.
 OTHER_CONFIGURATION = {"GET /monitoring/prometheus/metrics"}
-# The same response, but only one of the two servers closes the connection after it: this one where it cannot tell where
-# the next request begins, and there after every error of the HTTP layer.
-CLOSED_OTHERWISE = {
+# Only one of the two servers closes the connection after the response: this one if the start of the next request is
+# unknown, TensorFlow Serving after every error of its HTTP layer.
+OTHER_CONNECTION_STATE = {
     "path: bad escape",
     "wire: two lengths",
     "wire: absolute address with a port and https",
     "wire: CONNECT",
     "wire: TRACE with a body",
 }
-# Answered with the same status, in other words: the text comes from TensorFlow's kernels, from the names of nodes in
-# its graph, from the digits of a number that no double holds, or from a depth at which nothing is parsed here.
-OTHER_WORDS = {
+# The same status with another message: the original has text of a TensorFlow kernel, node names of the graph, digits of
+# a number beyond a double, or a nesting depth that is not parsed here.
+OTHER_MESSAGE = {
     "wrong channels 4",
     "CHW",
     "batching wrong channels",
@@ -113,7 +113,7 @@ OTHER_WORDS = {
     "element 2^64",
     "deep nesting",
     "multi: columns, flat a",
-    "wire: two lengths",  # there: the first is believed; here: refused, as requests could be smuggled
+    "wire: two lengths",  # there: the first one counts; here: refused, as it allows request smuggling
 }
 
 
@@ -122,14 +122,14 @@ def ids(exchange):
 
 
 def is_for_real_server(exchange):
-    """Whether a real server answers it as recorded, in the configuration of docs/deploying.md, and stays alive."""
+    """Return whether a real server, configured as in docs/deploying.md, responds as recorded and survives."""
     is_configured = exchange["server"] in ("default", "config-file") and exchange["name"] not in OTHER_CONFIGURATION
     return is_configured and "outcome" not in exchange
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server to send the requests to; `is_real` where it is TensorFlow Serving's own."""
+    """A server to send requests to; `is_real` if it is TensorFlow Serving."""
 
     host: str
     port: int
@@ -138,7 +138,7 @@ class Target:
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory):
-    """By the configuration: a server that follows its models folder, and one with a model config file and a label.
+    """Servers by configuration: one that polls a models folder, and one with a model config file and a label.
 
     TFSERVING_URL names a running server to use for all of them instead. It serves golden/models.config, with metrics;
     docs/deploying.md has the command.
@@ -177,7 +177,7 @@ def request_body(request):
 
 @dataclass(frozen=True)
 class Response:
-    """What came back, and whether the connection can be used again."""
+    """A response, and whether the connection stays open."""
 
     status: int
     content_type: str
@@ -186,7 +186,7 @@ class Response:
 
 
 def send(target, request, *, responses=1):
-    """Send a recorded request; return the responses, of which a raw one may have several."""
+    """Send a recorded request; returns the responses, several for a pipelined raw request."""
     if "raw" in request:
         raw = request["raw"]
         with socket.create_connection((target.host, target.port), timeout=60) as connection:
@@ -218,7 +218,7 @@ def read_response(response):
 
 
 class Pipeline:
-    """A connection for one HTTPResponse after another, which each close what they read from."""
+    """A connection for several HTTPResponse objects, each of which tries to close it."""
 
     def __init__(self, connection):
         self._file = connection.makefile("rb")
@@ -253,22 +253,22 @@ def assert_same_json(ours, theirs):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=ids)
-def test_it_answers_as_tensorflow_serving_does(targets, exchange):
+def test_responses_equal_tensorflow_servings(targets, exchange):
     target = targets.get(exchange["server"], targets["default"])
     name, recorded = exchange["name"], exchange.get("response") or {}
     if target.is_real and not is_for_real_server(exchange):
-        pytest.skip("needs another configuration of the real server, or would end it")
+        pytest.skip("needs another configuration of the real server, or would abort it")
     expected = [response for response in exchange.get("responses", [recorded]) if response.get("status")] or [recorded]
     received = send(target, exchange["request"], responses=len(expected))
     if not target.is_real and (name in DIFFERENT or "outcome" in exchange):
-        status, _ = DIFFERENT.get(name, (400, "there: the process dies or hangs"))
+        status, _ = DIFFERENT.get(name, (400, "there: the process aborts or hangs"))
         assert received[0].status == status != recorded.get("status")
         if status == 400:
             assert json.loads(received[0].body)["error"]
         return
     for ours, theirs in zip(received, expected, strict=True):
         assert_same_response(ours, theirs, exchange)
-    if not target.is_real and exchange.get("open_afterwards") is not None and name not in CLOSED_OTHERWISE:
+    if not target.is_real and exchange.get("open_afterwards") is not None and name not in OTHER_CONNECTION_STATE:
         assert received[-1].is_open == exchange["open_afterwards"]
 
 
@@ -280,19 +280,19 @@ def assert_same_response(ours, theirs, exchange):
     if not body or exchange["request"].get("method") == "HEAD":
         return
     if not theirs["headers"]["Content-Type"].startswith("application/json"):
-        return  # a page of the HTTP layer, or metrics: only their status is the contract
+        return  # HTML errors and metrics: only the status is compared
     assert ours.content_type == "application/json"
     theirs = json.loads(body if isinstance(body, str) else body.decode("utf-8", "surrogateescape"))
     ours = json.loads(ours.body.decode("utf-8", "surrogateescape"))
     if "error" in theirs:
         assert ours.keys() == {"error"}
-        if exchange["name"] not in OTHER_WORDS:
+        if exchange["name"] not in OTHER_MESSAGE:
             assert ours["error"].splitlines()[0] == theirs["error"].splitlines()[0]
     else:
         assert_same_json(ours, theirs)
 
 
-def test_an_empty_query_is_part_of_the_path_too(targets):
+def test_an_empty_query_is_part_of_the_path(targets):
     for method, path, status, error in (
         ("GET", "/v1/models/multi?", 404, "Could not find any versions of model multi?"),
         ("GET", "/v1/models/multi/metadata?", 400, "Malformed request: GET /v1/models/multi/metadata?"),
@@ -306,17 +306,17 @@ def test_an_empty_query_is_part_of_the_path_too(targets):
     ("model", "error"),
     [("nope", "Could not find version 1 of model nope"), ("multi", "Could not find version 7 of model multi")],
 )
-def test_the_status_of_an_unknown_version_names_it_whatever_the_model(targets, model, error):
+def test_the_status_error_names_the_unknown_version(targets, model, error):
     number = error.split()[4]
     path = f"/v1/models/{model}/versions/{number}"
     (response,) = send(targets["default"], {"method": "GET", "path": path, "headers": {}})
     assert (response.status, json.loads(response.body)) == (404, {"error": error})
 
 
-def test_the_lists_of_differences_name_exchanges():
+def test_every_listed_difference_is_a_recorded_exchange():
     names = {exchange["name"] for exchange in EXCHANGES}
     assert len(EXCHANGES) == 173 + 141
-    assert names >= DIFFERENT.keys() | OTHER_WORDS | CLOSED_OTHERWISE | OTHER_CONFIGURATION
+    assert names >= DIFFERENT.keys() | OTHER_MESSAGE | OTHER_CONNECTION_STATE | OTHER_CONFIGURATION
 
 
 def test_every_difference_has_a_row_in_the_documentation():
@@ -337,8 +337,8 @@ def test_every_difference_has_a_row_in_the_documentation():
         assert why
 
 
-def test_a_real_server_can_answer_all_that_it_is_sent():
-    """In one configuration: the same request was never recorded with different responses."""
+def test_exchanges_for_the_real_server_are_consistent():
+    """The same request was never recorded with different responses."""
     recorded = {}
     for exchange in filter(is_for_real_server, EXCHANGES):
         response = exchange["response"]
@@ -354,7 +354,7 @@ def to_bytes(recorded):
     return base64.b64decode(body["base64"]) if isinstance(body, dict) else body.encode()
 
 
-def test_the_servers_are_alive_after_all_of_it(targets):
+def test_the_servers_are_alive_after_all_exchanges(targets):
     for target in targets.values():
         (response,) = send(target, {"method": "GET", "path": "/v1/models/cifar10", "headers": {}})
         assert response.status == 200

@@ -1,7 +1,4 @@
-"""Who may know whom: `serving` neither Keras nor training, `client` no TensorFlow, `training` neither of the two.
-
-All three share `image_formats`, which knows none of them.
-"""
+"""Import rules: which packages each of our packages must not import."""
 
 import ast
 import subprocess
@@ -20,7 +17,7 @@ FORBIDDEN = {
 
 
 def imported(path: Path, *, in_full: bool = False) -> set[str]:
-    """What a module imports, inside functions too: top-level packages, or full names."""
+    """Return what a module imports, also inside functions: top-level packages, or full names."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -31,15 +28,14 @@ def imported(path: Path, *, in_full: bool = False) -> set[str]:
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
-def test_no_module_imports_what_its_package_must_not_know(package):
+def test_no_module_imports_a_forbidden_package(package):
     paths = list((PROJECT / package).rglob("*.py"))
     assert paths
     found = {str(path): names & FORBIDDEN[package] for path in paths if (names := imported(path)) & FORBIDDEN[package]}
     assert not found
 
 
-def test_the_http_server_knows_neither_flask_nor_the_settings():
-    """It takes any WSGI application; what it needs of the settings is handed to it."""
+def test_the_http_server_imports_neither_flask_nor_settings():
     forbidden = {"flask", "werkzeug", "serving.api.app", "serving.settings", "serving.api", "serving.grpc"}
     paths = [path for path in (PROJECT / "serving" / "http").glob("*.py") if path.stem != "__init__"]
     assert {"server", "protocol", "wsgi"} <= {path.stem for path in paths}
@@ -59,7 +55,7 @@ def test_the_http_server_knows_neither_flask_nor_the_settings():
         ("serving", "serving.api.app, serving.__main__", {"tensorflow", "keras", "training"}),
     ],
 )
-def test_importing_it_brings_nothing_of_that_along(package, modules, forbidden):
+def test_importing_a_package_loads_no_heavy_library(package, modules, forbidden):
     program = f"import sys, {modules}; print(*(set({sorted(forbidden)!r}) & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [], package
@@ -69,12 +65,12 @@ OURS, THEIRS = "client.grpc", "tensorflow_serving.apis.predict_pb2"
 
 
 @pytest.mark.parametrize("modules", [f"{OURS}, {THEIRS}", f"{THEIRS}, {OURS}"])
-def test_the_clients_messages_load_beside_the_official_ones(modules):
-    """In either order; a message of the same name twice would end the process."""
+def test_the_clients_protos_do_not_conflict_with_the_official_ones(modules):
+    """In either order: a duplicate message name aborts the process."""
     subprocess.run([sys.executable, "-c", f"import {modules}"], cwd=PROJECT, check=True)
 
 
-def test_asking_over_http_does_not_wait_for_grpc():
+def test_the_http_client_does_not_import_grpc():
     program = "import sys, client.__main__; client.Client('http://127.0.0.1:1'); print('grpc' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]

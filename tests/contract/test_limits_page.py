@@ -1,4 +1,4 @@
-"""docs/limits.md says what the code does: its figures are those of the settings and of the modules."""
+"""The figures in docs/limits.md are those of the settings and the modules."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import pytest
 
 from image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving.__main__ import main
-from serving.api import compression as body
-from serving.api import json_cost, json_process
-from serving.api.predict import parsing as upload
+from serving.api import compression, json_cost, json_process
+from serving.api.predict import parsing
 from serving.api.tensorflow_serving import json_document
 from serving.grpc import receiving
 from serving.http import protocol, server
-from serving.images import limits as image_header
+from serving.images import limits as image_limits
 from serving.images.decode_cost import decode_cost
 from serving.memory import BODIES_SHARE, SAFETY_SHARE, SMALL_SHARE, MemoryBudget
 from serving.settings import Settings
@@ -26,7 +25,7 @@ TEXT = " ".join(PAGE.split())
 KIB, MIB = 2**10, 2**20
 GRPC_SHARE = (1 - SMALL_SHARE) * BODIES_SHARE / receiving.COPIES
 
-# The rows of every table, by the first cell.
+# The rows of all tables, by their first cell.
 ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitlines() if line.startswith("| ")}
 
 
@@ -34,18 +33,18 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
     ("limit", "default", "option"),
     [
         ("request body", f"{Settings.max_request_bytes // MIB} MiB", "--max-request-bytes"),
-        ("inflated body", f"{body.MAX_INFLATED_BYTES // MIB} MiB", None),
+        ("inflated body", f"{compression.MAX_INFLATED_BYTES // MIB} MiB", None),
         ("levels of nested JSON", f"{json_document.MAX_DEPTH}", None),
         ("rows of a request", f"{Settings.max_rows:,}", "--max-rows"),
         ("images in one form", f"{Settings.max_images}", "--max-images"),
-        ("other fields in one form", f"{upload.MAX_FORM_FIELDS}", None),
+        ("other fields in one form", f"{parsing.MAX_FORM_FIELDS}", None),
         ("pixels of an image", f"{Settings.max_image_pixels:,}", "--max-image-pixels"),
         ("longest side", f"{Settings.max_image_side:,}", "--max-image-side"),
-        ("frames of an animation", f"{image_header.MAX_FRAMES:,}", None),
-        ("compressed text in a PNG", f"{image_header.MAX_METADATA_BYTES // 10**6} MB inflated", None),
+        ("frames of an animation", f"{image_limits.MAX_FRAMES:,}", None),
+        ("compressed text in a PNG", f"{image_limits.MAX_METADATA_BYTES // 10**6} MB inflated", None),
         (
             "scans of a JPEG",
-            f"{MAX_JPEG_SCANS}; fewer above 10 megapixels, down to {image_header.FULL_SIZE_SCANS} at 50",
+            f"{MAX_JPEG_SCANS}; fewer above 10 megapixels, down to {image_limits.FULL_SIZE_SCANS} at 50",
             None,
         ),
         ("request line and headers", f"{protocol.MAX_HEAD_BYTES // KIB} KiB", None),
@@ -65,29 +64,29 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
         ("time for a gRPC message", f"{receiving.CONTENDED_TIMEOUT_S:.0f} s while others wait", None),
     ],
 )
-def test_a_row_has_the_default_and_the_option_of_the_code(limit: str, default: str, option: str | None) -> None:
+def test_each_row_has_the_default_and_the_option(limit: str, default: str, option: str | None) -> None:
     (row,) = (row for name, row in ROWS.items() if name.startswith(limit))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert default in cells[1], row
     assert re.findall(r"--[a-z-]+", cells[2]) == ([option] if option else []), row
 
 
-def test_every_option_that_a_page_names_exists() -> None:
+def test_every_option_in_the_docs_exists() -> None:
     options = {option for parameter in main.params for option in parameter.opts}
-    # TensorFlow Serving's have underscores.
+    # TensorFlow Serving's options have underscores.
     for page in (PROJECT / "docs").glob("*.md"):
         named = set(re.findall(r"`(--[a-z-]+)(?![a-z_-])", page.read_text()))
         assert named <= options, page.name
 
 
-def test_every_limit_among_the_options_is_on_the_page() -> None:
+def test_every_limit_option_is_documented() -> None:
     limits = {option for parameter in main.params for option in parameter.opts if option.startswith("--max-")}
-    # How many rows share a call limits no client.
+    # The batch size does not limit a request.
     assert limits - {"--max-batch-size"} == set(re.findall(r"--max-[a-z-]+", PAGE))
 
 
-def test_the_arithmetic_of_the_memory_budget() -> None:
-    """For the manifest's 2 GiB and a process of 640 MiB."""
+def test_the_memory_budget_example() -> None:
+    """A container of 2 GiB, as in the manifest, and a process of 640 MiB."""
     budget_mib = SAFETY_SHARE * (2_048 - 640)
     budget = MemoryBudget(int(budget_mib * MIB))
     assert f"{SAFETY_SHARE} x (2,048 - 640) = {budget_mib:,.0f} MiB of budget" in TEXT
@@ -102,7 +101,7 @@ def test_the_arithmetic_of_the_memory_budget() -> None:
     assert f"{round(in_model, -1):.0f} MiB, so one" in ROWS["the same as base64 or over gRPC, decoded by the model"]
 
 
-def test_what_json_costs() -> None:
+def test_the_memory_cost_of_json() -> None:
     row = ROWS["JSON: numbers; base64; text outside ASCII"]
     size = 1_000_000
     costs = [

@@ -1,4 +1,4 @@
-"""New versions and a corrupt one are published under constant load: no request fails, no answer mixes versions."""
+"""Version swaps under constant load, one version corrupt: no request fails, no response mixes versions."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from tests.serving.conftest import Server
 
 CONNECTIONS = 32
-# Both for the record by hand: SWAP_SECONDS=120 SWAP_VERSIONS=20.
+# For a longer run by hand: SWAP_SECONDS=120 SWAP_VERSIONS=20.
 SECONDS = float(os.environ.get("SWAP_SECONDS", "12"))
 VERSIONS = int(os.environ.get("SWAP_VERSIONS", "6"))
 
 
 def publish(folder: Path, version: int) -> None:
-    """Write a model that answers with its version, in two outputs."""
+    """Publish a model that returns its version number in two outputs."""
 
     class Versioned(tf.Module):
         @tf.function(input_signature=[tf.TensorSpec((None,), tf.float32, "x")])
@@ -61,34 +61,34 @@ def test_versions_are_swapped_under_load(server: Server, tmp_path: Path) -> None
     stop = threading.Event()
     seen: list[list[int]] = []
 
-    def ask_over_rest() -> None:
+    def predict_over_rest() -> None:
         versions: list[int] = []
         seen.append(versions)
         with httpx.Client(base_url=server.url, timeout=60) as http:
             while not stop.is_set():
-                reply = http.post("/v1/models/versioned:predict", json={"instances": [1.0, 2.0, 3.0]})
-                assert reply.status_code == 200, reply.text
-                versions.append(read(reply.json()["predictions"]))
+                response = http.post("/v1/models/versioned:predict", json={"instances": [1.0, 2.0, 3.0]})
+                assert response.status_code == 200, response.text
+                versions.append(read(response.json()["predictions"]))
 
-    def ask_over_grpc() -> None:
+    def predict_over_grpc() -> None:
         versions: list[int] = []
         seen.append(versions)
         request = predict_pb2.PredictRequest()
         request.model_spec.name = "versioned"
         request.inputs["x"].CopyFrom(tf.make_tensor_proto([1.0, 2.0]))
-        # A subchannel pool of its own: else all channels of the process share one connection.
+        # Without its own subchannel pool the channel would share a connection with all others.
         options = [("grpc.use_local_subchannel_pool", 1)]
         with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=options) as channel:
             stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
             while not stop.is_set():
-                reply = stub.Predict(request, timeout=60)
-                outputs = {name: list(tensor.int_val) for name, tensor in reply.outputs.items()}
+                response = stub.Predict(request, timeout=60)
+                outputs = {name: list(tensor.int_val) for name, tensor in response.outputs.items()}
                 version = read([{"version": a, "again": b} for a, b in zip(*outputs.values(), strict=True)])
-                assert version == reply.model_spec.version.value
+                assert version == response.model_spec.version.value
                 versions.append(version)
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        clients = [pool.submit(ask_over_grpc if n % 4 == 0 else ask_over_rest) for n in range(CONNECTIONS)]
+        clients = [pool.submit(predict_over_grpc if n % 4 == 0 else predict_over_rest) for n in range(CONNECTIONS)]
         started_s = time.monotonic()
         corrupt = VERSIONS // 2 + 2
         for version in range(2, VERSIONS + 2):
@@ -112,7 +112,7 @@ def test_versions_are_swapped_under_load(server: Server, tmp_path: Path) -> None
         )
     )
     assert len(seen) == CONNECTIONS
-    # Nothing is older than what a connection has seen before.
+    # A connection never gets an older version than before.
     assert all(versions == sorted(versions) for versions in seen)
     assert {version for versions in seen for version in versions} >= set(range(1, newest)) - {corrupt}
     status = read_status(server, corrupt)

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol as an independent client speaks it: `tritonclient[http]`, against the running service."""
+"""The Open Inference Protocol with an independent client, `tritonclient[http]`, against a running service."""
 
 import shutil
 
@@ -34,7 +34,7 @@ def client(server):
 
 
 def pixels(*classes):
-    """Pictures of one colour each, uint8 (n, 32, 32, 3)."""
+    """Return images of one colour each, uint8 (n, 32, 32, 3)."""
     return np.stack([np.full((32, 32, 3), COLOURS[class_id], np.uint8) for class_id in classes])
 
 
@@ -59,11 +59,11 @@ def test_health(client):
     assert client.is_model_ready("colours")
     assert client.is_model_ready("colours", "7")
     assert not client.is_model_ready("colours", "8")
-    assert not client.is_model_ready("nobody")
+    assert not client.is_model_ready("unknown")
 
 
 def test_not_ready_while_no_model_is_loaded(tmp_path):
-    """A model that waits in its warm-up, which a file that appears later ends."""
+    """The model blocks in its warm-up until a file appears."""
     gate = tmp_path / "gate"
     version = saved_models.save_colour_classifier(tmp_path / "models" / "colours" / "1", gate=gate)
     saved_models.write_warmup_records(version, [pixels(0)])
@@ -98,7 +98,7 @@ def test_metadata(client):
 
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
-def test_tensors_as_bytes_and_as_json(client, binary_in, binary_out):
+def test_binary_and_json_tensors(client, binary_in, binary_out):
     outputs = [InferRequestedOutput(name, binary_data=binary_out) for name in ("label", "probabilities", "class_id")]
     result = client.infer("colours", [images(pixels(2, 0), binary=binary_in)], outputs=outputs, request_id="r 1")
     response = result.get_response()
@@ -135,18 +135,18 @@ def test_several_inputs_of_several_datatypes(client, binary):
     assert result.as_numpy("flag").dtype == np.bool_
 
 
-def test_half_floats_come_as_bytes(client):
+def test_fp16_is_binary_only(client):
     inputs = [tensor("x", np.array([1, 2.5], np.float32), "FP32")]
     result = client.infer("multi", inputs, parameters={"signature_name": "half"})
     assert result.as_numpy("y").dtype == np.float16
     wanted = [InferRequestedOutput("y", binary_data=False)]
-    with pytest.raises(InferenceServerException, match="ask for it as binary data"):
+    with pytest.raises(InferenceServerException, match="request it as binary data"):
         client.infer("multi", inputs, outputs=wanted, parameters={"signature_name": "half"})
 
 
-def test_encoded_pictures_through_another_signature(client):
+def test_encoded_images_select_another_signature(client):
     inputs = [tensor("image_bytes", jpegs(2, 1, 0), "BYTES")]
-    result = client.infer("colours", inputs)  # the names of the inputs choose the signature
+    result = client.infer("colours", inputs)  # the input names select the signature
     assert result.as_numpy("label").tolist() == [LABELS[2], LABELS[1], LABELS[0]]
 
 
@@ -173,7 +173,7 @@ def test_several_requests_at_once(client):
         assert result.as_numpy("class_id").tolist() == batches[n]
 
 
-def test_options_that_mean_nothing_here_do_no_harm(client):
+def test_unsupported_options_are_ignored(client):
     result = client.infer(
         "colours", [images(pixels(1))], priority=1, timeout=1_000_000, sequence_id=3, sequence_end=True
     )
@@ -210,13 +210,13 @@ def test_options_that_mean_nothing_here_do_no_harm(client):
             ),
         ),
         ("400", "shared memory is not supported", lambda c: c.infer("colours", [in_shared_memory()])),
-        ("404", 'no model "nobody"', lambda c: c.infer("nobody", [images(pixels(0))])),
+        ("404", 'no model "unknown"', lambda c: c.infer("unknown", [images(pixels(0))])),
         ("404", "no version 8 of model colours", lambda c: c.infer("colours", [images(pixels(0))], model_version="8")),
-        ("404", 'no model "nobody"', lambda c: c.get_model_metadata("nobody")),
+        ("404", 'no model "unknown"', lambda c: c.get_model_metadata("unknown")),
         ("404", "there is nothing at", lambda c: c.get_model_config("colours")),
     ],
 )
-def test_errors_arrive_as_the_clients_own(client, status, problem, call):
+def test_errors_are_raised_by_the_client(client, status, problem, call):
     with pytest.raises(InferenceServerException, match=problem) as refused:
         call(client)
     assert refused.value.status() == status

@@ -1,4 +1,4 @@
-"""The page in a real browser, Debian's Chromium, against a real server process."""
+"""The page in a real browser, Debian's Chromium, with a real server process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
     "--window-size=1200,900",
-    "--force-prefers-reduced-motion",  # so that bars have their length at once
+    "--force-prefers-reduced-motion",  # so that bars are not animated
 )
 HOSTILE_NAME = "<img src=x onerror=document.title=1>.png"
 WAIT_S = 60
@@ -46,13 +46,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that the model `colours` waits for before it is loaded."""
+    """The file that the warm-up of the model `colours` waits for."""
     return tmp_path_factory.mktemp("gate") / "open"
 
 
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Path:
-    """`colours` (32 x 32, held at the gate while it is warmed up) and `wide` (48 x 20)."""
+    """`colours` (32 x 32, blocked in its warm-up by the gate) and `wide` (48 x 20)."""
     folder = tmp_path_factory.mktemp("models")
     colours = save_colour_classifier(folder / "colours" / "4", gate=gate)
     write_warmup_records(colours, [np.zeros((1, 32, 32, 3), np.uint8)])
@@ -62,7 +62,7 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def start_server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Callable[[], Server]]:
-    """Starts servers, each on the port of the one before."""
+    """Starts servers, all on the port of the first."""
     logs = tmp_path_factory.mktemp("logs")
     servers: list[Server] = []
 
@@ -88,13 +88,13 @@ def server(start_server: Callable[[], Server]) -> Server:
 
 
 class Page:
-    """The page, as one who sees it would use it."""
+    """The page, used like by a visitor."""
 
     def __init__(self, browser: Chrome, url: str) -> None:
         self.browser = browser
         self.url = url
         browser.get(url)
-        self.wait(lambda: self.element("#status").text)  # the driver may be back before the page's script has run
+        self.wait(lambda: self.element("#status").text)  # `get` may return before the script has run
 
     def element(self, selector: str) -> WebElement:
         return self.browser.find_element(By.CSS_SELECTOR, selector)
@@ -114,12 +114,12 @@ class Page:
         self.wait(lambda: text in self.element("#status").text)
 
     def stroke(self, bar: WebElement) -> float:
-        """How far a bar is drawn, in percent."""
+        """Return the length of a bar, in percent."""
         size = self.browser.execute_script("return getComputedStyle(arguments[0], '::before').backgroundSize", bar)
         return float(size.split("%")[0])
 
     def canvas(self, card: WebElement) -> np.ndarray:
-        """What the canvas of a card shows, uint8 (height, width, 4)."""
+        """Return the pixels of a card's canvas, uint8 (height, width, 4)."""
         self.wait(lambda: card.find_element(By.CSS_SELECTOR, "canvas").is_displayed())
         width, height, data = self.browser.execute_script(
             "const {width, height} = arguments[0];"
@@ -143,7 +143,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @pytest.fixture
 def page(browser: Chrome, server: Server, gate: Path) -> Iterator[Page]:
-    """The page of a service that is ready; afterwards no script may have failed, nor asked another host."""
+    """The page of a ready service; afterwards checks for script errors and requests to other hosts."""
     gate.touch()
     server.wait_for("/readyz")
     page = Page(browser, server.url + "/")
@@ -153,14 +153,14 @@ def page(browser: Chrome, server: Server, gate: Path) -> Iterator[Page]:
 
 
 def script_errors(browser: Chrome) -> list[str]:
-    """What the console has; a refused request's own line is not the script's."""
+    """Return the console's messages, except those for refused requests."""
     return [entry["message"] for entry in browser.get_log("browser") if entry["source"] != "network"]
 
 
 def foreign_requests(browser: Chrome, url: str) -> list[str]:
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    # Chromium's own first tab has requests of its own.
+    # Chromium's initial tab also sends requests.
     addresses = [params["request"]["url"] for params in requests if params["documentURL"].startswith(url)]
     assert url + "/" in addresses
     return [address for address in addresses if not address.startswith((url + "/", f"blob:{url}/"))]
@@ -175,7 +175,7 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-def test_pictures_wait_while_the_service_is_away_or_loading(
+def test_images_are_queued_while_the_service_is_unavailable_or_loading(
     browser: Chrome,
     start_server: Callable[[], Server],
     gate: Path,
@@ -189,18 +189,18 @@ def test_pictures_wait_while_the_service_is_away_or_loading(
     earlier.stop()
     cards = page.send(write(tmp_path / "a.png", picture("red")), write(tmp_path / "b.png", picture("blue")))
     page.wait_for_status("No connection")
-    request.getfixturevalue("server")  # only now is there one to start
+    request.getfixturevalue("server")  # starts the server
     page.wait_for_status("Not ready: loading")
     assert [text(card, ".headline") for card in cards] == ["Waiting", "Waiting"]
     gate.touch()
-    page.wait_for_state("answered", cards)
+    page.wait_for_state("classified", cards)
     assert [text(card, ".label") for card in cards] == ["red", "blue"]
     assert page.element("#status").text == "Ready"
     assert page.element("h1").text == "colours version 4"
     assert script_errors(browser) == []
 
 
-def test_each_picture_gets_a_card_with_its_label_and_bars(page: Page, tmp_path: Path) -> None:
+def test_each_image_gets_a_card_with_its_label_and_bars(page: Page, tmp_path: Path) -> None:
     assert page.browser.title == "colours, version 4"
     assert page.element("#status").text == "Ready"
     assert [item.text for item in page.browser.find_elements(By.CSS_SELECTOR, "#class-names li")] == [
@@ -210,7 +210,7 @@ def test_each_picture_gets_a_card_with_its_label_and_bars(page: Page, tmp_path: 
     ]
     colours = ("red", "lime", "blue")
     cards = page.send(*(write(tmp_path / f"{colour}.png", picture(colour)) for colour in colours))
-    page.wait_for_state("answered", cards)
+    page.wait_for_state("classified", cards)
     assert page.element("#results-title").text == "3 pictures"
     for card, colour, label in zip(cards, colours, ("red", "green", "blue"), strict=True):
         assert text(card, ".file") == f"{colour}.png"
@@ -219,12 +219,12 @@ def test_each_picture_gets_a_card_with_its_label_and_bars(page: Page, tmp_path: 
         assert len(bars) == 3
         assert bars[0].text.split() == [label, ">99.9%"]
         assert [round(page.stroke(bar)) for bar in bars] == [100, 0, 0]
-        assert "colours, version 4" in text(card, ".took")
+        assert "colours, version 4" in text(card, ".timing")
         assert "32 \N{MULTIPLICATION SIGN} 32" in text(card, ".sent figcaption")
     assert "3 pictures classified" in page.element("#announcement").get_attribute("textContent")
 
 
-def test_what_the_model_sees_is_what_pillow_makes_of_the_picture(page: Page, tmp_path: Path) -> None:
+def test_the_resized_image_equals_pillows(page: Page, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (333, 500, 3), dtype=np.uint8)
     cases = {
@@ -235,7 +235,7 @@ def test_what_the_model_sees_is_what_pillow_makes_of_the_picture(page: Page, tmp
     }
     cases["transparent.png"] = Image.fromarray(np.concatenate([pixels, pixels[..., :1] // 128 * 255], axis=2))
     cards = page.send(*(write(tmp_path / name, encode(image)) for name, image in cases.items()))
-    page.wait_for_state("answered", cards)
+    page.wait_for_state("classified", cards)
     for card, image in zip(cards, cases.values(), strict=True):
         seen = page.canvas(card)
         white = Image.new("RGBA", image.size, "white")
@@ -246,43 +246,43 @@ def test_what_the_model_sees_is_what_pillow_makes_of_the_picture(page: Page, tmp
         assert text(card, ".seen figcaption").endswith("32 \N{MULTIPLICATION SIGN} 32")
 
 
-def test_a_turned_photo_is_seen_as_the_service_reads_it(page: Page, tmp_path: Path) -> None:
+def test_the_resized_image_has_its_exif_orientation_applied(page: Page, tmp_path: Path) -> None:
     ramp = np.broadcast_to(np.linspace(0, 255, 64, dtype=np.uint8)[:, None, None], (64, 64, 3))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side: dark is to be at the right
+    exif[0x0112] = 6  # rotated by 90 degrees: the dark side is at the right
     image = Image.fromarray(np.ascontiguousarray(ramp))
     kinds = ("JPEG", "PNG", "WEBP")
     cards = page.send(*(write(tmp_path / kind, encode(image, kind, exif=exif, quality=95)) for kind in kinds))
-    page.wait_for_state("answered", cards)
+    page.wait_for_state("classified", cards)
     for card, file in zip(cards[:2], kinds[:2], strict=True):
         seen = page.canvas(card)[..., :3].astype(int)
         read = read_image((tmp_path / file).read_bytes(), size=(32, 32), limits=ImageLimits(64 * 64, 64)).astype(int)
-        assert np.abs(seen - read).max() <= 2, file  # the decoders, too, may differ by a level
-    # Chromium turns no WebP, the service does; so rather than another picture none is shown.
+        assert np.abs(seen - read).max() <= 2, file  # JPEG decoders may also differ by a level
+    # Chromium does not apply a WebP's orientation, so the page shows no resized image.
     page.wait(lambda: "cannot be shown" in text(cards[2], ".seen figcaption"))
     assert not cards[2].find_element(By.CSS_SELECTOR, "canvas").is_displayed()
 
 
-def test_a_picture_that_is_refused_has_the_services_words(page: Page, tmp_path: Path) -> None:
+def test_a_refused_image_has_the_services_reason(page: Page, tmp_path: Path) -> None:
     cards = page.send(
         write(tmp_path / "notes.png", b"Remember the milk"),
         write(tmp_path / "good.png", picture("red")),
         write(tmp_path / "huge.bmp", picture("red", (1200, 1200), "BMP")),
     )
-    page.wait_for_state("answered", cards[1:2])
+    page.wait_for_state("classified", cards[1:2])
     page.wait_for_state("refused", [cards[0], cards[2]])
     assert text(cards[0], ".headline") == "Could not be read"
-    assert "expected JPEG, PNG, WebP, AVIF, BMP or GIF" in text(cards[0], ".words")
+    assert "expected JPEG, PNG, WebP, AVIF, BMP or GIF" in text(cards[0], ".details")
     assert not cards[0].find_element(By.CSS_SELECTOR, ".seen").is_displayed()
     assert text(cards[2], ".headline") == "Too large"
-    assert "at most 3,000,000 bytes" in text(cards[2], ".words")
+    assert "at most 3,000,000 bytes" in text(cards[2], ".details")
     announced = page.element("#announcement").get_attribute("textContent")
     assert announced == "1 picture classified, 2 refused"
 
 
-def test_a_hostile_file_name_stays_text(page: Page, tmp_path: Path) -> None:
+def test_a_file_name_with_markup_is_escaped(page: Page, tmp_path: Path) -> None:
     (card,) = page.send(write(tmp_path / HOSTILE_NAME, picture("lime")))
-    page.wait_for_state("answered", [card])
+    page.wait_for_state("classified", [card])
     assert text(card, ".file") == HOSTILE_NAME
     assert len(card.find_elements(By.TAG_NAME, "img")) == 1
     assert page.browser.title == "colours, version 4"
@@ -293,12 +293,12 @@ def test_another_model_can_be_chosen(page: Page, tmp_path: Path) -> None:
     assert page.element("h1").text == "wide version 1"
     assert page.element("#curl").text == f'curl -F image=@picture.jpg "{page.url}predict?model=wide"'
     (card,) = page.send(write(tmp_path / "red.png", picture("red", (100, 100))))
-    page.wait_for_state("answered", [card])
-    assert "wide, version 1" in text(card, ".took")
+    page.wait_for_state("classified", [card])
+    assert "wide, version 1" in text(card, ".timing")
     assert page.canvas(card).shape == (20, 48, 4)
 
 
-def test_pasted_and_dropped_pictures_count_as_chosen_ones(page: Page) -> None:
+def test_images_can_be_pasted_and_dropped(page: Page) -> None:
     for kind, carrier in (("paste", "clipboardData"), ("drop", "dataTransfer")):
         page.browser.execute_script(
             """
@@ -313,21 +313,21 @@ def test_pasted_and_dropped_pictures_count_as_chosen_ones(page: Page) -> None:
             carrier,
         )
         card = page.element(".card")
-        page.wait_for_state("answered", [card])
+        page.wait_for_state("classified", [card])
         assert (text(card, ".file"), text(card, ".label")) == (f"{kind}.png", "green")
     page.element("#clear").click()
     assert page.browser.find_elements(By.CSS_SELECTOR, ".card") == []
     assert page.browser.switch_to.active_element == page.element("#file-choice")
 
 
-def test_without_a_model_the_page_says_so(browser: Chrome, tmp_path: Path) -> None:
+def test_a_service_without_models(browser: Chrome, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     server = Server(tmp_path / "models", tmp_path / "log")
     try:
         server.wait_for("/readyz", 503)
         page = Page(browser, server.url + "/")
         assert page.element("h1").text == "No model yet"
-        assert "The service has no model so far" in page.element("#model-problem").text
+        assert "The service has no model yet" in page.element("#model-problem").text
         # Of a model that cannot be loaded it says so, not that it takes no pictures.
         (tmp_path / "models" / "broken" / "1").mkdir(parents=True)
         (tmp_path / "models" / "broken" / "1" / "saved_model.pb").write_bytes(b"no model")

@@ -1,4 +1,4 @@
-"""An inference request of the Open Inference Protocol: the JSON, and the bytes of its binary tensors behind it."""
+"""Parses inference requests of the Open Inference Protocol: JSON, followed by the data of binary tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serving.quoting import quote
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _WBITS = {"gzip": GZIP, "deflate": DEFLATE}
-_MAX_DIGITS = 19  # a number of more has no place in a request, and takes long to read where it has millions
+_MAX_DIGITS = 19  # no length has more, and `int` of millions of digits is slow
 
 
 @dataclass(eq=False)
@@ -26,8 +26,8 @@ class InferRequest(InferenceRequest):
     """An inference request of this protocol.
 
     Args:
-        identifier: repeated in the response.
-        outputs: the names of those wanted, in this order, and whether each is sent as binary data.
+        identifier: the request's `id`, repeated in the response.
+        outputs: the names of the requested outputs, in this order, and whether each is sent as binary data.
     """
 
     identifier: str | None
@@ -38,13 +38,13 @@ def parse(body: bytes, header_length: str | None, model: str, signatures: Mappin
     """Parse an inference request.
 
     Args:
-        body: inflated.
-        header_length: the value of Inference-Header-Content-Length, if there is one.
-        model: its name, for messages.
-        signatures: the model's.
+        body: the decompressed body.
+        header_length: the value of Inference-Header-Content-Length, or None.
+        model: the model's name, for error messages.
+        signatures: the model's signatures.
 
     Raises:
-        InvalidRequest: it is malformed, or does not fit the signature.
+        InvalidRequest: the request is malformed, or does not fit the signature.
     """
     document, binary = split_body(body, header_length)
     signature = find_signature(model, signatures, read_signature_name(document, signatures))
@@ -54,10 +54,10 @@ def parse(body: bytes, header_length: str | None, model: str, signatures: Mappin
 
 
 def find_signature(model: str, signatures: Mapping[str, Signature], name: str) -> Signature:
-    """Return the signature of a name.
+    """Return the signature with a name.
 
     Raises:
-        InvalidRequest: the model has none of that name.
+        InvalidRequest: the model has no such signature.
     """
     signature = signatures.get(name)
     if signature is None:
@@ -67,40 +67,45 @@ def find_signature(model: str, signatures: Mapping[str, Signature], name: str) -
 
 
 def inflate_body(body: bytes, encoding: str, header_length: str | None) -> bytes:
-    """Undo a request's Content-Encoding; the value of Inference-Header-Content-Length tells what of it is JSON.
+    """Decompress a body.
+
+    Args:
+        body: the body as received.
+        encoding: the value of Content-Encoding.
+        header_length: the value of Inference-Header-Content-Length, the length of the JSON, or None.
 
     Raises:
-        UnsupportedMedia: it is another one than gzip and deflate.
-        InvalidRequest: the body does not keep to it.
-        TooLarge: the body grows beyond the limit.
+        UnsupportedMedia: the encoding is neither gzip nor deflate.
+        InvalidRequest: the body does not have this encoding.
+        TooLarge: the decompressed body exceeds the limit.
     """
     encoding = encoding.strip().lower()
     if encoding in ("", "identity"):
         return body
     if encoding not in _WBITS:
-        raise UnsupportedMedia(f"the Content-Encoding {quote(encoding)} is not read here; send gzip, deflate or none")
+        raise UnsupportedMedia(f"the Content-Encoding {quote(encoding)} is not supported; send gzip, deflate or none")
     try:
         return inflate(body, wbits=_WBITS[encoding], json_bytes=_read_length(header_length))
     except ValueError as error:
-        raise InvalidRequest(f"the body cannot be inflated as {encoding}: {error}") from error
+        raise InvalidRequest(f"the body cannot be decompressed as {encoding}: {error}") from error
 
 
 def split_body(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memoryview]:
-    """Return a request's JSON and, not copied, the bytes behind it.
+    """Return the JSON of a request, and a view of the binary data after it.
 
     Args:
-        body: inflated.
-        header_length: the value of Inference-Header-Content-Length; without it the body is all JSON.
+        body: the decompressed body.
+        header_length: the value of Inference-Header-Content-Length; None if the whole body is JSON.
 
     Raises:
-        InvalidRequest: the header is not a length within the body, or what it measures is not a JSON object.
+        InvalidRequest: the header is not a length within the body, or the JSON is not an object.
     """
     length = json_length(body, header_length)
     view = memoryview(body)
     try:
         document = orjson.loads(view[:length])
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the {length} bytes that should be JSON are not: {error}") from error
+        raise InvalidRequest(f"the first {length} bytes of the body are not valid JSON: {error}") from error
     if not isinstance(document, dict):
         raise InvalidRequest(f"expected a JSON object with inputs, got {quote(document)}")
     return document, view[length:]
@@ -112,7 +117,7 @@ def _read_length(header_length: str | None) -> int | None:
 
 
 def json_length(body: bytes, header_length: str | None) -> int:
-    """Return how many bytes of a body are JSON.
+    """Return the length of the JSON at the beginning of a body.
 
     Raises:
         InvalidRequest: the header is not a length within the body.
@@ -128,10 +133,10 @@ def json_length(body: bytes, header_length: str | None) -> int:
 
 
 def read_id(document: Mapping[str, Any]) -> str | None:
-    """Return the request's `id`, which the reply repeats.
+    """Return the request's `id`, which the response repeats.
 
     Raises:
-        InvalidRequest: it is not a string.
+        InvalidRequest: the `id` is not a string.
     """
     identifier = document.get("id")
     if identifier is not None and not isinstance(identifier, str):
@@ -140,23 +145,23 @@ def read_id(document: Mapping[str, Any]) -> str | None:
 
 
 def read_signature_name(document: Mapping[str, Any], signatures: Mapping[str, Signature]) -> str:
-    """Return the signature that the request's parameter `signature_name` asks for.
+    """Return the name of the requested signature: the parameter `signature_name`.
 
-    Without it, the one that takes exactly the inputs of the request: most clients cannot send the parameter. Where none
-    does, or `serving_default` does as well as others, that is `serving_default`.
+    Without the parameter, which most clients cannot send, it is the signature that has exactly the request's inputs. If
+    there is none, or `serving_default` is one of several, it is `serving_default`.
 
     Raises:
-        InvalidRequest: the parameters are malformed, or several signatures take the inputs.
+        InvalidRequest: the parameters are malformed, or several signatures have these inputs.
     """
     name = _parameters(document, of="the request").get("signature_name")
     if name is None:
-        return _find_signature(document.get("inputs"), signatures)
+        return _match_inputs(document.get("inputs"), signatures)
     if not isinstance(name, str):
         raise InvalidRequest(f"the parameter signature_name must be a string, not {quote(name)}")
     return name
 
 
-def _find_signature(inputs: Any, signatures: Mapping[str, Signature]) -> str:
+def _match_inputs(inputs: Any, signatures: Mapping[str, Signature]) -> str:
     tensors = inputs if isinstance(inputs, list) else ()
     names = sorted(str(tensor.get("name")) for tensor in tensors if isinstance(tensor, dict))
     found = [name for name, signature in signatures.items() if names and sorted(signature.inputs) == names]
@@ -164,21 +169,21 @@ def _find_signature(inputs: Any, signatures: Mapping[str, Signature]) -> str:
         return DEFAULT_SIGNATURE
     if len(found) > 1:
         raise InvalidRequest(
-            f"several signatures take the input {', '.join(names)}: {', '.join(found)}; choose one with the parameter "
+            f"several signatures have the input {', '.join(names)}: {', '.join(found)}; choose one with the parameter "
             "signature_name"
         )
     return found[0]
 
 
 def read_inputs(document: Mapping[str, Any], binary: memoryview, signature: Signature) -> dict[str, np.ndarray]:
-    """Make the arrays of a request; those of binary tensors are views of the body.
+    """Return the arrays of a request; those of binary tensors are views of the body.
 
     Returns:
-        An array for each input sent, of the dtype that the signature has for it and the shape that the request says.
+        An array for each input sent, with the signature's dtype and the request's shape.
 
     Raises:
-        InvalidRequest: an input is malformed, unknown, there twice, of another datatype, or its data do not make up
-            its shape; or bytes are left that belong to none.
+        InvalidRequest: an input is malformed, unknown, repeated, of the wrong datatype, or its data does not fit its
+            shape; or there is binary data that belongs to no input.
     """
     arrays: dict[str, np.ndarray] = {}
     start = 0
@@ -189,55 +194,55 @@ def read_inputs(document: Mapping[str, Any], binary: memoryview, signature: Sign
                 f'signature "{signature.name}" has no input {quote(name)}; it takes {", ".join(signature.inputs)}'
             )
         if name in arrays:
-            raise InvalidRequest(f"input {name} is there twice")
+            raise InvalidRequest(f"input {name} is repeated")
         spec = signature.inputs[name]
         _check_datatype(tensor, spec)
         shape = _shape(tensor, spec)
         size = _parameters(tensor, of=f"input {name}").get("binary_data_size")
         if (size is None) == ("data" not in tensor):
-            raise InvalidRequest(f"input {name} needs either data or the parameter binary_data_size, and not both")
+            raise InvalidRequest(f"input {name} needs either data or the parameter binary_data_size, but not both")
         if size is None:
             arrays[name] = decode_json(tensor["data"], spec, shape)
             continue
         if type(size) is not int or not 0 <= size <= len(binary) - start:
             raise InvalidRequest(
-                f"input {name}: binary_data_size is {quote(size)}, but {len(binary) - start} bytes are left behind "
-                f"the JSON, which {HEADER_LENGTH} measures"
+                f"input {name}: binary_data_size is {quote(size)}, but {len(binary) - start} bytes are left after "
+                f"the JSON, whose length is {HEADER_LENGTH}"
             )
         arrays[name] = decode_binary(binary[start : start + size], spec, shape)
         start += size
     if start != len(binary):
-        raise InvalidRequest(f"{len(binary) - start} bytes behind the JSON belong to no input")
+        raise InvalidRequest(f"{len(binary) - start} bytes after the JSON belong to no input")
     return arrays
 
 
 def read_outputs(document: Mapping[str, Any], signature: Signature) -> dict[str, bool]:
-    """Return the outputs to reply with, in the order asked for, and of each whether it is to be binary.
+    """Return the names of the requested outputs, in their order, and whether each is sent as binary data.
 
     Raises:
-        InvalidRequest: one is malformed, unknown, there twice, or to be sent in a way that is not supported.
+        InvalidRequest: an output is malformed, unknown, repeated, or requested in an unsupported format.
     """
     binary_by_default = _flag(_parameters(document, of="the request"), "binary_data_output", default=False)
-    asked = _objects(document.get("outputs") or [], what="outputs")
+    requested = _objects(document.get("outputs") or [], what="outputs")
     outputs: dict[str, bool] = {}
-    for output in asked:
+    for output in requested:
         name = output.get("name")
         if not isinstance(name, str) or name not in signature.outputs:
             raise InvalidRequest(
                 f'signature "{signature.name}" has no output {quote(name)}; it has {", ".join(signature.outputs)}'
             )
         if name in outputs:
-            raise InvalidRequest(f"output {name} is asked for twice")
+            raise InvalidRequest(f"output {name} is repeated")
         parameters = _parameters(output, of=f"output {name}")
         if parameters.get("classification"):
             raise InvalidRequest(f"output {name}: the parameter classification is not supported")
         outputs[name] = _flag(parameters, "binary_data", default=binary_by_default)
-    if not asked:
+    if not requested:
         outputs = dict.fromkeys(signature.outputs, binary_by_default)
     for name, is_binary in outputs.items():
         datatype = datatype_of(signature.outputs[name])
         if not is_binary and not datatype.json_types:
-            raise InvalidRequest(f"output {name}: {datatype.name} cannot be sent as JSON; ask for it as binary data")
+            raise InvalidRequest(f"output {name}: {datatype.name} cannot be sent as JSON; request it as binary data")
     return outputs
 
 
@@ -254,7 +259,7 @@ def _parameters(owner: Mapping[str, Any], *, of: str) -> dict[str, Any]:
     if not isinstance(parameters, dict):
         raise InvalidRequest(f"the parameters of {of} must be an object, not {quote(parameters)}")
     if "shared_memory_region" in parameters:
-        raise InvalidRequest(f"{of}: shared memory is not supported; send and ask for the data itself")
+        raise InvalidRequest(f"{of}: shared memory is not supported; send and request the data itself")
     return parameters
 
 

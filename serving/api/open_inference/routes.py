@@ -1,7 +1,7 @@
 """The Open Inference Protocol (V2) over HTTP: `/v2/...`, with the binary tensor data extension.
 
-After the specification of KServe, and where it leaves things open after Triton, which most of its clients were written
-for. docs/open-inference-protocol.md has the choices.
+Follows KServe's specification, and where that is unspecific Triton, which most clients are written for.
+docs/open-inference-protocol.md lists the choices.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ def server_metadata() -> dict[str, Any]:
 
 @blueprint.get("/health/live")
 def server_live() -> tuple[dict[str, Any], int]:
-    """Return whether the process works, without need of a restart; 400 if not, as for `server_ready`."""
+    """Return 200 while the process is alive; 400 if it needs a restart."""
     problem = current_app.liveness.problem
     return ({"live": True}, 200) if problem is None else ({"live": False, "error": problem}, 400)
 
 
 @blueprint.get("/health/ready")
 def server_ready() -> tuple[dict[str, Any], int]:
-    """Return whether every model had its first load attempt, and all required ones and at least one can be used.
+    """Return 200 when loading has finished, and at least one model and all required models are available; else 400.
 
-    The protocol's word for no is a 4xx, and Triton's a 400.
+    The protocol specifies a 4xx for "not ready"; Triton uses 400.
     """
     reason = current_app.inference.not_ready_because
     return ({"ready": True}, 200) if reason is None else ({"ready": False, "error": reason}, 400)
@@ -64,7 +64,7 @@ def server_ready() -> tuple[dict[str, Any], int]:
 @blueprint.get("/models/<model>/ready")
 @blueprint.get("/models/<model>/versions/<version>/ready")
 def model_ready(model: str, version: str | None = None) -> tuple[dict[str, Any], int]:
-    """Return whether a model, or a version of it, is available; 404 for one that is not known at all."""
+    """Return 200 if a model, or a version of it, is available, else 400; 404 for an unknown one."""
     try:
         _resolve(model, version)
     except NotReady as error:
@@ -79,7 +79,7 @@ def model_ready(model: str, version: str | None = None) -> tuple[dict[str, Any],
 @blueprint.get("/models/<model>")
 @blueprint.get("/models/<model>/versions/<version>")
 def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
-    """Describe a model by one of its signatures: `serving_default`, or the one in the query `signature_name`."""
+    """Describe a model by one of its signatures: `serving_default`, or the query parameter `signature_name`."""
     found = _resolve(model, version)
     name = request.args.get("signature_name", DEFAULT_SIGNATURE)
     signature = find_signature(found.name, found.predictor.signatures, name)
@@ -96,7 +96,7 @@ def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
 @blueprint.post("/models/<model>/infer")
 @blueprint.post("/models/<model>/versions/<version>/infer")
 def infer(model: str, version: str | None = None) -> Response:
-    """Run the signature of a model that takes the request's inputs, or the one in its parameter `signature_name`."""
+    """Run a model: the signature in the parameter `signature_name`, or the one that has the request's inputs."""
     found = _resolve(model, version)
     parsed = _parse_body(found)
     result = current_app.inference.predict(found, parsed)
@@ -114,7 +114,7 @@ def _parse_body(version: ModelVersion) -> InferRequest:
     body = inflate_body(request.get_data(cache=False), request.headers.get("Content-Encoding", ""), header_length)
     json_bytes = json_length(body, header_length)
     arguments = header_length, version.name, version.predictor.signatures
-    if json_bytes <= SMALL_BYTES:  # the binary data behind it is not parsed
+    if json_bytes <= SMALL_BYTES:  # binary data is not parsed, so its size does not matter
         return parse(body, *arguments)
     return current_app.json_process.parse(parse, body, *arguments, json_bytes=json_bytes)
 
@@ -133,7 +133,7 @@ def _describe(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
 
 def _describe_shape(shape: tuple[int | None, ...] | None) -> list[int]:
     if shape is None:
-        return [-1]  # of any rank, which the protocol cannot say
+        return [-1]  # unknown rank, which the protocol cannot express
     return [-1 if size is None else size for size in shape]
 
 
@@ -141,4 +141,4 @@ def _server_version() -> str:
     try:
         return installed_version(SERVER_NAME)
     except PackageNotFoundError:
-        return "unreleased"  # run from its source
+        return "unreleased"  # run from source, not installed

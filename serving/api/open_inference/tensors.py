@@ -1,7 +1,7 @@
-"""Tensors of the Open Inference Protocol to arrays and back: as JSON, and as the bytes behind it.
+"""Converts tensors of the Open Inference Protocol to arrays and back, as JSON or as binary data.
 
-After the protocol's "Tensor Data" and the "Binary Tensor Data Extension" that Triton added: little-endian, row-major,
-without padding; an element of BYTES behind its length as a 32-bit number. Knows nothing of requests.
+Follows the protocol's "Tensor Data" and Triton's "Binary Tensor Data Extension": little-endian, row-major, without
+padding; each BYTES element is preceded by its length as a 32-bit integer. This module knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from serving.errors import InvalidRequest
 from serving.inference.signatures import NUMPY_DTYPES, TensorSpec
 from serving.quoting import quote
 
-MAX_DIMENSIONS = 64  # numpy's
+MAX_DIMENSIONS = 64  # numpy's limit
 _LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
 class Datatype:
-    """What the protocol calls a dtype, and how its elements look in JSON and as bytes."""
+    """The protocol's name for a dtype, and the representation of its elements in JSON and as bytes."""
 
     name: str  # "FP32"
     dtype: np.dtype[Any]  # little-endian; object for BYTES
-    json_types: frozenset[type]  # what orjson makes of an element; none for FP16, as in Triton
-    json_words: str  # the same for people
+    json_types: frozenset[type]  # of an element parsed by orjson; none for FP16, like in Triton
+    json_description: str  # of json_types, for error messages
 
 
 _WHOLE = frozenset((int,)), "whole numbers"
@@ -59,7 +59,7 @@ def datatype_of(spec: TensorSpec) -> Datatype:
     """Return the datatype of an input or output.
 
     Raises:
-        InvalidRequest: the protocol has none for it, complex numbers for example.
+        InvalidRequest: the protocol has no such datatype, for example for complex numbers.
     """
     datatype = _DATATYPES.get(spec.dtype)
     if datatype is None:
@@ -68,17 +68,18 @@ def datatype_of(spec: TensorSpec) -> Datatype:
 
 
 def decode_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
-    """Make an array of exactly an input's dtype from the list that JSON holds, flat or nested like the shape.
+    """Convert JSON data, a flat list or one nested like the shape, to an array of the input's dtype.
+
+    A float without a fraction (106.0) is accepted as an integer, because some clients send all numbers as floats.
 
     Args:
-        data: as orjson parsed it.
+        data: the data, parsed by orjson.
         spec: the input.
-        shape: what the request says; at most MAX_DIMENSIONS sizes.
+        shape: the shape in the request; at most MAX_DIMENSIONS sizes.
 
     Raises:
-        InvalidRequest: it is not such a list, there are more or fewer elements than the shape has, or one is of another
-            type or out of range: nothing is rounded to whole numbers, wrapped or made infinite. A float that is whole
-            (106.0) is a whole number: some clients have no other numbers.
+        InvalidRequest: the data is not such a list, does not fit the shape, or has an element of the wrong type or out
+            of range. Nothing is rounded, wrapped or turned into infinity.
     """
     datatype = datatype_of(spec)
     if not datatype.json_types:
@@ -92,7 +93,7 @@ def decode_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarr
         types = set(map(type, elements))
     if not types <= datatype.json_types:
         odd = next(element for element in elements if type(element) not in datatype.json_types)
-        raise InvalidRequest(f"input {spec.name}: {datatype.name} takes {datatype.json_words}, not {quote(odd)}")
+        raise InvalidRequest(f"input {spec.name}: {datatype.name} takes {datatype.json_description}, not {quote(odd)}")
     if sizes != shape and sizes != (math.prod(shape),):
         raise InvalidRequest(
             f"input {spec.name}: the shape {list(shape)} takes {math.prod(shape)} elements, flat or nested like it; "
@@ -102,10 +103,10 @@ def decode_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarr
 
 
 def decode_binary(data: memoryview, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
-    """Make an array of an input's raw bytes: a read-only view of them, except for BYTES, whose elements are copied.
+    """Convert binary data to an array: a read-only view of the data, except for BYTES, whose elements are copied.
 
     Raises:
-        InvalidRequest: the bytes are more or fewer than the shape needs, or a BOOL is neither 0 nor 1.
+        InvalidRequest: the length does not fit the shape, or a BOOL is neither 0 nor 1.
     """
     datatype = datatype_of(spec)
     count = math.prod(shape)
@@ -125,10 +126,10 @@ def decode_binary(data: memoryview, spec: TensorSpec, shape: tuple[int, ...]) ->
 
 
 def encode_json(array: np.ndarray, spec: TensorSpec) -> Any:
-    """Return an output's elements as a flat list, or as an array of one dimension that orjson writes.
+    """Return an output's elements as a flat list, or as a one-dimensional array for orjson.
 
     Raises:
-        InvalidRequest: JSON has no way to say what it holds: NaN, an infinity, or bytes that are not UTF-8.
+        InvalidRequest: JSON cannot represent an element: NaN, an infinity, or bytes that are not UTF-8.
     """
     flat = array.ravel()
     if array.dtype.hasobject:
@@ -136,17 +137,17 @@ def encode_json(array: np.ndarray, spec: TensorSpec) -> Any:
             return [element.decode() for element in flat]
         except UnicodeDecodeError as error:
             raise InvalidRequest(
-                f"output {spec.name} holds bytes that are not UTF-8, which JSON cannot carry; ask for it as binary data"
+                f"output {spec.name} has bytes that are not UTF-8, which JSON cannot hold; request it as binary data"
             ) from error
     if array.dtype.kind == "f" and not np.isfinite(flat).all():
         raise InvalidRequest(
-            f"output {spec.name} holds NaN or infinity, which JSON cannot carry; ask for it as binary data"
+            f"output {spec.name} has NaN or infinity, which JSON cannot hold; request it as binary data"
         )
     return flat
 
 
 def encode_binary(array: np.ndarray, spec: TensorSpec) -> tuple[Any, int]:
-    """Return an output's raw bytes, as something that `bytes.join` takes without a copy before, and their number."""
+    """Return an output's binary data as an object that `bytes.join` accepts without another copy, and its size."""
     if array.dtype.hasobject:
         elements = array.ravel().tolist()
         joined = b"".join(chain.from_iterable((_LENGTH.pack(len(element)), element) for element in elements))
@@ -156,7 +157,7 @@ def encode_binary(array: np.ndarray, spec: TensorSpec) -> tuple[Any, int]:
 
 
 def _flatten(data: list[Any], spec: TensorSpec) -> tuple[list[Any], tuple[int, ...]]:
-    """Return the elements of nested lists and the sizes of the lists; level by level, at the speed of C."""
+    """Return the elements of nested lists, and their shape; flattens level by level with C functions."""
     sizes = [len(data)]
     while data and type(data[0]) is list and set(map(type, data)) == {list}:
         lengths = set(map(len, data))
@@ -178,13 +179,13 @@ def _array_of(elements: list[Any], datatype: Datatype, spec: TensorSpec) -> np.n
         return array
     try:
         if datatype.name == "UINT8":
-            return np.frombuffer(bytes(elements), np.uint8)  # pixels; several times faster than from a list
+            return np.frombuffer(bytes(elements), np.uint8)  # pixels; several times faster than np.array of a list
         with np.errstate(over="ignore"):
             array = np.array(elements, datatype.dtype)
     except (OverflowError, ValueError) as error:
         limits = np.iinfo(datatype.dtype)
         odd = next(element for element in elements if not limits.min <= element <= limits.max)
-        odd = odd if abs(odd) <= 2**64 else float(odd)  # of which there may be 300 digits
+        odd = odd if abs(odd) <= 2**64 else float(odd)  # an int may have 300 digits
         raise InvalidRequest(
             f"input {spec.name}: {datatype.name} is from {limits.min} to {limits.max}, not {odd}"
         ) from error
@@ -195,7 +196,7 @@ def _array_of(elements: list[Any], datatype: Datatype, spec: TensorSpec) -> np.n
 
 
 def _split_strings(data: memoryview, count: int, spec: TensorSpec) -> np.ndarray:
-    """Split elements of BYTES; there have to be `count` of them and nothing behind them."""
+    """Split binary data into exactly `count` elements of BYTES."""
     if count > len(data) // _LENGTH.size:
         raise InvalidRequest(f"input {spec.name}: {len(data)} bytes cannot hold {count} elements with their lengths")
     elements = []
@@ -207,12 +208,12 @@ def _split_strings(data: memoryview, count: int, spec: TensorSpec) -> np.ndarray
         (length,) = _LENGTH.unpack_from(data, start - _LENGTH.size)
         if length > len(data) - start:
             raise InvalidRequest(
-                f"input {spec.name}: element {index} says it has {length} bytes, but {len(data) - start} are left"
+                f"input {spec.name}: element {index} has a length of {length} bytes, but {len(data) - start} are left"
             )
         elements.append(bytes(data[start : start + length]))
         start += length
     if start != len(data):
-        raise InvalidRequest(f"input {spec.name}: {len(data) - start} bytes are left behind {count} elements")
+        raise InvalidRequest(f"input {spec.name}: {len(data) - start} bytes are left after {count} elements")
     array = np.empty(count, object)
     array[:] = elements
     return array
@@ -221,5 +222,5 @@ def _split_strings(data: memoryview, count: int, spec: TensorSpec) -> np.ndarray
 def _reshape(flat: np.ndarray, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
     try:
         return flat.reshape(shape)
-    except ValueError as error:  # no elements, and the other sizes are beyond what can be addressed
+    except ValueError as error:  # no elements, but the other sizes overflow
         raise InvalidRequest(f"input {spec.name}: no tensor can have the shape {list(shape)}") from error

@@ -1,1 +1,1 @@
-"""`POST /predict`: images in, labels and probabilities out."""
+"""`POST /predict`: classifies uploaded images."""

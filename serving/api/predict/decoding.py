@@ -1,4 +1,4 @@
-"""Uploaded images to pixels, within the memory budget."""
+"""Decodes uploaded images to pixels, within the memory budget."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from serving.images.limits import ImageLimits
 from serving.metrics import Metrics
 from serving.request_context import current_request
 
-FEW_IMAGES = 8  # decoded on the event loop's thread, if each is quick
-PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # then width and height, four bytes each
+FEW_IMAGES = 8  # decoded on the event loop's thread, if each is quick to decode
+PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # followed by width and height, four bytes each
 
 
 def are_exact_pngs(images: list[UploadedImage], size: tuple[int, int]) -> bool:
     """Return whether all images are opaque, upright PNGs of exactly this (height, width).
 
-    The model itself decodes these to the same pixels as Pillow, outside of Python.
+    The model decodes these to the same pixels as Pillow, without the GIL.
     """
     height, width = size
     head = PNG_HEAD + struct.pack(">II", width, height)
@@ -37,13 +37,13 @@ def decode_images(
     """Decode images to uint8 (n, height, width, 3).
 
     Raises:
-        UnreadableImages: some cannot be decoded; it says which, and why.
-        TooLarge: one is larger than the limits.
+        UnreadableImages: some images cannot be decoded; names each with its reason.
+        TooLarge: an image exceeds the limits.
         Overloaded: no memory was free before the deadline.
     """
     total_bytes = sum(len(image.data) for image in images)
     cost, are_quick = run_sized(total_bytes, _estimate, images, size, limits)
-    if are_quick and len(images) <= FEW_IMAGES:  # one request at a time
+    if are_quick and len(images) <= FEW_IMAGES:  # on the event loop's thread, so only one at a time takes memory
         return _decode_all(images, size, limits, metrics)
     context = current_request.get()
     context.reserve(len(images) * size[0] * size[1] * 3)
@@ -52,13 +52,13 @@ def decode_images(
 
 
 def _estimate(images: list[UploadedImage], size: tuple[int, int], limits: ImageLimits) -> tuple[int, bool]:
-    """Return the memory for the largest of the images, in bytes, and whether each is quick to decode."""
+    """Return the memory to decode the most expensive image, in bytes, and whether each is quick to decode."""
     cost, are_quick = 0, True
     for image in images:
         try:
             header = check_file(image.data, limits)
         except ServingError:
-            continue  # reported in its turn
+            continue  # `_decode_all` reports it
         cost = max(cost, decode_cost(header, decoder="pillow", size=size))
         are_quick = are_quick and is_quick(header)
     return cost, are_quick

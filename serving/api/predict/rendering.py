@@ -1,4 +1,4 @@
-"""The response of `/predict`: a label, a confidence and all probabilities for each image."""
+"""Renders the response of `/predict`: label, confidence and all probabilities of each image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serving.inference.service import InferenceResult
 
 
 def render(images: Sequence[UploadedImage], result: InferenceResult, timing_ms: Mapping[str, float]) -> bytes:
-    """Encode the response: a prediction for each image, in their order."""
+    """Encode the response: one prediction per image, in the order sent."""
     version, outputs = result.version, result.outputs
     names = class_names(version, count=outputs["probabilities"].shape[1])
     columns = zip(

@@ -1,4 +1,4 @@
-"""`POST /predict`: images in, labels and probabilities out."""
+"""`POST /predict`: classifies uploaded images."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from serving.request_context import current_request
 
 blueprint = Blueprint("predict", __name__)
 
-FORM_COPIES = 2  # of a form's bytes, while it is parsed
-PROBABILITY_BYTES = 128  # of a probability with its class's name
+FORM_COPIES = 2  # copies of a form while it is parsed
+PROBABILITY_BYTES = 128  # in a response: a class name and its probability
 
 
 @blueprint.post("/predict")
 def predict() -> Response:
-    """Classify the images of a multipart form, or the one image that is the body.
+    """Classify the images of a multipart form, or a raw image body.
 
-    Query: `model`, which may be left out if there is one model; `version` or `label`, by default the newest version.
+    Query: `model`, optional if only one model is served; `version` or `label`, by default the newest version.
     """
     has_form = is_form(request.content_type)
     version = _resolve()
@@ -76,10 +76,10 @@ def _read_form() -> list[UploadedImage]:
 
 
 def _predict_files(version: ModelVersion, images: list[UploadedImage], size: tuple[int, int]) -> InferenceResult | None:
-    """Have the model decode the files, if it can do so exactly; None if not, or if Pillow has to explain an error.
+    """Predict with the model's own image decoding (fast path); None if Pillow has to decode the images.
 
-    Images that may be transparent or turned are excluded: models of earlier exports drop alpha and ignore a PNG's
-    orientation.
+    The fast path excludes images that may be transparent or rotated, because older exports drop alpha and ignore a
+    PNG's EXIF orientation. It also leaves error messages to Pillow.
     """
     signature = version.predictor.signatures.get(FILES_SIGNATURE)
     if signature is None or signature.inputs.keys() != {FILES_SIGNATURE} or not are_exact_pngs(images, size):

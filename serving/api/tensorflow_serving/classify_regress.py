@@ -1,7 +1,7 @@
-"""Classify and regress: requests are checked as TensorFlow Serving checks them, and none is answered.
+"""Classify and regress: not implemented, but requests are validated like in TensorFlow Serving.
 
-Both are for signatures that take `tf.Example` messages, as the retired Estimators exported them. Any other signature
-is refused there too, with these messages (`servables/tensorflow/classifier.cc` and `regressor.cc`).
+Both methods are for signatures that take `tf.Example` messages, as the retired Estimators exported them. TensorFlow
+Serving refuses any other signature with these messages (`servables/tensorflow/classifier.cc` and `regressor.cc`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _REGRESS_OUTPUT = "outputs"
 
 
 def parse(body: bytes) -> str:
-    """Check a classify or regress request; returns the name of its signature, or "".
+    """Validate a classify or regress request; returns its signature's name, or "".
 
     Raises:
-        InvalidRequest: it is not JSON, or its `examples` are not valid.
+        InvalidRequest: the body is not JSON, or its `examples` are invalid.
     """
     document = parse_object(body)
     check_examples(document)
@@ -32,7 +32,7 @@ def parse(body: bytes) -> str:
 
 
 def check_examples(document: Mapping[str, Any]) -> None:
-    """Check that a classify or regress request has the form of one.
+    """Validate the document of a classify or regress request.
 
     Raises:
         InvalidRequest: `examples` is not a list of objects.
@@ -54,11 +54,11 @@ def check_examples(document: Mapping[str, Any]) -> None:
 
 
 def refusal(name: str, signatures: Mapping[str, Signature], *, method: str) -> ServingError:
-    """Return why a signature cannot answer.
+    """Return the error that explains why a signature cannot run this method.
 
     Args:
-        name: the signature's, empty for the default one.
-        signatures: those of the model.
+        name: the signature's name; empty for the default signature.
+        signatures: the model's signatures.
         method: "classify" or "regress".
     """
     signature = signatures.get(name or DEFAULT_SIGNATURE)
@@ -82,7 +82,7 @@ def refusal(name: str, signatures: Mapping[str, Signature], *, method: str) -> S
         )
     if method == "regress" and _REGRESS_OUTPUT not in outputs:
         return InvalidRequest(f"No {kind} outputs found in {described}")
-    return ModelFailed(f"{method} is not implemented here; ask for this signature with :predict", code="UNIMPLEMENTED")
+    return ModelFailed(f"{method} is not implemented; request this signature with :predict", code="UNIMPLEMENTED")
 
 
 def _check_example(example: Any) -> None:

@@ -1,4 +1,4 @@
-"""JSON as TensorFlow Serving reads it: the same parser's leniency, the same parser's errors."""
+"""Parses JSON like TensorFlow Serving: with RapidJSON's leniency and RapidJSON's error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import rapidjson
 from serving.api.tensorflow_serving.json_quoting import RepeatedKeys
 from serving.errors import InvalidRequest
 
-# TensorFlow's tensors have at most 254 dimensions; a document nested much deeper than that crashes recursive parsers.
+# TensorFlow's tensors have at most 254 dimensions. A document nested much deeper crashes recursive parsers.
 MAX_DEPTH = 300
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ASCII = bytes(code if code < 128 else ord("?") for code in range(256))
@@ -21,31 +21,31 @@ _MAX_KEYS_COUNTED = 64
 _BASE64_KEY = b'"b64"'
 _STRING_START = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*"')
 _OBJECT_END = re.compile(rb"[ \t\r\n]*\}")
-_ESCAPED_LETTER = re.compile(rb"\\u00[2-7]")  # keys may be spelled with them
+_ESCAPED_LETTER = re.compile(rb"\\u00[2-7]")  # may be part of a key
 _CONTROL_CHARACTER = "Invalid encoding in string."
 
 
 def parse_document(body: bytes) -> Any:
-    """Parse a JSON document, taking what RapidJSON takes with its flag for `NaN`, and nothing after the document.
+    """Parse a JSON document, accepting what RapidJSON accepts with its flag for `NaN`.
 
-    `NaN`, `Infinity`, `Inf` and their negatives are numbers. Of the keys of the document, of `inputs` and of the
-    objects in `instances`, the first counts where one comes twice; an object with "b64" twice is not base64. Bytes in
-    strings that are not UTF-8 are kept, as lone surrogates ("surrogateescape").
+    `NaN`, `Infinity`, `Inf` and their negatives are numbers. The first of repeated keys counts, in the document, in
+    `inputs` and in the objects of `instances`. An object that repeats "b64" is not base64. Bytes that are not UTF-8
+    become lone surrogates ("surrogateescape").
 
     Raises:
-        InvalidRequest: it is not JSON, and the message is that of RapidJSON, which TensorFlow Serving uses; or it is
-            nested deeper than any tensor.
+        InvalidRequest: the body is not JSON, with the message of RapidJSON, which TensorFlow Serving uses; or it is
+            nested deeper than MAX_DEPTH.
     """
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
-        # No JSON, or NaN and the like: the slower parser knows them, and says what is wrong as it should be said.
+        # Invalid JSON, or NaN/Infinity: fall back to RapidJSON, which accepts those and has the error messages.
         return _parse_with_rapidjson(body)
     return _parse_with_rapidjson(body) if _may_repeat_keys(document, body) else document
 
 
 def _may_repeat_keys(document: Any, body: bytes) -> bool:
-    """Whether a key of the request or of its tensors stands in the body more often than the document shows it."""
+    """Return whether the body has a key of the request or of its tensors more often than the parsed document."""
     if not isinstance(document, dict):
         return False
     if _has_repeated_base64(body) or (b"\\u00" in body and _ESCAPED_LETTER.search(body)):
@@ -59,12 +59,12 @@ def _may_repeat_keys(document: Any, body: bytes) -> bool:
         for key in instances[0]:
             counts[key] = counts.get(key, 0) + len(instances)
     if len(counts) > _MAX_KEYS_COUNTED:
-        return True  # quicker to parse once more than to look for so many
+        return True  # parsing again is faster than counting so many keys
     return any(body.count(b'"%b"' % key.encode()) > count for key, count in counts.items())
 
 
 def _has_repeated_base64(body: bytes) -> bool:
-    """Whether an object may have "b64" twice: after one, there is more than a string and the end of the object."""
+    """Return whether an object may repeat "b64": the value after the key is not a string that ends the object."""
     start = body.find(_BASE64_KEY)
     while start >= 0:
         string = _STRING_START.match(body, start + len(_BASE64_KEY))
@@ -84,7 +84,7 @@ def _parse_with_rapidjson(body: bytes) -> Any:
         raise InvalidRequest(f"JSON Parse error: the document is nested deeper than {MAX_DEPTH} levels")
     mode: int = rapidjson.NM_NAN
     if re.search(rb"[0-9]{309}", text):
-        mode |= rapidjson.NM_NATIVE  # sees what is too big for a float; the last digits of others may suffer
+        mode |= rapidjson.NM_NATIVE  # reports numbers too big for a double, but may round others differently
     try:
         document = _FirstKeyCounts(number_mode=mode)(text)
     except UnicodeDecodeError:
@@ -92,7 +92,7 @@ def _parse_with_rapidjson(body: bytes) -> Any:
     except ValueError as error:
         where, _, what = str(error).partition(": ")
         raise _parse_error(what, skipped + int(where.rsplit(" ", 1)[-1])) from error
-    if b"\0" in text:  # where RapidJSON stops reading
+    if b"\0" in text:  # RapidJSON stops there
         raise _parse_error("The document root must not be followed by other values.", skipped + text.index(b"\0"))
     return document
 
@@ -111,23 +111,23 @@ def _first_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_as_bytes(text: bytes, skipped: int) -> Any:
-    """Parse what is not UTF-8: TensorFlow Serving does not look at the encoding, a string there is bytes."""
-    # What is wrong with the JSON is found first, in a document of the same length.
+    """Parse a document that is not UTF-8: TensorFlow Serving does not validate it, and a string is bytes."""
+    # An ASCII document of the same length and structure gives RapidJSON's syntax errors.
     _parse_with_rapidjson(b" " * skipped + text.translate(_ASCII))
     try:
         return json.loads(text.decode("utf-8", "surrogateescape"), object_pairs_hook=_first_of_each)
-    except ValueError as error:  # the spelling Inf, which this parser does not know
+    except ValueError as error:  # `Inf`, which Python's parser does not accept
         raise InvalidRequest("JSON Parse error: the document is not UTF-8") from error
 
 
 def _parse_error(what: str, offset: int) -> InvalidRequest:
-    if what == _CONTROL_CHARACTER:  # RapidJSON 1.1, which TensorFlow Serving has, says this of a control character
+    if what == _CONTROL_CHARACTER:  # RapidJSON 1.1, which TensorFlow Serving uses, has another message
         what = "Invalid escape character in string."
     return InvalidRequest(f"JSON Parse error: {what} at offset: {offset}")
 
 
 def _depth(text: bytes) -> int:
-    """Return how deep brackets are nested; those inside strings are counted too, which is good enough for a limit."""
+    """Return the nesting depth of the brackets. Those inside strings count too, which is good enough for a limit."""
     symbols = np.frombuffer(text, np.uint8)
     opening = ((symbols == ord("[")) | (symbols == ord("{"))).astype(np.int8)
     closing = ((symbols == ord("]")) | (symbols == ord("}"))).astype(np.int8)

@@ -1,4 +1,4 @@
-"""One element of a tensor, from JSON: what each dtype takes, and what is said of the rest (AddValueToTensor)."""
+"""Converts one JSON value to a tensor element, with TensorFlow Serving's error messages (AddValueToTensor)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from serving.api.tensorflow_serving.json_quoting import RepeatedKeys, quote_json
 from serving.errors import InvalidRequest
 from serving.inference.signatures import TensorSpec
 
-# By the kind of the numpy dtype.
+# JSON types by kind of numpy dtype.
 JSON_TYPES: Mapping[str, frozenset[type]] = {
     "f": frozenset((int, float)),
     "i": frozenset((int,)),
     "u": frozenset((int,)),
     "b": frozenset((bool,)),
-    "O": frozenset((str, dict, RepeatedKeys)),  # a dict: base64
+    "O": frozenset((str, dict, RepeatedKeys)),  # dict: base64
 }
-# The field of TensorProto that narrow integers travel in: what does not fit it is of the wrong type, as TensorFlow
-# Serving has it, and not only out of range.
+# The TensorProto field that carries narrow integers. TensorFlow Serving reports a number that exceeds this field as of
+# the wrong type, not as out of range.
 _CARRIERS = {"DT_INT8": np.int32, "DT_INT16": np.int32, "DT_UINT8": np.int32, "DT_UINT16": np.int32}
 _BASE64 = re.compile(rb"([A-Za-z0-9+/]*)([=.]*)")
 
 
 def decode_element(value: Any, spec: TensorSpec) -> Any:
-    """Check and convert one element.
+    """Validate and convert one element.
 
     Raises:
-        InvalidRequest: it is not of the input's dtype, or out of its range.
+        InvalidRequest: the value does not have the input's dtype, or is out of its range.
     """
     dtype = spec.numpy_dtype
     if dtype is None or dtype.kind not in JSON_TYPES:
@@ -54,16 +54,16 @@ def decode_element(value: Any, spec: TensorSpec) -> Any:
 
 
 def decode_string(value: str | dict[str, Any]) -> bytes:
-    """Return the bytes of a string, or of an object with the one key "b64".
+    """Return the bytes of a string, or of an object whose only key is "b64".
 
     Raises:
-        InvalidRequest: it is another object, or what it holds is not base64.
+        InvalidRequest: the object has other keys, or its value is not base64.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")
     if not is_base64(value):
         raise InvalidRequest(f"JSON Value: {quote_json(value)} not formatted correctly for base64 data")
-    # As absl::Base64Unescape: white space anywhere, padding all there or not at all.
+    # Like absl::Base64Unescape: white space anywhere, padding complete or absent.
     symbols = b"".join(value["b64"].encode("utf-8", "surrogateescape").split())
     match = _BASE64.fullmatch(symbols)
     missing = -len(match[1]) % 4 if match else 3
@@ -73,12 +73,12 @@ def decode_string(value: str | dict[str, Any]) -> bytes:
 
 
 def is_base64(value: dict[str, Any]) -> bool:
-    """Whether an object stands for bytes: "b64" is its only key, there once, and holds a string."""
+    """Return whether an object is base64 data: "b64" is its only key, not repeated, and its value is a string."""
     return len(value) == 1 and isinstance(value.get("b64"), str) and not isinstance(value, RepeatedKeys)
 
 
 def dtype_name(dtype: str) -> str:
-    """Return a dtype as TensorFlow's messages name it: "uint8" for "DT_UINT8"."""
+    """Return the name of a dtype in TensorFlow's messages: "uint8" for "DT_UINT8"."""
     return dtype.removeprefix("DT_").lower()
 
 

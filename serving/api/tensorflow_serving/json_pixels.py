@@ -1,8 +1,8 @@
-"""The common case of JSON pixels, straight to an array: `{"instances": [[[[0, 255, ...` for a uint8 input.
+"""Fast path for JSON pixels: `{"instances": [[[[0, 255, ...` for a uint8 input.
 
-What is left of the text without its digits is its nesting, and is compared as a whole with that of a tensor of the
-right shape. So ragged and wrongly nested lists, signs, fractions and everything else are told apart exactly, and left
-to the parser that knows what to say of them.
+Strip digits and whitespace. If the remaining brackets and commas are those of a tensor of the expected shape, parse the
+numbers with simdjson. Otherwise (ragged lists, signs, fractions, other keys) fall back to the general parser, which has
+the error messages.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, TensorSpe
 _HEAD = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"(instances|inputs)"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
 _TAIL = re.compile(rb"[ \t\r\n]*\}[ \t\r\n]*")
 _DIGITS_AND_SPACE = b"0123456789 \t\r\n"
-_MAX_ROWS = 64  # a nesting is kept for each number of rows
+_MAX_ROWS = 64  # `_nesting` caches the text for each number of rows
 
 
 class _Local(threading.local):
-    """A parser for each thread: it keeps its memory from one text to the next."""
+    """One parser per thread; a parser reuses its buffers."""
 
     def __init__(self) -> None:
         self.parser = simdjson.Parser()
@@ -35,7 +35,7 @@ _local = _Local()
 
 
 def find_pixel_input(signature: Signature | None) -> TensorSpec | None:
-    """Return the one input of the default signature if it is a batch of uint8 tensors of known size, else None."""
+    """Return the only input of the default signature if it is a batch of uint8 tensors of known shape, else None."""
     if signature is None or signature.name != DEFAULT_SIGNATURE or len(signature.inputs) != 1:
         return None
     (spec,) = signature.inputs.values()
@@ -44,15 +44,14 @@ def find_pixel_input(signature: Signature | None) -> TensorSpec | None:
 
 
 def read_pixels(body: bytes, spec: TensorSpec) -> tuple[np.ndarray, bool] | None:
-    """Read a request that holds nothing but pixels of the right shape.
+    """Parse a request that holds only pixels of the expected shape.
 
     Args:
-        body: the request's.
-        spec: the input, as `find_pixel_input` gives it.
+        body: the request's body.
+        spec: the input, from `find_pixel_input`.
 
     Returns:
-        The array, uint8 of the input's shape, and whether it came as `instances`; None where the request holds anything
-        else, be it right or wrong.
+        The uint8 array, and whether its key was `instances`; None for any other request, valid or not.
     """
     head = _HEAD.match(body)
     end = body.rfind(b"]") + 1
@@ -77,6 +76,6 @@ def read_pixels(body: bytes, spec: TensorSpec) -> tuple[np.ndarray, bool] | None
 
 @lru_cache(maxsize=256)
 def _nesting(shape: tuple[int, ...]) -> bytes:
-    """Return the brackets and commas of a tensor written as JSON: `[[,],[,]]` for (2, 2)."""
+    """Return the brackets and commas of a tensor in JSON: `[[,],[,]]` for (2, 2)."""
     inner = _nesting(shape[1:]) if len(shape) > 1 else b""
     return b"[%b]" % b",".join([inner] * shape[0])

@@ -1,4 +1,4 @@
-"""Values as TensorFlow Serving's messages quote them: RapidJSON's pretty printer, arrays on a single line."""
+"""Quotes JSON values like TensorFlow Serving's messages: RapidJSON's pretty printer with single-line arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _QUOTED_DOCUMENT_BYTES = 256
 
 
 class RepeatedKeys(dict[str, Any]):
-    """An object with a key more than once. The first of equal keys counts; messages quote all members."""
+    """An object with repeated keys. The first of equal keys counts; messages quote all members."""
 
     def __init__(self, members: list[tuple[str, Any]]) -> None:
         super().__init__(reversed(members))
@@ -23,16 +23,16 @@ class RepeatedKeys(dict[str, Any]):
 
 
 class _NotWritable(Exception):  # noqa: N818
-    """A number is not finite, at which RapidJSON's writer stops."""
+    """A number is not finite; RapidJSON's writer stops there."""
 
 
 def quote_json(value: Any) -> str:
-    """Spell a value as TensorFlow Serving's messages do."""
+    """Return a value as TensorFlow Serving's messages quote it."""
     return _join(value, max_bytes=None)
 
 
 def quote_document(document: Any) -> str:
-    """Spell a whole request, cut to the length TensorFlow Serving cuts it to."""
+    """Return a request document, quoted and truncated like in TensorFlow Serving's messages."""
     return _join(document, max_bytes=_QUOTED_DOCUMENT_BYTES)
 
 
@@ -47,7 +47,7 @@ def type_name(value: Any) -> str:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace what stands for bytes that are not UTF-8, so that the text can be sent in a reply."""
+    """Replace the surrogates of bytes that are not UTF-8, so that the text can be encoded in a response."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -63,12 +63,12 @@ def _join(value: Any, *, max_bytes: int | None) -> str:
     except _NotWritable:
         pass
     except RecursionError as error:
-        raise InvalidRequest("JSON Value: objects nested this deep fit no tensor") from error
+        raise InvalidRequest("JSON Value: the objects are nested deeper than any tensor") from error
     return "".join(pieces).encode("utf-8", "replace")[:max_bytes].decode("utf-8", "ignore")
 
 
 def _pieces(value: Any, line: str) -> Iterator[str]:
-    """Yield the text of a value piece by piece; `line` is a line break and the indentation reached."""
+    """Yield the text of a value in pieces; `line` is a line break with the current indentation."""
     if isinstance(value, dict):
         inner = line + "    "
         members = value.members if isinstance(value, RepeatedKeys) else value.items()
@@ -96,7 +96,7 @@ def _string(text: str) -> str:
 
 
 def _float(number: float) -> str:
-    """Spell a float as `internal/dtoa.h` of RapidJSON lays out its digits."""
+    """Format a float like `internal/dtoa.h` of RapidJSON."""
     if not math.isfinite(number):
         raise _NotWritable
     digits = Decimal(repr(number)).normalize()

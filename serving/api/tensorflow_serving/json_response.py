@@ -1,4 +1,4 @@
-"""Arrays to JSON: the replies of TensorFlow Serving's `util/json_tensor.cc`."""
+"""Encodes outputs as JSON, like `util/json_tensor.cc` of TensorFlow Serving."""
 
 from __future__ import annotations
 
@@ -10,47 +10,50 @@ from typing import Any
 import numpy as np
 import orjson
 
-from serving.api.json_arrays import dump_array, is_large, to_python, write_large
+from serving.api.json_arrays import MARK, PLACEHOLDER, insert_arrays, set_aside, to_python
 from serving.api.tensorflow_serving.json_element import dtype_name
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
 
 SLICE_BYTES = 4 * 1024 * 1024
 _WRITABLE_KINDS = "iubfO"
+_MARK_STRING = "\ud800"  # in no output: "surrogateescape" decodes to U+DC80 and above
 
 
 def encode_outputs(outputs: Mapping[str, np.ndarray], signature: Signature, *, as_rows: bool) -> bytes:
-    """Make the reply to a predict request: `predictions` for the row form, `outputs` for the columnar form.
+    """Encode the response to a predict request: `predictions` for the row format, `outputs` for the columnar format.
 
-    Floats are written with the fewest digits that their own dtype needs, whole ones with ".0". Strings are written as
-    they are, be they UTF-8 or not; those of outputs whose name ends in `_bytes` as `{"b64": ...}`.
+    Floats have the fewest digits that their own dtype needs, whole ones end in ".0". Strings are written as they are,
+    UTF-8 or not. Those of outputs whose name ends in `_bytes` become `{"b64": ...}`.
 
     Args:
         outputs: an array for each output of the signature.
-        signature: what they came from.
-        as_rows: an element per row, the batch along axis 0, rather than an element per output.
+        signature: the signature that returned them.
+        as_rows: one element per row, split along axis 0, instead of one element per output.
 
     Raises:
-        InvalidRequest: an output has a dtype that JSON replies cannot hold, or no rows to reply with.
+        InvalidRequest: JSON cannot hold an output's dtype, or the outputs cannot be split into rows.
     """
     if as_rows:
         _check_rows(outputs)
     columns = {name: _encode(array, signature.outputs[name]) for name, array in outputs.items()}
-    key = "predictions" if as_rows else "outputs"
+    large: list[np.ndarray] = []
+    content: Any
     if len(columns) == 1:
         [column] = columns.values()
-        if isinstance(column, np.ndarray) and is_large(column):
-            # Joined without the interpreter's lock, which orjson holds while it copies: 80 ms for 150 MB.
-            return b"".join([f'{{"{key}":'.encode(), *dump_array(column), b"}"])
-        return _dump({key: column})
-    if not as_rows:
-        return _dump({key: {name: _write(column) for name, column in columns.items()}})
-    rows = [dict(zip(columns, map(_write, row), strict=True)) for row in zip(*columns.values(), strict=True)]
-    return _dump({key: rows})
+        content = set_aside(column, large)
+    elif as_rows:
+        content = [
+            {name: set_aside(value, large) for name, value in zip(columns, row, strict=True)}
+            for row in zip(*columns.values(), strict=True)
+        ]
+    else:
+        content = {name: set_aside(column, large) for name, column in columns.items()}
+    return insert_arrays(_dump({"predictions" if as_rows else "outputs": content}), large)
 
 
 def _check_rows(outputs: Mapping[str, np.ndarray]) -> None:
-    advice = "ask with 'inputs' instead of 'instances' for the outputs as they are"
+    advice = "use 'inputs' instead of 'instances' to get the outputs in columnar format"
     row_count = None
     for name, array in outputs.items():
         if not array.ndim:
@@ -74,30 +77,26 @@ def _encode(array: np.ndarray, spec: TensorSpec) -> Any:
     return _map_strings(array.tolist(), lambda data: data.decode("utf-8", "surrogateescape"))
 
 
-def _write(value: Any) -> Any:
-    return write_large(value) if isinstance(value, np.ndarray) else value
-
-
 def _map_strings(value: Any, function: Callable[[bytes], Any]) -> Any:
     return [_map_strings(item, function) for item in value] if isinstance(value, list) else function(value)
 
 
-def _dump(reply: dict[str, Any]) -> bytes:
+def _dump(document: dict[str, Any]) -> bytes:
     try:
-        text: bytes = orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+        text: bytes = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     except orjson.JSONEncodeError:
-        pass  # a string that is not UTF-8
+        pass  # a string is not UTF-8
     else:
-        if not _has_null(text):  # what orjson makes of a number that is not finite
+        if not _has_null(text):  # orjson's spelling of NaN and infinities
             return text
-    slow = json.dumps(reply, ensure_ascii=False, separators=(",", ":"), default=_to_plain)
-    return slow.encode("utf-8", "surrogateescape")
+    slow = json.dumps(document, ensure_ascii=False, separators=(",", ":"), default=_to_plain)
+    return slow.replace(f'"{_MARK_STRING}"', MARK).encode("utf-8", "surrogateescape")
 
 
 def _has_null(text: bytes) -> bool:
-    # In slices, between which other requests have their turn.
+    # In slices, so that other threads can take the GIL in between.
     return any(text.find(b"null", start, start + SLICE_BYTES + 3) >= 0 for start in range(0, len(text), SLICE_BYTES))
 
 
 def _to_plain(value: Any) -> Any:
-    return json.loads(value.contents) if isinstance(value, orjson.Fragment) else to_python(value)
+    return _MARK_STRING if value is PLACEHOLDER else to_python(value)

@@ -1,9 +1,9 @@
-"""JSON to arrays, by a signature: the requests of TensorFlow Serving's `util/json_tensor.cc`, messages included.
+"""Converts JSON to arrays by a signature, like `util/json_tensor.cc` of TensorFlow Serving, error messages included.
 
-Values that fit are converted level by level at the speed of C. Only what does not fit, and what is left over of mixed
-kinds, is walked in the order in which TensorFlow Serving walks it, to find the same fault first.
+Fast path: valid nested lists are flattened level by level with C functions. Fallback: anything else is walked element
+by element in TensorFlow Serving's order, so that the same error is reported first.
 
-Where TensorFlow Serving is silently wrong this refuses: integers outside their dtype's range (it wraps them).
+One intended difference: TensorFlow Serving silently wraps integers out of their dtype's range, and this refuses them.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from serving.api.tensorflow_serving.json_quoting import quote_document, quote_js
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
 
-MAX_DIMENSIONS = 254  # TensorFlow's; numpy's are fewer
-_MAX_ARRAY_DIMENSIONS = 63  # of a row: numpy's 64, less that of the rows
+MAX_DIMENSIONS = 254  # TensorFlow's limit; numpy's is lower
+_MAX_ARRAY_DIMENSIONS = 63  # of a row: numpy's 64, minus the batch dimension
 
 
 class _TooManyDimensions(InvalidRequest):
-    """Lists nested deeper than any tensor: said of the request as a whole, not of a row."""
+    """Lists are nested deeper than any tensor; reported for the request as a whole, not for a row."""
 
 
 def decode_inputs(document: Mapping[str, Any], signature: Signature) -> dict[str, np.ndarray]:
-    """Make the arrays of a predict request: the row form (`instances`) or the columnar form (`inputs`).
+    """Return the arrays of a predict request, in row format (`instances`) or columnar format (`inputs`).
 
     Args:
         document: the request, with one of the two keys.
-        signature: what the arrays are for; it has an input.
+        signature: the signature to decode for; it has at least one input.
 
     Returns:
-        An array for each input, of its dtype; shapes are as they came.
+        An array of each input's dtype. The shapes are those of the JSON lists, and not yet validated.
 
     Raises:
-        InvalidRequest: the values do not fit; the message says which.
+        InvalidRequest: a value does not fit its input; the message quotes it.
     """
     if "instances" in document:
         return _decode_rows(document, signature.inputs)
@@ -72,7 +72,7 @@ def _decode_rows(document: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -
 
 
 def _walk_rows(instances: list[Any], specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
-    """Convert row by row; a row that does not fit is named by its position (FillTensorMapFromInstancesList)."""
+    """Convert row by row; errors name the row by its position (FillTensorMapFromInstancesList)."""
     are_named = _is_named(instances[0])
     rows: dict[str, list[np.ndarray]] = {name: [] for name in specs}
     for index, instance in enumerate(instances):
@@ -135,7 +135,7 @@ def _to_array(value: Any, spec: TensorSpec) -> np.ndarray:
 
 
 def _convert(value: Any, spec: TensorSpec) -> np.ndarray | None:
-    """Convert nested lists in one go; None where they are ragged or an element does not fit."""
+    """Convert nested lists at once; None if they are ragged or an element does not fit."""
     dtype = spec.numpy_dtype
     if dtype is None or dtype.kind not in JSON_TYPES:
         return None
@@ -151,16 +151,16 @@ def _convert(value: Any, spec: TensorSpec) -> np.ndarray | None:
         return None
     try:
         return _array_of(elements, dtype).reshape(shape)
-    except (InvalidRequest, OverflowError, ValueError):  # an element is out of range, or no base64
+    except (InvalidRequest, OverflowError, ValueError):  # an element is out of range, or not base64
         return None
 
 
 def _array_of(elements: list[Any], dtype: np.dtype[Any]) -> np.ndarray:
     if dtype.kind == "f":
-        with np.errstate(over="ignore"):  # beyond the largest float32 lies Infinity, as TensorFlow Serving has it
+        with np.errstate(over="ignore"):  # overflow gives Infinity, like in TensorFlow Serving
             return np.array(elements, np.float64).astype(dtype)
     if dtype == np.uint8:
-        return np.frombuffer(bytes(elements), dtype)  # pixels; several times faster than from a list
+        return np.frombuffer(bytes(elements), dtype)  # pixels; several times faster than np.array of a list
     if dtype.kind == "O":
         array = np.empty(len(elements), dtype)
         array[:] = [decode_string(element) for element in elements]
@@ -169,23 +169,23 @@ def _array_of(elements: list[Any], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def _walk(value: Any, spec: TensorSpec) -> np.ndarray:
-    """Convert element by element, each checked against the shape that the first ones have (FillTensorProto)."""
-    shape = _promised_shape(value)
+    """Convert element by element, checking each against the shape of the first ones (FillTensorProto)."""
+    shape = _first_shape(value)
     if len(shape) > MAX_DIMENSIONS:
         raise _TooManyDimensions(f"tensor parsing error: {spec.name}")
     elements: list[Any] = []
     _collect(value, spec, shape, 0, elements)
     if len(shape) > _MAX_ARRAY_DIMENSIONS:
         raise _TooManyDimensions(f"input {spec.name}: expected {spec}, got {len(shape)} dimensions")
-    if spec.numpy_dtype is None:  # though there is no element that could have been refused
+    if spec.numpy_dtype is None:  # an empty list, so no element was refused
         raise InvalidRequest(f"input {spec.name}: JSON cannot hold {spec}")
     array = np.empty(len(elements), spec.numpy_dtype)
     array[:] = elements
     return array.reshape(shape)
 
 
-def _promised_shape(value: Any) -> tuple[int, ...]:
-    """Return the shape that the first element of every list promises (GetDenseTensorShape)."""
+def _first_shape(value: Any) -> tuple[int, ...]:
+    """Return the shape given by the first element of every list (GetDenseTensorShape)."""
     shape = []
     while isinstance(value, list):
         shape.append(len(value))

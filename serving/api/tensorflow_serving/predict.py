@@ -1,4 +1,4 @@
-"""The predict request of TensorFlow Serving's REST API: JSON to an InferenceRequest, and the outputs to JSON."""
+"""Predict requests of TensorFlow Serving's REST API: parses the JSON to an InferenceRequest, renders the outputs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, check_row
 
 @dataclass(eq=False)
 class PredictRequest(InferenceRequest):
-    """A predict request; `as_rows` if it has `instances`, so that the response has `predictions`."""
+    """A predict request. `as_rows`: it has `instances`, so the response has `predictions`."""
 
     as_rows: bool
 
 
 def parse_pixels(body: bytes, signatures: Mapping[str, Signature]) -> PredictRequest | None:
-    """Parse a request that has nothing but pixels for an image model (fast path); None if it is any other."""
+    """Parse a request that holds only pixels for an image model (fast path); None for any other request."""
     spec = find_pixel_input(signatures.get(DEFAULT_SIGNATURE))
     pixels = None if spec is None else read_pixels(body, spec)
     if spec is None or pixels is None:
@@ -37,13 +37,13 @@ def parse(body: bytes, signatures: Mapping[str, Signature] | None, max_rows: int
     """Parse a predict request.
 
     Args:
-        body: the JSON.
-        signatures: the model's; None if the model is not available, so that only the document is checked.
-        max_rows: most rows of a request.
+        body: the JSON document.
+        signatures: the model's signatures; None if the model is not available, to validate only the document.
+        max_rows: limit on the rows of a request.
 
     Raises:
-        InvalidRequest: it is not JSON, or does not fit the signature.
-        TooLarge: it has more rows.
+        InvalidRequest: the body is not JSON, or does not fit the signature.
+        TooLarge: the request has more than `max_rows` rows.
     """
     document = parse_object(body)
     if signatures is None:
@@ -58,16 +58,16 @@ def render(result: InferenceResult, *, as_rows: bool) -> bytes:
     """Encode the response.
 
     Raises:
-        InvalidRequest: an output cannot be written as JSON.
+        InvalidRequest: an output cannot be encoded as JSON.
     """
     return encode_outputs(result.outputs, result.signature, as_rows=as_rows)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Parse the document of a request, of which `signature_name` is a string.
+    """Parse a request to a JSON object, and check that `signature_name` is a string.
 
     Raises:
-        InvalidRequest: it is something else.
+        InvalidRequest: the body is not JSON or not an object, or the name is not a string.
     """
     document = parse_document(body)
     if not isinstance(document, dict):

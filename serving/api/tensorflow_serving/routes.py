@@ -1,7 +1,7 @@
 """TensorFlow Serving's REST API: `/v1/models/...`.
 
-After `model_servers/http_rest_api_handler.cc` and its documentation, "RESTful API". The intended differences are listed
-in docs/tensorflow-serving.md.
+Follows `model_servers/http_rest_api_handler.cc` and its documentation, "RESTful API". docs/tensorflow-serving.md lists
+the intended differences.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from serving.greenlets import offload, run_sized
 from serving.inference.model_config import read_version_number
 from serving.inference.repository import ModelVersion
 
-JSON_ELEMENT_BYTES = 16  # of a response: a float32 with its comma
+JSON_ELEMENT_BYTES = 16  # in a response: a float32 and a comma
 
 blueprint = Blueprint("tensorflow_serving", __name__)
 
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
-# The request target is matched as it was sent, with its query and its percent-escapes; the name of the model and the
-# label are decoded afterwards. Paths match in any case; the words after the colon and at the end as they are.
+# The raw request target is matched, with its query and percent-encoding; model names and labels are decoded afterwards.
+# Paths are case-insensitive, but the method after the colon and "/metadata" are case-sensitive.
 _MODEL = "[^/:]+"
 _VERSION = r"(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
 _CALL = re.compile(rf"(?i:/v1/models/(?P<model>{_MODEL}){_VERSION}):(?P<method>predict|classify|regress)")
@@ -40,7 +40,7 @@ _STATUS = re.compile(rf"(?i:/v1/models(?:/(?P<model>{_MODEL}))?{_VERSION}(?P<met
 
 
 class _RestOfPath(BaseConverter):
-    """Everything that follows, empty parts and slashes included."""
+    """Matches the rest of the path, empty segments and slashes included."""
 
     regex = ".*"
     part_isolating = False
@@ -48,7 +48,7 @@ class _RestOfPath(BaseConverter):
 
 @blueprint.record_once
 def add_routes(state: BlueprintSetupState) -> None:
-    """Route every path under /v1/, and every method: werkzeug's rules can, Flask's have to name their methods."""
+    """Route every path and method under /v1/. This takes werkzeug's rules: Flask's have to list their methods."""
     state.app.url_map.converters["rest"] = _RestOfPath
     for prefix in ("/v1/", "/V1/"):
         state.app.url_map.add(Rule(prefix + "<rest:_>", endpoint="tensorflow_serving.respond"))
@@ -56,7 +56,7 @@ def add_routes(state: BlueprintSetupState) -> None:
 
 
 def respond(_: str) -> Response:
-    """Respond to any request under /v1/."""
+    """Dispatch any request under /v1/."""
     method = request.method
     if method not in _METHODS:
         raise MethodNotImplemented(f"{method} is not a method of this API")
@@ -71,11 +71,9 @@ def respond(_: str) -> Response:
 
 
 def _request_target() -> str:
-    """Return the path as it was sent, with the query."""
+    """Return the request target as sent: path and query."""
     environ = request.environ
-    sent = environ.get("REQUEST_URI") or environ.get(
-        "RAW_URI"
-    )  # which of the two, if any, differs between WSGI servers
+    sent = environ.get("REQUEST_URI") or environ.get("RAW_URI")  # depends on the WSGI server; may be neither
     if sent is None:
         query = environ["QUERY_STRING"]
         sent = quote(environ["PATH_INFO"], encoding="latin-1") + (f"?{query}" if query else "")
@@ -98,7 +96,7 @@ def _predict(call: re.Match[str]) -> Response:
     try:
         version = _resolve(call, number)
     except ServingError as error:
-        problem = error  # an error in the body is reported first
+        problem = error  # raised later: an error in the body takes precedence
     signatures = version.predictor.signatures if version else None
     if signatures is not None and len(body) <= LARGE_JSON_BYTES:
         parsed = run_sized(len(body), predict.parse_pixels, body, signatures)
@@ -137,7 +135,7 @@ def _status(match: re.Match[str]) -> Response:
 
         return _to_json(tfs_messages.make_status(versions))
 
-    return json_response(offload(describe))  # TensorFlow may still be being imported
+    return json_response(offload(describe))  # the import of TensorFlow may take seconds
 
 
 def _metadata(match: re.Match[str]) -> Response:
@@ -164,7 +162,7 @@ def _to_json(message: Any) -> dict[str, Any]:
 
 
 def _read_body() -> bytes:
-    """Read the request's body, inflated if it says it is gzip; what is not gzip counts as empty, as it does there."""
+    """Return the body, decompressed if it is gzip. Invalid gzip counts as empty, like in TensorFlow Serving."""
     body: bytes = request.get_data(cache=False)
     if "gzip" not in request.environ.get("HTTP_CONTENT_ENCODING", ""):
         return body

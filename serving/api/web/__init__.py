@@ -1,1 +1,1 @@
-"""The page, its scripts and styles."""
+"""The web page: templates, scripts and styles."""

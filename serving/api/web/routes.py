@@ -1,4 +1,4 @@
-"""`/`: the page on which people drop pictures, and what it is told about the models."""
+"""`/`: the page to upload images to, and `/models.json`, the models it shows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from serving.inference.signatures import DEFAULT_SIGNATURE
 
 blueprint = Blueprint("pages", __name__, template_folder="templates", static_folder="static", static_url_path="/static")
 
-# Nothing runs or is drawn but what this service sends as a file of its own, and no text ever becomes markup.
+# Only files of this service are executed or displayed, and text never becomes markup.
 _CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self' blob:",  # blob: the pictures that were dropped
+        "img-src 'self' blob:",  # blob: the dropped images
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",
@@ -43,24 +43,23 @@ def _restrict(response: Response) -> Response:
 
 @blueprint.get("/")
 def page() -> str:
-    """Answer the page, with the description of the models in it."""
+    """Return the page, with the models embedded as JSON."""
     return render_template("page.html", models=describe_models())
 
 
 @blueprint.get("/models.json")
 def models() -> list[dict[str, Any]]:
-    """Answer what the page shows of the models, for a page whose service has loaded other ones since."""
+    """Return the models, so that an open page can refresh them after a version swap."""
     return describe_models()
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """Describe every model, in alphabetical order, then the folders that may be models and cannot be read.
+    """Describe all models in alphabetical order, then the model folders that cannot be read.
 
     Returns:
         For each model its `name`, whether a version is `available`, whether it is `loading`, and its `problem`: None,
-        or why it cannot take pictures. Where there is no problem, also its `version`, `height` and `width` in pixels,
-        `class_names`, and what its model info says of it, None where it does not: `dataset` (a name) and
-        `test_accuracy` (0 to 1).
+        or the reason why it cannot classify images. Without a problem also its `version`, `height` and `width` in
+        pixels, `class_names`, and from its model info `dataset` (a name or None) and `test_accuracy` (0 to 1 or None).
     """
     repository = current_app.inference.repository
     names = repository.all_names()
@@ -101,9 +100,9 @@ def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
 
 
 def _class_names(version: ModelVersion) -> list[str]:
-    """Return the names of the classes; none where neither the signature nor the model info tells how many there are."""
+    """Return the class names; an empty list if neither the signature nor the model info has their number."""
     shape = version.predictor.signatures[DEFAULT_SIGNATURE].outputs["probabilities"].shape
     count = None if shape is None else shape[1]
-    if count is None or count > MAX_CLASSES:  # a signature may say anything
+    if count is None or count > MAX_CLASSES:  # unknown, or implausible
         count = len(version.info.class_names)
     return class_names(version, count=count)

@@ -49,9 +49,9 @@ FORM = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\n\r
 JSON = json.dumps({"instances": np.zeros((1, 32, 32, 3), int).tolist()}).encode()
 
 
-def is_answered_well(response: object) -> bool:
+def is_success_or_client_error(response: object) -> bool:
     status = response.status_code  # type: ignore[attr-defined]
-    if status >= 400 and response.data:  # type: ignore[attr-defined]  # none for an OPTIONS of TensorFlow Serving's
+    if status >= 400 and response.data:  # type: ignore[attr-defined]  # empty for OPTIONS under /v1
         body = response.get_json()  # type: ignore[attr-defined]
         assert isinstance(body["error"], str)
         assert "Traceback" not in body["error"]
@@ -66,10 +66,8 @@ def is_answered_well(response: object) -> bool:
     body=st.binary(max_size=300) | st.sampled_from([GOOD, FORM, JSON]),
 )
 @settings(max_examples=400, deadline=None, derandomize=True)
-def test_no_request_is_answered_with_a_fault(
-    app: Flask, method: str, path: str, content_type: str, body: bytes
-) -> None:
-    # As a server would hand it over: the test client repairs some of what it is given otherwise.
+def test_no_request_causes_a_server_error(app: Flask, method: str, path: str, content_type: str, body: bytes) -> None:
+    # As a WSGI server would pass it: the test client corrects some of its arguments.
     path, _, query = path.partition("?")
     response = app.test_client().open(
         method=method,
@@ -81,7 +79,7 @@ def test_no_request_is_answered_with_a_fault(
             "wsgi.input": io.BytesIO(body),
         },
     )
-    assert is_answered_well(response)
+    assert is_success_or_client_error(response)
 
 
 @given(
@@ -92,13 +90,13 @@ def test_no_request_is_answered_with_a_fault(
     skip=st.integers(0, 20),
 )
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_no_damage_to_a_good_request_makes_a_fault(
+def test_no_damaged_request_causes_a_server_error(
     app: Flask, whole: tuple[bytes, str], path: str, cut: float, insert: bytes, skip: int
 ) -> None:
     data, content_type = whole
     place = int(cut * len(data))
     damaged = data[:place] + insert + data[place + skip :]
-    assert is_answered_well(app.test_client().post(path, data=damaged, content_type=content_type))
+    assert is_success_or_client_error(app.test_client().post(path, data=damaged, content_type=content_type))
 
 
 def test_errors_are_json(client: FlaskClient) -> None:
@@ -112,7 +110,7 @@ def test_errors_are_json(client: FlaskClient) -> None:
     assert client.options("/predict").status_code == 200
 
 
-def test_a_fault_of_ours_keeps_its_trace_to_the_log(
+def test_an_internal_error_is_logged_and_hides_its_details(
     app: Flask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     repository = app.inference.repository
@@ -128,7 +126,7 @@ def test_a_fault_of_ours_keeps_its_trace_to_the_log(
     assert "POST /predict" in caplog.text
 
 
-def test_an_error_of_the_model_keeps_its_status(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_error_keeps_its_status(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     version = app.inference.repository.resolve("colours")
 
     def run_out(*_: object, **__: object) -> None:
@@ -154,7 +152,7 @@ def test_an_error_of_the_model_keeps_its_status(app: Flask, monkeypatch: pytest.
     ],
     ids=repr,
 )
-def test_every_503_and_429_says_when_to_try_again(
+def test_every_503_and_429_has_retry_after(
     app: Flask, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: tuple[int, str | None]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -166,7 +164,7 @@ def test_every_503_and_429_says_when_to_try_again(
         assert (response.status_code, response.headers.get("Retry-After")) == expected, path
 
 
-def test_json_keeps_every_bit_of_a_float32(app: Flask) -> None:
+def test_json_is_exact_for_float32(app: Flask) -> None:
     values = np.random.default_rng(0).random(1000, dtype=np.float32)
     with app.app_context():
         text = app.json.dumps({"list": list(values), "array": values, "nan": np.float32("nan")})
@@ -176,12 +174,12 @@ def test_json_keeps_every_bit_of_a_float32(app: Flask) -> None:
     assert body["nan"] is None
 
 
-def test_the_app_is_made_without_tensorflow_in_the_process() -> None:
+def test_the_app_does_not_import_tensorflow() -> None:
     code = "import sys, serving.__main__, serving.api.app; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
-def test_every_format_is_taken_in_one_request(client: FlaskClient) -> None:
+def test_one_request_may_mix_image_formats(client: FlaskClient) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = {
         kind: (io.BytesIO(encode(Image.fromarray(noise), kind)), f"noise.{kind.lower()}")

@@ -11,7 +11,7 @@ from serving.errors import TooLarge
 
 
 @pytest.mark.parametrize(("wbits", "compress"), [(GZIP, gzip.compress), (DEFLATE, zlib.compress)])
-def test_what_was_compressed_comes_back(wbits, compress):
+def test_compressed_bodies_are_decompressed(wbits, compress):
     assert inflate(compress(b"tensor" * 1000), wbits=wbits) == b"tensor" * 1000
     assert inflate(compress(b""), wbits=wbits) == b""
 
@@ -22,7 +22,7 @@ def test_a_damaged_body_is_refused(body):
         inflate(body, wbits=GZIP)
 
 
-def test_the_limit_is_the_last_size_that_is_taken(monkeypatch):
+def test_the_size_limit_is_inclusive(monkeypatch):
     monkeypatch.setattr(module, "MAX_INFLATED_BYTES", 5_000)
     assert inflate(gzip.compress(bytes(5_000)), wbits=GZIP) == bytes(5_000)
     for size in (5_001, 5_000_000):

@@ -22,7 +22,7 @@ def app(tmp_path: Path) -> Flask:
     return make_app(Settings(models_dir=tmp_path))
 
 
-def test_a_before_hook_may_refuse_any_request(app: Flask) -> None:
+def test_a_before_request_hook_can_refuse_any_request(app: Flask) -> None:
     @app.before_request
     def authenticate() -> None:
         if request.headers.get("Authorization") != "Bearer secret":
@@ -58,7 +58,7 @@ def test_every_kind_of_hook_is_called_once(app: Flask) -> None:
     assert called == ["url", "before", "after", "teardown", "signal", "app"]
 
 
-def test_a_signal_is_sent_without_hooks(app: Flask) -> None:
+def test_the_teardown_signal_is_sent_without_hooks(app: Flask) -> None:
     sent: list[object] = []
     with request_tearing_down.connected_to(lambda *_, **__: sent.append(1), app):
         app.test_client().get("/healthz")
@@ -76,7 +76,7 @@ def test_a_failing_teardown_leaves_no_request_in_flight(app: Flask) -> None:
     assert "serving_requests_in_flight 1.0" in app.test_client().get("/metrics").text
 
 
-def test_a_blueprint_of_ones_own(app: Flask) -> None:
+def test_a_users_blueprint_works(app: Flask) -> None:
     blueprint = Blueprint("mine", __name__, url_prefix="/mine")
 
     @blueprint.url_value_preprocessor
@@ -105,7 +105,7 @@ def test_a_blueprint_of_ones_own(app: Flask) -> None:
 
     app.register_blueprint(blueprint)
     client = app.test_client()
-    for _ in range(2):  # what a hook takes from the URL's values is there again for the next request
+    for _ in range(2):  # a hook that pops URL values does not change the next request
         assert client.post("/mine/en/echo", data="hi").json == {"language": "en", "text": "hi"}
     assert client.post("/mine/en/form", data={"a": "b"}).json == {"form": {"a": "b"}, "json": None}
     assert client.post("/mine/en/form", json=[1]).json == {"form": {}, "json": [1]}
@@ -113,7 +113,7 @@ def test_a_blueprint_of_ones_own(app: Flask) -> None:
     assert (client.get("/mine/en/secret").status_code, client.get("/mine/en/secret").text) == (403, "not yours")
 
 
-def test_the_limit_on_bodies_is_kept_however_the_body_is_read(app: Flask) -> None:
+def test_max_content_length_applies_to_every_way_to_read_a_body(app: Flask) -> None:
     app.config["MAX_CONTENT_LENGTH"] = 10
     app.add_url_rule("/text", view_func=lambda: request.get_data(as_text=True), methods=["POST"], endpoint="text")
     app.add_url_rule("/form", view_func=lambda: str(len(request.form)), methods=["POST"], endpoint="form")
@@ -123,7 +123,7 @@ def test_the_limit_on_bodies_is_kept_however_the_body_is_read(app: Flask) -> Non
     assert client.post("/form", data={"a": "0123456789"}).status_code == 413
 
 
-def test_sessions(app: Flask) -> None:
+def test_sessions_work(app: Flask) -> None:
     app.secret_key = "x"
 
     @app.get("/count")
@@ -136,7 +136,7 @@ def test_sessions(app: Flask) -> None:
     assert app.test_client().get("/count").text == "1"
 
 
-def test_urls_have_the_host_and_the_path_that_the_app_is_mounted_at(app: Flask) -> None:
+def test_urls_have_the_host_and_the_mount_path(app: Flask) -> None:
     @app.get("/there")
     def there() -> str:
         return url_for("there", _external=True)
@@ -151,20 +151,20 @@ def test_urls_have_the_host_and_the_path_that_the_app_is_mounted_at(app: Flask) 
     assert client.get("/mounted/here").headers["Location"] == "/mounted/there"
 
 
-def test_trusted_hosts_are_kept(app: Flask) -> None:
+def test_trusted_hosts_are_enforced(app: Flask) -> None:
     app.config["TRUSTED_HOSTS"] = ["example.org"]
     client = app.test_client()
     assert client.get("/healthz", base_url="http://example.org").status_code == 200
     assert client.get("/healthz", base_url="http://example.com").status_code == 400
 
 
-def test_the_methods_of_a_path_are_told(app: Flask) -> None:
+def test_options_lists_the_allowed_methods(app: Flask) -> None:
     response = app.test_client().options("/healthz")
     assert response.status_code == 200
     assert {"GET", "HEAD", "OPTIONS"} <= set(response.headers["Allow"].split(", "))
 
 
-def test_an_async_view_runs_or_says_what_it_needs(app: Flask) -> None:
+def test_an_async_view_runs_or_names_the_missing_extra(app: Flask) -> None:
     @app.get("/async")
     async def view() -> str:
         return "done"

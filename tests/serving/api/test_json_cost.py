@@ -1,4 +1,4 @@
-"""The estimate of what a JSON document takes when it is parsed, against what it does take."""
+"""The memory estimate for a JSON document, compared with the memory that parsing takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serving.errors import ServingError
 from tests.serving.api.test_json_process import MAX_ROWS, SIGNATURES
 
 MB = 1024 * 1024
-# The process holds the body twice: as it was read, and as the parser takes it.
+# The subprocess holds the body twice: as read from the pipe, and as bytes for the parser.
 BODY_COPIES = 2
 NOISE_BYTES = 6 * MB
 EMOJI = "\N{GRINNING FACE}".encode()
@@ -39,7 +39,7 @@ def accept(_: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[JsonProcess]:
-    """A process that has parsed before, so that what it keeps is not counted."""
+    """A subprocess that has parsed before, so that memory it keeps is not counted."""
     process = JsonProcess()
     process.parse(parse_predict, repeat(b"[1]", LARGE_JSON_BYTES + 1_000), SIGNATURES, MAX_ROWS)
     yield process
@@ -51,15 +51,15 @@ def status_bytes(pid: int, key: str) -> int:
 
 
 def peak_of_parsing(process: JsonProcess, body: bytes) -> int:
-    """Return by how much the resident set of the process grew at most while it parsed."""
-    process.parse(accept, bytes(LARGE_JSON_BYTES + 1))  # ends after the memory of the call before is given back
+    """Return the peak growth of the subprocess' resident set while it parsed."""
+    process.parse(accept, bytes(LARGE_JSON_BYTES + 1))  # returns after memory of the previous call is freed
     assert process._process
     pid = process._process.pid
-    Path(f"/proc/{pid}/clear_refs").write_text("5")  # sets the peak to what is resident
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets VmHWM to the current resident set
     before = status_bytes(pid, "VmRSS")
     with contextlib.suppress(ServingError):
         process.parse(parse_predict, body, SIGNATURES, 100_000_000)
-    assert process._process.pid == pid, "the process has ended"
+    assert process._process.pid == pid, "the subprocess was restarted"
     return status_bytes(pid, "VmHWM") - before
 
 
@@ -74,13 +74,13 @@ DOCUMENTS = {
     "empty strings": repeat(b'""', signature=b"strings"),
     "strings with one wide character": repeat(b'"' + b"a" * 100 + EMOJI + b'"', signature=b"strings"),
     "base64": repeat(b'{"b64":"AAAA"}', signature=b"strings"),
-    "no JSON after all": repeat(b"[]")[:-1],
-    "a key twice": repeat(b"[1]")[:-1] + b',"instances":[[1]]}',
+    "invalid JSON": repeat(b"[]")[:-1],
+    "repeated key": repeat(b"[1]")[:-1] + b',"instances":[[1]]}',
     "a string": repeat(b'"' + b"a" * (3 * MB - 10) + b'"', signature=b"strings"),
 }
-# Documents that take more than the estimate.
+# Documents that once took more than the estimate.
 UNDERESTIMATED = {
-    "not a number": repeat(b"NaN"),
+    "NaN": repeat(b"NaN"),
     "strings": repeat(b'"abcdefgh"', signature=b"strings"),
     "bytes that are not UTF-8": repeat(b'"' + b"\xe9" * (3 * MB - 10) + b'"', signature=b"strings"),
     "a string with one wide character": repeat(b'"' + b"a" * (3 * MB - 20) + EMOJI + b'"', signature=b"strings"),
@@ -91,7 +91,7 @@ UNDERESTIMATED = {
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_the_estimate_is_an_upper_one(process: JsonProcess, name: str) -> None:
+def test_the_estimate_is_an_upper_bound(process: JsonProcess, name: str) -> None:
     body = DOCUMENTS[name]
     assert len(body) > LARGE_JSON_BYTES
     peak, estimate = peak_of_parsing(process, body), json_cost(body) + BODY_COPIES * len(body)
@@ -100,7 +100,7 @@ def test_the_estimate_is_an_upper_one(process: JsonProcess, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", UNDERESTIMATED)
-def test_the_estimate_is_an_upper_one_of_every_document(process: JsonProcess, name: str) -> None:
+def test_the_estimate_is_an_upper_bound_for_unusual_documents(process: JsonProcess, name: str) -> None:
     body = UNDERESTIMATED[name]
     peak, estimate = peak_of_parsing(process, body), json_cost(body) + BODY_COPIES * len(body)
     print(f"{name}: {peak / MB:.0f} MB, estimated {estimate / MB:.0f} MB")
@@ -108,7 +108,7 @@ def test_the_estimate_is_an_upper_one_of_every_document(process: JsonProcess, na
 
 
 @given(st.binary(max_size=300), st.integers(1, 50))
-def test_pieces_add_up_whatever_they_hold(body: bytes, step: int) -> None:
+def test_the_cost_is_the_same_in_chunks(body: bytes, step: int) -> None:
     whole, pieces = JsonCost(), JsonCost()
     whole.add(body)
     for start in range(0, len(body), step):
@@ -117,7 +117,7 @@ def test_pieces_add_up_whatever_they_hold(body: bytes, step: int) -> None:
     assert abs(pieces.total_bytes - whole.total_bytes) <= module.STRING_BYTES * (len(body) // step + 1)
 
 
-def test_a_long_document_is_counted_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_documents_are_measured_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     body = b'{"a":[1,"b"]},' * 10_000
     expected = json_cost(body)
     monkeypatch.setattr(module, "_SLICE_BYTES", 14 * 100)

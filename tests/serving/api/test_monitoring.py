@@ -23,7 +23,7 @@ def test_a_loaded_service_is_alive_and_ready(client: FlaskClient) -> None:
     }
 
 
-def test_a_service_that_has_not_loaded_is_alive_and_not_ready(models_dir: Path) -> None:
+def test_a_service_that_is_loading_is_alive_and_not_ready(models_dir: Path) -> None:
     client = make_app(Settings(models_dir=models_dir)).test_client()
     assert client.get("/healthz").status_code == 200
     response = client.get("/readyz")
@@ -35,7 +35,7 @@ def test_a_service_that_has_not_loaded_is_alive_and_not_ready(models_dir: Path) 
     assert "still being loaded" in refused.text
 
 
-def test_one_model_that_failed_is_shown_and_leaves_the_others_ready(models_dir: Path, adder: Path) -> None:
+def test_a_model_that_failed_to_load_is_reported_and_others_stay_ready(models_dir: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
     for version in ("2", "10"):
         (models_dir / "colours" / version / "saved_model.pb").write_bytes(b"\xff")
@@ -59,17 +59,20 @@ def test_one_model_that_failed_is_shown_and_leaves_the_others_ready(models_dir: 
     assert "colours: Can't parse" in (response.json or {})["reason"]
 
 
-def test_a_process_that_only_a_restart_can_mend_says_so(app: Flask) -> None:
+def test_a_process_that_needs_a_restart_is_503(app: Flask) -> None:
     client, liveness = app.test_client(), app.liveness
     assert (client.get("/healthz").status_code, client.get("/v2/health/live").status_code) == (200, 200)
-    thread = threading.Thread(target=lambda: None, name="answer")
+    thread = threading.Thread(target=lambda: None, name="predictor")
     thread.start()
     thread.join()
     liveness.watch_thread(thread)
     try:
-        answer = client.get("/healthz")
-        assert (answer.status_code, answer.json) == (503, {"status": "dead", "reason": "the thread answer has ended"})
-        assert answer.headers["Retry-After"] == "1"
+        response = client.get("/healthz")
+        assert (response.status_code, response.json) == (
+            503,
+            {"status": "dead", "reason": "the thread predictor has ended"},
+        )
+        assert response.headers["Retry-After"] == "1"
         assert client.get("/v2/health/live").status_code == 400
     finally:
         liveness._threads.remove(thread)

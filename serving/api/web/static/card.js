@@ -1,11 +1,11 @@
 import { decode, reduce } from "./reduce.js";
 
 const BARS_AT_FIRST = 5;
-const SMALL_PIXELS = 96; // a picture this small is enlarged with its pixels left square
+const SMALL_PIXELS = 96; // smaller images are enlarged without smoothing
 
-let reducing = Promise.resolve(); // one picture at a time, as a large one fills much memory while it is decoded
+let reducing = Promise.resolve(); // one image at a time: decoding a large one takes much memory
 
-/** One picture and what became of it. */
+/** One image and its result. */
 export class Card {
   #file;
   #item;
@@ -33,29 +33,29 @@ export class Card {
     return this.#item;
   }
 
-  /** Show that it waits: `headline`, and why. */
-  wait(headline, why = "") {
-    this.#show({ state: "waiting", headline, words: why });
+  /** Show that the image is waiting, and why. */
+  wait(headline, details = "") {
+    this.#show({ state: "waiting", headline, details });
   }
 
-  /** Show the service's reply, and the picture at the size of the model that gave it. */
-  answer({ model, predictions: [prediction], timing_ms, elapsed_ms }, { width, height }) {
-    this.#show({ state: "answered", headline: prediction.label, confidence: percent(prediction.confidence) });
+  /** Show the prediction, and the image at the model's size. */
+  showResult({ model, predictions: [prediction], timing_ms, elapsed_ms }, { width, height }) {
+    this.#show({ state: "classified", headline: prediction.label, confidence: percent(prediction.confidence) });
     const server_ms = timing_ms.decode + timing_ms.predict;
-    this.#find(".took").textContent =
+    this.#find(".timing").textContent =
       `${model.name}, version ${model.version}: ${milliseconds(server_ms)} in the service, ` +
-      `${milliseconds(elapsed_ms)} with the way there and back`;
-    const shares = Object.entries(prediction.probabilities).sort(([, a], [, b]) => (b ?? -1) - (a ?? -1));
-    this.#find(".bars").replaceChildren(...shares.map(([name, share]) => bar(name, share)));
+      `${milliseconds(elapsed_ms)} round trip`;
+    const probabilities = Object.entries(prediction.probabilities).sort(([, a], [, b]) => (b ?? -1) - (a ?? -1));
+    this.#find(".bars").replaceChildren(...probabilities.map(([name, share]) => bar(name, share)));
     this.#find(".bars").hidden = false;
-    this.#find(".more").hidden = shares.length <= BARS_AT_FIRST;
+    this.#find(".more").hidden = probabilities.length <= BARS_AT_FIRST;
     this.#showBars(false);
     reducing = reducing.then(() => this.#showReduced(width, height)).catch(() => this.#showNotReduced());
   }
 
-  /** Show that there will be no answer, in the words of who says so. */
-  fail(headline, words, { retry }) {
-    this.#show({ state: "refused", headline, words });
+  /** Show an error: a headline, and the details from the service or the browser. */
+  fail(headline, details, { retry }) {
+    this.#show({ state: "refused", headline, details });
     this.#find(".retry").hidden = !retry;
   }
 
@@ -68,12 +68,12 @@ export class Card {
     return this.#item.querySelector(selector);
   }
 
-  #show({ state, headline, confidence = "", words = "" }) {
+  #show({ state, headline, confidence = "", details = "" }) {
     this.#find(".card").dataset.state = state;
     this.#find(".label").textContent = headline;
     this.#find(".confidence").textContent = confidence;
-    this.#find(".words").textContent = words;
-    this.#find(".words").hidden = words === "";
+    this.#find(".details").textContent = details;
+    this.#find(".details").hidden = details === "";
     this.#find(".retry").hidden = true;
   }
 
@@ -87,7 +87,7 @@ export class Card {
       row.hidden = !all && rank >= BARS_AT_FIRST;
     });
     this.#find(".more").setAttribute("aria-expanded", String(all));
-    this.#find(".more").textContent = all ? `Only the first ${BARS_AT_FIRST}` : `All ${rows.length} classes`;
+    this.#find(".more").textContent = all ? `Only the top ${BARS_AT_FIRST}` : `All ${rows.length} classes`;
   }
 
   async #showReduced(width, height) {
@@ -124,7 +124,7 @@ function bar(name, share) {
   return row;
 }
 
-/** A share of one, as people read it. */
+/** Format a probability in percent. */
 export function percent(share) {
   if (share === null) {
     return "not a number"; // JSON has no NaN

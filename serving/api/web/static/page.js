@@ -4,8 +4,8 @@ import { Unavailable, classify, describeModels, notReadyBecause, predictUrl } fr
 
 const CLASS_NAMES_AT_FIRST = 40;
 const LONG_NAME = 16;
-const FIRST_PAUSE_MS = 500;
-const LONGEST_PAUSE_MS = 5_000;
+const FIRST_BACKOFF_MS = 500;
+const MAX_BACKOFF_MS = 5_000;
 const COPIED_MS = 2_000;
 const HEADLINES = { 400: "Could not be read", 404: "No such model", 413: "Too large", 415: "Could not be read" };
 
@@ -13,7 +13,7 @@ const NO_MODEL = {
   name: "No model yet",
   available: false,
   loading: false,
-  problem: "The service has no model so far. Reload this page when there is one in its models folder.",
+  problem: "The service has no model yet. Reload this page when its models folder has one.",
 };
 
 const at = (id) => document.getElementById(id);
@@ -27,16 +27,16 @@ const queue = new Queue(untilAvailable);
 
 function showModel() {
   const { name, loading, problem } = model;
-  const canTake = problem === null || loading; // pictures may be dropped while it loads: they wait
+  const accepts = problem === null || loading; // while the model loads, images are queued
   document.title = problem === null ? `${name}, version ${model.version}` : name;
   at("model-name").textContent = name;
   at("model-name").parentElement.classList.toggle("long", name.length > LONG_NAME);
   at("model-version").textContent = problem === null ? `version ${model.version}` : "";
   at("model-facts").textContent = problem === null ? facts(model) : "";
-  at("model-problem").textContent = canTake ? "" : problem;
-  at("model-problem").hidden = canTake;
-  at("drop-zone").hidden = !canTake;
-  at("terminal").hidden = !canTake;
+  at("model-problem").textContent = accepts ? "" : problem;
+  at("model-problem").hidden = accepts;
+  at("drop-zone").hidden = !accepts;
+  at("terminal").hidden = !accepts;
   at("curl").textContent = `curl -F image=@picture.jpg "${predictUrl(name)}"`;
   showClassNames(false);
   const choice = at("model-choice");
@@ -46,10 +46,10 @@ function showModel() {
 
 function facts({ width, height, class_names, dataset, test_accuracy }) {
   return [
-    class_names.length > 0 ? `Tells ${class_names.length} classes apart` : "Tells classes apart",
-    `from ${width} × ${height} pixels.`,
+    class_names.length > 0 ? `Distinguishes ${class_names.length} classes` : "Distinguishes classes",
+    `at ${width} × ${height} pixels.`,
     dataset === null ? "" : `Trained on ${dataset}`,
-    test_accuracy === null ? "" : `${dataset === null ? "Right" : "and right"} on ${percent(test_accuracy)} of its test pictures`,
+    test_accuracy === null ? "" : `${dataset === null ? "Test accuracy:" : "with a test accuracy of"} ${percent(test_accuracy)}`,
   ].filter(Boolean).join(" ").replace(/[^.]$/, "$&.");
 }
 
@@ -73,7 +73,7 @@ async function refreshModels() {
   showModel();
 }
 
-// Whether the service answers
+// Readiness
 
 function showStatus(state, text) {
   at("status").dataset.state = state;
@@ -81,8 +81,8 @@ function showStatus(state, text) {
 }
 
 async function untilAvailable({ model: name }) {
-  for (let pause_ms = FIRST_PAUSE_MS; ; pause_ms = Math.min(2 * pause_ms, LONGEST_PAUSE_MS)) {
-    await new Promise((resume) => setTimeout(resume, pause_ms));
+  for (let backoff_ms = FIRST_BACKOFF_MS; ; backoff_ms = Math.min(2 * backoff_ms, MAX_BACKOFF_MS)) {
+    await new Promise((resume) => setTimeout(resume, backoff_ms));
     try {
       const reason = await notReadyBecause(name);
       if (reason === null) {
@@ -97,16 +97,16 @@ async function untilAvailable({ model: name }) {
   }
 }
 
-// The pictures
+// Images
 
 class Task {
   constructor(file) {
     this.model = model.name;
     this.file = file;
-    this.card = new Card(file, () => this.enqueue({ left: 1, answered: 0, refused: 0 }));
+    this.card = new Card(file, () => this.enqueue({ left: 1, classified: 0, refused: 0 }));
   }
 
-  /** `batch` counts what becomes of the pictures that were dropped together. */
+  /** `batch` counts the outcomes of the images that were dropped together. */
   enqueue(batch) {
     this.batch = batch;
     this.card.wait("Waiting");
@@ -115,16 +115,16 @@ class Task {
 
   async send() {
     this.card.wait("Sending");
-    const reply = await classify(this.file, this.model);
-    const described = () =>
-      models.find(({ name, version }) => name === reply.model.name && version === reply.model.version);
-    if (!described()) {
-      await refreshModels(); // another version answers than when the page was loaded
+    const result = await classify(this.file, this.model);
+    const find = () =>
+      models.find(({ name, version }) => name === result.model.name && version === result.model.version);
+    if (!find()) {
+      await refreshModels(); // the version was swapped after the page was loaded
     }
     showStatus("ready", "Ready");
-    this.card.answer(reply, described() ?? {});
-    const [{ label, confidence }] = reply.predictions;
-    this.batch.answered += 1;
+    this.card.showResult(result, find() ?? {});
+    const [{ label, confidence }] = result.predictions;
+    this.batch.classified += 1;
     this.finish(`${this.file.name}: ${label}, ${percent(confidence)}`);
   }
 
@@ -134,18 +134,18 @@ class Task {
   }
 
   fail(error) {
-    this.card.fail(HEADLINES[error.status] ?? "No answer", error.message, { retry: (error.status ?? 500) >= 500 });
+    this.card.fail(HEADLINES[error.status] ?? "No response", error.message, { retry: (error.status ?? 500) >= 500 });
     this.batch.refused += 1;
     this.finish(`${this.file.name}: ${error.message}`);
   }
 
-  /** Read out what came of it: one picture by name, of several how many. */
+  /** Announce the outcome: of one image its label, of several the counts. */
   finish(outcome) {
     this.batch.left -= 1;
-    const { left, answered, refused } = this.batch;
+    const { left, classified, refused } = this.batch;
     if (left === 0 && this.card.element.isConnected) {
       const refusals = refused > 0 ? `, ${refused} refused` : "";
-      announce(answered + refused === 1 ? outcome : `${count(answered)} classified${refusals}`);
+      announce(classified + refused === 1 ? outcome : `${count(classified)} classified${refusals}`);
     }
   }
 }
@@ -158,7 +158,7 @@ function addFiles(files) {
   cards = [...tasks.map(({ card }) => card), ...cards];
   at("cards").prepend(...tasks.map(({ card }) => card.element));
   showCount();
-  const batch = { left: tasks.length, answered: 0, refused: 0 };
+  const batch = { left: tasks.length, classified: 0, refused: 0 };
   tasks.forEach((task) => task.enqueue(batch));
 }
 
@@ -183,13 +183,13 @@ function announce(text) {
   at("announcement").textContent = text;
 }
 
-// What people do
+// Events
 
 function carriesFiles(event) {
   return event.dataTransfer?.types.includes("Files");
 }
 
-let dragDepth = 0; // enter and leave are told of every element within the page
+let dragDepth = 0; // dragenter and dragleave fire for every element
 
 function drag(event, change) {
   if (carriesFiles(event)) {
@@ -211,7 +211,7 @@ document.addEventListener("drop", (event) => {
 document.addEventListener("paste", (event) => addFiles(event.clipboardData?.files ?? []));
 at("file-choice").addEventListener("change", (event) => {
   addFiles(event.target.files);
-  event.target.value = ""; // so that choosing the same file again is a change
+  event.target.value = ""; // so that choosing the same file again fires a change event
 });
 at("model-choice").addEventListener("change", (event) => {
   model = models.find(({ name }) => name === event.target.value);
@@ -221,7 +221,7 @@ at("model-choice").addEventListener("change", (event) => {
 at("all-class-names").addEventListener("click", () => showClassNames(true));
 at("clear").addEventListener("click", clear);
 at("copy").addEventListener("click", async () => {
-  // Browsers give the clipboard to https and localhost only; elsewhere the line is selected for copying by hand.
+  // The clipboard is available on https and localhost only; elsewhere the line is selected, for copying by hand.
   getSelection().selectAllChildren(at("curl"));
   const copied = await navigator.clipboard?.writeText(at("curl").textContent).then(() => true, () => false);
   at("copy").textContent = copied ? "Copied" : "Selected";
@@ -235,9 +235,9 @@ function watchModel() {
   if (model.problem === null) {
     showStatus("ready", "Ready");
   } else if (!model.loading) {
-    showStatus("offline", model.available ? "Takes no pictures" : "Not available");
+    showStatus("offline", model.available ? "Does not classify images" : "Not available");
   } else {
-    showStatus("waiting", `Loading ${model.name}; pictures wait until then`);
+    showStatus("waiting", `Loading ${model.name}; pictures are queued`);
     queue.pause({ model: model.name }, new Unavailable(model.problem));
   }
 }

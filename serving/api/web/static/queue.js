@@ -1,28 +1,28 @@
 import { Refusal, Unavailable } from "./service.js";
 
-const LANES = 4;
-const MOST_ATTEMPTS = 5;
+const MAX_CONCURRENT = 4;
+const MAX_ATTEMPTS = 5;
 
 /**
- * Sends a few pictures at a time. While the service is unavailable all of them wait, and one question at a time is
- * asked: `untilAvailable(task, error)`, whose promise is kept when the service can answer.
+ * Sends a few images concurrently. While the service is unavailable all of them wait for one call of
+ * `untilAvailable(task, error)`, whose promise resolves when the service is ready.
  */
 export class Queue {
   #waiting = [];
-  #lanes = 0;
-  #open = Promise.resolve();
-  #closed = false;
+  #running = 0;
+  #ready = Promise.resolve();
+  #isPaused = false;
   #untilAvailable;
 
   constructor(untilAvailable) {
     this.#untilAvailable = untilAvailable;
   }
 
-  /** A task has `send()`, `wait(error)` for when it must, and `fail(error)` for when it is given up. */
+  /** A task has `send()`, `wait(error)` (it will be retried) and `fail(error)` (it will not). */
   add(task) {
     this.#waiting.push({ task, attempts: 0 });
-    if (this.#lanes < LANES) {
-      this.#lanes += 1;
+    if (this.#running < MAX_CONCURRENT) {
+      this.#running += 1;
       this.#run();
     }
   }
@@ -31,23 +31,23 @@ export class Queue {
     this.#waiting = [];
   }
 
-  /** Let everything wait; where it already does, this changes nothing. */
+  /** Pause all tasks, unless they are paused already. */
   pause(task, error) {
-    if (!this.#closed) {
-      this.#closed = true;
-      this.#open = this.#untilAvailable(task, error).then(() => {
-        this.#closed = false;
+    if (!this.#isPaused) {
+      this.#isPaused = true;
+      this.#ready = this.#untilAvailable(task, error).then(() => {
+        this.#isPaused = false;
       });
     }
   }
 
   async #run() {
-    await this.#open;
+    await this.#ready;
     for (let entry = this.#waiting.shift(); entry; entry = this.#waiting.shift()) {
       await this.#attempt(entry);
-      await this.#open;
+      await this.#ready;
     }
-    this.#lanes -= 1;
+    this.#running -= 1;
   }
 
   async #attempt(entry) {
@@ -55,7 +55,7 @@ export class Queue {
     try {
       await entry.task.send();
     } catch (error) {
-      if (error instanceof Unavailable && entry.attempts < MOST_ATTEMPTS) {
+      if (error instanceof Unavailable && entry.attempts < MAX_ATTEMPTS) {
         this.#waiting.unshift(entry);
         entry.task.wait(error);
         this.pause(entry.task, error);

@@ -1,21 +1,21 @@
-// A picture at the model's size, by the same arithmetic as in the service, so that what is shown is what is seen:
-// antialiased bilinear interpolation as in Pillow (libImaging/Resample.c), columns first, rounded after each pass.
+// Resizes an image to the model's size like the service: antialiased bilinear interpolation as in Pillow
+// (libImaging/Resample.c), columns first, rounded after each pass.
 
-const HEAD_BYTES = 21; // of a WebP file, up to its flags
-const STRIP_PIXELS = 1 << 20; // read at once, which bounds both the memory and the time without a pause
+const HEAD_BYTES = 21; // of a WebP file, up to and including its flags
+const STRIP_PIXELS = 1 << 20; // read at once; bounds the memory, and the time that the page is blocked
 
-/** Decode a file as the service does: turned upright, colour profile ignored. */
+/** Decode a file like the service: EXIF orientation applied, colour profile ignored. */
 export async function decode(file) {
   const head = new Uint8Array(await file.slice(0, HEAD_BYTES).arrayBuffer());
   const text = new TextDecoder("latin1").decode(head);
   if (text.startsWith("RIFF") && text.slice(8, 16) === "WEBPVP8X" && (head[20] & 0x08) !== 0) {
-    // The service turns a WebP by its EXIF data, which not every browser does.
-    throw new Error("whether this browser turns the picture as the service does is not known");
+    // The service applies a WebP's EXIF orientation, but not every browser does.
+    throw new Error("this browser may not apply the EXIF orientation of a WebP file");
   }
   return createImageBitmap(file, { colorSpaceConversion: "none", imageOrientation: "from-image" });
 }
 
-/** Reduce (or enlarge) a bitmap to `width` x `height`; composited over white; returns an ImageData. */
+/** Reduce (or enlarge) a bitmap to `width` x `height`, composited over white; returns an ImageData. */
 export async function reduce(bitmap, width, height) {
   const columns = interpolation(bitmap.width, width);
   const rows = spread(interpolation(bitmap.height, height), bitmap.height);
@@ -40,7 +40,7 @@ export async function reduce(bitmap, width, height) {
         }
       }
     }
-    await new Promise((resume) => setTimeout(resume)); // the page stays alive between strips
+    await new Promise((resume) => setTimeout(resume)); // let the page handle events between strips
   }
   const image = new ImageData(width, height);
   for (let pixel = 0; pixel < width * height; pixel += 1) {
@@ -49,7 +49,7 @@ export async function reduce(bitmap, width, height) {
   return image;
 }
 
-/** For each of `to` places: the first of `from` places that counts there, and the weights from there on. */
+/** For each of `to` output positions: the first of `from` input positions that contributes, and the weights. */
 function interpolation(from, to) {
   const scale = from / to;
   const support = Math.max(scale, 1);
@@ -65,7 +65,7 @@ function interpolation(from, to) {
   });
 }
 
-/** The same by source: for each of `from` places the places it counts for. */
+/** The inverse: for each of `from` input positions, the output positions it contributes to. */
 function spread(places, from) {
   const sources = Array.from({ length: from }, () => []);
   places.forEach(({ first, weights }, to) => {

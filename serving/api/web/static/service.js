@@ -1,8 +1,8 @@
-// What the page asks of the service. Addresses are relative, so that it works under any path.
+// Requests to the service. URLs are relative, so that the page works under any path.
 
-const ANSWER_WITHIN_MS = 120_000;
+const TIMEOUT_MS = 120_000;
 
-/** The service, or the browser, will not classify this picture; asking again is of no use. */
+/** The service or the browser refused this image; a retry would fail again. */
 export class Refusal extends Error {
   constructor(message, status = null) {
     super(message);
@@ -10,52 +10,52 @@ export class Refusal extends Error {
   }
 }
 
-/** The service cannot be reached, or is not ready: asking again later will work. */
+/** The service cannot be reached or is not ready; a later retry can succeed. */
 export class Unavailable extends Error {}
 
-/** The address that classifies pictures with a model. */
+/** The URL that classifies images with a model. */
 export function predictUrl(model) {
-  // encodeURIComponent leaves these alone, and a shell may not.
+  // Special to a shell, but not escaped by encodeURIComponent.
   const name = encodeURIComponent(model).replace(/[!'()*]/g, (sign) => `%${sign.charCodeAt(0).toString(16)}`);
   return new URL(`predict?model=${name}`, document.baseURI).href;
 }
 
-/** Send one file as it is; returns the service's reply with `elapsed_ms` added. */
+/** Send one file unchanged; returns the service's response with `elapsed_ms` added. */
 export async function classify(file, model) {
   await file.slice(0, 1).arrayBuffer().catch(() => {
-    throw new Refusal("the browser cannot read this; it may be a folder, or a file that has been changed or moved");
+    throw new Refusal("the browser cannot read this file; it may be a folder, or was changed or moved");
   });
   const form = new FormData();
   form.append("image", file);
   const started = performance.now();
-  const response = await ask(predictUrl(model), { method: "POST", body: form });
-  const reply = await response.json().catch(() => null);
-  if (response.ok && reply !== null) {
-    return { ...reply, elapsed_ms: performance.now() - started };
+  const response = await request(predictUrl(model), { method: "POST", body: form });
+  const content = await response.json().catch(() => null);
+  if (response.ok && content !== null) {
+    return { ...content, elapsed_ms: performance.now() - started };
   }
-  // Of a picture that cannot be read only the reason: the headline says the rest.
-  const words = reply?.errors?.[0]?.error ?? reply?.error ?? `the answer was ${response.status} ${response.statusText}, with no reason given`;
-  throw response.status === 503 ? new Unavailable(words) : new Refusal(words, response.status);
+  // For an unreadable image only the reason: the headline has the rest.
+  const reason = content?.errors?.[0]?.error ?? content?.error ?? `the service responded ${response.status} ${response.statusText} without a reason`;
+  throw response.status === 503 ? new Unavailable(reason) : new Refusal(reason, response.status);
 }
 
-/** Why a model cannot answer at the moment, or null when it can. */
+/** The reason why a model is not ready, or null if it is. */
 export async function notReadyBecause(model) {
-  const { reason, models } = await (await ask("readyz")).json();
+  const { reason, models } = await (await request("readyz")).json();
   const available = models.some(({ name, state }) => name === model && state === "AVAILABLE");
-  return available ? null : (reason ?? `${model} is not served any more`);
+  return available ? null : (reason ?? `${model} is no longer served`);
 }
 
-/** The models' descriptions, as the page has them when it is loaded. */
+/** The models, like those embedded in the page. */
 export async function describeModels() {
-  return (await ask("models.json")).json();
+  return (await request("models.json")).json();
 }
 
-async function ask(url, options = {}) {
+async function request(url, options = {}) {
   try {
-    return await fetch(url, { ...options, signal: AbortSignal.timeout(ANSWER_WITHIN_MS) });
+    return await fetch(url, { ...options, signal: AbortSignal.timeout(TIMEOUT_MS) });
   } catch (error) {
     if (error.name === "TimeoutError") {
-      throw new Refusal(`no answer within ${ANSWER_WITHIN_MS / 1000} seconds`);
+      throw new Refusal(`no response within ${TIMEOUT_MS / 1000} seconds`);
     }
     throw new Unavailable("no connection to the service");
   }

@@ -51,7 +51,7 @@ DTYPES = {
 
 
 def save_echo(path: Path) -> None:
-    """Write a model that answers what it is asked, with an input of every datatype; and others of odd shapes."""
+    """Save a model that returns its inputs, one of every datatype, with more signatures of unusual shapes."""
 
     @tf.function(input_signature=[tf.TensorSpec((None,), dtype, name) for name, dtype in DTYPES.items()])
     def echo(*tensors: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -87,15 +87,15 @@ def images(**changes: Any) -> dict[str, Any]:
 
 
 def post(client: FlaskClient, model: str, document: Any, binary: bytes = b"", **headers: str) -> TestResponse:
-    """Ask for an inference; the header that measures the JSON is sent where there are bytes behind it."""
+    """Post an inference request; with binary data, the header has the length of the JSON."""
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     if binary:
         headers.setdefault(LENGTH, str(len(text)))
     return client.post(f"/v2/models/{model}/infer", data=text + binary, headers=headers)
 
 
-def answer(response: TestResponse) -> dict[str, Any]:
-    """Return the reply's JSON, the bytes of binary outputs put in as their data."""
+def read(response: TestResponse) -> dict[str, Any]:
+    """Return the response's JSON, with the bytes of each binary output as its `data`."""
     assert response.status_code == 200, response.text
     if LENGTH not in response.headers:
         assert response.content_type == "application/json"
@@ -120,7 +120,7 @@ def error(response: TestResponse, status: int = 400) -> str:
     return str(response.json["error"])
 
 
-def test_the_server_says_who_it_is_and_what_it_can(client: FlaskClient) -> None:
+def test_server_metadata(client: FlaskClient) -> None:
     for path in ("/v2", "/v2/"):
         described = client.get(path).json or {}
         assert described.keys() == {"name", "version", "extensions"}
@@ -132,18 +132,18 @@ def test_a_loaded_service_is_live_and_ready(client: FlaskClient) -> None:
     assert client.get("/v2/health/ready").json == {"ready": True}
     for path in ("/v2/models/colours/ready", "/v2/models/colours/versions/7/ready"):
         assert client.get(path).json == {"name": "colours", "ready": True}
-    for path in ("/v2/models/nobody/ready", "/v2/models/colours/versions/8/ready"):
+    for path in ("/v2/models/unknown/ready", "/v2/models/colours/versions/8/ready"):
         assert "there is no " in error(client.get(path), 404)
 
 
-def test_before_its_models_are_loaded_it_is_live_and_not_ready(models_dir: Path) -> None:
+def test_a_service_that_is_loading_is_live_and_not_ready(models_dir: Path) -> None:
     client = make_app(Settings(models_dir=models_dir)).test_client()
     assert client.get("/v2/health/live").status_code == 200
     for path in ("/v2/health/ready", "/v2/models/colours/ready", "/v2/models/colours/versions/10/ready"):
         response = client.get(path)
         assert (response.status_code, (response.json or {})["ready"]) == (400, False)
         assert "loa" in (response.json or {})["error"]
-    assert client.get("/v2/models/nobody/ready").status_code == 404
+    assert client.get("/v2/models/unknown/ready").status_code == 404
     assert "still being loaded" in error(client.get("/v2/models/colours"), 503)
     assert "still being loaded" in error(post(client, "colours", SUM), 503)
 
@@ -160,21 +160,21 @@ def test_a_required_model_that_failed_to_load_makes_the_server_not_ready(models_
     assert "colours: Can't parse" in (response.json or {})["error"]
     assert client.get("/v2/models/adder/ready").status_code == 200
     assert client.get("/v2/models/colours/ready").status_code == 400
-    assert answer(post(client, "adder", SUM))["outputs"][0]["data"] == [11, 22]
+    assert read(post(client, "adder", SUM))["outputs"][0]["data"] == [11, 22]
 
 
-def test_a_process_that_only_a_restart_can_mend_is_not_live(models_dir: Path) -> None:
+def test_a_process_that_needs_a_restart_is_not_live(models_dir: Path) -> None:
     app = make_app(Settings(models_dir=models_dir))
-    thread = threading.Thread(target=lambda: None, name="the thread that predicts")
+    thread = threading.Thread(target=lambda: None, name="predictor")
     thread.start()
     thread.join()
     app.liveness.watch_thread(thread)
     response = app.test_client().get("/v2/health/live")
     assert (response.status_code, (response.json or {})["live"]) == (400, False)
-    assert "the thread that predicts" in (response.json or {})["error"]
+    assert "predictor" in (response.json or {})["error"]
 
 
-def test_the_metadata_of_a_model(client: FlaskClient) -> None:
+def test_model_metadata(client: FlaskClient) -> None:
     for path in ("/v2/models/colours", "/v2/models/colours/versions/7", "/v2/models/colours/versions/007"):
         assert client.get(path).json == {
             "name": "colours",
@@ -189,7 +189,7 @@ def test_the_metadata_of_a_model(client: FlaskClient) -> None:
         }
 
 
-def test_the_metadata_of_another_signature(client: FlaskClient) -> None:
+def test_model_metadata_of_another_signature(client: FlaskClient) -> None:
     described = client.get("/v2/models/colours?signature_name=image_bytes").json or {}
     assert described["inputs"] == [{"name": "image_bytes", "datatype": "BYTES", "shape": [-1]}]
     described = client.get("/v2/models/adder?signature_name=shout").json or {}
@@ -201,29 +201,29 @@ def test_the_metadata_of_another_signature(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("version", ["8", "9" * 18, "0" * 30 + "8"])
-def test_a_version_that_is_not_there(client: FlaskClient, version: str) -> None:
+def test_an_unknown_version_is_404(client: FlaskClient, version: str) -> None:
     message = f"there is no version {int(version)} of model colours; available: 7"
     for path in ("", "/ready"):
         assert error(client.get(f"/v2/models/colours/versions/{version}{path}"), 404) == message
     assert error(client.post(f"/v2/models/colours/versions/{version}/infer", data=b"{}"), 404) == message
 
 
-def test_a_model_that_is_not_there(client: FlaskClient) -> None:
-    message = 'there is no model "nobody"; available: adder, colours, echo'
+def test_an_unknown_model_is_404(client: FlaskClient) -> None:
+    message = 'there is no model "unknown"; available: adder, colours, echo'
     for path in ("", "/ready", "/versions/1"):
-        assert error(client.get(f"/v2/models/nobody{path}"), 404) == message
+        assert error(client.get(f"/v2/models/unknown{path}"), 404) == message
 
 
-def test_wrong_methods_and_paths(client: FlaskClient) -> None:
+def test_wrong_methods_are_405_and_wrong_paths_404(client: FlaskClient) -> None:
     assert "takes POST, not GET" in error(client.get("/v2/models/colours/infer"), 405)
     assert "takes GET, not POST" in error(client.post("/v2/health/ready"), 405)
     error(client.get("/v2/models"), 404)
     error(client.get("/v2/models/colours/versions"), 404)
 
 
-def test_json_in_json_out(client: FlaskClient) -> None:
+def test_json_request_and_response(client: FlaskClient) -> None:
     request = {"id": "x 1", "inputs": [images()], "outputs": [{"name": "label"}, {"name": "class_id"}]}
-    assert answer(post(client, "colours", request)) == {
+    assert read(post(client, "colours", request)) == {
         "model_name": "colours",
         "model_version": "7",
         "id": "x 1",
@@ -232,20 +232,18 @@ def test_json_in_json_out(client: FlaskClient) -> None:
             {"name": "class_id", "datatype": "INT64", "shape": [2], "data": [0, 0]},
         ],
     }
-    reply = answer(client.post("/v2/models/adder/versions/1/infer", json=SUM))
-    assert reply == {
+    response = read(client.post("/v2/models/adder/versions/1/infer", json=SUM))
+    assert response == {
         "model_name": "adder",
         "model_version": "1",
         "outputs": [{"name": "sum", "datatype": "FP32", "shape": [1, 2], "data": [11, 22]}],
     }
 
 
-def test_binary_in_binary_out(client: FlaskClient) -> None:
+def test_binary_request_and_response(client: FlaskClient) -> None:
     tensor = images(data=..., parameters={"binary_data_size": PIXELS.nbytes})
     request = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
-    outputs = {
-        output["name"]: output for output in answer(post(client, "colours", request, PIXELS.tobytes()))["outputs"]
-    }
+    outputs = {output["name"]: output for output in read(post(client, "colours", request, PIXELS.tobytes()))["outputs"]}
     assert np.frombuffer(outputs["class_id"]["data"], "<i8").tolist() == [0, 0]
     assert outputs["label"]["data"] == 2 * (struct.pack("<I", 3) + b"red")
     probabilities = np.frombuffer(outputs["probabilities"]["data"], "<f4").reshape(2, 3)
@@ -253,22 +251,22 @@ def test_binary_in_binary_out(client: FlaskClient) -> None:
     assert probabilities.argmax(axis=1).tolist() == [0, 0]
 
 
-def test_each_output_chooses_its_form(client: FlaskClient) -> None:
+def test_each_output_may_be_binary_or_json(client: FlaskClient) -> None:
     outputs = [{"name": "class_id", "parameters": {"binary_data": True}}, {"name": "label"}]
-    by_id = answer(post(client, "colours", {"inputs": [images()], "outputs": outputs}))["outputs"]
+    by_id = read(post(client, "colours", {"inputs": [images()], "outputs": outputs}))["outputs"]
     assert [output["data"] for output in by_id] == [bytes(16), ["red", "red"]]
     outputs = [{"name": "class_id"}, {"name": "label", "parameters": {"binary_data": False}}]
     request = {"inputs": [images()], "outputs": outputs, "parameters": {"binary_data_output": True}}
-    assert [output["data"] for output in answer(post(client, "colours", request))["outputs"]] == [
+    assert [output["data"] for output in read(post(client, "colours", request))["outputs"]] == [
         bytes(16),
         ["red", "red"],
     ]
 
 
-def test_no_outputs_means_all(client: FlaskClient) -> None:
+def test_a_request_without_outputs_gets_all(client: FlaskClient) -> None:
     for outputs in ([], None):
-        reply = answer(post(client, "colours", {"inputs": [images()], "outputs": outputs}))
-        assert [output["name"] for output in reply["outputs"]] == ["class_id", "label", "probabilities"]
+        response = read(post(client, "colours", {"inputs": [images()], "outputs": outputs}))
+        assert [output["name"] for output in response["outputs"]] == ["class_id", "label", "probabilities"]
 
 
 def test_every_datatype_goes_through_a_model_unchanged(client: FlaskClient) -> None:
@@ -283,43 +281,43 @@ def test_every_datatype_goes_through_a_model_unchanged(client: FlaskClient) -> N
         for name, data in sent.items()
     ]
     request = {"inputs": inputs, "parameters": {"binary_data_output": True}}
-    outputs = answer(post(client, "echo", request, b"".join(sent.values())))["outputs"]
+    outputs = read(post(client, "echo", request, b"".join(sent.values())))["outputs"]
     assert {output["name"]: output["data"] for output in outputs} == sent
     assert {output["name"]: output["datatype"] for output in outputs} == {name: name for name in DTYPES}
     as_json = [{"name": name} for name in DTYPES if name not in ("FP16", "BYTES")]
-    outputs = answer(post(client, "echo", {**request, "outputs": as_json, "parameters": {}}, b"".join(sent.values())))[
+    outputs = read(post(client, "echo", {**request, "outputs": as_json, "parameters": {}}, b"".join(sent.values())))[
         "outputs"
     ]
     assert all(output["data"] == [0, 1] for output in outputs)
     refused = post(client, "echo", {"inputs": inputs}, b"".join(sent.values()))
-    assert "output FP16: FP16 cannot be sent as JSON; ask for it as binary data" in error(refused)
+    assert "output FP16: FP16 cannot be sent as JSON; request it as binary data" in error(refused)
     refused = post(client, "echo", {"inputs": inputs, "outputs": [{"name": "BYTES"}]}, b"".join(sent.values()))
-    assert "output BYTES holds bytes that are not UTF-8" in error(refused)
+    assert "output BYTES has bytes that are not UTF-8" in error(refused)
 
 
-def test_infinities_are_answered_as_bytes_only(client: FlaskClient) -> None:
+def test_infinities_are_sent_as_binary_data_only(client: FlaskClient) -> None:
     tensor = {"name": "x", "shape": [2, 1], "datatype": "FP32", "data": [0, 1]}
     request = {"inputs": [tensor], "parameters": {"signature_name": "logarithm"}, "outputs": [{"name": "y"}]}
     assert "NaN or infinity" in error(post(client, "echo", request))
     request["outputs"] = [{"name": "y", "parameters": {"binary_data": True}}, {"name": "rank"}]
-    y, rank = answer(post(client, "echo", request))["outputs"]
+    y, rank = read(post(client, "echo", request))["outputs"]
     assert np.frombuffer(y["data"], "<f4").tolist() == [-np.inf, 0]
     assert (rank["shape"], rank["data"]) == ([], [2])
 
 
-def test_another_signature_with_encoded_pictures(client: FlaskClient) -> None:
+def test_another_signature_with_encoded_images(client: FlaskClient) -> None:
     files = [picture("blue", kind="JPEG"), picture("green", (40, 50))]
     binary = b"".join(struct.pack("<I", len(file)) + file for file in files)
     tensor = {"name": "image_bytes", "shape": [2], "datatype": "BYTES", "parameters": {"binary_data_size": len(binary)}}
     request = {"inputs": [tensor], "parameters": {"signature_name": "image_bytes"}, "outputs": [{"name": "label"}]}
-    assert answer(post(client, "colours", request, binary))["outputs"][0]["data"] == ["blue", "green"]
+    assert read(post(client, "colours", request, binary))["outputs"][0]["data"] == ["blue", "green"]
 
 
-def test_a_tensor_without_dimensions(client: FlaskClient) -> None:
+def test_a_scalar(client: FlaskClient) -> None:
     tensor = {"name": "text", "shape": [], "datatype": "BYTES", "data": ["grün"]}
     request = {"inputs": [tensor], "parameters": {"signature_name": "shout"}}
-    (output,) = answer(post(client, "adder", request))["outputs"]
-    assert (output["shape"], output["data"]) == ([], ["GRüN"])  # TensorFlow's upper is of ASCII
+    (output,) = read(post(client, "adder", request))["outputs"]
+    assert (output["shape"], output["data"]) == ([], ["GRüN"])  # TensorFlow's upper changes ASCII only
     tensor["data"] = [""]
     assert "nothing to shout" in error(post(client, "adder", request))
 
@@ -329,31 +327,31 @@ def test_bodies_may_be_compressed(client: FlaskClient, encoding: str, compress: 
     tensor = images(data=..., parameters={"binary_data_size": PIXELS.nbytes})
     text = json.dumps({"inputs": [tensor]}).encode()
     body = compress(text + PIXELS.tobytes())
-    headers = {"Content-Encoding": encoding, LENGTH: str(len(text))}  # the length is that of the JSON, inflated
-    reply = answer(client.post("/v2/models/colours/infer", data=body, headers=headers))
-    assert reply["outputs"][0]["data"] == [0, 0]
+    headers = {"Content-Encoding": encoding, LENGTH: str(len(text))}  # the length of the decompressed JSON
+    response = read(client.post("/v2/models/colours/infer", data=body, headers=headers))
+    assert response["outputs"][0]["data"] == [0, 0]
     for broken in (body[:-5], body + b"x", b"x" + body):
         refused = client.post("/v2/models/colours/infer", data=broken, headers=headers)
-        assert f"cannot be inflated as {encoding}" in error(refused)
+        assert f"cannot be decompressed as {encoding}" in error(refused)
 
 
-def test_a_compressed_body_stays_within_a_limit(client: FlaskClient) -> None:
+def test_a_decompression_bomb_is_413(client: FlaskClient) -> None:
     deflater = zlib.compressobj(wbits=31)
     bomb = b"".join(deflater.compress(bytes(2**20)) for _ in range(101)) + deflater.flush()
     refused = client.post("/v2/models/colours/infer", data=bomb, headers={"Content-Encoding": "gzip"})
     assert "104,857,600 bytes when inflated" in error(refused, 413)
 
 
-def test_an_encoding_that_is_not_read(client: FlaskClient) -> None:
-    assert 'Content-Encoding "br" is not read' in error(post(client, "adder", SUM, **{"Content-Encoding": "br"}), 415)
+def test_an_unsupported_encoding_is_415(client: FlaskClient) -> None:
+    assert 'Content-Encoding "br" is not supported' in error(
+        post(client, "adder", SUM, **{"Content-Encoding": "br"}), 415
+    )
     assert post(client, "adder", SUM, **{"Content-Encoding": "identity"}).status_code == 200
 
 
-def test_pixels_may_be_whole_floats(client: FlaskClient) -> None:
+def test_pixels_may_be_floats_without_a_fraction(client: FlaskClient) -> None:
     floats = images(data=PIXELS.astype(float).tolist())
-    assert answer(post(client, "colours", {"inputs": [floats]})) == answer(
-        post(client, "colours", {"inputs": [images()]})
-    )
+    assert read(post(client, "colours", {"inputs": [floats]})) == read(post(client, "colours", {"inputs": [images()]}))
 
 
 @pytest.mark.parametrize("shape", ["nested", "flat"])
@@ -369,13 +367,13 @@ def test_an_image_model_takes_what_clients_of_the_protocol_send(client: FlaskCli
     request = {"id": "29b2b3d4-7d1f", "inputs": [tensor], "parameters": None, "outputs": None}
     sent = {"Content-Type": "application/json", "Accept": "application/json"}
     for document in (request, {"id": request["id"], "inputs": [images(data=data)], "parameters": {}, "outputs": []}):
-        reply = answer(post(client, "colours", document, **sent))
+        reply = read(post(client, "colours", document, **sent))
         assert (reply["id"], reply["model_name"], reply["model_version"]) == (request["id"], "colours", "7")
         outputs = {output["name"]: output["data"] for output in reply["outputs"]}
         assert outputs["label"] == ["red", "red"]
 
 
-def test_without_a_name_the_inputs_choose_the_signature(client: FlaskClient) -> None:
+def test_the_inputs_select_the_signature(client: FlaskClient) -> None:
     file = picture("blue")
     tensor = {
         "name": "image_bytes",
@@ -384,9 +382,9 @@ def test_without_a_name_the_inputs_choose_the_signature(client: FlaskClient) -> 
         "parameters": {"binary_data_size": len(file) + 4},
     }
     request = {"inputs": [tensor], "parameters": {}, "outputs": [{"name": "label"}]}
-    reply = answer(post(client, "colours", request, struct.pack("<I", len(file)) + file))
-    assert reply["outputs"][0]["data"] == ["blue"]
-    shouted = answer(
+    response = read(post(client, "colours", request, struct.pack("<I", len(file)) + file))
+    assert response["outputs"][0]["data"] == ["blue"]
+    shouted = read(
         post(client, "adder", {"inputs": [{"name": "text", "shape": [], "datatype": "BYTES", "data": ["a"]}]})
     )
     assert shouted["outputs"][0]["data"] == ["A"]
@@ -396,7 +394,7 @@ def test_without_a_name_the_inputs_choose_the_signature(client: FlaskClient) -> 
     )
 
 
-def test_inputs_that_several_signatures_take_choose_the_default_or_none() -> None:
+def test_inputs_of_several_signatures_select_serving_default_or_none() -> None:
     x = {"x": TensorSpec("x", "DT_FLOAT", (None,), "x:0")}
     body = b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}'
     signatures = {name: Signature(name, "", x, x) for name in ("half", "serving_default", "twice")}
@@ -404,16 +402,16 @@ def test_inputs_that_several_signatures_take_choose_the_default_or_none() -> Non
     del signatures["serving_default"]
     with pytest.raises(InvalidRequest) as refused:
         parse_infer(body, None, "m", signatures)
-    message = "several signatures take the input x: half, twice; choose one with the parameter signature_name"
+    message = "several signatures have the input x: half, twice; choose one with the parameter signature_name"
     assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(
     ("document", "problem"),
     [
-        (b"", "the 0 bytes that should be JSON are not"),
-        (b"{", "the 1 bytes that should be JSON are not"),
-        (b'{"inputs": [NaN]}', "should be JSON are not"),
+        (b"", "the first 0 bytes of the body are not valid JSON"),
+        (b"{", "the first 1 bytes of the body are not valid JSON"),
+        (b'{"inputs": [NaN]}', "of the body are not valid JSON"),
         (b"[]", "expected a JSON object with inputs, got a list of 0"),
         ({}, "inputs must be a list of objects, not null"),
         ({"inputs": {}}, "inputs must be a list of objects, not an object"),
@@ -422,7 +420,7 @@ def test_inputs_that_several_signatures_take_choose_the_default_or_none() -> Non
         ({"inputs": [images(name="x" * 1000)]}, '"...; it takes images'),
         ({"inputs": [images(name=None)]}, "has no input null; it takes images"),
         ({"inputs": [images(name=["images"])]}, "has no input a list of 1"),
-        ({"inputs": [images(), images()]}, "input images is there twice"),
+        ({"inputs": [images(), images()]}, "input images is repeated"),
         ({"inputs": [images(datatype="FP32")]}, 'the datatype is UINT8, not "FP32"'),
         ({"inputs": [images(datatype=...)]}, "the datatype is UINT8, not null"),
         ({"inputs": [images(shape=...)]}, "the shape must be a list of at most 64 sizes, not null"),
@@ -437,7 +435,7 @@ def test_inputs_that_several_signatures_take_choose_the_default_or_none() -> Non
         ({"inputs": [images(shape=[6144], data=PIXELS.ravel().tolist())]}, "expected uint8 (n, 32, 32, 3)"),
         ({"inputs": [images(shape=[0, 32, 32, 3], data=[])]}, "an empty batch cannot be predicted"),
         ({"inputs": [images(data=...)]}, "either data or the parameter binary_data_size"),
-        ({"inputs": [images(parameters={"binary_data_size": 0})]}, "binary_data_size, and not both"),
+        ({"inputs": [images(parameters={"binary_data_size": 0})]}, "binary_data_size, but not both"),
         ({"inputs": [images(data=..., parameters={"binary_data_size": 1})]}, "is 1, but 0 bytes are left"),
         ({"inputs": [images(data="x")]}, 'data must be a list, not "x"'),
         ({"inputs": [images(data=[300] * 6144)]}, "UINT8 is from 0 to 255, not 300"),
@@ -455,7 +453,7 @@ def test_inputs_that_several_signatures_take_choose_the_default_or_none() -> Non
         ({"inputs": [images()], "outputs": 3}, "outputs must be a list of objects, not 3"),
         ({"inputs": [images()], "outputs": ["label"]}, "outputs must be a list of objects"),
         ({"inputs": [images()], "outputs": [{"name": "x"}]}, 'no output "x"; it has class_id, label, probabilities'),
-        ({"inputs": [images()], "outputs": [{"name": "label"}] * 2}, "output label is asked for twice"),
+        ({"inputs": [images()], "outputs": [{"name": "label"}] * 2}, "output label is repeated"),
         (
             {"inputs": [images()], "outputs": [{"name": "label", "parameters": {"classification": 2}}]},
             "output label: the parameter classification is not supported",
@@ -470,7 +468,7 @@ def test_inputs_that_several_signatures_take_choose_the_default_or_none() -> Non
         ),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(client: FlaskClient, document: Any, problem: str) -> None:
+def test_an_invalid_request_is_400_with_the_reason(client: FlaskClient, document: Any, problem: str) -> None:
     message = error(post(client, "colours", document))
     assert problem in message
     assert len(message) < 500
@@ -479,8 +477,8 @@ def test_a_bad_request_is_told_what_is_wrong(client: FlaskClient, document: Any,
 @pytest.mark.parametrize(
     ("size", "sent", "problem"),
     [
-        (PIXELS.nbytes, PIXELS.nbytes - 1, "binary_data_size is 6144, but 6143 bytes are left behind the JSON"),
-        (PIXELS.nbytes, PIXELS.nbytes + 1, "1 bytes behind the JSON belong to no input"),
+        (PIXELS.nbytes, PIXELS.nbytes - 1, "binary_data_size is 6144, but 6143 bytes are left after the JSON"),
+        (PIXELS.nbytes, PIXELS.nbytes + 1, "1 bytes after the JSON belong to no input"),
         (PIXELS.nbytes - 1, PIXELS.nbytes, "UINT8 of the shape [2, 32, 32, 3] needs 6144 bytes, got 6143"),
         (-1, PIXELS.nbytes, "binary_data_size is -1"),
         (True, PIXELS.nbytes, "binary_data_size is true"),
@@ -489,25 +487,23 @@ def test_a_bad_request_is_told_what_is_wrong(client: FlaskClient, document: Any,
         (2**63, PIXELS.nbytes, "binary_data_size is 9223372036854775808"),
     ],
 )
-def test_binary_data_are_exactly_as_long_as_the_shape_needs(
-    client: FlaskClient, size: Any, sent: int, problem: str
-) -> None:
+def test_binary_data_of_the_wrong_length_is_refused(client: FlaskClient, size: Any, sent: int, problem: str) -> None:
     request = {"inputs": [images(data=..., parameters={"binary_data_size": size})]}
     assert problem in error(post(client, "colours", request, bytes(sent)))
 
 
-def test_bytes_behind_json_that_wants_none(client: FlaskClient) -> None:
-    assert "4 bytes behind the JSON belong to no input" in error(post(client, "adder", SUM, b"1234"))
-    assert "should be JSON are not" in error(post(client, "adder", SUM, b"1234", **{LENGTH: "0"}))
+def test_binary_data_of_no_input_is_refused(client: FlaskClient) -> None:
+    assert "4 bytes after the JSON belong to no input" in error(post(client, "adder", SUM, b"1234"))
+    assert "of the body are not valid JSON" in error(post(client, "adder", SUM, b"1234", **{LENGTH: "0"}))
 
 
 @pytest.mark.parametrize("header", ["", "x", "-1", "1e3", " ", "²", "+5", "9" * 5000])
-def test_the_header_is_a_length(client: FlaskClient, header: str) -> None:
+def test_a_header_that_is_not_a_length_is_refused(client: FlaskClient, header: str) -> None:
     response = post(client, "adder", SUM, **{LENGTH: header.encode().decode("latin-1")})
     assert "must be a number of bytes" in error(response)
 
 
-def test_the_header_stays_within_the_body(client: FlaskClient) -> None:
+def test_a_header_length_beyond_the_body_is_refused(client: FlaskClient) -> None:
     text = json.dumps(SUM).encode()
     assert f"but the body has {len(text)} bytes" in error(post(client, "adder", text, **{LENGTH: str(len(text) + 1)}))
     assert post(client, "adder", text, **{LENGTH: str(len(text))}).status_code == 200
@@ -550,7 +546,7 @@ SHAPES = st.lists(st.integers(0, 3) | st.integers(0, 2**64 - 1), max_size=3) | s
 
 
 def almost(request: dict[str, Any], **parts: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """A good object with some of its parts replaced, and others added."""
+    """A valid object with some members replaced and others added."""
     changes = st.fixed_dictionaries({}, optional={name: part | ANYTHING for name, part in parts.items()})
     return changes.map(lambda change: {**request, **change})
 
@@ -572,15 +568,15 @@ REQUESTS = almost(
     tail=st.binary(max_size=20),
     header=st.none() | st.just("right") | st.integers(-2, 200).map(str) | st.text(st.characters(max_codepoint=255)),
     encoding=st.sampled_from(["", "identity", "gzip", "deflate", "br"]) | st.text(st.characters(max_codepoint=255)),
-    truly=st.booleans(),
+    is_compressed=st.booleans(),
 )
-@example(document=json.dumps(SUM).encode(), tail=b"", header=None, encoding="gzip", truly=True)
+@example(document=json.dumps(SUM).encode(), tail=b"", header=None, encoding="gzip", is_compressed=True)
 @settings(max_examples=500, deadline=None, derandomize=True)
-def test_no_request_is_the_services_fault(
-    app: Flask, document: bytes, tail: bytes, header: str | None, encoding: str, truly: bool
+def test_no_request_causes_a_server_error(
+    app: Flask, document: bytes, tail: bytes, header: str | None, encoding: str, is_compressed: bool
 ) -> None:
     body = document + tail
-    if truly:
+    if is_compressed:
         body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(encoding, bytes)(body)
     environ: dict[str, Any] = {
         "CONTENT_LENGTH": str(len(body)),
@@ -591,7 +587,7 @@ def test_no_request_is_the_services_fault(
         environ["HTTP_INFERENCE_HEADER_CONTENT_LENGTH"] = str(len(document)) if header == "right" else header
     response = app.test_client().open("/v2/models/adder/infer", method="POST", environ_overrides=environ)
     if response.status_code == 200:
-        assert answer(response)["model_name"] == "adder"
+        assert read(response)["model_name"] == "adder"
     else:
         assert response.status_code in (400, 415), response.text
         error(response, response.status_code)

@@ -32,17 +32,17 @@ def refusal(decode, *args):
 
 
 @pytest.mark.parametrize("datatype", DT)
-def test_every_datatype_has_the_protocols_name_and_the_predictors_dtype(datatype):
+def test_every_datatype_has_a_numpy_dtype(datatype):
     assert datatype_of(spec(datatype)).name == datatype
     assert datatype_of(spec(datatype)).dtype == NUMPY_DTYPES[DT[datatype]]
 
 
-def test_a_dtype_the_protocol_does_not_know_is_named():
+def test_a_dtype_without_a_datatype_is_named():
     assert "DT_COMPLEX64" in refusal(datatype_of, TensorSpec("x", "DT_COMPLEX64", (), "x:0"))
 
 
 @pytest.mark.parametrize("datatype", INTEGERS)
-def test_integers_keep_their_limits_and_nothing_beyond_them(datatype):
+def test_integers_out_of_range_are_refused(datatype):
     limits = np.iinfo(NUMPY_DTYPES[DT[datatype]])
     array = decode_json([limits.min, 1, limits.max], spec(datatype), (3,))
     assert array.dtype == NUMPY_DTYPES[DT[datatype]]
@@ -53,7 +53,7 @@ def test_integers_keep_their_limits_and_nothing_beyond_them(datatype):
 
 
 @pytest.mark.parametrize("datatype", INTEGERS)
-def test_whole_floats_are_integers_and_keep_their_limits(datatype):
+def test_floats_without_a_fraction_are_accepted_as_integers(datatype):
     array = decode_json([[106.0, 1], [-0.0, 2e1]], spec(datatype), (2, 2))
     assert array.dtype == NUMPY_DTYPES[DT[datatype]]
     assert array.tolist() == [[106, 1], [0, 20]]
@@ -77,7 +77,7 @@ def test_whole_floats_are_integers_and_keep_their_limits(datatype):
         ("BYTES", {"b64": "YQ=="}, "an object"),
     ],
 )
-def test_an_element_of_another_type_is_refused_wherever_it_stands(datatype, element, spelt):
+def test_an_element_of_another_type_is_refused_at_any_position(datatype, element, spelt):
     good = {"BOOL": True, "BYTES": "a"}.get(datatype, 1)
     for data in ([good, element], [element, good], [[good], [element]]):
         message = refusal(decode_json, data, spec(datatype), (2,))
@@ -85,14 +85,14 @@ def test_an_element_of_another_type_is_refused_wherever_it_stands(datatype, elem
         assert message.endswith(f"not {spelt}")
 
 
-def test_floats_are_taken_from_any_number_and_never_made_infinite():
+def test_floats_accept_any_number_within_their_range():
     assert decode_json([1, 2.5, 2**64 - 1], spec("FP64"), (3,)).tolist() == [1.0, 2.5, 2.0**64]
     assert decode_json([0.1], spec("FP32"), (1,))[0] == np.float32(0.1)
     assert "3.5e+38 is beyond the range of FP32" in refusal(decode_json, [1, 3.5e38], spec("FP32"), (2,))
     assert decode_json([3.5e38], spec("FP64"), (1,)).tolist() == [3.5e38]
 
 
-def test_half_floats_travel_as_bytes_only():
+def test_fp16_is_binary_only():
     assert "send it as binary data" in refusal(decode_json, [1.0], spec("FP16"), (1,))
     halves = np.array([1.5, np.inf], np.float16)
     assert decode_binary(memoryview(halves.tobytes()), spec("FP16"), (2,)).tolist() == [1.5, np.inf]
@@ -111,7 +111,7 @@ def test_half_floats_travel_as_bytes_only():
         ([7], (1,) * 64),
     ],
 )
-def test_data_are_flat_or_nested_like_the_shape(data, shape):
+def test_data_may_be_flat_or_nested_like_the_shape(data, shape):
     array = decode_json(data, spec("INT32"), shape)
     assert array.shape == shape
     assert array.ravel().tolist() == np.array(data).ravel().tolist()
@@ -130,11 +130,11 @@ def test_data_are_flat_or_nested_like_the_shape(data, shape):
         (None, (1,), "data must be a list, not null"),
     ],
 )
-def test_data_that_do_not_make_up_the_shape_are_refused(data, shape, problem):
+def test_data_that_does_not_fit_the_shape_is_refused(data, shape, problem):
     assert problem in refusal(decode_json, data, spec("INT32"), shape)
 
 
-def test_lists_nested_as_deep_as_json_allows_are_refused():
+def test_deeply_nested_lists_are_refused():
     data = orjson.loads(b"[" * 1000 + b"1" + b"]" * 1000)
     assert "takes 1 elements" in refusal(decode_json, data, spec("INT32"), (1,))
     data = orjson.loads(b"[1," + b"[" * 1000 + b"]" * 1000 + b"]")
@@ -142,10 +142,10 @@ def test_lists_nested_as_deep_as_json_allows_are_refused():
 
 
 @pytest.mark.parametrize("datatype", [name for name in DT if name != "BYTES"])
-def test_bytes_become_a_view_and_the_same_bytes_again(datatype):
+def test_binary_data_is_decoded_without_a_copy_and_round_trips(datatype):
     dtype = NUMPY_DTYPES[DT[datatype]]
     array = np.array([[0, 1, 0], [1, 1, 0]]).astype(dtype)
-    body = b"odd" + array.tobytes()  # as behind JSON of any length, so not aligned
+    body = b"odd" + array.tobytes()  # unaligned, like after JSON of any length
     decoded = decode_binary(memoryview(body)[3:], spec(datatype), (2, 3))
     assert decoded.dtype == dtype
     assert decoded.tolist() == array.tolist()
@@ -154,29 +154,29 @@ def test_bytes_become_a_view_and_the_same_bytes_again(datatype):
     assert (b"".join([chunk]), size) == (array.tobytes(), array.nbytes)
 
 
-def test_every_bit_pattern_of_a_float_goes_through_as_bytes():
+def test_binary_floats_keep_every_bit_pattern():
     odd = np.array([np.nan, np.inf, -np.inf, -0.0, 5e-324]).tobytes()
     assert decode_binary(memoryview(odd), spec("FP64"), (5,)).tobytes() == odd
 
 
 @pytest.mark.parametrize("size", [0, 7, 9, 16])
-def test_as_many_bytes_as_the_shape_needs(size):
+def test_binary_data_of_the_wrong_length_is_refused(size):
     message = refusal(decode_binary, memoryview(bytes(size)), spec("FP32"), (2, 1))
     assert message == f"input x: FP32 of the shape [2, 1] needs 8 bytes, got {size}"
 
 
-def test_sizes_that_cannot_be_are_refused_before_any_memory_is_taken():
+def test_impossible_shapes_are_refused_before_allocation():
     assert "needs" in refusal(decode_binary, memoryview(b""), spec("FP32"), (2**62, 2**62))
     assert "no tensor can have" in refusal(decode_binary, memoryview(b""), spec("FP32"), (2**62, 2**62, 0))
     assert "cannot hold" in refusal(decode_binary, memoryview(b"1234"), spec("BYTES"), (2**62,))
 
 
-def test_a_byte_that_is_no_bool_is_refused():
+def test_a_bool_byte_other_than_0_or_1_is_refused():
     assert "0 or 1, not 2" in refusal(decode_binary, memoryview(b"\0\1\2"), spec("BOOL"), (3,))
     assert decode_binary(memoryview(b""), spec("BOOL"), (0,)).tolist() == []
 
 
-def test_strings_are_any_bytes_in_binary_and_text_in_json():
+def test_strings_are_bytes_in_binary_data_and_text_in_json():
     elements = [b"", b"\xff\0", b"x" * 300]
     array = decode_binary(memoryview(as_bytes(*elements)), spec("BYTES"), (3, 1))
     assert array.tolist() == [[element] for element in elements]
@@ -192,24 +192,24 @@ def test_strings_are_any_bytes_in_binary_and_text_in_json():
     [
         (as_bytes(b"abc"), 2, "7 bytes cannot hold 2"),
         (as_bytes(b"abcdef"), 2, "end before element 1"),
-        (as_bytes(b"abc", b"d")[:-1], 2, "element 1 says it has 1 bytes, but 0 are left"),
-        (struct.pack("<I", 2**32 - 1) + b"abcd", 1, "element 0 says it has 4294967295 bytes, but 4 are left"),
-        (as_bytes(b"a", b"b"), 1, "5 bytes are left behind 1 elements"),
-        (b"\0", 0, "1 bytes are left behind 0 elements"),
+        (as_bytes(b"abc", b"d")[:-1], 2, "element 1 has a length of 1 bytes, but 0 are left"),
+        (struct.pack("<I", 2**32 - 1) + b"abcd", 1, "element 0 has a length of 4294967295 bytes, but 4 are left"),
+        (as_bytes(b"a", b"b"), 1, "5 bytes are left after 1 elements"),
+        (b"\0", 0, "1 bytes are left after 0 elements"),
     ],
 )
-def test_strings_fill_their_bytes(data, count, problem):
+def test_malformed_binary_strings_are_refused(data, count, problem):
     assert problem in refusal(decode_binary, memoryview(data), spec("BYTES"), (count,))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_json_does_not_pretend_to_hold_what_is_no_number(value):
+def test_nan_and_infinities_are_refused_in_json(value):
     for datatype in ("FP32", "FP64"):
         array = np.array([1, value], NUMPY_DTYPES[DT[datatype]])
-        assert "ask for it as binary data" in refusal(encode_json, array, spec(datatype))
+        assert "request it as binary data" in refusal(encode_json, array, spec(datatype))
 
 
-def test_json_is_flat_and_each_float_keeps_its_own_digits():
+def test_json_outputs_are_flat_with_the_digits_of_their_dtype():
     array = np.array([[0.1, 2], [3, 4]], np.float32).T  # not contiguous
     text = orjson.dumps(encode_json(array, spec("FP32")), option=orjson.OPT_SERIALIZE_NUMPY)
     assert text == b"[0.1,3.0,2.0,4.0]"
@@ -217,7 +217,7 @@ def test_json_is_flat_and_each_float_keeps_its_own_digits():
     assert encode_binary(np.array(3, np.int64), spec("INT64"))[1] == 8
 
 
-def test_what_is_quoted_stays_short():
+def test_quoted_values_are_short():
     assert quote("a" * 10_000) == '"' + "a" * 60 + '"...'
     assert [quote(value) for value in (None, 1.5, True, {}, [1, 2])] == [
         "null",

@@ -28,13 +28,13 @@ def signature(inputs: list[str], outputs: list[str]) -> dict[str, Signature]:
         ({"examples": [{}], "context": []}, "Example must be JSON object but got JSON Array"),
     ],
 )
-def test_what_is_no_list_of_examples_is_refused(document: dict[str, object], message: str) -> None:
+def test_invalid_examples_are_refused(document: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         check_examples(document)
     assert str(refused.value) == message
 
 
-def test_examples_are_objects() -> None:
+def test_valid_examples_are_accepted() -> None:
     check_examples({"examples": [{"age": 46}, {}], "context": {"country": "DE"}})
 
 
@@ -57,7 +57,7 @@ NO_OUTPUTS = (
         ("regress", ["inputs"], ["x"], "No regression outputs found in SignatureDef: inputs {"),
     ],
 )
-def test_signatures_are_refused_as_they_are_there(
+def test_signatures_are_refused_with_tensorflow_servings_messages(
     method: str, inputs: list[str], outputs: list[str], message: str
 ) -> None:
     error = refusal("", signature(inputs, outputs), method=method)
@@ -71,7 +71,7 @@ def test_an_unknown_signature_is_named() -> None:
 
 
 @pytest.mark.parametrize(("method", "outputs"), [("classify", ["classes", "scores"]), ("regress", ["outputs"])])
-def test_a_signature_that_could_answer_there_is_not_implemented_here(method: str, outputs: list[str]) -> None:
+def test_a_matching_signature_is_501(method: str, outputs: list[str]) -> None:
     error = refusal("", signature(["inputs"], outputs), method=method)
     assert error.status == 501
     assert f"{method} is not implemented" in str(error)

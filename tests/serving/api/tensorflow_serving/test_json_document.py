@@ -37,20 +37,20 @@ from serving.errors import InvalidRequest
         (b'{"a":"\xff"', "Missing a comma or '}' after an object member. at offset: 8"),
     ],
 )
-def test_what_is_no_json_is_refused_as_rapidjson_does(body: bytes, message: str) -> None:
+def test_invalid_json_is_refused_with_rapidjsons_message(body: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         parse_document(body)
     assert str(refusal.value) == f"JSON Parse error: {message}"
 
 
-def test_what_is_not_finite_is_a_number() -> None:
+def test_nan_and_infinities_are_numbers() -> None:
     values = parse_document(b'{"instances":[NaN,Infinity,Inf,-Infinity,-Inf,1]}')["instances"]
     assert math.isnan(values[0])
     assert values[1:] == [math.inf, math.inf, -math.inf, -math.inf, 1]
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_integers_of_any_size_are_read_whichever_parser_reads_them(mark: bytes) -> None:
+def test_integers_of_any_size_are_read_by_both_parsers(mark: bytes) -> None:
     assert parse_document(mark + b"[18446744073709551615,-9223372036854775808]") == [2**64 - 1, -(2**63)]
     beyond = parse_document(mark + b"[18446744073709551616,-9223372036854775809,1" + b"0" * 307 + b"]")
     assert list(map(float, beyond)) == [2.0**64, -(2.0**63), 1e307]
@@ -63,7 +63,7 @@ def test_integers_of_any_size_are_read_whichever_parser_reads_them(mark: bytes) 
         (b'{"inputs":{"a":1,"a":2}}', {"inputs": {"a": 1}}),
         (b'{"instances":[{"a":1,"a":2},{"a":3}]}', {"instances": [{"a": 1}, {"a": 3}]}),
         (b'{"inputs":{"\\u0061":1,"a":2}}', {"inputs": {"a": 1}}),
-        (b'{"inputs":{"inputs":[1]}}', {"inputs": {"inputs": [1]}}),  # no repetition
+        (b'{"inputs":{"inputs":[1]}}', {"inputs": {"inputs": [1]}}),  # not repeated: at different levels
         (b'{"inputs":["inputs","inputs"]}', {"inputs": ["inputs", "inputs"]}),
     ],
 )
@@ -71,14 +71,14 @@ def test_the_first_of_equal_keys_counts(body: bytes, document: object) -> None:
     assert parse_document(body) == document
 
 
-def test_a_request_of_many_keys_is_read_once_more_not_searched_for_each() -> None:
+def test_a_document_with_many_keys_is_parsed_in_linear_time() -> None:
     keys = [f'"key{index}":{index}' for index in range(100_000)]
     document = parse_document(f'{{{",".join(keys)},"key0":"again"}}'.encode())
     assert document["key0"] == 0
     assert document["key99999"] == 99_999
 
 
-def test_bytes_that_are_no_utf8_are_kept() -> None:
+def test_bytes_that_are_not_utf8_are_kept() -> None:
     document = parse_document(b'{"inputs":["caf\xe9","\\u00e9",NaN]}')
     assert document["inputs"][0].encode("utf-8", "surrogateescape") == b"caf\xe9"
     assert document["inputs"][1] == "é"
@@ -100,7 +100,7 @@ def outcome(body: bytes) -> str:
 
 
 @given(st.binary(max_size=200) | st.text('[]{}",:0123456789.eE+-NaInftyrul \\').map(str.encode))
-def test_whatever_comes_is_a_document_or_an_invalid_request(body: bytes) -> None:
+def test_any_body_is_a_document_or_an_invalid_request(body: bytes) -> None:
     assert outcome(body).startswith("JSON Parse error: ")
 
 
@@ -111,7 +111,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_json_reads_as_python_reads_it(document: object) -> None:
+def test_valid_json_is_parsed_like_by_python(document: object) -> None:
     text = json.dumps(document)
     assert parse_document(text.encode()) == document
     assert parse_document(b"\xef\xbb\xbf" + text.encode()) == document
@@ -140,17 +140,17 @@ def test_json_reads_as_python_reads_it(document: object) -> None:
         ({"a": [1, {"b": None}], "c": {}}, '{\n    "a": [1, {\n        "b": null\n    }],\n    "c": {}\n}'),
     ],
 )
-def test_values_are_quoted_as_rapidjson_prints_them(value: object, quoted: str) -> None:
+def test_values_are_quoted_like_by_rapidjson(value: object, quoted: str) -> None:
     assert quote_json(value) == quoted
 
 
-def test_a_document_is_quoted_up_to_256_bytes() -> None:
+def test_a_quoted_document_is_truncated_to_256_bytes() -> None:
     assert quote_document({"instances": list(range(1000))}) == quote_json({"instances": list(range(1000))})[:256]
     assert len(quote_document(["é" * 500]).encode()) == 256
     assert len(quote_json(["é" * 500]).encode()) == 1004
 
 
-def test_what_is_nested_too_deep_to_be_quoted_is_an_invalid_request() -> None:
+def test_a_value_nested_too_deep_to_quote_is_an_invalid_request() -> None:
     with pytest.raises(InvalidRequest):
         quote_json(parse_document(b'{"a":' * 1_000 + b"1" + b"}" * 1_000))
 

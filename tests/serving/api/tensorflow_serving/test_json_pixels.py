@@ -1,4 +1,4 @@
-"""The quick way and the thorough one: whatever the quick one reads, the thorough one reads alike."""
+"""The fast path for pixels reads the same arrays as the general parser, or leaves the request to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIGNATURE = Signature("serving_default", "predict", {"images": SPEC}, {})
 @pytest.mark.parametrize("rows", [1, 2, 64])
 @pytest.mark.parametrize("key", ["instances", "inputs"])
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" ,\n\t", " : ")])
-def test_pixels_are_read(rows: int, key: str, separators: tuple[str, str]) -> None:
+def test_pixels_take_the_fast_path(rows: int, key: str, separators: tuple[str, str]) -> None:
     images = np.random.default_rng(rows).integers(0, 256, (rows, 2, 3), dtype=np.uint8)
     body = json.dumps({key: images.tolist()}, separators=separators).encode()
     read = read_pixels(b" " + body + b"\n", SPEC)
@@ -67,12 +67,12 @@ GOOD = "[[[1,2,3],[4,5,6]]]"
         b'{"INSTANCES":[[[1,2,3],[4,5,6]]]}',
     ],
 )
-def test_everything_else_is_left_to_the_parser(body: bytes) -> None:
+def test_other_requests_fall_back(body: bytes) -> None:
     assert read_pixels(body, SPEC) is None
 
 
 @given(st.lists(st.integers(0, len(GOOD) - 1), max_size=3), st.text("0123456789[],. -", min_size=3, max_size=3))
-def test_what_is_read_is_what_the_parser_reads(positions: list[int], changes: str) -> None:
+def test_both_parsers_read_the_same_pixels(positions: list[int], changes: str) -> None:
     text = list(GOOD)
     for position, change in zip(positions, changes, strict=False):
         text[position] = change
@@ -100,5 +100,5 @@ def test_what_is_read_is_what_the_parser_reads(positions: list[int], changes: st
         (Signature("serving_default", "predict", {"x": TensorSpec("x", "DT_UINT8", (2, 3), "x")}, {}), False),
     ],
 )
-def test_only_batches_of_uint8_of_known_size_have_the_quick_way(signature: Signature | None, found: bool) -> None:
+def test_only_uint8_batches_of_known_shape_take_the_fast_path(signature: Signature | None, found: bool) -> None:
     assert (find_pixel_input(signature) is not None) == found

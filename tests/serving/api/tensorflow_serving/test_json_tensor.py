@@ -52,7 +52,7 @@ def refusal(body: str | bytes, **dtypes: str) -> str:
         '"b64":"a\\"}","b64":"eW8="',
     ],
 )
-def test_base64_twice_in_one_object_is_no_base64(members: str) -> None:
+def test_an_object_that_repeats_b64_is_not_base64(members: str) -> None:
     body = f'{{"inputs":[{{"b64":"aGk="}},{{{members}}}]}}'
     assert refusal(body, x="DT_STRING").endswith("not formatted correctly for base64 data")
     whole = '{"inputs":[{"b64":"aGk=","b64":"eW8="}]}'
@@ -69,7 +69,7 @@ def outcome(convert: Any, *arguments: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", NUMERIC)
-def test_numbers_become_arrays_of_the_inputs_dtype(dtype: str) -> None:
+def test_numbers_are_converted_to_the_inputs_dtype(dtype: str) -> None:
     elements = "[[true,false],[false,true]]" if dtype == "DT_BOOL" else "[[1,0],[0,1]]"
     for body in (f'{{"inputs":{elements}}}', f'{{"instances":{elements}}}'):
         array = decode(body, x=dtype)["x"]
@@ -97,7 +97,7 @@ def test_rows_and_columns_of_several_inputs() -> None:
         ('{"instances":[{"x":[[1]]},{"x":[[2]]}]}', (2, 1, 1)),
     ],
 )
-def test_shapes_are_as_they_came(body: str, shape: tuple[int, ...]) -> None:
+def test_shapes_are_those_of_the_lists(body: str, shape: tuple[int, ...]) -> None:
     assert decode(body, x="DT_FLOAT")["x"].shape == shape
 
 
@@ -110,25 +110,25 @@ def test_shapes_are_as_they_came(body: str, shape: tuple[int, ...]) -> None:
         ("aGVs\\nbG8 =\\t", b"hello"),
         ("", b""),
         ("//4=", b"\xff\xfe"),
-        ("//5=", b"\xff\xfe"),  # the bits beyond the last byte do not count
+        ("//5=", b"\xff\xfe"),  # unused bits of the last symbol are ignored
     ],
 )
-def test_base64_is_read_as_leniently_as_there(text: str, data: bytes) -> None:
+def test_base64_is_decoded_like_by_abseil(text: str, data: bytes) -> None:
     assert decode(f'{{"instances":[{{"b64":"{text}"}}]}}', x="DT_STRING")["x"].tolist() == [data]
     assert decode(f'{{"inputs":{{"b64":"{text}"}}}}', x="DT_STRING")["x"].item() == data
 
 
 @pytest.mark.parametrize("text", ["@@@@", "abcde", "_-_-", "aGVsbG8==", "aGV=sbG8", "é", "=", "a"])
-def test_what_is_no_base64_is_refused(text: str) -> None:
+def test_invalid_base64_is_refused(text: str) -> None:
     assert refusal(f'{{"inputs":{{"b64":"{text}"}}}}', x="DT_STRING") == "Unable to base64 decode"
 
 
-def test_strings_and_base64_mix_and_keep_their_bytes() -> None:
+def test_strings_and_base64_may_be_mixed() -> None:
     body = b'{"instances":["caf\xc3\xa9",{"b64":"//4="},"caf\xe9","a\\u0000b"]}'
     assert decode(body, x="DT_STRING")["x"].tolist() == [b"caf\xc3\xa9", b"\xff\xfe", b"caf\xe9", b"a\0b"]
 
 
-def test_what_is_not_finite_reaches_the_model() -> None:
+def test_nan_and_infinities_are_converted() -> None:
     array = decode('{"instances":[NaN,Infinity,-Inf,1e39]}', x="DT_FLOAT")["x"]
     np.testing.assert_array_equal(array, [np.nan, np.inf, -np.inf, np.inf])
 
@@ -175,7 +175,7 @@ def in_element(index: int, message: str, key: str = "") -> str:
         ),
     ],
 )
-def test_an_element_that_does_not_fit_is_quoted(dtype: str, element: str, message: str) -> None:
+def test_an_invalid_element_is_quoted(dtype: str, element: str, message: str) -> None:
     assert refusal(f'{{"instances":[{element}]}}', x=dtype) == in_element(0, message)
     assert refusal(f'{{"inputs":[{element}]}}', x=dtype) == message
 
@@ -192,13 +192,13 @@ def test_an_element_that_does_not_fit_is_quoted(dtype: str, element: str, messag
         ("[" * 1000 + "1" + "]" * 1000, "tensor parsing error: x"),
     ],
 )
-def test_ragged_lists_are_refused_where_they_are_ragged(inputs: str, message: str) -> None:
+def test_ragged_lists_are_refused_with_their_level(inputs: str, message: str) -> None:
     assert refusal(f'{{"inputs":{inputs}}}', x="DT_FLOAT") == message
 
 
 @pytest.mark.parametrize("element", ["1", "NaN", '"x"'])
 @pytest.mark.parametrize("depth", [62, 63, 64, 65, 253, 254, 255, 256, 299, 300])
-def test_lists_as_deep_as_arrays_can_be_and_deeper(depth: int, element: str) -> None:
+def test_lists_at_and_beyond_the_maximum_depth(depth: int, element: str) -> None:
     value = "[" * depth + element + "]" * depth
     for body in (f'{{"instances":{value}}}', f'{{"inputs":{value}}}'):
         got = outcome(decode, body, x="DT_INT32")
@@ -225,14 +225,14 @@ NO_FLOAT = 'JSON Value: "a" Type: String is not of expected type: float'
         ('[{"x":1},{"x":"a"}]', in_element(1, NO_FLOAT, key="x")),
         ("[[1,2],[3]]", in_element(1, "Expecting tensor size: 2 but got: 1")),
         ("[[[1,2,3],[4,5,6]],[[1,2],[3,4],[5,6]]]", in_element(1, "Expecting shape [2,3] but got: [3,2]")),
-        ('[1,"a",{"x":1}]', in_element(1, NO_FLOAT)),  # the first fault in the order of the rows counts
+        ('[1,"a",{"x":1}]', in_element(1, NO_FLOAT)),  # the first error in row order is reported
     ],
 )
-def test_rows_that_do_not_fit_are_named(instances: str, message: str) -> None:
+def test_invalid_rows_are_named_by_position(instances: str, message: str) -> None:
     assert refusal(f'{{"instances":{instances}}}', x="DT_FLOAT") == message
 
 
-def test_several_inputs_need_their_names() -> None:
+def test_several_inputs_must_be_named() -> None:
     dtypes = {"a": "DT_FLOAT", "b": "DT_FLOAT"}
     assert refusal('{"instances":[1]}', **dtypes) == (
         "instances is a plain list, but expecting list of objects as multiple input tensors required as per "
@@ -247,7 +247,7 @@ def test_several_inputs_need_their_names() -> None:
     )
 
 
-def test_messages_can_be_sent_whatever_bytes_the_request_had() -> None:
+def test_error_messages_are_valid_utf8() -> None:
     for body in (b'{"instances":[{"\xff":1}]}', b'{"inputs":["\xff"]}'):
         assert refusal(body, x="DT_FLOAT").encode("utf-8")
 
@@ -260,10 +260,10 @@ def arrays(dtype: str) -> st.SearchStrategy[np.ndarray]:
 
 @settings(max_examples=300)
 @given(st.sampled_from([*NUMERIC, "DT_STRING"]), st.sampled_from(["x", "x_bytes"]), st.data())
-def test_what_goes_out_comes_back_in(dtype: str, name: str, data: st.DataObject) -> None:
+def test_encoded_outputs_decode_to_the_same_arrays(dtype: str, name: str, data: st.DataObject) -> None:
     array = data.draw(arrays(dtype))
     shape = array.shape
-    if dtype == "DT_HALF":  # there is no reply in halves, but there are requests
+    if dtype == "DT_HALF":  # valid in requests only
         columns = json.dumps({"inputs": array.tolist()}).encode()
         rows = columns.replace(b"inputs", b"instances")
     else:
@@ -271,10 +271,10 @@ def test_what_goes_out_comes_back_in(dtype: str, name: str, data: st.DataObject)
         columns = encode_outputs(out, signature(**{name: dtype}), as_rows=False).replace(b"outputs", b"inputs", 1)
         rows = columns.replace(b"inputs", b"instances", 1)
         if shape and shape[0]:
-            reply = encode_outputs(out, signature(**{name: dtype}), as_rows=True)
-            assert reply.replace(b"predictions", b"instances", 1) == rows
+            response = encode_outputs(out, signature(**{name: dtype}), as_rows=True)
+            assert response.replace(b"predictions", b"instances", 1) == rows
     if 0 in shape:
-        shape = shape[: shape.index(0) + 1]  # what lies below an empty list cannot be told
+        shape = shape[: shape.index(0) + 1]  # JSON has no dimensions below an empty list
     for body in (columns, rows) if shape and shape[0] else (columns,):
         back = decode(body, **{name: dtype})[name]
         assert back.dtype == array.dtype
@@ -310,18 +310,18 @@ def test_any_json_is_an_array_or_an_invalid_request(dtype: str, value: Any) -> N
 
 @settings(max_examples=300)
 @given(st.sampled_from([*NUMERIC, "DT_STRING"]), VALUES)
-def test_the_quick_way_and_the_walk_give_the_same(dtype: str, value: Any) -> None:
+def test_the_fast_path_and_the_fallback_agree(dtype: str, value: Any) -> None:
     value = parse_document(json.dumps(value).encode())
-    quick = json_tensor._convert(value, spec(dtype))
+    fast = json_tensor._convert(value, spec(dtype))
     walked = outcome(json_tensor._walk, value, spec(dtype))
-    if quick is None:
+    if fast is None:
         assert isinstance(walked, str) or walked.dtype.kind == "O" or walked.size == 0
     else:
-        assert quick.dtype == walked.dtype
-        np.testing.assert_array_equal(quick, walked)
+        assert fast.dtype == walked.dtype
+        np.testing.assert_array_equal(fast, walked)
 
 
-def test_pictures_are_read_into_the_same_pixels() -> None:
+def test_images_keep_their_pixels() -> None:
     images = np.arange(2 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 32, 32, 3)
     body = json.dumps({"instances": images.tolist()})
     np.testing.assert_array_equal(decode(body, images="DT_UINT8")["images"], images)

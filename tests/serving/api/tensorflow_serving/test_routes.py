@@ -16,12 +16,12 @@ from tests.serving.conftest import PROJECT
 
 GOLDEN = PROJECT / "tests" / "contract" / "golden"
 PREDICT = "/v1/models/multi:predict"
-ONE = {"signature_name": "one", "inputs": [1, 2]}  # answered with [1.0, 0.5]
+ONE = {"signature_name": "one", "inputs": [1, 2]}  # the outputs are [1.0, 0.5]
 
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> FlaskClient:
-    """A client of the app with `multi`, versions 1 and 3; multi has signatures of many dtypes."""
+    """A client of an app that serves `multi`, versions 1 and 3, which has signatures of many dtypes."""
     models_dir = tmp_path_factory.mktemp("models")
     for version in ("1", "3"):
         shutil.copytree(GOLDEN / "multi" / "1", models_dir / "multi" / version)
@@ -44,13 +44,13 @@ def error(response: TestResponse, status: int = 400) -> str:
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", "x"])
-def test_the_content_type_of_a_request_does_not_matter(golden: FlaskClient, content_type: str) -> None:
+def test_the_content_type_of_a_request_is_ignored(golden: FlaskClient, content_type: str) -> None:
     response = post(golden, ONE, Content_Type=content_type)
     assert response.json == {"outputs": [1.0, 0.5]}
     assert response.content_type == "application/json"
 
 
-def test_rows_answer_as_rows_and_columns_as_columns(golden: FlaskClient) -> None:
+def test_the_response_has_the_format_of_the_request(golden: FlaskClient) -> None:
     rows = post(golden, {"instances": [{"a": [1, 4], "name_bytes": {"b64": "aGk="}}]})
     columns = post(golden, {"inputs": {"a": [[1, 4]], "name_bytes": ["hi"]}})
     (row,) = rows.json["predictions"]  # type: ignore[index]
@@ -59,19 +59,19 @@ def test_rows_answer_as_rows_and_columns_as_columns(golden: FlaskClient) -> None
     assert columns.json == {"outputs": {name: [value] for name, value in row.items()}}
 
 
-def test_an_output_without_rows_needs_the_columnar_form(golden: FlaskClient) -> None:
+def test_an_output_without_rows_needs_the_columnar_format(golden: FlaskClient) -> None:
     assert post(golden, {"signature_name": "two", "inputs": [1, 2]}).json == {"outputs": {"s": 3.0, "y": [2.0, 4.0]}}
     message = error(post(golden, {"signature_name": "two", "instances": [1, 2]}))
     assert message.splitlines()[0] == "Tensor name: s has no shape information "
 
 
-def test_integers_keep_their_last_digit(golden: FlaskClient) -> None:
+def test_64_bit_integers_are_exact(golden: FlaskClient) -> None:
     limits = [2**63 - 1, -(2**63)]
     rows = post(golden, {"signature_name": "ints", "instances": limits}).json["predictions"]  # type: ignore[index]
     assert [row["i64"] for row in rows] == limits
 
 
-def test_bytes_that_are_no_utf8_go_through(golden: FlaskClient) -> None:
+def test_strings_that_are_not_utf8_round_trip(golden: FlaskClient) -> None:
     response = post(golden, b'{"instances":[{"a":[1,4],"name_bytes":"caf\xe9"}]}')
     assert response.status_code == 200
     assert b'"tag":"caf\xe9!"' in response.data
@@ -107,11 +107,11 @@ NO_NAME = (
         ("[" * 1_000_000, "JSON Parse error: the document is nested deeper than 300 levels"),
     ],
 )
-def test_bad_requests_say_what_is_wrong(golden: FlaskClient, body: Any, message: str) -> None:
+def test_invalid_requests_are_400_with_the_reason(golden: FlaskClient, body: Any, message: str) -> None:
     assert error(post(golden, body)) == message
 
 
-def test_a_bad_document_comes_before_an_unknown_model(golden: FlaskClient) -> None:
+def test_an_invalid_document_is_reported_before_an_unknown_model(golden: FlaskClient) -> None:
     for path in ("/v1/models/nope:predict", "/v1/models/nope/labels/x:predict", "/v1/models/nope/versions/1:classify"):
         assert error(post(golden, "", path)) == "JSON Parse error: The document is empty"
     assert error(post(golden, ONE, "/v1/models/nope:predict"), 404) == "Servable not found for request: Latest(nope)"
@@ -121,7 +121,7 @@ def test_a_bad_document_comes_before_an_unknown_model(golden: FlaskClient) -> No
     assert error(post(golden, ONE, "/v1/models/nope/labels/x:predict")) == "Unrecognized servable version label: x"
 
 
-def test_classify_and_regress_are_refused_by_the_signature(golden: FlaskClient) -> None:
+def test_classify_and_regress_check_the_signature(golden: FlaskClient) -> None:
     examples = {"examples": [{"x": 1}]}
     assert error(post(golden, examples, "/v1/models/multi:classify")) == "Expected one input Tensor."
     message = error(post(golden, {**examples, "signature_name": "one"}, "/v1/models/multi:regress"))
@@ -138,7 +138,7 @@ def test_classify_and_regress_are_refused_by_the_signature(golden: FlaskClient) 
         "/v1/models/%6Dulti:predict",
     ],
 )
-def test_paths_of_predict(golden: FlaskClient, path: str) -> None:
+def test_predict_paths(golden: FlaskClient, path: str) -> None:
     assert post(golden, ONE, path).json == {"outputs": [1.0, 0.5]}
 
 
@@ -168,12 +168,12 @@ def test_paths_of_predict(golden: FlaskClient, path: str) -> None:
         ("PATCH", "/v1/models/multi"),
     ],
 )
-def test_anything_else_is_malformed(golden: FlaskClient, method: str, path: str) -> None:
+def test_other_paths_and_methods_are_malformed_requests(golden: FlaskClient, method: str, path: str) -> None:
     assert error(golden.open(path, method=method, data="{}")) == f"Malformed request: {method} {path}"
 
 
 @pytest.mark.parametrize("sent_as", ["REQUEST_URI", "RAW_URI", None])
-def test_paths_are_read_as_they_were_sent_from_any_wsgi_server(golden: FlaskClient, sent_as: str | None) -> None:
+def test_raw_paths_are_matched_under_any_wsgi_server(golden: FlaskClient, sent_as: str | None) -> None:
     def get(path: str) -> tuple[str, Any]:
         environ = EnvironBuilder(path).get_environ()
         target = environ.pop("REQUEST_URI")
@@ -201,13 +201,13 @@ def test_other_methods(golden: FlaskClient) -> None:
         assert (response.status_code, response.data) == (status, b"")
 
 
-def test_status_lists_what_was_loaded_by_version_as_a_string(golden: FlaskClient) -> None:
+def test_status_lists_loaded_versions(golden: FlaskClient) -> None:
     available = {"version": "3", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
     for path in (
         "/v1/models/multi",
         "/v1/models/multi/versions/3",
         "/v1/models/multi/labels/any",
-        "/v1/Models/multi/METADATA",  # not the word, so not the metadata
+        "/v1/Models/multi/METADATA",  # "/metadata" is case-sensitive
     ):
         assert golden.get(path).json == {"model_version_status": [available]}
     assert error(golden.get("/v1/models/multi/versions/1"), 404) == "Could not find version 1 of model multi"
@@ -217,7 +217,7 @@ def test_status_lists_what_was_loaded_by_version_as_a_string(golden: FlaskClient
         assert error(golden.get(path)) == "Missing model name in request."
 
 
-def test_metadata_describes_every_signature(golden: FlaskClient) -> None:
+def test_metadata_has_every_signature(golden: FlaskClient) -> None:
     metadata = golden.get("/v1/models/multi/versions/3/metadata").json
     assert metadata is not None
     assert metadata["model_spec"] == {"name": "multi", "signature_name": "", "version": "3"}
@@ -244,7 +244,7 @@ def test_metadata_describes_every_signature(golden: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("number", [str(2**63), "9" * 5_000])
-def test_a_version_that_is_too_big_is_refused(golden: FlaskClient, number: str) -> None:
+def test_a_version_number_out_of_range_is_refused(golden: FlaskClient, number: str) -> None:
     shown = number if len(number) < 40 else f"{number[:40]}..."
     message = f"the version must be a whole number from 0 to 9223372036854775807, not '{shown}'"
     assert error(post(golden, ONE, f"/v1/models/multi/versions/{number}:predict")) == message
@@ -253,25 +253,25 @@ def test_a_version_that_is_too_big_is_refused(golden: FlaskClient, number: str) 
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "deflate, gzip"])
-def test_gzip_bodies_are_inflated(golden: FlaskClient, encoding: str) -> None:
+def test_gzip_bodies_are_decompressed(golden: FlaskClient, encoding: str) -> None:
     body = gzip.compress(json.dumps(ONE).encode())
     assert post(golden, body, Content_Encoding=encoding).json == {"outputs": [1.0, 0.5]}
 
 
-def test_what_is_no_whole_gzip_stream_counts_as_empty(golden: FlaskClient) -> None:
+def test_an_invalid_gzip_body_counts_as_empty(golden: FlaskClient) -> None:
     body = gzip.compress(json.dumps(ONE).encode())
     damaged = body[:-8] + bytes(8)
     for broken in (json.dumps(ONE).encode(), body[:-9], damaged, body + body, b""):
         assert error(post(golden, broken, Content_Encoding="gzip")) == "JSON Parse error: The document is empty"
 
 
-def test_a_gzip_bomb_is_too_large(golden: FlaskClient) -> None:
+def test_a_decompression_bomb_is_413(golden: FlaskClient) -> None:
     bomb = gzip.compress(bytes(100 * 1024 * 1024 + 1))
     assert len(bomb) < 200_000
     assert "104,857,600 bytes" in error(post(golden, bomb, Content_Encoding="gzip"), 413)
 
 
-def test_a_model_that_is_still_loading_says_so(tmp_path: Path) -> None:
+def test_a_model_that_is_loading_is_503(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "multi", tmp_path / "multi")
     client = make_app(Settings(models_dir=tmp_path)).test_client()
     assert "still being loaded" in error(post(client, ONE), 503)

@@ -34,19 +34,19 @@ COLOURS = {
 
 
 def models_in(page: TestResponse) -> object:
-    """What the page's script will find in the page."""
+    """Return the models that are embedded in the page."""
     found = re.search(r'<script id="models" type="application/json">(.*?)</script>', page.text, re.DOTALL)
     assert found
     return json.loads(found[1])
 
 
-def test_the_page_carries_the_description_of_the_models(client: FlaskClient) -> None:
+def test_the_page_embeds_the_models(client: FlaskClient) -> None:
     page = client.get("/")
     assert (page.status_code, page.mimetype) == (200, "text/html")
     assert models_in(page) == client.get("/models.json").json == [COLOURS]
 
 
-def test_the_input_size_is_that_of_the_signature(tmp_path: Path) -> None:
+def test_the_image_size_comes_from_the_signature(tmp_path: Path) -> None:
     save_colour_classifier(tmp_path / "wide" / "1", size=(20, 48), card=False)
     app = make_app(Settings(models_dir=tmp_path))
     app.inference.repository.load()
@@ -54,11 +54,11 @@ def test_the_input_size_is_that_of_the_signature(tmp_path: Path) -> None:
     assert (model["height"], model["width"], model["class_names"]) == (20, 48, ["0", "1", "2"])
 
 
-def test_what_the_card_says_is_shown_where_it_can_be(models_dir: Path) -> None:
-    card = models_dir / "colours" / "10" / "assets.extra" / "model.json"
+def test_valid_parts_of_the_model_info_are_shown(models_dir: Path) -> None:
+    info = models_dir / "colours" / "10" / "assets.extra" / "model.json"
 
     def described(text: str) -> tuple[object, object, object]:
-        card.write_text(text)
+        info.write_text(text)
         app = make_app(Settings(models_dir=models_dir))
         app.inference.repository.load()
         (model,) = app.test_client().get("/models.json").json or []
@@ -72,7 +72,7 @@ def test_what_the_card_says_is_shown_where_it_can_be(models_dir: Path) -> None:
     assert described('{"class_names": 3, "dataset": {"name": 1}, "test": null}') == (numbers, None, None)
 
 
-def test_no_name_of_a_class_becomes_markup(models_dir: Path) -> None:
+def test_class_names_are_escaped(models_dir: Path) -> None:
     names = ["</script><script>alert(1)</script>", "<!--", "'&\""]
     (models_dir / "colours" / "10" / "assets.extra" / "model.json").write_text(json.dumps({"class_names": names}))
     app = make_app(Settings(models_dir=models_dir))
@@ -83,7 +83,7 @@ def test_no_name_of_a_class_becomes_markup(models_dir: Path) -> None:
     assert "alert(1)</script>" not in page.text
 
 
-def test_a_model_that_is_loading_and_one_that_takes_no_pictures_say_so(models_dir: Path, adder: Path) -> None:
+def test_models_that_cannot_classify_images_have_a_problem(models_dir: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
     app = make_app(Settings(models_dir=models_dir))
     client = app.test_client()
@@ -97,7 +97,7 @@ def test_a_model_that_is_loading_and_one_that_takes_no_pictures_say_so(models_di
     assert (takes_some["name"], takes_some["version"], takes_some["problem"]) == ("colours", 10, None)
 
 
-def test_a_model_that_failed_to_load_says_why(models_dir: Path, adder: Path) -> None:
+def test_a_model_that_failed_to_load_has_its_reason(models_dir: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
     for version in ("2", "10"):
         (models_dir / "colours" / version / "saved_model.pb").write_bytes(b"\xff")
@@ -109,7 +109,7 @@ def test_a_model_that_failed_to_load_says_why(models_dir: Path, adder: Path) -> 
 
 
 @pytest.mark.parametrize("shape", [None, (None, None)])
-def test_where_the_signature_does_not_count_the_classes_the_card_does(
+def test_the_model_info_has_the_number_of_classes_if_the_signature_has_not(
     models_dir: Path, shape: tuple[int | None, ...] | None
 ) -> None:
     outputs = {
@@ -142,7 +142,7 @@ def test_where_the_signature_does_not_count_the_classes_the_card_does(
 
 
 @pytest.mark.parametrize("path", ["/", "/models.json", "/static/page.js", "/static/page.css", "/static/missing.js"])
-def test_everything_is_sent_under_a_strict_policy(client: FlaskClient, path: str) -> None:
+def test_every_response_has_a_strict_content_security_policy(client: FlaskClient, path: str) -> None:
     headers = client.get(path).headers
     policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
     assert policy["default-src"] == "'none'"
@@ -153,7 +153,7 @@ def test_everything_is_sent_under_a_strict_policy(client: FlaskClient, path: str
     assert headers["Referrer-Policy"] == "no-referrer"
 
 
-def test_the_files_of_the_page_are_served_by_their_type_and_checked_for_changes(client: FlaskClient) -> None:
+def test_static_files_have_their_type_and_an_etag(client: FlaskClient) -> None:
     types = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
     for file in STATIC.iterdir():
         response = client.get(f"/static/{file.name}")
@@ -164,7 +164,7 @@ def test_the_files_of_the_page_are_served_by_their_type_and_checked_for_changes(
         assert (again.status_code, again.data) == (304, b"")
 
 
-def test_only_the_files_of_the_page_are_served(client: FlaskClient) -> None:
+def test_no_other_files_are_served(client: FlaskClient) -> None:
     for path in ("/static/", "/static/../pages.py", "/static/%2e%2e/pages.py", "/static/a%00b", "/templates/page.html"):
         response = client.get(path)
         assert response.status_code == 404

@@ -1,4 +1,4 @@
-"""One picture, one answer: the same probabilities by every way in."""
+"""One image gives the same probabilities over every protocol and encoding."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tests.serving.image_files import chunk, segment
 from training.data.image_file import read_image
 from training.data.shapes import draw_shapes
 
-# Beside float32's rounding: batches of different sizes add in different orders.
+# float32 rounding: batches of different sizes add in different orders.
 SAME = 1e-5
-# A resized picture may differ by one grey level a pixel between TensorFlow and Pillow, and so its answer by a little.
+# TensorFlow and Pillow may resize a pixel to values that differ by one grey level.
 NEARLY = 0.03
 
 
@@ -39,7 +39,7 @@ def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """A large picture with much in it: real images where there are some, drawn ones elsewhere."""
+    """Return a detailed image: a mosaic of CIFAR-10 images if available, else of drawn shapes."""
     folder = os.environ.get("CIFAR10_DATA")
     if folder:
         paths = sorted(Path(folder, "images", "test").glob("*/000*.jpg"))[:60]
@@ -50,7 +50,7 @@ def photo(width: int, height: int) -> Image.Image:
     return Image.fromarray(mosaic).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def turned(number: int) -> Image.Exif:
+def orientation(number: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = number
     return exif
@@ -68,7 +68,7 @@ def sixteen_bit(image: Image.Image) -> Image.Image:
 
 
 PHOTO, SMALL = photo(400, 300), photo(32, 32)
-# By name: the file, and whether it is already of the model's size.
+# By name: the file, and whether it has the model's image size.
 FILES = {
     "jpeg 4:2:0": (encoded(PHOTO, "JPEG", subsampling=2), False),
     "jpeg 4:4:4": (encoded(PHOTO, "JPEG", subsampling=0, quality=95), False),
@@ -88,11 +88,11 @@ FILES = {
     "png 16-bit 32x32": (encoded(sixteen_bit(SMALL), "PNG"), True),
     "png grey 32x32": (encoded(SMALL.convert("L"), "PNG"), True),
     "png grey alpha 32x32": (encoded(transparent(SMALL).convert("LA"), "PNG"), True),
-    "png with an orientation 32x32": (encoded(SMALL, "PNG", exif=turned(6)), True),
+    "png orientation 6 32x32": (encoded(SMALL, "PNG", exif=orientation(6)), True),
 } | {
-    f"jpeg turned {number}": (encoded(PHOTO, "JPEG", exif=turned(number)), False) for number in range(1, 9)
+    f"jpeg orientation {number}": (encoded(PHOTO, "JPEG", exif=orientation(number)), False) for number in range(1, 9)
 } | {
-    f"jpeg turned {number} 32x32": (encoded(SMALL, "JPEG", exif=turned(number)), True) for number in (3, 5, 6, 8)
+    f"jpeg orientation {n} 32x32": (encoded(SMALL, "JPEG", exif=orientation(n)), True) for n in (3, 5, 6, 8)
 }  # fmt: skip
 SMALL_PNG, SMALL_JPEG = encoded(SMALL, "PNG"), encoded(SMALL, "JPEG", subsampling=2)
 # What decoders are strict about, and where they look for the orientation, is not the same for all.
@@ -109,18 +109,18 @@ AWKWARD = {
     "jpeg turned behind 650 KB": jpeg_with(*[segment(0xE2, bytes(65_000))] * 10, app1(exif()), file=SMALL_JPEG),
 }
 FILES |= {f"{name} 32x32": (data, True) for name, data in AWKWARD.items()}
-# Formats that only Pillow decodes: they go by the upload and as pixels, and are refused as image_bytes.
+# Formats that only Pillow decodes: accepted as uploads and pixels, refused as image_bytes.
 OTHER_FORMATS = {
     "webp": encoded(PHOTO, "WEBP", quality=80),
-    "webp turned": encoded(PHOTO, "WEBP", exif=turned(6).tobytes()),
+    "webp orientation 6": encoded(PHOTO, "WEBP", exif=orientation(6).tobytes()),
     "bmp": encoded(PHOTO, "BMP"),
     "gif": encoded(PHOTO, "GIF"),
     "gif animated": encoded(PHOTO, "GIF", save_all=True, append_images=[PHOTO.rotate(90)]),
 }
 
 
-class Ways:
-    """Every way to ask one served model about one file; each returns the probabilities, float (classes,)."""
+class Routes:
+    """Every route from an image file to a served model. Each method returns probabilities, float (classes,)."""
 
     def __init__(self, served):
         self.url, self.model = served.server.url, served.model
@@ -133,14 +133,14 @@ class Ways:
         self.loaded = loaded  # keeps the variables alive
 
     def upload(self, data):
-        reply = self.http.post("/predict", files={"image": ("a picture", data)})
-        assert reply.status_code == 200, reply.text
-        return np.array(list(reply.json()["predictions"][0]["probabilities"].values()))
+        response = self.http.post("/predict", files={"image": ("image.png", data)})
+        assert response.status_code == 200, response.text
+        return np.array(list(response.json()["predictions"][0]["probabilities"].values()))
 
     def raw_body(self, data):
-        reply = self.http.post("/predict", content=data, headers={"Content-Type": "image/any"})
-        assert reply.status_code == 200, reply.text
-        return np.array(list(reply.json()["predictions"][0]["probabilities"].values()))
+        response = self.http.post("/predict", content=data, headers={"Content-Type": "image/any"})
+        assert response.status_code == 200, response.text
+        return np.array(list(response.json()["predictions"][0]["probabilities"].values()))
 
     def python_client(self, data):
         (prediction,) = self.client.predict([data])
@@ -169,15 +169,15 @@ class Ways:
     def v2_pixels(self, data):
         pixels = self.pixels(data)[None]
         tensor = {"name": "images", "shape": pixels.shape, "datatype": "UINT8", "data": pixels.tolist()}
-        reply = self.http.post(f"/v2/models/{self.model}/infer", json={"inputs": [tensor]})
-        assert reply.status_code == 200, reply.text
-        (answer,) = [output for output in reply.json()["outputs"] if output["name"] == "probabilities"]
-        return np.array(answer["data"])
+        response = self.http.post(f"/v2/models/{self.model}/infer", json={"inputs": [tensor]})
+        assert response.status_code == 200, response.text
+        (output,) = [output for output in response.json()["outputs"] if output["name"] == "probabilities"]
+        return np.array(output["data"])
 
     def rest(self, body):
-        reply = self.http.post(f"/v1/models/{self.model}:predict", content=json.dumps(body))
-        assert reply.status_code == 200, reply.text
-        return np.array(reply.json()["predictions"][0]["probabilities"])
+        response = self.http.post(f"/v1/models/{self.model}:predict", content=json.dumps(body))
+        assert response.status_code == 200, response.text
+        return np.array(response.json()["predictions"][0]["probabilities"])
 
     def rest_base64(self, data):
         instance = {"b64": base64.b64encode(data).decode()}
@@ -195,7 +195,7 @@ class Ways:
 
     @staticmethod
     def pixels(data):
-        """Decode and resize as someone does who sends pixels: as the training data was read."""
+        """Decode and resize like the training data."""
         return read_image(io.BytesIO(data), image_size=(32, 32))
 
 
@@ -212,61 +212,61 @@ IN_THE_GRAPH = ("rest_base64", "grpc_bytes", "python_grpc_client", "saved_model_
 
 
 @pytest.fixture(scope="module")
-def ways(shapes):
-    return Ways(shapes)
+def routes(shapes):
+    return Routes(shapes)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_way_gives_the_same_answer(ways, name):
+def test_every_route_gives_the_same_probabilities(routes, name):
     data, is_model_size = FILES[name]
-    by_pillow = [getattr(ways, way)(data) for way in BY_PILLOW]
-    in_the_graph = [getattr(ways, way)(data) for way in IN_THE_GRAPH]
-    for answers in (by_pillow, in_the_graph):
-        for answer in answers[1:]:
-            np.testing.assert_allclose(answer, answers[0], atol=SAME)
+    by_pillow = [getattr(routes, route)(data) for route in BY_PILLOW]
+    in_the_graph = [getattr(routes, route)(data) for route in IN_THE_GRAPH]
+    for results in (by_pillow, in_the_graph):
+        for result in results[1:]:
+            np.testing.assert_allclose(result, results[0], atol=SAME)
     np.testing.assert_allclose(in_the_graph[0], by_pillow[0], atol=SAME if is_model_size else NEARLY)
 
 
 @pytest.mark.parametrize("name", OTHER_FORMATS)
-def test_other_formats_agree_where_they_are_taken_and_are_refused_elsewhere(ways, name):
+def test_other_formats_agree_where_accepted_and_are_refused_elsewhere(routes, name):
     data = OTHER_FORMATS[name]
-    answers = [getattr(ways, way)(data) for way in BY_PILLOW]
-    for answer in answers[1:]:
-        np.testing.assert_allclose(answer, answers[0], atol=SAME)
+    results = [getattr(routes, route)(data) for route in BY_PILLOW]
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], atol=SAME)
     body = {"signature_name": "image_bytes", "instances": [{"b64": base64.b64encode(data).decode()}]}
-    refused = ways.http.post(f"/v1/models/{ways.model}:predict", json=body)
+    refused = routes.http.post(f"/v1/models/{routes.model}:predict", json=body)
     assert refused.status_code == 400
     assert "image_bytes must hold JPEG or PNG files" in refused.json()["error"]
     with pytest.raises(tf.errors.InvalidArgumentError, match="must hold JPEG or PNG"):
-        ways.saved_model_bytes(data)
-    # The client decodes them itself where the model's own decoder is asked, and only the resize is another.
-    np.testing.assert_allclose(ways.python_grpc_client(data), answers[0], atol=NEARLY)
+        routes.saved_model_bytes(data)
+    # The client decodes these itself for `image_bytes`; only the resize differs.
+    np.testing.assert_allclose(routes.python_grpc_client(data), results[0], atol=NEARLY)
 
 
-def test_the_orientation_and_the_transparency_of_awkward_files_count(ways):
-    """Otherwise they would be the same by every way where no way looked for them."""
-    plain = {"png": ways.rest_base64(SMALL_PNG), "jpe": ways.rest_base64(SMALL_JPEG)}
+def test_the_orientation_and_the_transparency_of_awkward_files_count(routes):
+    """Otherwise they would be the same by every route where none looked for them."""
+    plain = {"png": routes.rest_base64(SMALL_PNG), "jpe": routes.rest_base64(SMALL_JPEG)}
     for name, data in AWKWARD.items():
         is_changed = "turned" in name or "transparent" in name
-        assert (np.abs(ways.rest_base64(data) - plain[name[:3]]).max() > 10 * SAME) == is_changed, name
+        assert (np.abs(routes.rest_base64(data) - plain[name[:3]]).max() > 10 * SAME) == is_changed, name
 
 
-def test_the_answers_tell_pictures_apart(ways):
-    # Otherwise all of the above would hold for a model that says nothing.
-    answers = [ways.upload(encoded(Image.fromarray(image), "PNG")) for image in draw_shapes(20, seed=9).images]
-    assert len({answer.argmax() for answer in answers}) > 4
+def test_the_model_distinguishes_images(routes):
+    # A constant model would pass all other tests.
+    results = [routes.upload(encoded(Image.fromarray(image), "PNG")) for image in draw_shapes(20, seed=9).images]
+    assert len({result.argmax() for result in results}) > 4
 
 
-def test_real_images_give_the_same_answer_by_every_way(cifar10):
-    ways = Ways(cifar10)
+def test_real_images_give_the_same_probabilities_by_every_route(cifar10):
+    routes = Routes(cifar10)
     for path in sorted(Path(os.environ["CIFAR10_DATA"], "images", "test").glob("*/0001.jpg")):
         data = path.read_bytes()
-        expected = ways.saved_model_pixels(data)
-        for way in (*BY_PILLOW, *IN_THE_GRAPH):
-            np.testing.assert_allclose(getattr(ways, way)(data), expected, atol=SAME, err_msg=f"{path} {way}")
+        expected = routes.saved_model_pixels(data)
+        for route in (*BY_PILLOW, *IN_THE_GRAPH):
+            np.testing.assert_allclose(getattr(routes, route)(data), expected, atol=SAME, err_msg=f"{path} {route}")
 
 
-def test_the_client_finds_the_accuracy_that_evaluate_reports(cifar10):
+def test_the_client_measures_the_accuracy_of_the_evaluation(cifar10):
     images = Path(os.environ["CIFAR10_DATA"], "images", "test")
     url = cifar10.server.url
     command = [sys.executable, "-m", "client", "predict", str(images), "--url", url, "--json", "--labels-from-folders"]
@@ -274,7 +274,7 @@ def test_the_client_finds_the_accuracy_that_evaluate_reports(cifar10):
     assert done.returncode == 0, done.stderr
     labels = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(labels) == 10_000
-    right = sum(Path(line["file"]).parent.name == line["label"] for line in labels)
+    correct = sum(Path(line["file"]).parent.name == line["label"] for line in labels)
     accuracy = json.loads((cifar10.run / "evaluation.json").read_text())["test"]["accuracy"]
-    assert right == round(accuracy * 10_000)
-    assert f"({right:,} of 10,000)" in done.stderr
+    assert correct == round(accuracy * 10_000)
+    assert f"({correct:,} of 10,000)" in done.stderr
