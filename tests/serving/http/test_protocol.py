@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 
 from serving.errors import ModelFailed
 from serving.greenlets import offload
-from serving.http import protocol
+from serving.http import body_receiver, protocol
 from serving.http.protocol import Connection, SharedState
 from serving.http.server import Acceptor, Server, _no_asgi_app, listen
 from serving.memory import MemoryBudget, RequestMemory, Reservation
@@ -45,12 +45,12 @@ class Service:
             "urgent_paths": frozenset({b"/healthz"}),
             **limits,
         }
-        self.limits = SharedState(self._app, self.budget, **settings)
+        self.shared = SharedState(self._app, self.budget, **settings)
         self.state = ServerState()
         config = uvicorn.Config(app=_no_asgi_app, ws="none", lifespan="off", log_config=None, access_log=False)
         listener = listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
-        self.acceptor = Acceptor(listener, lambda: Connection(config, self.state, self.limits))
+        self.acceptor = Acceptor(listener, lambda: Connection(config, self.state, self.shared))
 
     def _app(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/healthz":
@@ -123,7 +123,7 @@ def run(check: Callable[[Service], Awaitable[None]], **limits: Any) -> None:
             for connection in tuple(service.state.connections):
                 connection.transport.abort()
             await asyncio.sleep(0.02)
-            service.limits.greenlets.threads.shutdown(wait=False)
+            service.shared.greenlets.threads.shutdown(wait=False)
             gc.collect()
 
     uvloop.run(start())
@@ -222,7 +222,7 @@ def test_the_application_is_told_when_the_client_disconnects() -> None:
 
 def test_a_request_that_could_not_have_its_turn_in_time_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(service: Service) -> None:
-        monkeypatch.setattr(type(service.limits.greenlets), "queue_s", 3.0)
+        monkeypatch.setattr(type(service.shared.greenlets), "queue_s", 3.0)
         client = await service.connect()
         client.send(get(b"X-Request-Timeout-S: 2"))
         assert (await client.read())[0] == 503
@@ -242,7 +242,7 @@ def test_memory_for_a_body_is_held_until_the_response(size: int) -> None:
     async def check(service: Service) -> None:
         service.work = lambda: held.append(service.budget.used_bytes)
         assert (await service.ask(post(size)))[1] == b"%d" % size
-        assert size <= held[0] <= size + protocol.GROW_BYTES
+        assert size <= held[0] <= size + body_receiver.GROW_BYTES
         await until(lambda: service.budget.used_bytes == 0)
 
     run(check)
@@ -323,7 +323,7 @@ def garbage_behind_a_body_that_is_too_long(check_after: Callable[[Service], Awai
         client.send(CHUNKED + b"5\r\nhello")
         await asyncio.sleep(0.05)
         for _ in range(40):  # other requests, so that this one has to wait for its turn
-            service.limits.greenlets.enqueue(time.sleep, 0.005)
+            service.shared.greenlets.enqueue(time.sleep, 0.005)
         client.send(b"\r\n400\r\n" + bytes(1_024))
         await asyncio.sleep(0.02)
         client.send(b"\r\nzz\r\n")
@@ -497,7 +497,7 @@ def test_headers_that_take_too_long_are_told_the_limit() -> None:
     async def check(service: Service) -> None:
         client = await service.connect()
         client.send(b"POST /x HTTP/1.1\r\nHost:")
-        await until(lambda: any(cast(Connection, each)._head_since_s is not None for each in service.state.connections))
+        await until(lambda: any(cast(Connection, c)._head_started_s is not None for c in service.state.connections))
         service.check_timeouts(11)
         status, body = await client.read()
         assert (status, json.loads(body)) == (408, {"error": "the headers took longer than 10 s"})

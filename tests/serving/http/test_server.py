@@ -280,7 +280,7 @@ def test_out_of_files_it_answers_those_it_has_and_takes_more_later(server: Serve
         try:
             for _ in range(3):
                 stack.enter_context(connect(server))
-            server.wait_until(lambda: "cannot take more connections for now" in server.log)
+            server.wait_until(lambda: "cannot accept connections" in server.log)
             first.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert read_reply(stream)[0] == 200
         finally:
