@@ -61,7 +61,7 @@ def read_request(connection: HttpToolsProtocol) -> Request:
     parser = connection.parser
     version = parser.get_http_version()
     if version not in ("1.0", "1.1"):
-        raise RequestFault("505 HTTP Version Not Supported", f"expected HTTP/1.0 or HTTP/1.1, got HTTP/{version}")
+        raise RequestFault("505 HTTP Version Not Supported", f"expected HTTP version 1.0 or 1.1, got {version}")
     target = _origin_form(connection.url)
     url = httptools.parse_url(target)
     scope = {

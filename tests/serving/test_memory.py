@@ -60,14 +60,14 @@ class Waiters:
     def add(
         self, name: str, reservation: Reservation, more: int, *, is_body: bool = False, within_s: float = PATIENCE_S
     ) -> Future[None]:
-        before = len(self.pool._waiters)
+        before = len(self.pool._queue)
 
         def grow() -> None:
             reservation.grow(more, is_body=is_body, deadline_s=in_s(within_s))
             self.granted.append(name)
 
         future = self._threads.submit(grow)
-        wait_until(lambda: len(self.pool._waiters) > before or future.done())
+        wait_until(lambda: len(self.pool._queue) > before or future.done())
         return future
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ def test_what_fits_is_granted_at_once_and_given_back() -> None:
 def test_what_never_fits_is_refused_at_once_whatever_is_free() -> None:
     pool = Pool("memory", 100)
     with hold(pool, 70) as held:
-        with pytest.raises(TooLarge, match="about 101 bytes of memory, and the service has 100"):
+        with pytest.raises(TooLarge, match="about 101 bytes of memory, the limit is 100"):
             pool.reserve(101, deadline_s=in_s(PATIENCE_S))
         with pytest.raises(TooLarge, match="about 101 bytes"):  # with what it holds already
             held.grow(31, is_body=False, deadline_s=in_s(PATIENCE_S))
@@ -228,7 +228,7 @@ def test_what_is_received_for_waiting_bodies_is_bounded() -> None:
         futures = [waiters.add(str(i), Reservation(pool), 1, is_body=True, within_s=0.5) for i in range(5)]
         with pytest.raises(Overloaded, match="too many uploads wait"):
             Reservation(pool).grow(1, is_body=True, deadline_s=in_s(PATIENCE_S))
-        assert len(pool._waiters) == 5
+        assert len(pool._queue) == 5
         for future in futures:
             with pytest.raises(Overloaded):
                 future.result()
@@ -338,11 +338,11 @@ def test_greenlets_threads_and_coroutines_share_one_queue(make_loop: Callable[[]
             order.append(name)
 
         greenlets.enqueue(grow, "greenlet")
-        await until(lambda: len(pool._waiters) == 1)
+        await until(lambda: len(pool._queue) == 1)
         thread = greenlets.threads.submit(grow, "thread")
-        await until(lambda: len(pool._waiters) == 2)
+        await until(lambda: len(pool._queue) == 2)
         task = asyncio.create_task(grow_async("coroutine"))
-        await until(lambda: len(pool._waiters) == 3)
+        await until(lambda: len(pool._queue) == 3)
         held.release()
         for name in ("greenlet", "thread", "coroutine"):
             await until(lambda name=name: order[-1:] == [name])
@@ -384,9 +384,9 @@ def test_a_coroutine_that_is_cancelled_leaves_the_queue(make_loop: Callable[[], 
         pool = Pool("memory", 100)
         held = hold(pool, 50)
         gone = asyncio.create_task(reserve_async(pool, 60, deadline_s=None))
-        await until(lambda: len(pool._waiters) == 1)
+        await until(lambda: len(pool._queue) == 1)
         behind = asyncio.create_task(reserve_async(pool, 50, deadline_s=None))
-        await until(lambda: len(pool._waiters) == 2)
+        await until(lambda: len(pool._queue) == 2)
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
@@ -405,7 +405,7 @@ def test_a_coroutine_that_is_cancelled_when_it_was_granted_holds_nothing(
         pool = Pool("memory", 100)
         held = hold(pool, 50)
         task = asyncio.create_task(reserve_async(pool, 60, deadline_s=None))
-        await until(lambda: len(pool._waiters) == 1)
+        await until(lambda: len(pool._queue) == 1)
         held.release()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -450,7 +450,7 @@ def test_many_threads_never_exceed_the_limit_and_leave_nothing() -> None:
     assert not problems, problems[:3]
     assert outcomes["granted"] > 100
     assert outcomes["refused"]
-    assert (pool.used, pool._bodies_used, pool._holders, pool._waiters) == (0, 0, 0, [])
+    assert (pool.used, pool._bodies_used, pool._holders, pool._queue) == (0, 0, 0, [])
 
 
 def test_greenlets_coroutines_and_threads_under_load_leave_nothing(
@@ -497,7 +497,7 @@ def test_greenlets_coroutines_and_threads_under_load_leave_nothing(
         await until(lambda: len(ended) == 400)
         for thread in threads:
             thread.result()
-        assert (pool.used, pool._bodies_used, pool._holders, pool._waiters) == (0, 0, 0, [])
+        assert (pool.used, pool._bodies_used, pool._holders, pool._queue) == (0, 0, 0, [])
 
     run_in_loop(check, make_loop)
 

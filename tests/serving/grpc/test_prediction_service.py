@@ -277,7 +277,7 @@ def test_a_message_that_cannot_be_parsed_is_refused_in_words(stubs: Any) -> None
     with pytest.raises(grpc.RpcError) as refused:
         predict(b"garbage", timeout=60)
     assert refused.value.code() == grpc.StatusCode.INTERNAL
-    assert refused.value.details() == "the message sent is not a tensorflow.serving.PredictRequest: it cannot be parsed"
+    assert refused.value.details() == "the message cannot be parsed as tensorflow.serving.PredictRequest"
 
 
 def test_many_pictures_in_one_request(stubs: Any) -> None:

@@ -21,14 +21,14 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from serving.errors import InvalidRequest
 from serving.greenlets import LoopGreenlets, Waiter, wake_all
 from serving.grpc import receiving
-from serving.grpc.handlers import OBJECT_BYTES, GrpcLimits, make_handler
+from serving.grpc.handlers import OBJECT_BYTES, SharedState, make_handler
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.memory import MemoryBudget, Reservation
 from serving.request_context import current_request
 
 BUDGET_BYTES = 160_000_000
 MAX_BYTES = 8_000_000
-LATE_S = 4 * receiving.AT_ONCE_S
+LATE_S = 4 * receiving.POLL_S
 
 Answer = Callable[[Any], Any]
 
@@ -42,10 +42,10 @@ class Service:
         self._answer = answer
 
     async def start(self, threads: ThreadPoolExecutor) -> None:
-        limits = GrpcLimits(LoopGreenlets(threads), self.budget, MessageReceiver(self.max_bytes))
+        shared = SharedState(LoopGreenlets(threads), self.budget, MessageReceiver(self.max_bytes))
         options = [("grpc.max_receive_message_length", self.max_bytes), *CHANNEL_OPTIONS]
         self.server = grpc.aio.server(options=options)
-        handlers = {"Echo": make_handler(self._answer, BytesValue, limits=limits)}
+        handlers = {"Echo": make_handler(self._answer, BytesValue, shared=shared)}
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()
@@ -271,7 +271,7 @@ def test_a_long_message_without_memory_is_refused_soon() -> None:
 
 
 def test_a_small_message_that_is_a_little_late_needs_no_memory_for_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiving, "PATIENCE", 500)
+    monkeypatch.setattr(receiving, "MAX_POLLS", 500)
 
     async def check(service: Service) -> None:
         held = hold_bodies(service)
@@ -425,11 +425,11 @@ def test_calls_on_new_connections_take_turns(monkeypatch: pytest.MonkeyPatch) ->
             calls = [await client.stall() for client in stalled]
             client = await stack.enter_async_context(service.connect())
             assert await client.echo(1, timeout_s=5) == 1
-            assert sum(call.done() for call in calls) >= len(calls) - receiving.NEW_AT_ONCE
+            assert sum(call.done() for call in calls) >= len(calls) - receiving.MAX_NEW_READS
         held.release()
         await service.assert_at_rest()
 
-    monkeypatch.setattr(receiving, "PATIENCE", 10_000)
+    monkeypatch.setattr(receiving, "MAX_POLLS", 10_000)
     run(check)
 
 
