@@ -21,7 +21,8 @@ from serving.http.protocol import SharedState, access_logger
 from serving.http.server import listen, run_http_server
 from serving.inference.backends import name_remote_models
 from serving.inference.model_config import ModelsFolder
-from serving.memory import TRIM_BYTES, MemoryBudget, keep_freed_memory, return_freed_memory
+from serving.memory import TRIM_BYTES, MemoryBudget
+from serving.process_memory import keep_freed_memory, return_freed_memory
 from serving.settings import LOG_LEVELS, Settings
 
 logger = logging.getLogger("serving")

@@ -17,7 +17,8 @@ from serving.grpc import receiving
 from serving.http import body_receiver, framing, protocol, request, server
 from serving.images import limits as image_header
 from serving.images.decode_cost import decode_cost
-from serving.memory import BODIES_SHARE, SAFETY_SHARE, SMALL_SHARE, MemoryBudget
+from serving.memory import BODIES_SHARE, SMALL_SHARE, MemoryBudget
+from serving.process_memory import SAFETY_SHARE
 from serving.settings import Settings
 
 PROJECT = Path(__file__).parents[2]

@@ -32,8 +32,8 @@ LAST_HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 class Service:
     """A server whose application returns the length of the body; `contexts` are the contexts of its requests."""
 
-    def __init__(self, **limits: Any) -> None:
-        self.budget = MemoryBudget(limits.pop("budget_bytes", 160_000_000))
+    def __init__(self, **options: Any) -> None:
+        self.budget = MemoryBudget(options.pop("budget_bytes", 160_000_000))
         self.contexts: list[RequestContext] = []
         self.work: Callable[[], object] = lambda: None  # called for each request except health checks
         self.response: bytes | None = None  # replaces the length of the body
@@ -43,7 +43,7 @@ class Service:
             "threads": 2,
             "access_log": False,
             "urgent_paths": frozenset({b"/healthz"}),
-            **limits,
+            **options,
         }
         self.shared = SharedState(self._app, self.budget, **settings)
         self.state = ServerState()
@@ -113,9 +113,9 @@ class Client:
         self._writer.transport.abort()
 
 
-def run(check: Callable[[Service], Awaitable[None]], **limits: Any) -> None:
+def run(check: Callable[[Service], Awaitable[None]], **options: Any) -> None:
     async def start() -> None:
-        service = Service(**limits)
+        service = Service(**options)
         try:
             await asyncio.wait_for(check(service), 60)
         finally:
