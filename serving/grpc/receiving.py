@@ -41,7 +41,7 @@ CHANNEL_OPTIONS = (("grpc.http2.bdp_probe", 0),)
 
 
 def _retrieve(reading: asyncio.Future[Any]) -> None:
-    """Retrieve the exception of a read, for example of an aborted call; asyncio logs exceptions that are not."""
+    """Retrieve the exception of a read, for example of an aborted call; asyncio logs unretrieved exceptions."""
     if not reading.cancelled():
         reading.exception()
 
