@@ -288,7 +288,6 @@ class Connection(RequestParser):
 
     @override
     def _refuse(self, fault: RequestFault) -> None:
-        """Send an error response after those of earlier requests, and close the connection."""
         self._fault = fault
         self._unparsed = b""
         self.flow.pause_reading()
