@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from serving.errors import StartupError
-from serving.memory import keep_freed_memory
 from serving.process import configure_logging, exit_process, log_requests_to, open_standard_streams
+from serving.process_memory import keep_freed_memory
 from serving.server import serve_settings
 from serving.settings import LOG_LEVELS, Settings
 

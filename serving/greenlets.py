@@ -1,9 +1,7 @@
-"""How a request waits without keeping others waiting.
+"""Greenlet pool: runs small blocking handlers on the event-loop thread, and long computations in worker threads.
 
-Small requests run as greenlets of the event loop's one thread: Flask's views stay plain functions, and to wait is to
-give way to the next request, for less than a microsecond. With a thread a request, the interpreter's lock changed hands
-five times on the way to each answer, which took longer than the answer. What computes for long in a request is left to
-one of a few threads, and the greenlet waits for it.
+Flask views stay plain functions: a handler that waits switches to the next one in less than a microsecond. With one
+thread per request, the interpreter lock changed hands five times per response, which took longer than the response.
 """
 
 from __future__ import annotations
@@ -31,34 +29,33 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BLOCKING_THREADS = 64
-NICENESS = 5  # of threads that compute for long: the event loop and short calls of the models come first
+NICENESS = 5  # of worker threads, below the event loop and short model calls
 
-MAX_IDLE = 256  # greenlets that are kept for the next requests
+MAX_IDLE = 256  # greenlets kept for reuse
 
-SMALL_BYTES = 256 * 1024  # of a request: read and answered within a few milliseconds
+SMALL_BYTES = 256 * 1024  # a request up to this size is processed within a few milliseconds
 
-# Greenlets that are ready are run for so long at a time; then the event loop looks for new data, so that thousands of
-# requests that come at once do not keep it from health checks and new connections.
+# The event loop polls for I/O after running greenlets for this time, so that a burst of requests does not block health
+# checks and new connections.
 SLICE_S = 0.004
 
-TIMEOUT_STEP_S = 0.02  # how late a timeout may be
+TIMEOUT_STEP_S = 0.02  # resolution of timeouts
 
 
 class LoopGreenlets:
-    """The greenlets of the thread that an event loop runs in; made there.
+    """The greenlet pool of one event loop; created in its thread.
 
-    One that is through with a function serves for the next: with each new one Python maps memory for its frames, and
-    unmaps it at its end, which takes as long as a good part of an answer.
+    Greenlets are reused, because Python maps and unmaps memory for the frames of each new one.
 
     Args:
-        threads: where they send what computes for long. As few as there are cores: each may hold the interpreter's lock
-            for long, and the loop would wait for one after the other.
+        threads: worker threads for long computations. No more than cores: the event loop waits for each thread that
+            holds the interpreter lock.
     """
 
     def __init__(self, threads: Executor) -> None:
         self.loop = asyncio.get_running_loop()
         self.threads = threads
-        self.blocking_threads = ThreadPoolExecutor(BLOCKING_THREADS, thread_name_prefix="blocking")  # for what waits
+        self.blocking_threads = ThreadPoolExecutor(BLOCKING_THREADS, thread_name_prefix="blocking")
         self.timeouts = Timeouts()
         self.idle: list[LoopGreenlet] = []
         self._ready: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
@@ -67,11 +64,11 @@ class LoopGreenlets:
 
     @property
     def queue_s(self) -> float:
-        """How long a function that is enqueued now has to wait for its turn, by estimate."""
+        """Estimated queueing time of a function that is enqueued now."""
         return len(self._ready) * self._call_s
 
     def enqueue(self, function: Callable[..., None], *args: object, is_urgent: bool = False) -> None:
-        """Call a function as a greenlet when its turn comes; an urgent one comes first. It must not raise."""
+        """Queue a function to run as a greenlet; an urgent one is queued first. It must not raise."""
         if is_urgent:
             self._ready.appendleft((function, args))
         else:
@@ -94,47 +91,47 @@ class LoopGreenlets:
             self.loop.call_soon(self._drain)
 
     def call(self, function: Callable[..., None], *args: object) -> None:
-        """Call a function as a greenlet; returns when it has ended, or waits. It must not raise."""
+        """Run a function as a greenlet; returns when it has returned or waits. It must not raise."""
         if not self.idle:
             LoopGreenlet(self).switch()
         self.idle.pop().switch(function, args)
 
 
 class LoopGreenlet(greenlet.greenlet):
-    """One of `LoopGreenlets`."""
+    """A reusable greenlet of a pool."""
 
-    def __init__(self, siblings: LoopGreenlets) -> None:
+    def __init__(self, pool: LoopGreenlets) -> None:
         super().__init__()
-        self.siblings = siblings
+        self.pool = pool
 
     def run(self) -> None:
-        """Call one function after the other, as the switches bring them."""
+        """Run the functions that are passed to `switch`."""
         assert self.parent is not None
-        while len(self.siblings.idle) < MAX_IDLE:
-            self.siblings.idle.append(self)
+        while len(self.pool.idle) < MAX_IDLE:
+            self.pool.idle.append(self)
             function, args = self.parent.switch()
             try:
-                Context().run(function, *args)  # what it sets is not the next one's
+                Context().run(function, *args)  # isolates context variables
             except Exception:
-                logger.exception("a call that must not raise did")
-            del function, args  # nor kept while there is nothing to do
+                logger.exception("unhandled exception in a greenlet")
+            del function, args  # an idle greenlet must not keep references
 
 
 def lower_priority() -> None:
-    """Lower the priority of the current thread, where the system has priorities for threads: on Linux."""
+    """Lower the priority of the current thread (Linux only)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class Waiter:
-    """Something to wait for, once, by whoever makes it: a greenlet or a thread."""
+    """One-shot event that blocks the greenlet or thread that created it until `wake_all`."""
 
-    __slots__ = ("_greenlet", "_is_waiting", "_lock", "_over")
+    __slots__ = ("_greenlet", "_is_set", "_is_waiting", "_lock")
 
     def __init__(self) -> None:
         current = greenlet.getcurrent()
-        self._over = False
+        self._is_set = False
         self._is_waiting = False
         self._greenlet = current if isinstance(current, LoopGreenlet) else None
         if self._greenlet is None:
@@ -142,12 +139,12 @@ class Waiter:
             self._lock.acquire()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for `wake_all`; returns whether it came, and not the timeout."""
+        """Block until `wake_all`; returns False on timeout."""
         if self._greenlet is None:
             return self._lock.acquire(timeout=-1.0 if timeout_s is None else max(0.0, timeout_s))
-        if self._over:
+        if self._is_set:
             return True
-        timeouts = self._greenlet.siblings.timeouts
+        timeouts = self._greenlet.pool.timeouts
         if timeout_s is not None:
             timeouts.add(self, timeout_s)
         assert self._greenlet.parent is not None
@@ -156,22 +153,22 @@ class Waiter:
         self._is_waiting = False
         if timeout_s is not None:
             timeouts.discard(self)
-        return self._over
+        return self._is_set
 
-    def _end(self) -> None:
-        self._over = True
+    def _wake(self) -> None:
+        self._is_set = True
         self._resume()
 
     def _resume(self) -> None:
-        if self._greenlet and self._is_waiting:  # else the greenlet has gone on, and may wait for something else
+        if self._greenlet and self._is_waiting:  # else it timed out, and may wait for another event
             self._greenlet.switch()
 
 
 class Timeouts:
-    """The timeouts of the waiters of an event loop; made in its thread.
+    """The timeouts of an event loop's waiters; created in its thread.
 
-    Nearly every waiter is over long before, and a timer of the loop takes longer to make and to cancel than a request
-    may: so there is one for all, and a timeout may come TIMEOUT_STEP_S late.
+    One timer serves all waiters, because creating and cancelling a timer per waiter is too slow and timeouts are rare.
+    A timeout may be TIMEOUT_STEP_S late.
     """
 
     def __init__(self) -> None:
@@ -180,14 +177,14 @@ class Timeouts:
         self._is_check_due = False
 
     def add(self, waiter: Waiter, timeout_s: float) -> None:
-        """Resume a waiter after so many seconds."""
+        """Resume a waiter after `timeout_s`."""
         self._ends_s[waiter] = self._loop.time() + timeout_s
         if not self._is_check_due:
             self._is_check_due = True
             self._loop.call_later(TIMEOUT_STEP_S, self._check)
 
     def discard(self, waiter: Waiter) -> None:
-        """Forget a waiter that has resumed."""
+        """Remove a waiter that has resumed."""
         self._ends_s.pop(waiter, None)
 
     def _check(self) -> None:
@@ -200,31 +197,31 @@ class Timeouts:
 
 
 def wake_all(waiters: Iterable[Waiter]) -> None:
-    """Wake those who wait for these; called from any thread."""
+    """Set these waiters and resume their greenlets and threads. Thread-safe."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Waiter]] = {}
     for waiter in waiters:
         if waiter._greenlet is None:
             waiter._lock.release()
         else:
-            by_loop.setdefault(waiter._greenlet.siblings.loop, []).append(waiter)
+            by_loop.setdefault(waiter._greenlet.pool.loop, []).append(waiter)
     for loop, group in by_loop.items():
         if asyncio._get_running_loop() is loop and not isinstance(greenlet.getcurrent(), LoopGreenlet):
             _wake_group(group)
             continue
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and they with it
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             loop.call_soon_threadsafe(_wake_group, group)
 
 
 def _wake_group(waiters: list[Waiter]) -> None:
     for waiter in waiters:
-        waiter._end()
+        waiter._wake()
 
 
 def call_soon(function: Callable[..., object], *args: object) -> None:
-    """Call a function when the event loop has gone through the requests at hand; in a thread, at once."""
+    """Call a function in the next iteration of the event loop; outside a greenlet, immediately."""
     current = greenlet.getcurrent()
     if isinstance(current, LoopGreenlet):
-        current.siblings.loop.call_soon(function, *args)
+        current.pool.loop.call_soon(function, *args)
     else:
         function(*args)
 
@@ -238,15 +235,15 @@ async def call_from_loop(
         client_disconnected=is_cancelled
     ),
 ) -> R:
-    """Call a function that waits from a coroutine, which is not to be kept waiting by it.
+    """Call a blocking function from a coroutine without blocking the event loop.
 
-    Where the coroutine is cancelled the function goes on, and the context's `client_disconnected` tells it.
+    If the coroutine is cancelled the function continues, and the context's `client_disconnected` returns True.
 
     Args:
-        function: what to call; it must not raise.
-        greenlets: those of the loop.
-        in_thread: it blocks for long, and is called in one of their threads rather than as a greenlet.
-        make_context: makes the request's context, of what tells whether the coroutine was cancelled.
+        function: the function; it must not raise.
+        greenlets: the greenlet pool of the event loop.
+        in_thread: call it in a blocking thread instead of a greenlet, because it blocks for long.
+        make_context: callable(is_cancelled) that makes the request context.
     """
     returned: asyncio.Future[R] = greenlets.loop.create_future()
 
@@ -266,24 +263,24 @@ async def call_from_loop(
 
 
 def run_sized(size_bytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a function whose time grows with a size: here where that is small, else as `offload` does."""
+    """Call a function whose duration grows with the size: directly up to SMALL_BYTES, else with `offload`."""
     return function(*args, **kwargs) if size_bytes <= SMALL_BYTES else offload(function, *args, **kwargs)
 
 
 def offload(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a function that computes for long: a greenlet in a worker thread meanwhile, a thread directly."""
+    """Run a long computation without blocking the event loop: from a greenlet in a worker thread, else directly."""
     current = greenlet.getcurrent()
     if not isinstance(current, LoopGreenlet):
         return function(*args, **kwargs)
-    return _call_in_thread(current.siblings.threads, function, *args, **kwargs)
+    return _call_in_thread(current.pool.threads, function, *args, **kwargs)
 
 
 def run_blocking(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a function that waits for long, for another process or server: as `offload`, in a thread of another kind."""
+    """Like `offload`, for a function that waits for I/O: in one of the BLOCKING_THREADS."""
     current = greenlet.getcurrent()
     if not isinstance(current, LoopGreenlet):
         return function(*args, **kwargs)
-    return _call_in_thread(current.siblings.blocking_threads, function, *args, **kwargs)
+    return _call_in_thread(current.pool.blocking_threads, function, *args, **kwargs)
 
 
 def _call_in_thread(threads: Executor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -291,7 +288,7 @@ def _call_in_thread(threads: Executor, function: Callable[P, R], *args: P.args, 
 
 
 def wait_for(future: Future[R]) -> R:
-    """Wait for a future, and return its result or raise its exception."""
+    """Wait for a future in a greenlet or thread, and return its result or raise its exception."""
     waiter = Waiter()
     future.add_done_callback(lambda _: wake_all([waiter]))
     waiter.wait()

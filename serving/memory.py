@@ -1,61 +1,49 @@
-"""The memory budget: what requests that are being read, inflated, parsed and decoded may occupy together.
+"""Memory budget: limits the memory of all in-flight requests while they are received, inflated, parsed and decoded.
 
-A request reserves memory before each step that needs it. Requests that do not fit wait in the order in which they
-asked, until their deadline. Knows nothing of protocols and models.
+A request reserves memory before each step. If too little is free, it waits in a first-in, first-out queue until its
+deadline. Thread-safe; independent of protocols and models.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from serving.errors import Overloaded, TooLarge
 from serving.greenlets import Waiter, wake_all
+from serving.process_memory import free_bytes, return_freed_memory
 
-# Shares of the budget. Small requests have a pool of their own, so that large ones cannot keep them waiting. Of the
-# rest, bodies may take a part only, so that requests that have been read can be worked on; a lone one may take all.
+# Shares of the budget. Small requests have their own pool, so that large ones cannot block them. In the large pool,
+# bodies share a part only, so that received requests can be processed; a single body may take all.
 SMALL_SHARE = 1 / 8
 BODIES_SHARE = 1 / 2
 
-SMALL_STEP_BYTES = 8 * 1024 * 1024  # larger steps are taken from the pool for large requests
+SMALL_STEP_BYTES = 8 * 1024 * 1024  # larger steps use the large pool
 
-# What may have been received of a body that waits for its first memory.
-UNCOUNTED_BYTES = 512 * 1024
+UNCOUNTED_BYTES = 512 * 1024  # received of a body before its first reservation is granted
 
-# gRPC cannot let a message that is being received wait for memory: who is refused counts as waiting for so long.
+# A gRPC message that is being received cannot wait for memory, so a refusal marks the pool as contended for this time.
 CONTENDED_AFTER_REFUSAL_S = 1.0
 
-# Of what is free. The rest is for what no request accounts for: responses, sockets, allocators, the process that parses
-# large JSON documents, and the page cache, without which the process would read its own code from disk again and again.
-SAFETY_SHARE = 0.75
-
-# A reservation of more gives its pages back to the system when it ends, before the next one may use them: the C library
-# keeps freed memory per thread, so what one thread has freed another would allocate once more.
+# Larger reservations return their pages to the system before they are released: glibc keeps freed memory per thread,
+# so another thread would allocate the same amount again.
 TRIM_BYTES = 8 * 1024 * 1024
-TRIM_INTERVAL_S = 0.5  # not more often: other threads wait meanwhile when they allocate
-
-
-# Blocks up to this size are kept when they are freed; the largest that glibc can be asked to keep.
-KEPT_BYTES = 32 * 1024 * 1024
-ARENAS = 4  # each keeps blocks of its own; by default there are eight for each core
+TRIM_INTERVAL_S = 0.5  # malloc_trim blocks allocations in other threads
 
 
 class MemoryBudget:
-    """The pools of one process.
+    """The memory budget of one process: a pool for small requests and one for large requests.
 
     Args:
-        total_bytes: of all pools together; None: what the system or the container leaves beside this process, adapted
-            by `adapt`.
+        total_bytes: the size of both pools together; None: the free memory of the container or machine, updated by
+            `adapt`.
     """
 
     def __init__(self, total_bytes: int | None = None) -> None:
@@ -66,21 +54,22 @@ class MemoryBudget:
 
     @property
     def total_bytes(self) -> int:
-        """The size of both pools together."""
+        """Size of both pools."""
         return self.small.limit + self.large.limit
 
     @property
     def used_bytes(self) -> int:
-        """What is reserved in both pools."""
+        """Reserved bytes in both pools."""
         return self.small.used + self.large.used
 
     def adapt(self, *, in_use: bool = False) -> None:
-        """Take note of what models that were loaded or unloaded leave.
+        """Update the budget after models were loaded or unloaded.
 
-        While requests hold memory this does nothing, as freed memory that the allocator keeps looks like the models'.
+        Does nothing while requests hold memory, because freed memory that the allocator keeps cannot be distinguished
+        from that of the models.
 
         Args:
-            in_use: adapt even then: once, when the first models are loaded and few requests have been taken.
+            in_use: update even if requests hold memory: once, after the first models are loaded.
         """
         used_bytes = self.used_bytes
         if not self._is_fixed and (in_use or not used_bytes):
@@ -94,10 +83,10 @@ class MemoryBudget:
 
 
 class RequestMemory:
-    """What one request holds: its body, and what it is being inflated, parsed or decoded to.
+    """The reservations of one request: for its body, and for inflating, parsing and decoding it.
 
-    Used by one thread at a time. Once a request holds memory of the pool for large requests, it takes everything from
-    there: so no request that holds large memory waits for small memory, and waiting cannot become a circle.
+    Not thread-safe. Once a request holds memory of the large pool, it reserves only there: no request waits for the
+    small pool while it holds large memory, so the two pools cannot deadlock.
     """
 
     __slots__ = ("_large", "_small")
@@ -108,59 +97,59 @@ class RequestMemory:
 
     @property
     def held_bytes(self) -> int:
-        """What the request holds."""
+        """Reserved bytes in both pools."""
         return self._small.held + self._large.held
 
     @property
     def is_contended(self) -> bool:
-        """Whether others lack memory of which this request holds some."""
+        """Whether other requests wait for a pool of which this request holds memory."""
         return any(part.held and part.pool.is_contended for part in (self._large, self._small))
 
     def try_small_body(self, size_bytes: int) -> bool:
-        """Reserve memory for a small body, if it is there and nobody waits for it."""
+        """Reserve memory for a small body without waiting; returns False if none is free or others wait."""
         return self._small.try_grow(size_bytes, is_body=True)
 
     async def grow_body(self, more_bytes: int, *, is_small: bool, deadline_s: float) -> None:
-        """Reserve memory for more of the body; a coroutine waits until it is there. See `Reservation.grow`."""
+        """Reserve memory for more of the body; waits in a coroutine. See `Reservation.grow`."""
         reservation = self._small if is_small else self._large
         await reservation.grow_async(more_bytes, is_body=True, deadline_s=deadline_s)
 
     def try_large_body(self, size_bytes: int) -> bool:
-        """Reserve memory for a large body, if it is there and nobody waits for it."""
+        """Reserve memory for a large body without waiting; a failure marks the pool as contended."""
         is_reserved = self._large.try_grow(size_bytes, is_body=True)
         if not is_reserved:
             self._large.pool.note_refusal()
         return is_reserved
 
     def shrink_body_to(self, size_bytes: int) -> None:
-        """Release what was reserved for a large body beyond its size."""
+        """Release memory that was reserved for a large body beyond its actual size."""
         self._large.shrink_body_to(size_bytes)
 
     def check_fits(self, more_bytes: int) -> None:
-        """Raise TooLarge if the request could never have so much more to work with."""
+        """Raise TooLarge if the large pool could never hold this much more for the request."""
         self._large.pool.check_fits(self._large, more_bytes)
 
     def grow(self, more_bytes: int, *, deadline_s: float | None) -> None:
-        """Reserve memory for the next step; a greenlet or thread waits until it is there. See `Reservation.grow`."""
+        """Reserve memory for the next step; waits in a greenlet or thread. See `Reservation.grow`."""
         most_bytes = min(SMALL_STEP_BYTES, self._small.pool.limit // 4)
         is_small = not self._large.held and self._small.held + more_bytes <= most_bytes
         (self._small if is_small else self._large).grow(more_bytes, is_body=False, deadline_s=deadline_s)
 
     def shrink(self, fewer_bytes: int) -> None:
-        """Release what the last step took, and give the freed pages back to the system first if that is much."""
+        """Release the memory of the last step; from TRIM_BYTES, return freed pages to the system first."""
         if fewer_bytes >= TRIM_BYTES:
             return_freed_memory(at_most_every_s=TRIM_INTERVAL_S)
         (self._large if self._large.held > self._large.held_for_body else self._small).shrink(fewer_bytes)
 
     def release(self) -> None:
-        """Release everything; where that is much, give the freed pages back to the system first."""
+        """Release everything; from TRIM_BYTES, return freed pages to the system first."""
         if self.held_bytes >= TRIM_BYTES:
             return_freed_memory(at_most_every_s=TRIM_INTERVAL_S)
         self._small.release()
         self._large.release()
 
     def release_in(self, threads: Executor) -> None:
-        """Release everything; in a thread where freed pages are given back, which takes milliseconds."""
+        """Release everything; in a worker thread if pages are returned to the system, which takes milliseconds."""
         if self.held_bytes >= TRIM_BYTES:
             threads.submit(self.release)
         else:
@@ -168,8 +157,8 @@ class RequestMemory:
 
 
 @dataclass(eq=False, slots=True)
-class _Waiter:
-    """A reservation that is to grow."""
+class _GrowRequest:
+    """A queued request to grow a reservation."""
 
     reservation: Reservation
     more: int
@@ -180,14 +169,14 @@ class _Waiter:
 
 
 class Pool:
-    """A number of bytes, or of other things, that reservations share in the order in which they ask.
+    """A limited amount of bytes or other units, granted to reservations in first-in, first-out order.
 
-    Two reservations that have grown and want more could wait for each other for ever. Where all that hold something
-    wait, the youngest of them is refused (503), so the oldest always gets on.
+    Reservations that hold units and wait for more could deadlock. When all holders wait, the youngest of them is
+    refused (503), so the oldest always makes progress.
 
     Args:
-        what: its name in messages.
-        limit: its size.
+        what: the name of the units in error messages.
+        limit: the size of the pool.
     """
 
     def __init__(self, what: str, limit: int = 0) -> None:
@@ -196,41 +185,41 @@ class Pool:
         self._bodies_used = 0
         self.used = 0
         self._lock = threading.Lock()
-        self._waiters: list[_Waiter] = []  # oldest first
-        self._holders = 0  # reservations of more than nothing
-        self._refused_s = -math.inf  # when there was not enough for one that cannot wait
+        self._queue: list[_GrowRequest] = []  # oldest first
+        self._holders = 0  # reservations that hold units
+        self._refused_s = -math.inf  # last `note_refusal`
 
     def resize(self, limit: int, *, body_limit: int | None = None) -> None:
-        """Set the size, and what bodies may take of it: by default all."""
+        """Set the size, and the part that bodies may take (default: all)."""
         self.limit = limit
         self.body_limit = limit if body_limit is None else body_limit
 
     @property
     def has_waiters(self) -> bool:
-        """Whether anyone waits."""
-        return bool(self._waiters)
+        """Whether any reservation waits."""
+        return bool(self._queue)
 
     @property
     def is_contended(self) -> bool:
-        """Whether anyone waits, or was refused a moment ago."""
+        """Whether any reservation waits, or was refused within CONTENDED_AFTER_REFUSAL_S."""
         return self.has_waiters or time.monotonic() - self._refused_s < CONTENDED_AFTER_REFUSAL_S
 
     def note_refusal(self) -> None:
-        """Note that there was not enough for a request that cannot wait."""
+        """Mark the pool as contended: a request that cannot wait was refused."""
         self._refused_s = time.monotonic()
 
     def reserve(self, size: int, *, deadline_s: float | None) -> Reservation:
-        """Reserve some; a greenlet or thread waits until it is there. See `Reservation.grow`."""
+        """Make a reservation; waits in a greenlet or thread. See `Reservation.grow`."""
         reservation = Reservation(self)
         reservation.grow(size, is_body=False, deadline_s=deadline_s)
         return reservation
 
     def check_fits(self, reservation: Reservation, more: int) -> None:
-        """Raise TooLarge if a reservation could never grow by so much."""
+        """Raise TooLarge if a reservation could never grow by this much."""
         if reservation.held + more > self.limit:
             raise TooLarge(
-                f"the request needs about {reservation.held + more:,} bytes of {self.what}, and the service has "
-                f"{self.limit:,}; send less at a time"
+                f"the request needs about {reservation.held + more:,} bytes of {self.what}, the limit is "
+                f"{self.limit:,}; send smaller requests"
             )
 
     def _fits(self, reservation: Reservation, more: int, *, is_body: bool) -> bool:
@@ -239,16 +228,16 @@ class Pool:
         others = self._bodies_used - reservation.held_for_body
         return not is_body or not others or self._bodies_used + more <= self.body_limit
 
-    def _try(self, reservation: Reservation, more: int, *, is_body: bool) -> bool:
+    def _try_grow(self, reservation: Reservation, more: int, *, is_body: bool) -> bool:
         with self._lock:
-            # Bodies only wait for bodies, and work only for work: neither is held up by the other.
-            is_taken = bool(self._waiters) and any(other.is_body == is_body for other in self._waiters)
-            if is_taken or not self._fits(reservation, more, is_body=is_body):
+            # Bodies queue only behind bodies, and processing steps only behind processing steps.
+            must_queue = any(other.is_body == is_body for other in self._queue)
+            if must_queue or not self._fits(reservation, more, is_body=is_body):
                 return False
-            self._give(reservation, more, is_body=is_body)
+            self._grant(reservation, more, is_body=is_body)
             return True
 
-    def _give(self, reservation: Reservation, more: int, *, is_body: bool) -> None:
+    def _grant(self, reservation: Reservation, more: int, *, is_body: bool) -> None:
         self._holders += not reservation.held
         self.used += more
         reservation.held += more
@@ -257,7 +246,7 @@ class Pool:
             reservation.held_for_body += more
         self._holders -= not reservation.held
 
-    def _take_all(self, reservation: Reservation) -> None:
+    def _release_all(self, reservation: Reservation) -> None:
         self._holders -= 1
         self.used -= reservation.held
         self._bodies_used -= reservation.held_for_body
@@ -266,10 +255,10 @@ class Pool:
     def _release(self, reservation: Reservation) -> None:
         with self._lock:
             if reservation.held:
-                self._take_all(reservation)
-            woken = self._settle() if self._waiters else ()
-        for waiter in woken:
-            waiter.wake()
+                self._release_all(reservation)
+            woken = self._grant_queued() if self._queue else ()
+        for request in woken:
+            request.wake()
 
     def _shrink(self, reservation: Reservation, fewer: int, *, is_body: bool) -> None:
         with self._lock:
@@ -280,137 +269,137 @@ class Pool:
                 self._bodies_used -= fewer
                 reservation.held_for_body -= fewer
             self._holders += bool(reservation.held)
-            woken = self._settle()
-        for waiter in woken:
-            waiter.wake()
+            woken = self._grant_queued()
+        for request in woken:
+            request.wake()
 
-    def _enqueue(self, waiter: _Waiter) -> None:
-        self.check_fits(waiter.reservation, waiter.more)
-        if waiter.is_body and len(self._waiters) * UNCOUNTED_BYTES > self.body_limit:
+    def _enqueue(self, request: _GrowRequest) -> None:
+        self.check_fits(request.reservation, request.more)
+        if request.is_body and len(self._queue) * UNCOUNTED_BYTES > self.body_limit:
             raise Overloaded("too many uploads wait for memory; try again later")
         with self._lock:
-            self._waiters.append(waiter)
-            woken = self._settle()
+            self._queue.append(request)
+            woken = self._grant_queued()
         for other in woken:
             other.wake()
 
-    def _give_up(self, waiter: _Waiter) -> None:
-        """Stop waiting, unless it was granted just now."""
+    def _cancel(self, request: _GrowRequest) -> None:
+        """Remove from the queue, unless it was granted meanwhile."""
         with self._lock:
-            if waiter.is_granted or waiter.is_refused:
+            if request.is_granted or request.is_refused:
                 return
-            self._waiters.remove(waiter)
-            waiter.is_refused = True
-            woken = self._settle()
+            self._queue.remove(request)
+            request.is_refused = True
+            woken = self._grant_queued()
         for other in woken:
             other.wake()
 
-    def _fits_waiter(self, waiter: _Waiter) -> bool:
-        return self._fits(waiter.reservation, waiter.more, is_body=waiter.is_body)
+    def _fits_request(self, request: _GrowRequest) -> bool:
+        return self._fits(request.reservation, request.more, is_body=request.is_body)
 
-    def _settle(self) -> Sequence[_Waiter]:
-        """Grant what fits, oldest first, and resolve deadlocks; returns whom to wake."""
-        woken: list[_Waiter] = []
-        while self._waiters:
-            granted = self._next_in_turn()
-            holding = [waiter for waiter in self._waiters if waiter.reservation.held]
+    def _grant_queued(self) -> Sequence[_GrowRequest]:
+        """Grant what fits, oldest first, and resolve deadlocks; returns the requests to wake."""
+        woken: list[_GrowRequest] = []
+        while self._queue:
+            granted = self._oldest_that_fits()
+            holding = [request for request in self._queue if request.reservation.held]
             if granted is None and holding and len(holding) == self._holders:
-                # All that hold something wait: one out of turn can go on, or the youngest has to give way.
-                granted = next(filter(self._fits_waiter, holding), None)
+                # Deadlock, all holders wait: grant one out of order, or refuse the youngest.
+                granted = next(filter(self._fits_request, holding), None)
                 if granted is None:
                     youngest = holding[-1]
-                    self._waiters.remove(youngest)
-                    self._take_all(youngest.reservation)
+                    self._queue.remove(youngest)
+                    self._release_all(youngest.reservation)
                     youngest.is_refused = True
                     woken.append(youngest)
                     continue
             if granted is None:
                 break
-            self._waiters.remove(granted)
-            self._give(granted.reservation, granted.more, is_body=granted.is_body)
+            self._queue.remove(granted)
+            self._grant(granted.reservation, granted.more, is_body=granted.is_body)
             granted.is_granted = True
             woken.append(granted)
         return woken
 
-    def _next_in_turn(self) -> _Waiter | None:
-        """Return the oldest waiter for work, or the oldest with a body, if there is enough for it."""
+    def _oldest_that_fits(self) -> _GrowRequest | None:
+        """Return the oldest processing step, or else the oldest body, if it fits."""
         for is_body in (False, True):
-            oldest = next((waiter for waiter in self._waiters if waiter.is_body == is_body), None)
-            if oldest and self._fits_waiter(oldest):
+            oldest = next((request for request in self._queue if request.is_body == is_body), None)
+            if oldest and self._fits_request(oldest):
                 return oldest
         return None
 
 
 class Reservation:
-    """What one request holds of a pool; a context manager that releases it. Used by one thread at a time."""
+    """Units of a pool held by one request. A context manager that releases them; not thread-safe."""
 
     __slots__ = ("held", "held_for_body", "pool")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.held = 0
-        self.held_for_body = 0  # of it
+        self.held_for_body = 0  # part of `held`
 
     def try_grow(self, more: int, *, is_body: bool) -> bool:
-        """Reserve more if it is there and nobody waits for it."""
-        return self.pool._try(self, more, is_body=is_body)
+        """Reserve more without waiting; returns False if it is not free or others wait."""
+        return self.pool._try_grow(self, more, is_body=is_body)
 
     def grow(self, more: int, *, is_body: bool, deadline_s: float | None) -> None:
-        """Reserve more; a greenlet or thread waits until it is there.
+        """Reserve more; waits in a greenlet or thread.
 
         Args:
-            more: how much more.
-            is_body: whether it is for the body of a request.
-            deadline_s: how long to wait, on the clock of `time.monotonic`; None: for ever.
+            more: units to add.
+            is_body: they are for the body of a request.
+            deadline_s: a `time.monotonic()` timestamp; None: no deadline.
 
         Raises:
-            TooLarge: one reservation could never have so much.
-            Overloaded: it was not there in time.
+            TooLarge: the pool is smaller than the reservation would be.
+            Overloaded: the deadline passed, or the reservation was refused to resolve a deadlock.
         """
-        if self.pool._try(self, more, is_body=is_body):
+        if self.pool._try_grow(self, more, is_body=is_body):
             return
-        waiter = _Waiter(self, more, is_body)
-        pause = Waiter()
-        waiter.wake = lambda: wake_all([pause])
-        self.pool._enqueue(waiter)
-        if not pause.wait(None if deadline_s is None else deadline_s - time.monotonic()):
-            self.pool._give_up(waiter)
-        self._check(waiter)
+        request = _GrowRequest(self, more, is_body)
+        waiter = Waiter()
+        request.wake = lambda: wake_all([waiter])
+        self.pool._enqueue(request)
+        if not waiter.wait(None if deadline_s is None else deadline_s - time.monotonic()):
+            self.pool._cancel(request)
+        self._check(request)
 
     async def grow_async(self, more: int, *, is_body: bool, deadline_s: float | None) -> None:
-        """Reserve more; a coroutine waits until it is there. See `grow`."""
-        if self.pool._try(self, more, is_body=is_body):
+        """Reserve more; waits in a coroutine. See `grow`."""
+        if self.pool._try_grow(self, more, is_body=is_body):
             return
-        waiter = _Waiter(self, more, is_body)
+        request = _GrowRequest(self, more, is_body)
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
-        waiter.wake = lambda: loop.call_soon_threadsafe(woken.set)
-        self.pool._enqueue(waiter)
+        request.wake = lambda: loop.call_soon_threadsafe(woken.set)
+        self.pool._enqueue(request)
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if deadline_s is None else deadline_s - time.monotonic()):
                     await woken.wait()
         except asyncio.CancelledError:
-            self.pool._give_up(waiter)
-            if waiter.is_granted:
+            self.pool._cancel(request)
+            if request.is_granted:
                 self.pool._shrink(self, more, is_body=is_body)
             raise
-        self.pool._give_up(waiter)
-        self._check(waiter)
+        self.pool._cancel(request)
+        self._check(request)
 
-    def _check(self, waiter: _Waiter) -> None:
-        if not waiter.is_granted:
+    def _check(self, request: _GrowRequest) -> None:
+        if not request.is_granted:
             raise Overloaded(
                 f"no {self.pool.what} was free in time: {self.pool.used:,} of {self.pool.limit:,} are in use; "
                 "try again later"
             )
 
     def shrink_body_to(self, size: int) -> None:
-        """Release what is held for the body beyond this size."""
+        """Release units held for the body beyond this size."""
         self.pool._shrink(self, max(0, self.held_for_body - size), is_body=True)
 
     def shrink(self, fewer: int) -> None:
-        """Release some of what is not held for the body."""
+        """Release units that are not held for the body."""
         self.pool._shrink(self, min(fewer, self.held - self.held_for_body), is_body=False)
 
     def release(self) -> None:
@@ -424,74 +413,3 @@ class Reservation:
 
     def __exit__(self, *_: object) -> None:
         self.release()
-
-
-def free_bytes() -> int:
-    """Return what requests may occupy: the memory of the container, or of the machine, less what this process has."""
-    return max(0, int((memory_limit_bytes() - resident_bytes()) * SAFETY_SHARE))
-
-
-def memory_limit_bytes() -> int:
-    """Return the smallest limit that applies to this process: of its control groups, or the machine's memory."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:
-                limits += _read_limits(Path("/sys/fs/cgroup"), path, "memory.max")
-                limits += _read_limits(Path("/sys/fs/cgroup/unified"), path, "memory.max")
-            elif "memory" in controllers.split(","):
-                limits += _read_limits(Path("/sys/fs/cgroup/memory"), path, "memory.limit_in_bytes")
-    return min(limits)
-
-
-def _read_limits(root: Path, group: str, name: str) -> list[int]:
-    """Read the limits of a control group and of those that it is in; in a container, only the root can be seen."""
-    limits = []
-    folder = root / group.lstrip("/")
-    for place in {root, folder, *(parent for parent in folder.parents if parent.is_relative_to(root))}:
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            limits.append(int((place / name).read_text()))
-    return limits
-
-
-def resident_bytes() -> int:
-    """Return the resident set of this process; 0 where the system does not tell (it has no /proc)."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-_libc = ctypes.CDLL(None)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next call of a model, where it is glibc.
-
-    By default it gives large blocks back to the system at once, and to have them mapped again, page by page, takes a
-    sixth of the time of a call with 64 images. The larger blocks of decoded images still go back at once.
-
-    To be called before there are threads: the number of arenas is settled with the first few of them.
-    """
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_TRIM_THRESHOLD and so on of malloc.h
-    if mallopt := getattr(_libc, "mallopt", None):
-        mallopt(trim_threshold, KEPT_BYTES)
-        mallopt(mmap_threshold, KEPT_BYTES)
-        mallopt(arena_max, ARENAS)
-
-
-_trimmed_s = 0.0
-_malloc_trim = getattr(_libc, "malloc_trim", None)  # glibc's
-
-
-def return_freed_memory(*, at_most_every_s: float = 0.0) -> None:
-    """Have the C library give freed pages back to the system, unless it did so a moment ago.
-
-    Meanwhile other threads wait for it when they allocate.
-    """
-    global _trimmed_s
-    now_s = time.monotonic()
-    if _malloc_trim and now_s - _trimmed_s >= at_most_every_s:
-        _trimmed_s = now_s
-        _malloc_trim(0)

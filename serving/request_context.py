@@ -1,4 +1,4 @@
-"""What every protocol knows of the request being processed, for the code that works on it."""
+"""The context of the current request: deadline, client disconnect and memory, the same for every protocol."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     from serving.memory import RequestMemory
 
 
-@dataclass(eq=False, slots=True)  # not frozen, which takes longer to make
+@dataclass(eq=False, slots=True)  # frozen dataclasses are slower to create
 class RequestContext:
-    """One request.
+    """The context of one request.
 
     Args:
-        deadline_s: when the response is of no use any more, on the clock of `time.monotonic`; None: never.
-        client_disconnected: true once the client has closed its connection, so the request can be dropped.
-        memory: what it holds for parsing and decoding; released by the protocol when the response is sent. None:
-            nobody counts.
+        deadline_s: a `time.monotonic()` timestamp after which the response is useless; None: no deadline.
+        client_disconnected: returns True once the client has closed its connection, so the request can be dropped.
+        memory: the request's part of the memory budget; released by the protocol after the response. None: unlimited.
     """
 
     deadline_s: float | None = None
@@ -31,18 +30,18 @@ class RequestContext:
     memory: RequestMemory | None = None
 
     def reserve(self, size_bytes: int) -> None:
-        """Reserve memory for the next step; waits until there is some.
+        """Reserve memory for the next step; waits until it is free.
 
         Raises:
-            TooLarge: the service could never have so much for one request.
-            Overloaded: it was not there before the deadline.
+            TooLarge: the memory budget is too small for the request.
+            Overloaded: no memory was free before the deadline.
         """
         if self.memory is not None:
             self.memory.grow(size_bytes, deadline_s=self.deadline_s)
 
     @contextlib.contextmanager
     def reserved(self, size_bytes: int) -> Iterator[None]:
-        """Hold memory for the duration of a step. Raises what `reserve` does."""
+        """Hold memory for the duration of a step. See `reserve` for exceptions."""
         self.reserve(size_bytes)
         try:
             yield
@@ -51,7 +50,7 @@ class RequestContext:
                 self.memory.shrink(size_bytes)
 
     def check(self) -> None:
-        """Raise an error if nobody waits for the response any more; called before each long step.
+        """Check for a client disconnect and the deadline; called before each long step.
 
         Raises:
             ModelFailed: the client disconnected (CANCELLED), or the deadline has passed (DEADLINE_EXCEEDED).

@@ -20,8 +20,9 @@ from serving.http.protocol import SharedState
 from serving.http.server import listen, run_http_server
 from serving.inference.backends import name_remote_models
 from serving.inference.model_config import ModelsFolder
-from serving.memory import TRIM_BYTES, MemoryBudget, keep_freed_memory, return_freed_memory
+from serving.memory import TRIM_BYTES, MemoryBudget
 from serving.process import SWITCH_INTERVAL_S, exit_process
+from serving.process_memory import keep_freed_memory, return_freed_memory
 from serving.settings import Settings
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ import numpy as np
 from serving.api.json_cost import json_cost
 from serving.errors import Overloaded, ServingError
 from serving.greenlets import SMALL_BYTES, offload, run_blocking
-from serving.memory import Pool, return_freed_memory
+from serving.memory import Pool
+from serving.process_memory import return_freed_memory
 from serving.request_context import RequestContext, current_request
 
 P = ParamSpec("P")

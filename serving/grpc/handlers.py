@@ -1,4 +1,4 @@
-"""A gRPC method made of a plain function: a message in, a message out, and what it raises as the call's status."""
+"""gRPC method handlers from plain functions: receive, parse, call, serialize; exceptions become the call's status."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from serving.request_context import RequestContext, current_request
 
 logger = logging.getLogger(__name__)
 
-MAX_DETAILS = 4_000  # gRPC sends them in a header, which has to stay small
+MAX_DETAILS = 4_000  # characters; gRPC sends the details in a header
 
-# Memory of a message as objects, per byte: a varint of one byte becomes an integer of 8.
-OBJECT_BYTES = 8
+OBJECT_BYTES = 8  # memory of a parsed message per byte: a one-byte varint becomes an 8-byte integer
 
 _Method = Callable[[Any], Any]
 _Failure = tuple[grpc.StatusCode, str]
 
 
 @dataclass(frozen=True)
-class GrpcLimits:
-    """What all methods of a server share.
+class SharedState:
+    """State shared by all methods of one server.
 
     Args:
-        greenlets: where requests are processed.
+        greenlets: the pool that processes requests.
         budget: memory for requests.
-        receiver: of their messages.
+        receiver: receives their messages.
     """
 
     greenlets: LoopGreenlets
@@ -44,63 +43,63 @@ class GrpcLimits:
 
 
 def make_handler(
-    method: _Method, request_type: Any, *, limits: GrpcLimits, is_long: bool = False
+    method: _Method, request_type: Any, *, shared: SharedState, is_long: bool = False
 ) -> grpc.RpcMethodHandler:
-    """Make the handler of a method with one request and one response.
+    """Make the handler of a unary method.
 
     Args:
         method: callable(request) that returns the response.
-        request_type: the class of the request's message.
-        limits: of the server.
+        request_type: the message class of the request.
+        shared: the shared state of the server.
         is_long: the method blocks for long, and is called in a thread.
     """
 
     async def handle(_: Any, context: Any) -> bytes:
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        memory = RequestMemory(limits.budget)
+        memory = RequestMemory(shared.budget)
         is_processed = False
         response, failure = b"", None
         try:
             try:
-                data = await limits.receiver.receive(context, memory, deadline_s=deadline_s)
+                data = await shared.receiver.receive(context, memory, deadline_s=deadline_s)
             except ServingError as error:
                 failure = getattr(grpc.StatusCode, error.code), str(error)
             else:
-                # To its end, even where the client cancels the call: so the memory is released there.
+                # Runs to its end even if the client cancels the call, so it releases the memory itself.
                 is_processed = True
                 response, failure = await call_from_loop(
-                    lambda: _respond_and_release(method, request_type, data, memory, limits),
-                    greenlets=limits.greenlets,
+                    lambda: _respond_and_release(method, request_type, data, memory, shared),
+                    greenlets=shared.greenlets,
                     in_thread=is_long,
                     make_context=lambda is_cancelled: RequestContext(deadline_s, is_cancelled, memory),
                 )
                 del data
-            # What `abort` raises is in circles of references: until a garbage collection it stays, and so would what
-            # the variables here hold. The message must not be among it, nor an exception, which holds variables, too.
+            # The exception of `abort` is in a reference cycle, which keeps the local variables of this frame until a
+            # garbage collection. They must not reference the message, directly or through another exception.
             if failure:
                 await context.abort(*failure)
             return response
         finally:
             if not is_processed:
-                memory.release_in(limits.greenlets.threads)
+                memory.release_in(shared.greenlets.threads)
 
-    # On the wire, a method with one request is one with a stream of requests that holds one. In that form the handler
-    # receives the message itself, and can reserve memory for it.
+    # A unary request is on the wire a stream of one message. As a stream handler, this one reads the message itself and
+    # can reserve memory first.
     return grpc.stream_unary_rpc_method_handler(handle)
 
 
 def _respond_and_release(
-    method: _Method, request_type: Any, data: bytes, memory: RequestMemory, limits: GrpcLimits
+    method: _Method, request_type: Any, data: bytes, memory: RequestMemory, shared: SharedState
 ) -> tuple[bytes, _Failure | None]:
     try:
         return _respond(method, request_type, data)
     finally:
-        memory.release_in(limits.greenlets.threads)
+        memory.release_in(shared.greenlets.threads)
 
 
 def _respond(method: _Method, request_type: Any, data: bytes) -> tuple[bytes, _Failure | None]:
-    """Return the serialized response, or how the call fails; nobody but the log sees a stack trace."""
+    """Return the serialized response, or the status code and details of the failure."""
     context = current_request.get()
     try:
         context.reserve(len(data) * OBJECT_BYTES)
@@ -108,11 +107,11 @@ def _respond(method: _Method, request_type: Any, data: bytes) -> tuple[bytes, _F
         response: bytes = method(message).SerializeToString()
     except DecodeError:
         name = request_type.DESCRIPTOR.full_name
-        return b"", (grpc.StatusCode.INTERNAL, f"the message sent is not a {name}: it cannot be parsed")
+        return b"", (grpc.StatusCode.INTERNAL, f"the message cannot be parsed as {name}")
     except ServingError as error:
         error = error.tensorflow_serving or error
         return b"", (getattr(grpc.StatusCode, error.code), str(error)[:MAX_DETAILS])
     except Exception:
-        logger.exception("a gRPC call failed")
+        logger.exception("unhandled exception in a gRPC method")
         return b"", (grpc.StatusCode.INTERNAL, "internal error; the reason is in the service's log")
     return response, None

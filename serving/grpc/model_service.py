@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class ModelService:
-    """Reports the state of the models, and changes which are served."""
+    """Reports the state of the models, and replaces the served models."""
 
     def __init__(self, inference: InferenceService) -> None:
         self._inference = inference
 
     def get_model_status(self, request: Any) -> Any:
-        """Return the state of each version of a model, or of one."""
+        """Return the state of all versions of a model, or of the requested version."""
         if not request.HasField("model_spec"):
             raise InvalidRequest("Missing ModelSpec")
         spec = request.model_spec
@@ -33,13 +33,13 @@ class ModelService:
         return make_status(self._inference.status(spec.name, number))
 
     def handle_reload_config_request(self, request: Any) -> Any:
-        """Serve exactly the models of the request's configuration; responds when they are loaded."""
+        """Serve exactly the models of the new configuration; responds when they are loaded."""
         try:
             configs = read_config(request.config)
             logger.info("new configuration: %s", ", ".join(config.name for config in configs) or "no models")
             self._inference.repository.reload(configs)
         except ServingError:
-            logger.error("the new configuration cannot be served as a whole")
+            logger.error("the new configuration could not be fully applied")
             raise
         response = model_management_pb2.ReloadConfigResponse()
         response.status.SetInParent()

@@ -1,7 +1,7 @@
 """`tensorflow.serving.PredictionService`: Predict and GetModelMetadata.
 
 After `apis/prediction_service.proto`, with the messages of `servables/tensorflow/predict_util.cc` and
-`get_model_metadata_impl.cc`. Classify, Regress and MultiInference answer UNIMPLEMENTED.
+`get_model_metadata_impl.cc`. Classify, Regress and MultiInference return UNIMPLEMENTED.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from serving.tfs_messages import make_signature_defs
 
 
 class PredictionService:
-    """Answers from a repository's models.
+    """Runs Predict requests and describes signatures.
 
     Args:
         inference: runs the requests.
-        metrics: counts and times every Predict.
-        max_bytes: how large one input may be.
+        metrics: records every Predict call.
+        max_bytes: the largest input tensor.
     """
 
     def __init__(self, inference: InferenceService, metrics: Metrics, *, max_bytes: int) -> None:
@@ -79,7 +79,7 @@ class PredictionService:
         if signature is None:
             raise ModelFailed(f'Serving signature key "{name}" not found.', code="FAILED_PRECONDITION")
         _check_names(request.inputs.keys(), signature)
-        wanted = _read_filter(request.output_filter, signature)
+        output_names = _read_filter(request.output_filter, signature)
         for alias, tensor in request.inputs.items():
             if signature.inputs[alias].is_batched and tensor.tensor_shape.dim:  # before a large tensor is copied
                 check_rows(tensor.tensor_shape.dim[0].size, self._inference.max_rows)
@@ -92,18 +92,18 @@ class PredictionService:
         response.model_spec.name = version.name
         response.model_spec.version.value = version.version
         response.model_spec.signature_name = name
-        for alias in wanted:
+        for alias in output_names:
             array, tensor = result.outputs[alias], response.outputs[alias]
             run_sized(array.nbytes, write_tensor, tensor, array, dtype_name=signature.outputs[alias].dtype)
         return response
 
 
 def resolve(inference: InferenceService, spec: Any) -> ModelVersion:
-    """Return the version that a ModelSpec names.
+    """Return the model version of a ModelSpec.
 
     Raises:
-        InvalidRequest: it names no model, or a label that no version has.
-        ModelNotFound: there is no such model or version.
+        InvalidRequest: the model name is missing, or no version has the label.
+        ModelNotFound: the model or version does not exist.
     """
     if not spec.name:
         raise InvalidRequest("ModelSpec has no name specified.")
@@ -139,18 +139,18 @@ def _check_names(sent: Collection[str], signature: Signature) -> None:
 
 
 def _read_filter(output_filter: Iterable[str], signature: Signature) -> list[str]:
-    """Return the names of the outputs to answer with: those asked for, or all."""
-    wanted: list[str] = []
+    """Return the names of the requested outputs, or of all outputs."""
+    output_names: list[str] = []
     for alias in output_filter:
         if alias not in signature.outputs:
             raise InvalidRequest(
                 f"output tensor alias not found in signature: {alias} "
                 f"Outputs expected to be in the set {_in_braces(signature.outputs)}."
             )
-        if alias in wanted:
+        if alias in output_names:
             raise InvalidRequest(f"duplicate output tensor alias: {alias}")
-        wanted.append(alias)
-    return wanted or list(signature.outputs)
+        output_names.append(alias)
+    return output_names or list(signature.outputs)
 
 
 def _in_braces(names: Iterable[str]) -> str:

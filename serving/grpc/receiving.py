@@ -1,9 +1,9 @@
 """Receives gRPC messages within the memory budget.
 
-gRPC receives a message whole, tells its length only then, and cannot be made to wait in between. What can wait is the
-call: until its message is read, gRPC takes in no more than the first 64 KB of it. So what a connection sent last
-decides how its next message is read: after a small one at once; after a large one when memory for the largest is
-reserved. Of calls on connections that have sent nothing yet, a few are read at a time.
+gRPC receives a message as a whole, and its length is known only afterwards. Backpressure applies to the call: until its
+message is read, gRPC buffers no more than the first 64 KB. So the last message of a connection decides how the next one
+is read: after a small message immediately, after a large one once memory for the largest message is reserved. Of the
+calls on connections that have sent no message yet, only a few are read concurrently.
 """
 
 from __future__ import annotations
@@ -18,31 +18,30 @@ from serving.errors import Overloaded, ServingError
 from serving.greenlets import SMALL_BYTES
 from serving.memory import RequestMemory
 
-COPIES = 3  # of a message while gRPC hands it over: what was received, what it is joined in, and the result
+COPIES = 3  # copies of a message in gRPC: the received slices, the joined buffer, and the result
 
-NEW_AT_ONCE = 4  # calls on connections that have sent nothing yet
-LATE_AT_ONCE = 4  # late messages without memory, on connections that have sent a small one
-MAX_WAITING = 1_000  # calls that wait for their turn
+MAX_NEW_READS = 4  # concurrent reads on connections that have sent no message yet
+MAX_LATE_READS = 4  # late messages without memory, on connections that have sent a small message
+MAX_WAITING = 1_000  # calls queued for MAX_NEW_READS
 
-# A message that takes longer to arrive is late, and needs memory for the largest.
-AT_ONCE_S = 0.02
-# How many times AT_ONCE_S one may go on without. Times at which the event loop looked, and not seconds: where there is
-# much to do the loop itself is late, and a small message with it.
-GRACE = 2
-PATIENCE = 100  # where that keeps nobody waiting
+# A message that has not arrived at the first poll is late, and needs memory for the largest message. Without it, the
+# read ends after a number of polls; not of seconds, because a busy event loop itself delays small messages.
+POLL_S = 0.02
+GRACE_POLLS = 2
+MAX_POLLS = 100  # while no other call is queued
 
-CHECK_S = 0.5  # how often a message with memory is looked at
-TIMEOUT_S = 30.0  # for the whole of a message; and for memory
-CONTENDED_TIMEOUT_S = 5.0  # while others wait for memory
+CHECK_S = 0.5  # poll interval once memory is reserved
+TIMEOUT_S = 30.0  # to receive a message, and to wait for memory
+CONTENDED_TIMEOUT_S = 5.0  # while other requests wait for memory
 
-MAX_CONNECTIONS = 10_000  # that are remembered
+MAX_CONNECTIONS = 10_000  # connections whose last message size is stored
 
-# So that no more than the first 64 KB of a message is taken in before it is read: else gRPC adapts that to the network.
+# Limits gRPC's receive buffer to 64 KB per call; with the probe, gRPC adapts it to the network.
 CHANNEL_OPTIONS = (("grpc.http2.bdp_probe", 0),)
 
 
 def _retrieve(reading: asyncio.Future[Any]) -> None:
-    """Take note of how a read ended: asyncio logs what nobody has looked at, such as that the call was aborted."""
+    """Retrieve the exception of a read, for example of an aborted call; asyncio logs unretrieved exceptions."""
     if not reading.cancelled():
         reading.exception()
 
@@ -54,29 +53,29 @@ def _begin_reading(context: Any) -> asyncio.Future[Any]:
 
 
 class MessageReceiver:
-    """Receives the messages of a server's calls, in its event loop.
+    """Receives the messages of all calls of a server, in its event loop.
 
     Args:
-        max_message_bytes: the largest message that the server takes.
+        max_message_bytes: the largest message that the server accepts.
     """
 
     def __init__(self, max_message_bytes: int) -> None:
         self._needed_bytes = COPIES * max_message_bytes
-        self._sends_large: dict[str, bool] = {}  # by connection; who sent last is last
-        self._turns = asyncio.Semaphore(NEW_AT_ONCE)
-        self._waiting = 0  # for a turn
+        self._sends_large: dict[str, bool] = {}  # by connection, least recently used first
+        self._new_reads = asyncio.Semaphore(MAX_NEW_READS)
+        self._waiting = 0  # calls queued for a new read
         self._late = 0
 
     async def receive(self, context: Any, memory: RequestMemory, *, deadline_s: float | None) -> bytes:
         """Receive the message of a call, and reserve memory for it.
 
         Args:
-            context: the call's.
-            memory: of the request.
-            deadline_s: the call's, on the clock of `time.monotonic`.
+            context: the context of the call.
+            memory: the memory of the request.
+            deadline_s: the deadline of the call, a `time.monotonic()` timestamp.
 
         Raises:
-            Overloaded: there was no memory for it, or it did not arrive in time.
+            Overloaded: no memory was free, or the message did not arrive in time.
             ServingError: the call has no message.
         """
         latest_s = time.monotonic() + TIMEOUT_S
@@ -88,12 +87,12 @@ class MessageReceiver:
                 await memory.grow_body(self._needed_bytes, is_small=False, deadline_s=deadline_s)
                 reading = _begin_reading(context)
             elif sends_large is None:
-                reading = await self._read_in_turn(context, memory, deadline_s)
+                reading = await self._read_first(context, memory, deadline_s)
             else:
                 reading = _begin_reading(context)
-                await self._wait_after_small(reading, memory)
+                await self._wait_for_small(reading, memory)
         except Overloaded:
-            self._note(connection, sends_large=True)  # the next time it waits for memory
+            self._note(connection, sends_large=True)  # the next call waits for memory
             raise
         await _wait_with_memory(reading, memory)
         message = reading.result()
@@ -107,7 +106,7 @@ class MessageReceiver:
         elif not is_large:
             await memory.grow_body(len(data), is_small=True, deadline_s=deadline_s)
         elif not memory.try_large_body(len(data)):
-            raise _no_memory()  # nor can it wait here: many could, and each takes what it would wait for
+            raise _no_memory()  # waiting here would keep the message in memory
         return data
 
     def _note(self, connection: str, *, sends_large: bool) -> None:
@@ -116,14 +115,14 @@ class MessageReceiver:
         if len(self._sends_large) > MAX_CONNECTIONS:
             del self._sends_large[next(iter(self._sends_large))]
 
-    async def _read_in_turn(self, context: Any, memory: RequestMemory, deadline_s: float) -> asyncio.Future[Any]:
-        """Begin to read on a connection that has sent nothing yet, and wait as `_has_arrived` does."""
+    async def _read_first(self, context: Any, memory: RequestMemory, deadline_s: float) -> asyncio.Future[Any]:
+        """Read on a connection that has sent no message yet, with MAX_NEW_READS at a time."""
         if self._waiting >= MAX_WAITING:
             raise _too_many_new()
         self._waiting += 1
         try:
             async with asyncio.timeout(deadline_s - time.monotonic()):
-                await self._turns.acquire()
+                await self._new_reads.acquire()
         except TimeoutError:
             raise _too_many_new() from None
         finally:
@@ -131,38 +130,38 @@ class MessageReceiver:
         try:
             reading = _begin_reading(context)
             count = 0
-            while not await self._has_arrived(reading, memory):
+            while not await self._poll(reading, memory):
                 count += 1
-                if count >= (GRACE if self._waiting else PATIENCE):
+                if count >= (GRACE_POLLS if self._waiting else MAX_POLLS):
                     raise _no_memory()
         finally:
-            self._turns.release()
+            self._new_reads.release()
         return reading
 
-    async def _wait_after_small(self, reading: asyncio.Future[Any], memory: RequestMemory) -> None:
-        """Wait as `_has_arrived` does on a connection that has sent a small message."""
-        for _ in range(GRACE):
-            if await self._has_arrived(reading, memory):
+    async def _wait_for_small(self, reading: asyncio.Future[Any], memory: RequestMemory) -> None:
+        """Poll for the next message of a connection that has sent a small one."""
+        for _ in range(GRACE_POLLS):
+            if await self._poll(reading, memory):
                 return
-        if self._late >= LATE_AT_ONCE:
+        if self._late >= MAX_LATE_READS:
             raise _no_memory()
         self._late += 1
         try:
-            for _ in range(PATIENCE):
-                if await self._has_arrived(reading, memory):
+            for _ in range(MAX_POLLS):
+                if await self._poll(reading, memory):
                     return
         finally:
             self._late -= 1
         raise _no_memory()
 
-    async def _has_arrived(self, reading: asyncio.Future[Any], memory: RequestMemory) -> bool:
-        """Wait for a moment; returns whether a message is there, or has memory for the largest now."""
-        await asyncio.wait((reading,), timeout=AT_ONCE_S)
+    async def _poll(self, reading: asyncio.Future[Any], memory: RequestMemory) -> bool:
+        """Wait POLL_S; returns whether the message has arrived, or memory for the largest is now reserved."""
+        await asyncio.wait((reading,), timeout=POLL_S)
         return reading.done() or memory.try_large_body(self._needed_bytes)
 
 
 async def _wait_with_memory(reading: asyncio.Future[Any], memory: RequestMemory) -> None:
-    """Wait for a message that has memory."""
+    """Wait for a message whose memory is reserved."""
     began_s = time.monotonic()
     while not reading.done():
         await asyncio.wait((reading,), timeout=CHECK_S)
@@ -171,7 +170,7 @@ async def _wait_with_memory(reading: asyncio.Future[Any], memory: RequestMemory)
 
 
 def _too_many_new() -> Overloaded:
-    return Overloaded("too many calls on new connections wait; try again later")
+    return Overloaded("too many calls on new connections are queued; try again later")
 
 
 def _no_memory() -> Overloaded:

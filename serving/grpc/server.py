@@ -1,4 +1,4 @@
-"""The gRPC server, beside the HTTP server in the same process, on the same models."""
+"""The gRPC server: runs in the process of the HTTP server and serves the same models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 
 from serving.errors import ModelNotFound, StartupError
 from serving.greenlets import LoopGreenlets, lower_priority
-from serving.grpc.handlers import GrpcLimits, make_handler
+from serving.grpc.handlers import SharedState, make_handler
 from serving.grpc.model_service import ModelService
 from serving.grpc.prediction_service import PredictionService
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
@@ -29,28 +29,28 @@ from serving.metrics import Metrics
 
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
-# Calls that have come and are not yet looked at. Beyond, gRPC itself ends them, without a reason, which would be given
-# here: the batcher has a limit of its own.
+# Calls that are not yet processed. gRPC refuses further ones without details, so the limit is high: the batcher does
+# the load shedding, with an error message.
 MAX_PENDING_CALLS = 100_000
 
-# TensorFlow Serving's own health service knows its services by these short names.
+# TensorFlow Serving's health service uses the short names.
 _KNOWN = ("", "PredictionService", "ModelService", PREDICTION_SERVICE, MODEL_SERVICE)
 
 
 class GrpcServer:
-    """Answers TensorFlow Serving's gRPC API, on a port of its own, from an event loop in a thread of its own.
+    """Serves TensorFlow Serving's gRPC API on its own port, with an event loop in its own thread.
 
     Args:
         inference: runs the requests.
-        metrics: counts and times every Predict.
+        metrics: records every Predict call.
         budget: memory for messages.
-        liveness: what the health service tells, beside the repository's readiness.
+        liveness: the health service reports NOT_SERVING while it has a problem.
         address: "host:port".
-        threads: large requests answered at the same time.
+        threads: worker threads for large requests.
         max_message_bytes: the largest request.
 
     Raises:
-        StartupError: the port cannot be listened on.
+        StartupError: listening on the address failed.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class GrpcServer:
         self._liveness = liveness
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grpc", initializer=lower_priority)
         self._max_message_bytes = min(max_message_bytes, budget.large.body_limit // COPIES)
-        # That a client has gone before its answer was sent is no fault of the service, and no line of its log.
+        # gRPC logs an error when a client disconnects before its response was sent.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
         self._loop = uvloop.new_event_loop()
         thread = Thread(target=self._loop.run_forever, name="grpc-loop", daemon=True)
@@ -79,7 +79,7 @@ class GrpcServer:
         self._server = asyncio.run_coroutine_threadsafe(self._start(address), self._loop).result()
 
     def stop(self, *, grace_s: float) -> None:
-        """Take no more calls, and wait until those under way are answered, or that long."""
+        """Graceful shutdown: refuse new calls, and wait up to `grace_s` for in-flight calls."""
         asyncio.run_coroutine_threadsafe(self._server.stop(grace_s), self._loop).result()
 
     async def _start(self, address: str) -> grpc.aio.Server:
@@ -109,8 +109,8 @@ class GrpcServer:
     def _make_handlers(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
         prediction = PredictionService(self._inference, self._metrics, max_bytes=self._max_message_bytes)
         models = ModelService(self._inference)
-        limits = GrpcLimits(LoopGreenlets(self._threads), self._budget, MessageReceiver(self._max_message_bytes))
-        make = partial(make_handler, limits=limits)
+        shared = SharedState(LoopGreenlets(self._threads), self._budget, MessageReceiver(self._max_message_bytes))
+        make = partial(make_handler, shared=shared)
         return {
             PREDICTION_SERVICE: {
                 "Predict": make(prediction.predict, predict_pb2.PredictRequest),
@@ -126,12 +126,12 @@ class GrpcServer:
         }
 
     def _check_health(self, request: Any) -> Any:
-        """Tell whether the service named, or all of it, can answer; nothing has to be kept in step with the repository.
+        """Return the health of a service, or of the server, computed from readiness and liveness.
 
-        The other method, Watch, is UNIMPLEMENTED, which clients take for "always asked anew".
+        The method Watch is UNIMPLEMENTED: clients then poll Check.
         """
         if request.service not in _KNOWN:
-            raise ModelNotFound(f"there is no service {request.service}")
+            raise ModelNotFound(f"unknown service {request.service}; expected one of {', '.join(_KNOWN[1:])}")
         serving = self._inference.not_ready_because is None and self._liveness.problem is None
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if serving else states.NOT_SERVING)

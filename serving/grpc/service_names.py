@@ -1,8 +1,8 @@
 """The names and methods of TensorFlow Serving's services, for reflection.
 
-The official package has messages and stubs that work with today's protobuf, but its two modules that describe the
-services (`prediction_service_pb2`, `model_service_pb2`) were generated for a protobuf of long ago and no longer load.
-So the two files are described here, as `apis/prediction_service.proto` and `apis/model_service.proto` have them.
+The official package's modules `prediction_service_pb2` and `model_service_pb2`, which describe the services, were
+generated for an old protobuf version and cannot be imported. So `apis/prediction_service.proto` and
+`apis/model_service.proto` are described here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FILES = (
 
 
 def describe_services() -> None:
-    """Make both services known to the descriptor pool that reflection answers from. May be called again."""
+    """Add both services to the descriptor pool that reflection uses. Idempotent."""
     pool = descriptor_pool.Default()
     for name, full_name, methods in _FILES:
         package, _, service_name = full_name.rpartition(".")
@@ -63,10 +63,10 @@ def describe_services() -> None:
             dependency=sorted({message.file.name for message in messages}),
         )
         service = file.service.add(name=service_name)
-        for method, (request, reply) in methods.items():
+        for method, (request, response) in methods.items():
             service.method.add(
                 name=method,
                 input_type=f".{request.DESCRIPTOR.full_name}",
-                output_type=f".{reply.DESCRIPTOR.full_name}",
+                output_type=f".{response.DESCRIPTOR.full_name}",
             )
         pool.AddSerializedFile(file.SerializeToString())

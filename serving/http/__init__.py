@@ -1,1 +1,1 @@
-"""The HTTP server: uvicorn on a socket of ours, with a WSGI application behind greenlets. Knows nothing of Flask."""
+"""The HTTP server: uvicorn's protocol on our own listening socket, running a WSGI application. Independent of Flask."""

@@ -1,4 +1,4 @@
-"""The server: it listens, responds until a signal comes, and ends when the last response is out."""
+"""The HTTP server: accepts connections, enforces their limits, and shuts down gracefully on a signal."""
 
 from __future__ import annotations
 
@@ -17,37 +17,38 @@ from typing import cast
 
 import uvicorn
 import uvloop
+from typing_extensions import override
 
 from serving.http.protocol import Connection, SharedState
 
 logger = logging.getLogger("serving")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-BACKLOG = 2_048  # connections that wait to be accepted
-RECEIVE_BUFFER_BYTES = 512 * 1024  # of the system, for each connection: bounds what clients can send ahead
+BACKLOG = 2_048
+RECEIVE_BUFFER_BYTES = 512 * 1024  # SO_RCVBUF of each connection: limits what clients can send ahead
 RETRY_S = 0.05  # after a connection could not be accepted
-# Where no more connections may be open, idle ones are closed to make room: those that have been silent for so long
-# since they were made, and since their last response.
+# At the connection limit, idle connections are closed to make room: after this idle time since they were opened, or
+# since their last response.
 FRESH_S, IN_USE_S = 1.0, 10.0
-SPARE_FILES = 40  # descriptors that models, log and gRPC need beside the connections
-CONNECT_TIMEOUT_S = 1.0  # to take over a connection that was accepted
-ACCEPT_FOR_S = 0.01  # then it is the turn of the connections that are open
-LOG_INTERVAL_S = 5.0  # between two lines that say so
-TICKS_PER_SECOND = 10  # uvicorn's
-CHECK_INTERVAL_S = 1.0  # between two checks of the connections' time limits
+SPARE_FILES = 40  # file descriptors for models, log and gRPC
+CONNECT_TIMEOUT_S = 1.0  # to create the transport of an accepted connection
+ACCEPT_FOR_S = 0.01  # per iteration of the event loop
+LOG_INTERVAL_S = 5.0  # between two log lines about refused connections
+TICKS_PER_SECOND = 10  # of uvicorn's main loop
+CHECK_INTERVAL_S = 1.0  # between two checks of the connections' timeouts
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens.
+    """Return a listening socket.
 
     Raises:
-        OSError: the port is in use, or the address is not one of this machine's.
+        OSError: the port is in use, or the address does not belong to this machine.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)  # accepted ones inherit it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)  # inherited by connections
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError:
@@ -57,7 +58,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run_http_server(
-    make_limits: Callable[[], SharedState],
+    make_shared: Callable[[], SharedState],
     listener: socket.socket,
     *,
     max_connections: int,
@@ -65,20 +66,20 @@ def run_http_server(
     on_stop: Callable[[], None],
     on_second_signal: Callable[[int], None],
 ) -> None:
-    """Respond to requests until SIGTERM, SIGINT or SIGHUP, then finish those in progress.
+    """Serve requests until SIGTERM, SIGINT or SIGHUP, then shut down gracefully.
 
     Args:
-        make_limits: makes what the connections share; called in the event loop's thread.
-        listener: a socket that listens.
-        max_connections: open at the same time; fewer where the process may not open as many files.
-        drain_timeout_s: how long to wait for the last responses.
-        on_stop: called once when a signal has come.
-        on_second_signal: called with the number of a further signal; expected to end the process.
+        make_shared: makes the state shared by the connections; called in the event-loop thread.
+        listener: a listening socket.
+        max_connections: open at the same time; fewer if the process may open fewer files.
+        drain_timeout_s: how long a graceful shutdown waits for in-flight requests.
+        on_stop: called once on the first signal.
+        on_second_signal: called with the number of the second signal; expected to end the process.
     """
 
     async def serve() -> None:
         server = Server(
-            make_limits(),
+            make_shared(),
             max_connections=max_connections,
             drain_timeout_s=drain_timeout_s,
             on_stop=on_stop,
@@ -90,11 +91,11 @@ def run_http_server(
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with our signals, limits on connections, and graceful shutdown."""
+    """uvicorn's server with a connection limit, and a graceful shutdown that finishes in-flight requests."""
 
     def __init__(
         self,
-        limits: SharedState,
+        shared: SharedState,
         *,
         max_connections: int,
         drain_timeout_s: int,
@@ -105,18 +106,18 @@ class Server(uvicorn.Server):
             app=_no_asgi_app, ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False
         )
         super().__init__(config)
-        self.limits = limits
+        self.shared = shared
         self._max_connections = min(max_connections, allowed_connections())
         self._drain_timeout_s = drain_timeout_s
         self._on_stop = on_stop
         self._on_second_signal = on_second_signal
-        self._checked_s = math.inf  # when the connections' time limits were last checked
+        self._checked_s = math.inf  # last check of the connections' timeouts
 
+    @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept connections."""
         assert sockets
         (listener,) = sockets
-        make_protocol = partial(Connection, self.config, self.server_state, self.limits)
+        make_protocol = partial(Connection, self.config, self.server_state, self.shared)
         self._acceptor = Acceptor(
             listener,
             make_protocol,
@@ -129,10 +130,10 @@ class Server(uvicorn.Server):
     def _connections(self) -> int:
         return len(self.server_state.connections) + self._acceptor.pending
 
+    @override
     async def on_tick(self, counter: int) -> bool:
-        """Keep time: called ten times a second."""
         if counter % TICKS_PER_SECOND == 0:
-            self.limits.date_header = f"date: {formatdate(usegmt=True)}\r\n\r\n"
+            self.shared.date_header = f"date: {formatdate(usegmt=True)}\r\n\r\n"
             self._check_timeouts()
         return self.should_exit
 
@@ -143,12 +144,12 @@ class Server(uvicorn.Server):
         for connection in cast(tuple[Connection, ...], tuple(self.server_state.connections)):
             try:
                 connection.check_timeouts(now_s, late_s)
-            except Exception:  # the time limits of the others hold all the same
-                logger.exception("a connection's time limits could not be checked")
+            except Exception:  # a bug; the other connections are still checked
+                logger.exception("checking the timeouts of a connection failed")
                 connection.transport.abort()
 
     def _close_longest_idle(self) -> bool:
-        """Make room for another connection; returns whether one could be closed."""
+        """Close idle connections to make room for a new one; returns whether any could be closed."""
         now_s = asyncio.get_running_loop().time()
         idle = [
             connection
@@ -164,12 +165,13 @@ class Server(uvicorn.Server):
             connection.transport.abort()
         return True
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
-        """Finish the requests that were received, and close all connections."""
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Graceful shutdown: finish in-flight requests, then close all connections."""
         loop = asyncio.get_running_loop()
         self._on_stop()
         self._acceptor.close()
-        self.limits.is_stopping = True
+        self.shared.is_stopping = True
         for connection in tuple(self.server_state.connections):
             connection.shutdown()
         deadline_s = loop.time() + self._drain_timeout_s
@@ -178,11 +180,14 @@ class Server(uvicorn.Server):
             if loop.time() - self._checked_s >= CHECK_INTERVAL_S:
                 self._check_timeouts()
         if unfinished := len(self.server_state.connections):
-            logger.error("gave up on %d requests after %d s", unfinished, self._drain_timeout_s)
+            logger.error(
+                "graceful shutdown timed out after %d s, %d requests unfinished", self._drain_timeout_s, unfinished
+            )
 
+    @override
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop at the first signal; at the second, at once."""
+        """Shut down gracefully on the first signal, and immediately on the second."""
         loop = asyncio.get_running_loop()
 
         def stop(number: int) -> None:
@@ -191,23 +196,23 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 loop.add_signal_handler(number, stop, number)
         yield
 
 
 class Acceptor:
-    """Accepts connections, as many in an iteration of the event loop as fit into ACCEPT_FOR_S.
+    """Accepts connections for up to ACCEPT_FOR_S per iteration of the event loop.
 
-    The loop's own servers accept one per iteration, and iterations are long when many requests come: the last of 256
-    new connections would wait for seconds. Without an end, clients that connect and disconnect as fast as they are
-    accepted would stop the loop.
+    asyncio servers accept one connection per iteration, and iterations are long under load: the last of 256 new
+    connections would wait for seconds. Without a time limit, clients that connect and disconnect quickly would block
+    the event loop.
 
     Args:
-        listener: a socket that listens; closed with the acceptor.
+        listener: a listening socket; closed with the acceptor.
         make_protocol: makes the protocol of a connection.
-        make_room: called where no more connections may be open; returns whether one was closed.
-        may_accept: whether another connection may be open.
+        make_room: called at the connection limit; returns whether a connection was closed.
+        may_accept: returns whether the number of connections is below the limit.
     """
 
     def __init__(
@@ -223,29 +228,29 @@ class Acceptor:
         self._make_protocol = make_protocol
         self._make_room = make_room
         self._may_accept = may_accept
-        self._tasks: set[asyncio.Task[object]] = set()  # the loop itself keeps no hold of them
+        self._tasks: set[asyncio.Task[object]] = set()  # the event loop has only weak references
         self._logged_s = -LOG_INTERVAL_S
         listener.setblocking(False)
         self._loop.add_reader(listener, self._accept)
 
     @property
     def pending(self) -> int:
-        """Connections that are accepted and have no protocol yet."""
+        """Accepted connections that have no transport yet."""
         return len(self._tasks)
 
     def _accept(self) -> None:
         until_s = time.monotonic() + ACCEPT_FOR_S
         while time.monotonic() < until_s:
             if not self._may_accept() and not self._make_room():
-                self._pause("the most connections are open that may be")
+                self._pause("the connection limit is reached")
                 return
             try:
                 connection, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except ConnectionError:
-                continue  # it has been reset already
-            except OSError as error:  # no more files, or no memory: what is open goes on
+                continue  # reset by the client
+            except OSError as error:  # out of file descriptors or memory
                 if not self._make_room():
                     self._pause(error.strerror or str(error))
                     return
@@ -254,7 +259,7 @@ class Acceptor:
             try:
                 connection.getpeername()
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except OSError:  # it has been reset already
+            except OSError:  # reset by the client
                 connection.close()
                 continue
             task = self._loop.create_task(self._connect(connection))
@@ -264,17 +269,17 @@ class Acceptor:
     async def _connect(self, connection: socket.socket) -> None:
         try:
             connection.setblocking(False)
-            # uvloop waits for ever for a connection that is reset just now.
+            # uvloop never returns if the connection is reset meanwhile.
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await self._loop.connect_accepted_socket(self._make_protocol, connection)
-        except (OSError, TimeoutError):  # it has been reset
+        except (OSError, TimeoutError):  # reset by the client
             connection.close()
 
     def _pause(self, reason: str) -> None:
         now_s = self._loop.time()
         if now_s - self._logged_s > LOG_INTERVAL_S:
             self._logged_s = now_s
-            logger.error("cannot take more connections for now: %s", reason)
+            logger.error("cannot accept connections: %s", reason)
         self._loop.remove_reader(self._listener)
         self._loop.call_later(RETRY_S, self._resume)
 
@@ -287,13 +292,13 @@ class Acceptor:
             self._loop.add_reader(self._listener, self._accept)
 
     def close(self) -> None:
-        """Accept no more."""
+        """Stop accepting connections."""
         self._loop.remove_reader(self._listener)
         self._listener.close()
 
 
 def allowed_connections() -> int:
-    """Raise the limit on open files as far as allowed; returns how many connections it leaves."""
+    """Raise the limit on open files to its maximum; returns how many connections it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
@@ -305,4 +310,4 @@ def allowed_connections() -> int:
 
 
 async def _no_asgi_app(scope: object, receive: object, send: object) -> None:  # noqa: ARG001
-    raise AssertionError("connections call the WSGI application themselves")
+    raise AssertionError("unused: Connection calls the WSGI application")

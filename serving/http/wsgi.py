@@ -1,4 +1,4 @@
-"""HTTP requests as WSGI sees them (PEP 3333): an environment for the application, and its response."""
+"""WSGI (PEP 3333): builds the environ of a request, and calls the application."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WsgiApp = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 
 @dataclass(slots=True)
 class Response:
-    """A WSGI application's response: "200 OK", the headers, and the whole body."""
+    """A WSGI application's response; `status` is like "200 OK"."""
 
     status: str
     headers: list[tuple[str, str]]
@@ -24,11 +24,11 @@ class Response:
 
 
 def make_environ(scope: Mapping[str, Any]) -> Environ:
-    """Make the environment of a request without a body.
+    """Make the environ of a request without a body.
 
     Args:
-        scope: the request as ASGI describes it, with its "target" as it came. Headers with a "_" in their name are
-            dropped, as they would read like the ones with a "-".
+        scope: the ASGI scope, with the raw request target as "target". Headers with "_" in their name are dropped,
+            because in an environ they cannot be distinguished from those with "-".
     """
     path: bytes = scope["raw_path"]
     host, port = scope["server"] or ("", 0)
@@ -59,14 +59,14 @@ def make_environ(scope: Mapping[str, Any]) -> Environ:
 
 
 def set_body(environ: Environ, body: bytes) -> None:
-    """Give a request its body, whole."""
+    """Add a fully received body."""
     environ["wsgi.input"] = io.BytesIO(body)
     environ["CONTENT_LENGTH"] = str(len(body))
     environ.pop("HTTP_TRANSFER_ENCODING", None)
 
 
 def call_app(app: WsgiApp, environ: Environ) -> Response:
-    """Call the application; raises what it raises."""
+    """Call the application and join its body; exceptions of the application propagate."""
     response = Response("500 INTERNAL SERVER ERROR", [], b"")
 
     def start_response(status: str, headers: list[tuple[str, str]], _: Any = None) -> None:

@@ -38,7 +38,7 @@ def test_no_module_imports_a_forbidden_package(package):
 def test_the_http_server_imports_neither_flask_nor_settings():
     forbidden = {"flask", "werkzeug", "serving.api.app", "serving.settings", "serving.api", "serving.grpc"}
     paths = [path for path in (PROJECT / "serving" / "http").glob("*.py") if path.stem != "__init__"]
-    assert {"server", "protocol", "wsgi"} <= {path.stem for path in paths}
+    assert {"server", "protocol", "parser", "wsgi"} <= {path.stem for path in paths}
     names = {name for path in paths for name in imported(path, in_full=True)}
     assert not {name for name in names for root in forbidden if f"{name}.".startswith(f"{root}.")}
     modules = ", ".join(f"serving.http.{path.stem}" for path in paths)

@@ -13,10 +13,11 @@ from serving.api import compression, json_cost, json_process
 from serving.api.predict import parsing
 from serving.api.tensorflow_serving import json_document
 from serving.grpc import receiving
-from serving.http import protocol, server
+from serving.http import body_receiver, framing, protocol, request, server
 from serving.images import limits as image_limits
 from serving.images.decode_cost import decode_cost
-from serving.memory import BODIES_SHARE, SAFETY_SHARE, SMALL_SHARE, MemoryBudget
+from serving.memory import BODIES_SHARE, SMALL_SHARE, MemoryBudget
+from serving.process_memory import SAFETY_SHARE
 from serving.settings import Settings
 
 PROJECT = Path(__file__).parents[2]
@@ -47,11 +48,15 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
             f"{MAX_JPEG_SCANS}; fewer above 10 megapixels, down to {image_limits.FULL_SIZE_SCANS} at 50",
             None,
         ),
-        ("request line and headers", f"{protocol.MAX_HEAD_BYTES // KIB} KiB", None),
-        ("trailers", f"{protocol.MAX_TRAILER_BYTES // KIB} KiB", None),
+        ("request line and headers", f"{request.MAX_HEAD_BYTES // KIB} KiB", None),
+        ("trailers", f"{framing.MAX_TRAILER_BYTES // KIB} KiB", None),
         ("time for the headers", f"{protocol.HEAD_TIMEOUT_S:.0f} s", None),
-        ("upload rate", f"{protocol.UPLOAD_BYTES // KIB} KiB in {protocol.UPLOAD_PERIOD_S:.0f} s", None),
-        ("upload rate", f"{protocol.CONTENDED_BYTES // KIB} KiB in {protocol.CONTENDED_PERIOD_S:.0f} s while", None),
+        ("upload rate", f"{body_receiver.UPLOAD_BYTES // KIB} KiB in {body_receiver.UPLOAD_PERIOD_S:.0f} s", None),
+        (
+            "upload rate",
+            f"{body_receiver.CONTENDED_BYTES // KIB} KiB in {body_receiver.CONTENDED_PERIOD_S:.0f} s while",
+            None,
+        ),
         ("idle connection", f"{protocol.FIRST_REQUEST_TIMEOUT_S:.0f} s until the first request", None),
         ("idle connection", f"{protocol.KEEP_ALIVE_S:.0f} s between two", None),
         ("response that the client does not read", f"{protocol.UNREAD_TIMEOUT_S:.0f} s", None),

@@ -24,7 +24,8 @@ from serving.__main__ import main
 from serving.grpc.handlers import OBJECT_BYTES
 from serving.grpc.receiving import COPIES
 from serving.images.decode_cost import decode_cost
-from serving.memory import SAFETY_SHARE, MemoryBudget
+from serving.memory import MemoryBudget
+from serving.process_memory import SAFETY_SHARE
 from serving.settings import Settings
 from tests.serving.saved_models import save_adder
 

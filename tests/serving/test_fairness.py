@@ -1,4 +1,4 @@
-"""While one client's requests keep the service busy, the small requests of others are served without delay."""
+"""Fairness: expensive requests of one client do not delay small requests of others."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from benchmarks.hostile import HostileProcess, Server, count_outcomes
 from benchmarks.probe import ProbeProcess
 from benchmarks.service import Service
 
-# No request delays others by more than 100 ms. The bounds leave room for a busy machine with few cores.
+# No request may delay others by more than 100 ms; the bounds leave room for a busy machine with few cores.
 MAX_P95_S = 0.15
 MAX_S = 1.0
-# Of large requests, which compute for 20 to 50 ms themselves.
+# For large requests, which take 20 to 50 ms.
 LARGE_MAX_P95_S = 0.5
 LARGE_MAX_S = 2.0
 
-# A response of a hundred megabytes is copied a few times, each time while the interpreter's lock is held. A document
-# that is just not large holds it for up to 60 ms while it is parsed, and as many are as there are worker threads.
+# A response of 100 MB is copied a few times while the interpreter lock is held. JSON just small enough to be parsed in
+# this process holds it for up to 60 ms, in each worker thread.
 MAX_P95_OF_ATTACK_S = {"wide_replies": 0.4, "json_of_1_mb": 0.2}
 
-# How long each attack goes on. A single delay of half a second is then more than 5 % of the samples.
+# Duration of each attack; a single delay of half a second is then more than 5 % of the samples.
 ATTACK_S = 2.0
 
 SLOW_CALL_S = 0.4
@@ -51,7 +51,7 @@ ATTACKS = (
 
 @dataclass(frozen=True)
 class Shared:
-    """A service with a model for images, slow ones and one with a large output, and its clients."""
+    """A service with an image model, slow models and a model with a large output, and its clients."""
 
     service: Service
     server: Server
@@ -77,7 +77,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> Iterator[
             expect="red",
         )
         with probe:
-            time.sleep(1)  # the first requests of each kind, which take longer
+            time.sleep(1)  # the first requests of each kind take longer
             yield Shared(service, server, probe)
 
 
@@ -90,9 +90,9 @@ def hostile() -> Iterator[HostileProcess]:
 def measure_delays(
     shared: Shared, hostile: HostileProcess, *names: str, seconds: float, max_p95_s: float, max_s: float
 ) -> list[str]:
-    """Make attacks at once; returns what is wrong with the responses to others, and with their latencies."""
+    """Run attacks at once; returns the errors and excessive latencies of other requests."""
     hostile.prepare(names, shared.server)
-    time.sleep(0.3)  # what the attack before has left is over
+    time.sleep(0.3)  # the previous attack has ended
     started_s = time.monotonic()
     by_name = hostile.start(names, shared.server, seconds=seconds).result(timeout=120)
     ended_s = time.monotonic()
@@ -111,7 +111,7 @@ def measure_delays(
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_others_are_served_without_delay(shared: Shared, hostile: HostileProcess, name: str) -> None:
+def test_an_attack_does_not_delay_other_requests(shared: Shared, hostile: HostileProcess, name: str) -> None:
     problems = measure_delays(
         shared, hostile, name, seconds=ATTACK_S, max_p95_s=MAX_P95_OF_ATTACK_S.get(name, MAX_P95_S), max_s=MAX_S
     )
@@ -128,14 +128,14 @@ def test_health_checks_and_others_are_served_beside_large_messages_and_rude_clie
 
 @pytest.mark.parametrize("name", ["slow_calls", "unbatched_calls"])
 def test_slow_calls_of_a_model_do_not_block_other_models(shared: Shared, hostile: HostileProcess, name: str) -> None:
-    # All cores compute for that model, so that the bounds of large requests hold for all.
+    # The model uses all cores, so the bounds of large requests apply.
     problems = measure_delays(shared, hostile, name, seconds=0, max_p95_s=LARGE_MAX_P95_S, max_s=LARGE_MAX_S)
     assert not problems, "\n".join(problems)
 
 
 @pytest.fixture(scope="module")
 def by_row(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service whose model computes for 5 ms per row, one call at a time, and refuses negative numbers."""
+    """A service whose model takes 5 ms per row, one call at a time, and refuses negative numbers."""
     folder = tmp_path_factory.mktemp("rows")
     save_busy_model(folder / "models" / "busy" / "1", row_s=0.005)
     with Service(folder / "models", folder / "log", "--concurrency", "1") as service:
@@ -162,11 +162,11 @@ def test_short_requests_are_interleaved_with_a_long_one(by_row: Service) -> None
     assert response.status_code == 200, response.text
     assert response.json() == {"predictions": [1.0] * 800}
     assert delays_s
-    # Behind at most the part that runs and one more.
+    # Queued behind at most two parts: the one that runs, and one more.
     assert max(delays_s) < long_s / 3, f"short requests took {delays_s} s, the long one {long_s:.1f} s"
 
 
-def test_a_request_ends_with_its_first_failed_part(by_row: Service) -> None:
+def test_a_request_fails_with_its_first_failed_part(by_row: Service) -> None:
     started_s = time.monotonic()
     response = predict(by_row, [[-1.0]] + [[1.0]] * 999)  # about five seconds, in parts of 64 rows
     took_s = time.monotonic() - started_s

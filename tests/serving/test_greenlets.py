@@ -18,74 +18,74 @@ from serving.request_context import RequestContext, current_request
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
-def test_a_function_waits_while_the_loop_goes_on(in_thread: bool) -> None:
-    pauses: list[Waiter] = []
+def test_a_waiting_function_does_not_block_the_event_loop(in_thread: bool) -> None:
+    waiters: list[Waiter] = []
     threads: list[int] = []
 
     def wait() -> str:
         threads.append(threading.get_ident())
-        pauses.append(Waiter())
-        return "went on" if pauses[0].wait(60) else "timed out"
+        waiters.append(Waiter())
+        return "woken" if waiters[0].wait(60) else "timed out"
 
     async def run(pool: ThreadPoolExecutor) -> str:
         waiting = asyncio.create_task(call_from_loop(wait, greenlets=LoopGreenlets(pool), in_thread=in_thread))
-        while not pauses:
+        while not waiters:
             await asyncio.sleep(0.001)
-        wake_all(pauses)
+        wake_all(waiters)
         return await waiting
 
     with ThreadPoolExecutor(1) as pool:
-        assert asyncio.run(run(pool)) == "went on"
+        assert asyncio.run(run(pool)) == "woken"
     assert (threads == [threading.get_ident()]) is not in_thread
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
-def test_a_function_that_nobody_waits_for_is_told_so(in_thread: bool) -> None:
-    pauses: list[Waiter] = []
-    told: list[bool] = []
+def test_a_cancelled_call_reports_a_client_disconnect(in_thread: bool) -> None:
+    waiters: list[Waiter] = []
+    reported: list[bool] = []
 
     def wait() -> None:
-        is_gone = current_request.get().client_disconnected
-        told.append(is_gone())
-        pauses.append(Waiter())
-        pauses[0].wait(60)
-        told.append(is_gone())
+        is_disconnected = current_request.get().client_disconnected
+        reported.append(is_disconnected())
+        waiters.append(Waiter())
+        waiters[0].wait(60)
+        reported.append(is_disconnected())
 
     async def run(pool: ThreadPoolExecutor) -> None:
         waiting = asyncio.create_task(call_from_loop(wait, greenlets=LoopGreenlets(pool), in_thread=in_thread))
-        while not pauses:
+        while not waiters:
             await asyncio.sleep(0.001)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        wake_all(pauses)
-        while len(told) < 2:
+        wake_all(waiters)
+        while len(reported) < 2:
             await asyncio.sleep(0.001)
 
     with ThreadPoolExecutor(1) as pool:
         asyncio.run(run(pool))
-    assert told == [False, True]
+    assert reported == [False, True]
 
 
-def test_a_greenlet_that_is_through_serves_again_and_keeps_nothing() -> None:
+def test_a_greenlet_is_reused_and_keeps_no_references() -> None:
     class Request:
-        def is_gone(self) -> bool:
+        def is_disconnected(self) -> bool:
             return True
 
     seen: list[tuple[greenlet.greenlet, bool]] = []
 
-    def answer(request: Request) -> None:
+    def respond(request: Request) -> None:
         seen.append((greenlet.getcurrent(), current_request.get().client_disconnected()))
-        current_request.set(RequestContext(client_disconnected=request.is_gone))
+        current_request.set(RequestContext(client_disconnected=request.is_disconnected))
 
     async def run(pool: ThreadPoolExecutor) -> None:
         greenlets = LoopGreenlets(pool)
         for _ in range(2):
             request = Request()
-            greenlets.call(answer, request)
-            gone = weakref.ref(request)
+            greenlets.call(respond, request)
+            reference = weakref.ref(request)
             del request
-            assert gone() is None
+            assert reference() is None
 
     with ThreadPoolExecutor(1) as pool:
         asyncio.run(run(pool))
@@ -93,30 +93,30 @@ def test_a_greenlet_that_is_through_serves_again_and_keeps_nothing() -> None:
     assert not seen[1][1]
 
 
-def test_as_many_greenlets_as_wait_at_once_but_few_are_kept() -> None:
-    pauses: list[Waiter] = []
-    over: list[int] = []
+def test_at_most_max_idle_greenlets_are_kept() -> None:
+    waiters: list[Waiter] = []
+    results: list[int] = []
 
     def wait(number: int) -> None:
-        pauses.append(Waiter())
-        pauses[-1].wait()
-        over.append(number)
+        waiters.append(Waiter())
+        waiters[-1].wait()
+        results.append(number)
 
     async def run(pool: ThreadPoolExecutor) -> int:
         greenlets = LoopGreenlets(pool)
         for number in range(MAX_IDLE + 10):
             greenlets.call(wait, number)
-        assert not over
-        wake_all(pauses)
+        assert not results
+        wake_all(waiters)
         return len(greenlets.idle)
 
     with ThreadPoolExecutor(1) as pool:
         assert asyncio.run(run(pool)) == MAX_IDLE
-    assert over == list(range(MAX_IDLE + 10))
+    assert results == list(range(MAX_IDLE + 10))
 
 
 def run(check: Callable[[LoopGreenlets], Awaitable[None]]) -> None:
-    """Run a check in the loop that the service has, with greenlets in it."""
+    """Run a check in a uvloop event loop with a greenlet pool."""
 
     async def start() -> None:
         with ThreadPoolExecutor(2) as threads:
@@ -132,20 +132,20 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_what_is_enqueued_is_called_in_its_order_and_what_is_urgent_first() -> None:
+def test_functions_are_called_in_order_and_urgent_ones_first() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         called: list[str] = []
         for name in ("first", "second", "third"):
             greenlets.enqueue(called.append, name)
         greenlets.enqueue(called.append, "urgent", is_urgent=True)
-        assert called == []  # whoever enqueues is through first
+        assert called == []  # not called by `enqueue` itself
         await until(lambda: len(called) == 4)
         assert called == ["urgent", "first", "second", "third"]
 
     run(check)
 
 
-def test_what_is_enqueued_meanwhile_has_its_turn() -> None:
+def test_a_function_may_enqueue_another() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         called: list[int] = []
 
@@ -163,7 +163,7 @@ def test_what_is_enqueued_meanwhile_has_its_turn() -> None:
     run(check)
 
 
-def test_the_loop_goes_on_between_slices() -> None:
+def test_the_event_loop_runs_between_slices() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         called: list[float] = []
         ticks: list[int] = []
@@ -183,7 +183,7 @@ def test_the_loop_goes_on_between_slices() -> None:
         reader, writer = await asyncio.open_connection(sock=await connect_to_echo())
         writer.write(b"x")
         await reader.readexactly(1)
-        assert len(called) < 40  # data came and went while work was left
+        assert len(called) < 40  # I/O happened while work was queued
         writer.close()
         await until(lambda: len(called) == 40)
         steps = [after - before for before, after in itertools.pairwise(ticks)]
@@ -193,7 +193,7 @@ def test_the_loop_goes_on_between_slices() -> None:
 
 
 async def connect_to_echo() -> socket.socket:
-    """Return a connection to a thread that sends back what comes."""
+    """Return a connection to a thread that echoes."""
     mine, other = socket.socketpair()
 
     def echo() -> None:
@@ -206,7 +206,7 @@ async def connect_to_echo() -> socket.socket:
     return mine
 
 
-def test_what_is_urgent_waits_for_one_call_only() -> None:
+def test_an_urgent_function_waits_for_one_call_only() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         called: list[str] = []
 
@@ -225,7 +225,7 @@ def test_what_is_urgent_waits_for_one_call_only() -> None:
     run(check)
 
 
-def test_the_queue_is_estimated_from_what_calls_have_taken() -> None:
+def test_queueing_time_is_estimated_from_earlier_calls() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         assert greenlets.queue_s == 0
         called: list[int] = []
@@ -237,43 +237,43 @@ def test_the_queue_is_estimated_from_what_calls_have_taken() -> None:
         for _ in range(30):
             greenlets.enqueue(work)
         await until(lambda: len(called) == 30)
-        assert greenlets.queue_s == 0  # nothing waits
+        assert greenlets.queue_s == 0  # nothing is queued
         for _ in range(50):
             greenlets.enqueue(work)
-        # Half a second; the estimate begins at nothing, and follows slowly.
+        # Half a second of work; the estimate is a moving average that starts at 0.
         assert 0.25 < greenlets.queue_s < 2
         await until(lambda: len(called) == 80)
 
     run(check)
 
 
-def test_calls_that_wait_do_not_count_for_the_queue() -> None:
+def test_waiting_calls_do_not_raise_the_queueing_time() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
-        pauses: list[Waiter] = []
-        over: list[bool] = []
+        waiters: list[Waiter] = []
+        results: list[bool] = []
 
         def wait() -> None:
-            pauses.append(Waiter())
-            over.append(pauses[-1].wait(60))
+            waiters.append(Waiter())
+            results.append(waiters[-1].wait(60))
 
         for _ in range(10):
             greenlets.enqueue(wait)
         await asyncio.sleep(0.1)
-        assert len(pauses) == 10
+        assert len(waiters) == 10
         assert greenlets._call_s < 0.01
-        wake_all(pauses)
-        await until(lambda: over == [True] * 10)
+        wake_all(waiters)
+        await until(lambda: results == [True] * 10)
 
     run(check)
 
 
-def test_a_call_that_raises_does_not_stop_the_others() -> None:
+def test_an_exception_in_a_call_does_not_stop_others() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         greenlets.loop.set_exception_handler(lambda *_: None)
         called: list[int] = []
 
         def fail() -> None:
-            raise RuntimeError("not foreseen")
+            raise RuntimeError("failed")
 
         greenlets.enqueue(fail)
         greenlets.enqueue(called.append, 1)
@@ -285,105 +285,105 @@ def test_a_call_that_raises_does_not_stop_the_others() -> None:
     run(check)
 
 
-def test_a_call_that_raises_when_it_is_woken_does_not_keep_the_others_asleep() -> None:
+def test_an_exception_in_a_woken_call_does_not_stop_others() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         greenlets.loop.set_exception_handler(lambda *_: None)
-        pauses: list[Waiter] = []
+        waiters: list[Waiter] = []
         woken: list[int] = []
 
         def wait(number: int) -> None:
-            pauses.append(Waiter())
-            pauses[-1].wait(60)
+            waiters.append(Waiter())
+            waiters[-1].wait(60)
             if number == 0:
-                raise RuntimeError("not foreseen")
+                raise RuntimeError("failed")
             woken.append(number)
 
         for number in range(3):
             greenlets.enqueue(wait, number)
-        await until(lambda: len(pauses) == 3)
-        await asyncio.get_running_loop().run_in_executor(greenlets.threads, wake_all, pauses)
+        await until(lambda: len(waiters) == 3)
+        await asyncio.get_running_loop().run_in_executor(greenlets.threads, wake_all, waiters)
         await asyncio.sleep(0.1)
         assert woken == [1, 2]
 
     run(check)
 
 
-def test_a_pause_that_ends_before_it_is_waited_for() -> None:
+def test_wait_returns_at_once_after_wake_all() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
-        over: list[bool] = []
+        results: list[bool] = []
 
         def wait() -> None:
-            pause = Waiter()
-            wake_all([pause])
-            over.append(pause.wait(60))
+            waiter = Waiter()
+            wake_all([waiter])
+            results.append(waiter.wait(60))
 
         greenlets.enqueue(wait)
-        await until(lambda: over == [True])
+        await until(lambda: results == [True])
 
     run(check)
 
 
-def test_a_pause_that_is_not_ended_times_out_and_leaves_nothing_behind() -> None:
+def test_wait_times_out_and_leaves_no_timer() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
-        over: list[bool] = []
+        results: list[bool] = []
 
         def wait() -> None:
-            over.extend((Waiter().wait(0.01), Waiter().wait(0), Waiter().wait(-1)))
+            results.extend((Waiter().wait(0.01), Waiter().wait(0), Waiter().wait(-1)))
 
         greenlets.enqueue(wait)
-        await until(lambda: len(over) == 3)
-        assert over == [False] * 3
-        greenlets.enqueue(over.append, True)
-        await until(lambda: over[-1])
+        await until(lambda: len(results) == 3)
+        assert results == [False] * 3
+        greenlets.enqueue(results.append, True)
+        await until(lambda: results[-1])
 
     run(check)
 
 
-def test_the_end_of_a_pause_that_timed_out_does_not_end_the_next_one() -> None:
+def test_waking_a_timed_out_waiter_does_not_wake_the_next_one() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
-        pauses: list[Waiter] = []
-        over: list[bool] = []
+        waiters: list[Waiter] = []
+        results: list[bool] = []
 
         def wait() -> None:
             for timeout_s in (0.01, 60):
-                pauses.append(Waiter())
-                over.append(pauses[-1].wait(timeout_s))
+                waiters.append(Waiter())
+                results.append(waiters[-1].wait(timeout_s))
 
         greenlets.enqueue(wait)
-        await until(lambda: over == [False])
-        wake_all(pauses[:1])
+        await until(lambda: results == [False])
+        wake_all(waiters[:1])
         await asyncio.sleep(0.05)
-        assert over == [False]
-        wake_all(pauses[1:])
-        await until(lambda: over == [False, True])
+        assert results == [False]
+        wake_all(waiters[1:])
+        await until(lambda: results == [False, True])
 
     run(check)
 
 
-def test_the_end_of_a_pause_that_timed_out_does_not_break_its_greenlet() -> None:
+def test_waking_a_timed_out_waiter_does_not_break_its_greenlet() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         errors: list[object] = []
         greenlets.loop.set_exception_handler(lambda _, problem: errors.append(problem))
-        pauses: list[Waiter] = []
-        over: list[bool] = []
+        waiters: list[Waiter] = []
+        results: list[bool] = []
 
         def wait() -> None:
-            pauses.append(Waiter())
-            over.append(pauses[-1].wait(0.01))
+            waiters.append(Waiter())
+            results.append(waiters[-1].wait(0.01))
 
         greenlets.enqueue(wait)
-        await until(lambda: over == [False])
-        await asyncio.get_running_loop().run_in_executor(greenlets.threads, wake_all, pauses)
+        await until(lambda: results == [False])
+        await asyncio.get_running_loop().run_in_executor(greenlets.threads, wake_all, waiters)
         await asyncio.sleep(0.05)
-        greenlets.enqueue(over.append, True)
+        greenlets.enqueue(results.append, True)
         await asyncio.sleep(0.05)
-        assert over == [False, True]
+        assert results == [False, True]
         assert not errors
 
     run(check)
 
 
-def test_what_takes_long_is_done_by_a_thread_and_its_error_comes_back() -> None:
+def test_offload_runs_in_a_worker_thread_and_raises_its_exception() -> None:
     async def check(greenlets: LoopGreenlets) -> None:
         seen: list[object] = []
 

@@ -1,4 +1,4 @@
-"""The service under the memory limit of its manifest, while requests arrive that would cost many times that limit."""
+"""The service under the memory limit of its manifest, during attacks that would need many times that limit."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.serving.conftest import requires_cgroups
 
 MANIFEST = PROJECT / "deploy" / "kubernetes" / "service.yaml"
 
-# p99 of the small requests beside an attack. They take 1 to 5 ms alone; this tells a delay from a queue of seconds.
+# p99 of small requests during an attack. They take 1 to 5 ms without load; the bound only rules out queues of seconds.
 MAX_P99_S = 1.0
 # All attacks at once keep both cores busy.
 MAX_P99_OF_ALL_S = 1.0
-# Over gRPC every message passes through one thread of the library, large ones too: a gigabyte of them is heard.
+# One thread of the gRPC library handles all messages, so a gigabyte of large ones delays small ones.
 MAX_P99_GRPC_S = 3.0
-# What may stay of a burst: the allocator's caches and the threads' stacks, but not the bodies or the images.
+# Growth after a burst: allocator caches and thread stacks, but neither bodies nor images.
 KEPT_MB = 300
 RETURNED_WITHIN_S = 15
 
-# Each of them alone takes more than the limit, unless the service counts what it takes in.
+# Without a memory budget, each of them would exceed the limit.
 ATTACKS = (
     "gzip_for_no_model",
     "gzip_json",
@@ -51,7 +51,7 @@ pytestmark = requires_cgroups
 
 
 class LimitedService:
-    """A service under the manifest's limit with clients beside it; started again when an attack has ended it."""
+    """A service under the manifest's limit with well-behaved clients; restarted after it was killed."""
 
     def __init__(self, models: Path, folder: Path) -> None:
         self._models = models
@@ -75,10 +75,10 @@ class LimitedService:
                 model="colours",
                 kinds=kinds,
                 log=folder / "probe",
-                # Each response has to name the colour of its own image.
+                # Each response must have the label of its own image.
                 expect="red",
             )
-            time.sleep(1)  # the first requests of each kind, which take longer
+            time.sleep(1)  # the first requests of each kind take longer
             self.resting_mb = service.resident_mb()
         return self.service, self._probe, self._server
 
@@ -120,7 +120,7 @@ def attack(
     seconds: float = 0,
     max_p99_s: float = MAX_P99_S,
 ) -> Mapping[str, Sequence[Outcome]]:
-    """Make attacks; fails where the service ends, fails to respond properly, or delays the clients beside them."""
+    """Run attacks; fails if the service ends, responds incorrectly, or delays the well-behaved clients."""
     service, probe, server = limited.ensure()
     hostile.prepare(names, server)
     started_s = time.monotonic()
@@ -151,12 +151,12 @@ def attack(
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_costs_neither_the_service_nor_its_other_clients(
+def test_an_attack_neither_ends_the_service_nor_delays_other_clients(
     limited: LimitedService, hostile: HostileProcess, name: str
 ) -> None:
     outcomes = attack(limited, hostile, [name])[name]
     if name == "photos":
-        # Sixteen photos are a legitimate load: they wait for each other, and all are served.
+        # Sixteen photos are a legitimate load: they are queued, and all are served.
         assert count_outcomes(outcomes) == {"200": 16}
 
 

@@ -1,4 +1,4 @@
-"""The memory cgroups that other tests rely on."""
+"""The memory cgroups that other tests use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def take(cgroup: MemoryCgroup, count: int, *, seconds: float = 0) -> subprocess.
 
 
 @requires_cgroups
-def test_a_process_within_the_limit_lives_and_one_beyond_it_is_killed() -> None:
+def test_only_a_process_over_the_limit_is_killed() -> None:
     with MemoryCgroup(200_000_000) as cgroup:
         assert take(cgroup, 100_000_000).wait(timeout=30) == 0
         assert cgroup.oom_kills() == 0
@@ -31,7 +31,7 @@ def test_a_process_within_the_limit_lives_and_one_beyond_it_is_killed() -> None:
 
 
 @requires_cgroups
-def test_what_still_runs_ends_with_the_cgroup() -> None:
+def test_removing_the_cgroup_kills_its_processes() -> None:
     with MemoryCgroup(200_000_000) as cgroup:
         process = take(cgroup, 50_000_000, seconds=60)
         assert process.stdout
@@ -44,11 +44,11 @@ def test_what_still_runs_ends_with_the_cgroup() -> None:
 @pytest.mark.parametrize(
     ("text", "count"), [("2Gi", 2**31), ("2G", 2 * 10**9), ("512Mi", 2**29), ("100K", 100_000), ("1000", 1_000)]
 )
-def test_amounts_of_memory(text: str, count: int) -> None:
+def test_parse_bytes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "2 Gi", "2T", "-1", "1.5G", "many"])
-def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+def test_parse_bytes_refuses_other_text(text: str) -> None:
     with pytest.raises(ValueError, match="expected an amount of memory"):
         parse_bytes(text)

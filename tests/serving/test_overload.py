@@ -1,6 +1,6 @@
-"""A model that is asked for four times what it can do: what is accepted is served in time, the rest is refused at once.
+"""Load shedding at four times the capacity: accepted requests are served in time, others are refused immediately.
 
-Load comes from one event loop, in which each request is a coroutine with a connection of its own.
+The load is generated in one event loop; each request is a coroutine with its own connection.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TIMEOUT_S = 1.0
 FACTOR = 4
 OVERLOAD_S = 6.0
 FULL_S = 2.0
-# Of the throughput of a closed loop.
+# Share of the closed-loop throughput.
 MIN_GOODPUT = 0.9
 CONNECTIONS = 32
 
@@ -32,8 +32,8 @@ BODY = b'{"instances":[[0.5,0.25]]}'
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A response, and how long after the request was due it came."""
+class Response:
+    """A response, and its delay after the due time of the request."""
 
     status: int
     retry_after: bool
@@ -41,7 +41,7 @@ class Reply:
 
 
 class Load:
-    """Requests with one row each for the model `busy`."""
+    """Sends requests of one row to the model `busy`."""
 
     def __init__(self, service: Service, headers: Mapping[str, str]) -> None:
         address = urlsplit(service.url)
@@ -51,7 +51,7 @@ class Load:
         self._request = head.encode() + b"\r\n" + BODY
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def send(self, due_s: float) -> Reply:
+    async def send(self, due_s: float) -> Response:
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
         writer.write(self._request)
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -61,20 +61,20 @@ class Load:
             writer.close()
         else:
             self._idle.append((reader, writer))
-        return Reply(int(head[9:12]), b"\r\nretry-after:" in head, time.perf_counter() - due_s)
+        return Response(int(head[9:12]), b"\r\nretry-after:" in head, time.perf_counter() - due_s)
 
-    async def send_in_turn(self, until_s: float) -> list[Reply]:
-        replies = []
+    async def send_in_sequence(self, until_s: float) -> list[Response]:
+        responses = []
         while (now_s := time.perf_counter()) < until_s:
-            replies.append(await self.send(now_s))
-        return replies
+            responses.append(await self.send(now_s))
+        return responses
 
-    async def run_closed_loop(self, *, connections: int, seconds: float) -> list[Reply]:
+    async def run_closed_loop(self, *, connections: int, seconds: float) -> list[Response]:
         until_s = time.perf_counter() + seconds
-        parts = await asyncio.gather(*(self.send_in_turn(until_s) for _ in range(connections)))
-        return [reply for part in parts for reply in part]
+        parts = await asyncio.gather(*(self.send_in_sequence(until_s) for _ in range(connections)))
+        return [response for part in parts for response in part]
 
-    async def run_open_loop(self, *, per_s: float, seconds: float) -> list[Reply]:
+    async def run_open_loop(self, *, per_s: float, seconds: float) -> list[Response]:
         tasks = []
         started_s = time.perf_counter()
         for number in range(int(per_s * seconds)):
@@ -86,11 +86,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a service does alone, at its limit and beyond it."""
+    """Latency without load, capacity, and the responses under overload."""
 
     unloaded_p99_s: float
     closed_loop_per_s: float
-    overload: Sequence[Reply]
+    overload: Sequence[Response]
 
 
 async def measure(service: Service, headers: Mapping[str, str]) -> Measured:
@@ -98,10 +98,10 @@ async def measure(service: Service, headers: Mapping[str, str]) -> Measured:
     await load.run_closed_loop(connections=1, seconds=0.5)
     alone = await load.run_closed_loop(connections=1, seconds=1)
     full = await load.run_closed_loop(connections=CONNECTIONS, seconds=FULL_S)
-    assert {reply.status for reply in [*alone, *full]} == {200}, "refused although the load is no more than it can do"
+    assert {response.status for response in [*alone, *full]} == {200}, "a closed loop was refused"
     per_s = len(full) / FULL_S
     overload = await load.run_open_loop(per_s=FACTOR * per_s, seconds=OVERLOAD_S)
-    return Measured(percentile([reply.seconds for reply in alone], 99), per_s, overload)
+    return Measured(percentile([response.seconds for response in alone], 99), per_s, overload)
 
 
 def percentile(seconds: Sequence[float], percent: float) -> float:
@@ -117,16 +117,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["header", "option"])
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: Path) -> Measured:
-    """One call at a time, so that a core is left for the service and one for the load."""
+    """The model runs one call at a time, which leaves a core for the service and one for the load."""
     by_header = request.param == "header"
     options = () if by_header else ("--request-timeout-s", f"{TIMEOUT_S:g}")
     headers = {"X-Request-Timeout-S": f"{TIMEOUT_S:g}"} if by_header else {}
     log = tmp_path_factory.mktemp("overload") / "log"
     with Service(models, log, "--concurrency", "1", "--log-level", "error", *options) as service:
         measured = uvloop.run(measure(service, headers))
-    good = [reply.seconds for reply in measured.overload if reply.status == 200]
+    good = [response.seconds for response in measured.overload if response.status == 200]
     in_time = sum(seconds <= TIMEOUT_S for seconds in good)
-    refused = [reply.seconds for reply in measured.overload if reply.status != 200]
+    refused = [response.seconds for response in measured.overload if response.status != 200]
     print(f"{request.param}: closed loop {measured.closed_loop_per_s:.0f}/s, alone p99 {measured.unloaded_p99_s:.3f} s")
     print(f"overload: {in_time / OVERLOAD_S:.0f}/s in time, {len(good)} of {len(measured.overload)} accepted")
     for name, times in (("accepted", good), ("refused", refused)):
@@ -135,26 +135,26 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return measured
 
 
-def test_goodput_stays_at_what_the_model_can_do(measured: Measured) -> None:
-    in_time = sum(reply.status == 200 and reply.seconds <= TIMEOUT_S for reply in measured.overload)
+def test_goodput_stays_at_the_capacity_of_the_model(measured: Measured) -> None:
+    in_time = sum(response.status == 200 and response.seconds <= TIMEOUT_S for response in measured.overload)
     goodput_per_s = in_time / OVERLOAD_S
     assert goodput_per_s >= MIN_GOODPUT * measured.closed_loop_per_s, (
         f"{goodput_per_s:.0f} of {measured.closed_loop_per_s:.0f} requests/s were served within {TIMEOUT_S} s"
     )
 
 
-def test_what_is_refused_is_refused_at_once_with_retry_after(measured: Measured) -> None:
-    refused = [reply for reply in measured.overload if reply.status != 200]
+def test_load_shedding_refuses_immediately_with_retry_after(measured: Measured) -> None:
+    refused = [response for response in measured.overload if response.status != 200]
     # Three of four cannot be served.
     assert len(refused) > len(measured.overload) / 2
-    assert {reply.status for reply in refused} == {503}
-    assert all(reply.retry_after for reply in refused)
-    assert percentile([reply.seconds for reply in refused], 50) < 0.25
-    assert percentile([reply.seconds for reply in refused], 99) < TIMEOUT_S
+    assert {response.status for response in refused} == {503}
+    assert all(response.retry_after for response in refused)
+    assert percentile([response.seconds for response in refused], 50) < 0.25
+    assert percentile([response.seconds for response in refused], 99) < TIMEOUT_S
 
 
-def test_what_is_accepted_is_served_in_time(measured: Measured) -> None:
-    accepted = [reply.seconds for reply in measured.overload if reply.status == 200]
+def test_accepted_requests_are_served_within_the_timeout(measured: Measured) -> None:
+    accepted = [response.seconds for response in measured.overload if response.status == 200]
     assert accepted
     assert percentile(accepted, 99) < 5 * measured.unloaded_p99_s + TIMEOUT_S
 
@@ -167,19 +167,19 @@ def busy(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Ser
 
 
 @pytest.mark.parametrize("timeout", ["abc", "-1", "nan", "inf", "1,5", "1 s"])
-def test_a_timeout_that_is_none_is_refused(busy: Service, timeout: str) -> None:
-    reply = uvloop.run(Load(busy, {"X-Request-Timeout-S": timeout}).send(time.perf_counter()))
-    assert reply.status == 400
+def test_an_invalid_timeout_header_returns_400(busy: Service, timeout: str) -> None:
+    response = uvloop.run(Load(busy, {"X-Request-Timeout-S": timeout}).send(time.perf_counter()))
+    assert response.status == 400
 
 
 @pytest.mark.parametrize("timeout", ["0.5", "2", "30", "86400"])
-def test_a_timeout_that_can_be_kept_is_accepted(busy: Service, timeout: str) -> None:
-    reply = uvloop.run(Load(busy, {"X-Request-Timeout-S": timeout}).send(time.perf_counter()))
-    assert reply.status == 200
+def test_a_timeout_longer_than_the_queue_is_accepted(busy: Service, timeout: str) -> None:
+    response = uvloop.run(Load(busy, {"X-Request-Timeout-S": timeout}).send(time.perf_counter()))
+    assert response.status == 200
 
 
-def test_a_short_timeout_behind_a_queue_is_refused_at_once_and_a_long_one_waits(busy: Service) -> None:
-    async def send_behind_a_queue() -> tuple[list[Reply], Reply, Reply]:
+def test_a_short_timeout_behind_a_queue_is_refused_immediately(busy: Service) -> None:
+    async def send_behind_a_queue() -> tuple[list[Response], Response, Response]:
         load = Load(busy, {})
         queue = [asyncio.create_task(load.send(time.perf_counter())) for _ in range(400)]  # two seconds of work
         await asyncio.sleep(0.3)
@@ -188,7 +188,7 @@ def test_a_short_timeout_behind_a_queue_is_refused_at_once_and_a_long_one_waits(
         return await asyncio.gather(*queue), hasty, patient
 
     queue, hasty, patient = uvloop.run(send_behind_a_queue())
-    assert {reply.status for reply in queue} == {200}
+    assert {response.status for response in queue} == {200}
     assert (hasty.status, hasty.retry_after) == (503, True)
     assert hasty.seconds < 0.5
     assert patient.status == 200

@@ -1,4 +1,4 @@
-"""Versions that are copied into place file by file, slower than they are polled."""
+"""Versions that are copied into place file by file, slower than the poll interval."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ INFO = {"class_names": ["red", "green", "blue"]}
 
 @pytest.fixture
 def version(models_dir: Path) -> Path:
-    """Version 11, to be filled."""
+    """The empty folder of version 11."""
     path = models_dir / "colours" / "11"
     path.mkdir()
     return path
 
 
-def test_every_step_of_a_copy(models_dir: Path, version: Path, colours: Path) -> None:
+def test_a_version_becomes_available_once_its_copy_is_complete(models_dir: Path, version: Path, colours: Path) -> None:
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
 
@@ -77,7 +77,7 @@ def test_every_step_of_a_copy(models_dir: Path, version: Path, colours: Path) ->
     assert repository.versions("colours")[0].warnings == ("warmup",)
     info.write_text(json.dumps({"class_names": ["a", "b", "c"]}))
     assert poll() == (11, "AVAILABLE", 0)
-    assert repository.versions("colours")[0].warnings == ("warmup",)  # another file does not mend it
+    assert repository.versions("colours")[0].warnings == ("warmup",)  # another file does not clear the warning
     shutil.copy(colours / warmup, version / warmup)
     assert poll() == (11, "AVAILABLE", 2)
     assert repository.versions("colours")[0].error_message == ""
@@ -85,7 +85,7 @@ def test_every_step_of_a_copy(models_dir: Path, version: Path, colours: Path) ->
     assert repository.resolve("colours").predictor is held
 
 
-def test_the_records_are_replayed_once_when_they_arrive(models_dir: Path, colours: Path) -> None:
+def test_warmup_records_are_replayed_once_when_they_arrive(models_dir: Path, colours: Path) -> None:
     calls: list[int] = []
 
     class Counted(SavedModelPredictor):
@@ -105,8 +105,8 @@ def test_the_records_are_replayed_once_when_they_arrive(models_dir: Path, colour
     assert repository.versions("colours")[0].warmup_records == 2
 
 
-def test_records_that_arrive_later_show_what_must_not_be_batched(tmp_path: Path) -> None:
-    """The made-up rows are refused, so only the records can tell."""
+def test_late_warmup_records_disable_batching_of_dependent_rows(tmp_path: Path) -> None:
+    """The model refuses synthetic rows, so only the warm-up records reveal the dependency."""
 
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, "images")])
     def parse(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -148,7 +148,7 @@ def save_labelled(path: Path, labels: list[str]) -> None:
     tf.saved_model.save(model, str(path), signatures={"serving_default": model.classify, "labels": model.labels})
 
 
-def test_the_classes_are_named_by_the_signature_where_there_is_no_info(tmp_path: Path) -> None:
+def test_class_names_fall_back_to_the_labels_signature(tmp_path: Path) -> None:
     version = tmp_path / "food" / "1"
     save_labelled(version, ["ham", "eggs"])
     app = make_app(Settings(models_dir=tmp_path))
@@ -173,7 +173,7 @@ def test_the_classes_are_named_by_the_signature_where_there_is_no_info(tmp_path:
 
 
 @pytest.mark.parametrize("labels", [["ham"], ["ham", "ham"], ["\x00", ""]])
-def test_a_labels_signature_of_any_kind_does_no_harm(tmp_path: Path, labels: list[str]) -> None:
+def test_an_invalid_labels_signature_is_ignored(tmp_path: Path, labels: list[str]) -> None:
     save_labelled(tmp_path / "food" / "1", labels)
     app = make_app(Settings(models_dir=tmp_path))
     app.inference.repository.load()
@@ -183,7 +183,7 @@ def test_a_labels_signature_of_any_kind_does_no_harm(tmp_path: Path, labels: lis
     assert app.test_client().get("/").status_code == 200
 
 
-def test_the_process_shows_the_info_that_arrives(
+def test_model_info_that_arrives_late_is_shown(
     models_dir: Path, version: Path, colours: Path, start_server: Callable[..., Server]
 ) -> None:
     server = start_server(models_dir, "--poll-interval-s", "0.05")

@@ -1,4 +1,4 @@
-"""A server process with two models, and the official stubs on a channel to it."""
+"""A server process with two models, and the official stubs connected to it."""
 
 from __future__ import annotations
 

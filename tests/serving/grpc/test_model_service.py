@@ -36,7 +36,7 @@ def refusal(call: Callable[[], Any]) -> tuple[str, str]:
     return refused.value.code().name, refused.value.details()
 
 
-def test_the_status_of_a_model(stubs: Any) -> None:
+def test_get_model_status(stubs: Any) -> None:
     assert status_of(stubs, "colours") == [(7, "AVAILABLE", "")]
     assert status_of(stubs, "colours", 7) == [(7, "AVAILABLE", "")]
     assert refusal(lambda: status_of(stubs, "m")) == ("NOT_FOUND", "Could not find any versions of model m")
@@ -48,10 +48,10 @@ def test_the_status_of_a_model(stubs: Any) -> None:
     assert refusal(lambda: stubs.models.GetModelStatus(empty)) == ("INVALID_ARGUMENT", "Missing ModelSpec")
 
 
-def test_health(stubs: Any) -> None:
+def test_health_check(stubs: Any) -> None:
     for service in ("", "PredictionService", "ModelService", "tensorflow.serving.PredictionService"):
-        reply = stubs.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
-        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        response = stubs.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
+        assert response.status == health_pb2.HealthCheckResponse.SERVING
     unknown = health_pb2.HealthCheckRequest(service="x")
     assert refusal(lambda: stubs.health.Check(unknown))[0] == "NOT_FOUND"
 
@@ -59,19 +59,19 @@ def test_health(stubs: Any) -> None:
 def test_reflection_describes_the_services(stubs: Any) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(stubs.channel)
 
-    def ask(**question: str) -> Any:
-        (reply,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**question)]), timeout=60)
-        return reply
+    def reflect(**query: str) -> Any:
+        (response,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**query)]), timeout=60)
+        return response
 
-    names = {service.name for service in ask(list_services="").list_services_response.service}
+    names = {service.name for service in reflect(list_services="").list_services_response.service}
     assert names >= {"tensorflow.serving.PredictionService", "tensorflow.serving.ModelService", "grpc.health.v1.Health"}
     for symbol in ("tensorflow.serving.PredictionService", "tensorflow.serving.ModelService", "tensorflow.TensorProto"):
-        assert ask(file_containing_symbol=symbol).file_descriptor_response.file_descriptor_proto
+        assert reflect(file_containing_symbol=symbol).file_descriptor_response.file_descriptor_proto
 
 
 @pytest.fixture
 def own(start_server: Callable[..., Server], models_dir: Path) -> Iterator[tuple[Server, Any]]:
-    """A server to change, with `colours` versions 2 and 10."""
+    """A server with `colours` versions 2 and 10 that a test may change."""
     server = start_server(models_dir, "--poll-interval-s", "0.1")
     server.wait_for("/readyz")
     for stubs in connect(server.grpc_port):
@@ -89,11 +89,13 @@ def reload(stubs: Any, *models: dict[str, Any]) -> None:
             config.model_version_policy.all.SetInParent()
         for label, version in model.get("labels", {}).items():
             config.version_labels[label] = version
-    reply = stubs.models.HandleReloadConfigRequest(request, timeout=60)
-    assert reply.status.error_code == 0
+    response = stubs.models.HandleReloadConfigRequest(request, timeout=60)
+    assert response.status.error_code == 0
 
 
-def test_the_models_can_be_changed_while_it_serves(own: tuple[Server, Any], models_dir: Path, adder: Path) -> None:
+def test_a_reloaded_configuration_replaces_the_served_models(
+    own: tuple[Server, Any], models_dir: Path, adder: Path
+) -> None:
     server, stubs = own
     shutil.copytree(adder, models_dir.parent / "sums" / "3")
     colours = {"name": "colours", "path": models_dir / "colours", "all": True, "labels": {"stable": 2, "canary": 10}}
@@ -102,14 +104,14 @@ def test_the_models_can_be_changed_while_it_serves(own: tuple[Server, Any], mode
     assert status_of(stubs, "sum") == [(3, "AVAILABLE", "")]
     metadata = httpx.get(server.url + "/v1/models/colours/labels/stable/metadata").json()
     assert metadata["model_spec"] == {"name": "colours", "signature_name": "", "version": "2"}
-    answer = httpx.post(server.url + "/v1/models/sum:predict", json={"inputs": {"a": [[1, 2]], "b": [[3, 4]]}})
-    assert answer.json() == {"outputs": [[4, 6]]}
+    response = httpx.post(server.url + "/v1/models/sum:predict", json={"inputs": {"a": [[1, 2]], "b": [[3, 4]]}})
+    assert response.json() == {"outputs": [[4, 6]]}
     reload(stubs, {"name": "sum", "path": models_dir.parent / "sums"})
-    answer = httpx.post(server.url + "/v1/models/colours:predict", json={"instances": [[1, 2]]})
-    assert answer.status_code == 404
+    response = httpx.post(server.url + "/v1/models/colours:predict", json={"instances": [[1, 2]]})
+    assert response.status_code == 404
 
 
-def test_a_configuration_that_cannot_be_served_says_why(own: tuple[Server, Any], models_dir: Path) -> None:
+def test_an_invalid_configuration_returns_the_reason(own: tuple[Server, Any], models_dir: Path) -> None:
     _, stubs = own
     colours = {"name": "colours", "path": models_dir / "colours"}
     code, details = refusal(lambda: reload(stubs, colours, {"name": "gone", "path": models_dir / "gone"}))
@@ -129,12 +131,12 @@ def test_a_configuration_that_cannot_be_served_says_why(own: tuple[Server, Any],
     assert status_of(stubs, "colours")[0] == (10, "AVAILABLE", "")
 
 
-def test_health_tells_when_the_only_model_is_gone(own: tuple[Server, Any], models_dir: Path) -> None:
+def test_health_is_not_serving_after_the_only_model_is_removed(own: tuple[Server, Any], models_dir: Path) -> None:
     server, stubs = own
     shutil.rmtree(models_dir / "colours")
     server.wait_for("/readyz", 503)
     assert httpx.get(server.url + "/readyz").json()["reason"] == "there is no model to answer with"
     assert httpx.get(server.url + "/healthz").status_code == 200
-    reply = stubs.health.Check(health_pb2.HealthCheckRequest(), timeout=60)
-    assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    response = stubs.health.Check(health_pb2.HealthCheckRequest(), timeout=60)
+    assert response.status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert httpx.post(server.url + "/predict", content=b"x", headers={"Content-Type": "image/png"}).status_code == 404

@@ -37,7 +37,9 @@ from tests.serving.saved_models import save_colour_classifier, save_multiplier
 RED = np.zeros((1, 32, 32, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
 
 
-def ask(model: str = "colours", signature: str = "", output_filter: tuple[str, ...] = (), **inputs: Any) -> Any:
+def make_request(
+    model: str = "colours", signature: str = "", output_filter: tuple[str, ...] = (), **inputs: Any
+) -> Any:
     request = predict_pb2.PredictRequest(output_filter=output_filter)
     request.model_spec.name = model
     request.model_spec.signature_name = signature
@@ -57,17 +59,17 @@ def refusal(stubs: Any, request: Any) -> tuple[grpc.StatusCode, str]:
 
 
 def test_pixels_in_tensor_content(stubs: Any) -> None:
-    request = ask(images=np.repeat(RED, 3, axis=0))
+    request = make_request(images=np.repeat(RED, 3, axis=0))
     assert request.inputs["images"].tensor_content
-    reply = stubs.prediction.Predict(request, timeout=60)
-    assert (reply.model_spec.name, reply.model_spec.version.value) == ("colours", 7)
-    assert reply.model_spec.signature_name == "serving_default"
-    assert set(reply.outputs) == {"probabilities", "class_id", "label"}
-    assert tf.make_ndarray(reply.outputs["probabilities"]).shape == (3, 3)
-    # Replies are in the typed fields, as TensorFlow Serving's are.
-    assert list(reply.outputs["label"].string_val) == [b"red"] * 3
-    assert list(reply.outputs["class_id"].int64_val) == [0, 0, 0]
-    assert len(reply.outputs["probabilities"].float_val) == 9
+    response = stubs.prediction.Predict(request, timeout=60)
+    assert (response.model_spec.name, response.model_spec.version.value) == ("colours", 7)
+    assert response.model_spec.signature_name == "serving_default"
+    assert set(response.outputs) == {"probabilities", "class_id", "label"}
+    assert tf.make_ndarray(response.outputs["probabilities"]).shape == (3, 3)
+    # Like TensorFlow Serving, responses use the typed fields.
+    assert list(response.outputs["label"].string_val) == [b"red"] * 3
+    assert list(response.outputs["class_id"].int64_val) == [0, 0, 0]
+    assert len(response.outputs["probabilities"].float_val) == 9
 
 
 def test_pixels_in_typed_values(stubs: Any) -> None:
@@ -75,38 +77,38 @@ def test_pixels_in_typed_values(stubs: Any) -> None:
     for size in RED.shape:
         tensor.tensor_shape.dim.add().size = size
     tensor.int_val.extend(RED.ravel().tolist())
-    reply = stubs.prediction.Predict(ask(images=tensor), timeout=60)
-    assert list(reply.outputs["label"].string_val) == [b"red"]
-    del tensor.int_val[1:]  # one value stands for all
-    white = stubs.prediction.Predict(ask(images=tensor), timeout=60)
+    response = stubs.prediction.Predict(make_request(images=tensor), timeout=60)
+    assert list(response.outputs["label"].string_val) == [b"red"]
+    del tensor.int_val[1:]  # one value is repeated for all
+    white = stubs.prediction.Predict(make_request(images=tensor), timeout=60)
     assert tf.make_ndarray(white.outputs["probabilities"])[0] == pytest.approx([1 / 3] * 3)
 
 
-def test_encoded_pictures(stubs: Any) -> None:
-    request = ask(signature="image_bytes", image_bytes=[picture("blue", kind="JPEG"), picture("green")])
-    reply = stubs.prediction.Predict(request, timeout=60)
-    assert list(reply.outputs["label"].string_val) == [b"blue", b"green"]
+def test_encoded_images(stubs: Any) -> None:
+    request = make_request(signature="image_bytes", image_bytes=[picture("blue", kind="JPEG"), picture("green")])
+    response = stubs.prediction.Predict(request, timeout=60)
+    assert list(response.outputs["label"].string_val) == [b"blue", b"green"]
 
 
 def test_several_inputs_and_strings(stubs: Any) -> None:
-    numbers = ask("adder", a=np.float32([[1, 2]]), b=np.float32([[10, 20]]))
+    numbers = make_request("adder", a=np.float32([[1, 2]]), b=np.float32([[10, 20]]))
     assert list(stubs.prediction.Predict(numbers, timeout=60).outputs["sum"].float_val) == [11, 22]
-    shouted = stubs.prediction.Predict(ask("adder", "shout", text="hello"), timeout=60).outputs["shouted"]
+    shouted = stubs.prediction.Predict(make_request("adder", "shout", text="hello"), timeout=60).outputs["shouted"]
     assert (list(shouted.string_val), len(shouted.tensor_shape.dim)) == ([b"HELLO"], 0)
 
 
-def test_who_sets_no_deadline_is_answered_too(stubs: Any) -> None:
-    reply = stubs.prediction.Predict(ask(images=RED))
-    assert list(reply.outputs["label"].string_val) == [b"red"]
+def test_a_call_without_a_deadline_is_served(stubs: Any) -> None:
+    response = stubs.prediction.Predict(make_request(images=RED))
+    assert list(response.outputs["label"].string_val) == [b"red"]
 
 
-def test_the_outputs_asked_for(stubs: Any) -> None:
-    reply = stubs.prediction.Predict(ask(images=RED, output_filter=("label",)), timeout=60)
-    assert set(reply.outputs) == {"label"}
+def test_output_filter_selects_outputs(stubs: Any) -> None:
+    response = stubs.prediction.Predict(make_request(images=RED, output_filter=("label",)), timeout=60)
+    assert set(response.outputs) == {"label"}
 
 
-def test_the_version_asked_for(stubs: Any) -> None:
-    request = ask(images=RED)
+def test_model_spec_selects_the_version(stubs: Any) -> None:
+    request = make_request(images=RED)
     request.model_spec.version.value = 7
     assert stubs.prediction.Predict(request, timeout=60).model_spec.version.value == 7
     request.model_spec.version.value = 8
@@ -133,10 +135,10 @@ def multiplier(tmp_path_factory: pytest.TempPathFactory) -> Flask:
 
 def multiply(app: Flask, **inputs: Any) -> Any:
     service = PredictionService(app.inference, Metrics(), max_bytes=1_000)
-    return service.predict(ask("multiplier", **inputs))
+    return service.predict(make_request("multiplier", **inputs))
 
 
-def test_default_values_stand_for_the_inputs_that_a_request_leaves_out(multiplier: Flask) -> None:
+def test_missing_inputs_use_their_default_values(multiplier: Flask) -> None:
     x = np.array([1, 2], np.float32)
     assert list(multiply(multiplier, x=x).outputs["y"].float_val) == [3, 6]
     assert list(multiply(multiplier, x=x, k=np.float32(2)).outputs["y"].float_val) == [2, 4]
@@ -169,13 +171,13 @@ def test_default_values_stand_for_the_inputs_that_a_request_leaves_out(multiplie
         ),
     ],
 )
-def test_default_values_stand_for_nothing_else(multiplier: Flask, names: tuple[str, ...], message: str) -> None:
+def test_default_values_do_not_hide_wrong_inputs(multiplier: Flask, names: tuple[str, ...], message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         multiply(multiplier, **dict.fromkeys(names, np.float32(1)))
     assert str(refused.value) == message
 
 
-def test_default_values_are_described(multiplier: Flask) -> None:
+def test_metadata_contains_the_default_values(multiplier: Flask) -> None:
     described = multiplier.test_client().get("/v1/models/multiplier/metadata").json
     assert described is not None
     defaults = described["metadata"]["signature_def"]["signature_def"]["serving_default"]["defaults"]
@@ -192,11 +194,11 @@ def test_default_values_are_described(multiplier: Flask) -> None:
     ("request_", "code", "details"),
     [
         (predict_pb2.PredictRequest(), "INVALID_ARGUMENT", "Missing ModelSpec"),
-        (ask("", images=RED), "INVALID_ARGUMENT", "ModelSpec has no name specified."),
-        (ask("m", images=RED), "NOT_FOUND", "Servable not found for request: Latest(m)"),
-        (ask(signature="x", images=RED), "FAILED_PRECONDITION", 'Serving signature key "x" not found.'),
+        (make_request("", images=RED), "INVALID_ARGUMENT", "ModelSpec has no name specified."),
+        (make_request("m", images=RED), "NOT_FOUND", "Servable not found for request: Latest(m)"),
+        (make_request(signature="x", images=RED), "FAILED_PRECONDITION", 'Serving signature key "x" not found.'),
         (
-            ask(pixels=RED),
+            make_request(pixels=RED),
             "INVALID_ARGUMENT",
             (
                 "Signature input alias: images(feed name: serving_default_images:0) not found in request and no "
@@ -204,7 +206,7 @@ def test_default_values_are_described(multiplier: Flask) -> None:
             ),
         ),
         (
-            ask(images=RED, more=RED),
+            make_request(images=RED, more=RED),
             "INVALID_ARGUMENT",
             (
                 "input size does not match signature: 2!=1 len({images,more}) != len({images}). Sent extra: {more}. "
@@ -212,7 +214,7 @@ def test_default_values_are_described(multiplier: Flask) -> None:
             ),
         ),
         (
-            ask(images=RED, output_filter=("x",)),
+            make_request(images=RED, output_filter=("x",)),
             "INVALID_ARGUMENT",
             (
                 "output tensor alias not found in signature: x Outputs expected to be in the set "
@@ -220,19 +222,19 @@ def test_default_values_are_described(multiplier: Flask) -> None:
             ),
         ),
         (
-            ask(images=RED, output_filter=("label", "label")),
+            make_request(images=RED, output_filter=("label", "label")),
             "INVALID_ARGUMENT",
             "duplicate output tensor alias: label",
         ),
-        (ask(images=RED.astype(np.float32)), "INVALID_ARGUMENT", "expected uint8 (n, 32, 32, 3), got float32"),
-        (ask(images=RED[:, :31]), "INVALID_ARGUMENT", "got uint8 (1, 31, 32, 3)"),
-        (ask(images=RED[0]), "INVALID_ARGUMENT", "got uint8 (32, 32, 3)"),
-        (ask(images=RED[:0]), "INVALID_ARGUMENT", "has no rows"),
-        (ask("adder", "shout", text=""), "INVALID_ARGUMENT", "nothing to shout"),
-        (ask(signature="image_bytes", image_bytes=[b"no picture"]), "INVALID_ARGUMENT", ""),
+        (make_request(images=RED.astype(np.float32)), "INVALID_ARGUMENT", "expected uint8 (n, 32, 32, 3), got float32"),
+        (make_request(images=RED[:, :31]), "INVALID_ARGUMENT", "got uint8 (1, 31, 32, 3)"),
+        (make_request(images=RED[0]), "INVALID_ARGUMENT", "got uint8 (32, 32, 3)"),
+        (make_request(images=RED[:0]), "INVALID_ARGUMENT", "has no rows"),
+        (make_request("adder", "shout", text=""), "INVALID_ARGUMENT", "nothing to shout"),
+        (make_request(signature="image_bytes", image_bytes=[b"no picture"]), "INVALID_ARGUMENT", ""),
     ],
 )
-def test_a_bad_request_is_refused_with_tensorflow_servings_status(
+def test_an_invalid_request_returns_tensorflow_servings_status(
     stubs: Any, request_: Any, code: str, details: str
 ) -> None:
     status, text = refusal(stubs, request_)
@@ -262,47 +264,47 @@ def broken_tensor(dtype: int, shape: tuple[int, ...], **fields: Any) -> Any:
         (broken_tensor(7, (1,), string_val=[b"x"]), "INVALID_ARGUMENT", "expected uint8"),
     ],
 )
-def test_a_message_is_not_believed(stubs: Any, tensor: Any, code: str, details: str) -> None:
-    status, text = refusal(stubs, ask(images=tensor))
+def test_an_inconsistent_tensor_is_refused(stubs: Any, tensor: Any, code: str, details: str) -> None:
+    status, text = refusal(stubs, make_request(images=tensor))
     assert (status.name, details in text) == (code, True), text
 
 
-def test_a_message_that_is_too_large_is_refused(stubs: Any) -> None:
-    status, _ = refusal(stubs, ask(images=np.zeros((400, 32, 32, 3), np.uint8)))
+def test_a_message_over_the_limit_is_refused(stubs: Any) -> None:
+    status, _ = refusal(stubs, make_request(images=np.zeros((400, 32, 32, 3), np.uint8)))
     assert status == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_message_that_cannot_be_parsed_is_refused_in_words(stubs: Any) -> None:
+def test_an_unparsable_message_returns_internal_with_a_reason(stubs: Any) -> None:
     predict = stubs.channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
     with pytest.raises(grpc.RpcError) as refused:
         predict(b"garbage", timeout=60)
     assert refused.value.code() == grpc.StatusCode.INTERNAL
-    assert refused.value.details() == "the message sent is not a tensorflow.serving.PredictRequest: it cannot be parsed"
+    assert refused.value.details() == "the message cannot be parsed as tensorflow.serving.PredictRequest"
 
 
-def test_many_pictures_in_one_request(stubs: Any) -> None:
+def test_many_images_in_one_request(stubs: Any) -> None:
     images = np.repeat(RED, 2 * SMALL_BYTES // RED.size, axis=0)
-    reply = stubs.prediction.Predict(ask(images=images, output_filter=("label",)), timeout=60)
-    assert list(reply.outputs["label"].string_val) == [b"red"] * len(images)
+    response = stubs.prediction.Predict(make_request(images=images, output_filter=("label",)), timeout=60)
+    assert list(response.outputs["label"].string_val) == [b"red"] * len(images)
 
 
-def test_thousands_who_ask_at_once_are_all_answered(server: Server) -> None:
-    async def ask_all() -> list[Any]:
+def test_thousands_of_concurrent_calls_are_served(server: Server) -> None:
+    async def send_all() -> list[Any]:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
             stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-            request = ask(images=RED, output_filter=("class_id",))
+            request = make_request(images=RED, output_filter=("class_id",))
             return await asyncio.gather(*(stub.Predict(request, timeout=60) for _ in range(3_000)))
 
-    assert {reply.outputs["class_id"].int64_val[0] for reply in asyncio.run(ask_all())} == {0}
+    assert {response.outputs["class_id"].int64_val[0] for response in asyncio.run(send_all())} == {0}
 
 
-def test_the_metadata_are_those_of_the_rest_api(stubs: Any, server: Server) -> None:
+def test_metadata_equals_that_of_the_rest_api(stubs: Any, server: Server) -> None:
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
     request.model_spec.name = "colours"
-    reply = stubs.prediction.GetModelMetadata(request, timeout=60)
-    assert reply.metadata["signature_def"].type_url.endswith("tensorflow.serving.SignatureDefMap")
+    response = stubs.prediction.GetModelMetadata(request, timeout=60)
+    assert response.metadata["signature_def"].type_url.endswith("tensorflow.serving.SignatureDefMap")
     described = get_model_metadata_pb2.SignatureDefMap()
-    assert reply.metadata["signature_def"].Unpack(described)
+    assert response.metadata["signature_def"].Unpack(described)
     shape = described.signature_def["serving_default"].inputs["images"].tensor_shape
     assert [axis.size for axis in shape.dim] == [-1, 32, 32, 3]
     rest = httpx.get(server.url + "/v1/models/colours/metadata").json()["metadata"]["signature_def"]["signature_def"]
@@ -318,7 +320,7 @@ def test_the_metadata_are_those_of_the_rest_api(stubs: Any, server: Server) -> N
     ("fields", "details"),
     [([], "must specify at least one metadata_field"), (["x"], "Metadata field x is not supported")],
 )
-def test_other_metadata_are_refused(stubs: Any, fields: list[str], details: str) -> None:
+def test_unsupported_metadata_fields_are_refused(stubs: Any, fields: list[str], details: str) -> None:
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=fields)
     request.model_spec.name = "colours"
     with pytest.raises(grpc.RpcError) as refused:
@@ -327,7 +329,7 @@ def test_other_metadata_are_refused(stubs: Any, fields: list[str], details: str)
     assert details in refused.value.details()
 
 
-def test_what_is_for_estimators_is_unimplemented(stubs: Any) -> None:
+def test_estimator_methods_are_unimplemented(stubs: Any) -> None:
     for method, request in (
         (stubs.prediction.Classify, classification_pb2.ClassificationRequest()),
         (stubs.prediction.Regress, regression_pb2.RegressionRequest()),
@@ -338,9 +340,11 @@ def test_what_is_for_estimators_is_unimplemented(stubs: Any) -> None:
         assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_grpc_and_rest_answer_alike_and_count_together(stubs: Any, server: Server) -> None:
+def test_grpc_and_rest_return_equal_outputs_and_share_metrics(stubs: Any, server: Server) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    over_grpc = tf.make_ndarray(stubs.prediction.Predict(ask(images=images), timeout=60).outputs["probabilities"])
+    over_grpc = tf.make_ndarray(
+        stubs.prediction.Predict(make_request(images=images), timeout=60).outputs["probabilities"]
+    )
     url = server.url + "/v1/models/colours:predict"
     over_rest = httpx.post(url, json={"inputs": images.tolist()}).json()["outputs"]["probabilities"]
     np.testing.assert_allclose(over_grpc, np.float32(over_rest), atol=1e-6)
@@ -349,20 +353,20 @@ def test_grpc_and_rest_answer_alike_and_count_together(stubs: Any, server: Serve
     assert ':tensorflow:serving:request_count{model_name="colours",status="FAILED_PRECONDITION"}' in page
 
 
-def test_what_was_accepted_is_answered_before_the_end(start_server: Callable[..., Server], tmp_path: Path) -> None:
+def test_graceful_shutdown_finishes_in_flight_calls(start_server: Callable[..., Server], tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     save_colour_classifier(tmp_path / "models" / "colours" / "1", gate=gate)
     server = start_server(tmp_path / "models")
     server.wait_for("/readyz")
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-        answer = stub.Predict.future(ask(images=RED), timeout=60)
+        response = stub.Predict.future(make_request(images=RED), timeout=60)
         server.wait_until(lambda: server.in_flight() == 1)
         server.process.send_signal(signal.SIGTERM)
         server.wait_until(lambda: not accepts(server.grpc_port))
-        assert not answer.done()
+        assert not response.done()
         gate.touch()
-        assert list(answer.result().outputs["label"].string_val) == [b"red"]
+        assert list(response.result().outputs["label"].string_val) == [b"red"]
     assert server.process.wait(timeout=60) == 0
 
 

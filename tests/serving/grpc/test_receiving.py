@@ -1,4 +1,4 @@
-"""gRPC messages within the memory budget: calls on real connections to a server with one method."""
+"""Receiving gRPC messages within the memory budget, on real connections to a server with one method."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from serving.errors import InvalidRequest
 from serving.greenlets import LoopGreenlets, Waiter, wake_all
 from serving.grpc import receiving
-from serving.grpc.handlers import OBJECT_BYTES, GrpcLimits, make_handler
+from serving.grpc.handlers import OBJECT_BYTES, SharedState, make_handler
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.memory import MemoryBudget, Reservation
 from serving.request_context import current_request
 
 BUDGET_BYTES = 160_000_000
 MAX_BYTES = 8_000_000
-LATE_S = 4 * receiving.AT_ONCE_S
+LATE_S = 4 * receiving.POLL_S
 
-Answer = Callable[[Any], Any]
+Method = Callable[[Any], Any]
 
 
 class Service:
-    """A gRPC server whose method gives back what it is sent."""
+    """A gRPC server with an echo method."""
 
-    def __init__(self, *, max_bytes: int = MAX_BYTES, answer: Answer = lambda message: message) -> None:
+    def __init__(self, *, max_bytes: int = MAX_BYTES, method: Method = lambda message: message) -> None:
         self.budget = MemoryBudget(BUDGET_BYTES)
         self.max_bytes = max_bytes
-        self._answer = answer
+        self._method = method
 
     async def start(self, threads: ThreadPoolExecutor) -> None:
-        limits = GrpcLimits(LoopGreenlets(threads), self.budget, MessageReceiver(self.max_bytes))
+        shared = SharedState(LoopGreenlets(threads), self.budget, MessageReceiver(self.max_bytes))
         options = [("grpc.max_receive_message_length", self.max_bytes), *CHANNEL_OPTIONS]
         self.server = grpc.aio.server(options=options)
-        handlers = {"Echo": make_handler(self._answer, BytesValue, limits=limits)}
+        handlers = {"Echo": make_handler(self._method, BytesValue, shared=shared)}
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()
 
     async def stop(self) -> None:
         await self.server.stop(0)
-        gc.collect()  # what its tasks have to say, they say now
+        gc.collect()  # logs unretrieved exceptions of its tasks now
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Connection]:
-        """Open a connection of its own."""
+        """Open a new connection."""
         lengths = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
         options = [*lengths, ("grpc.use_local_subchannel_pool", 1)]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options=options) as channel:
@@ -65,7 +65,7 @@ class Service:
 
     @property
     def used(self) -> int:
-        """Memory that is reserved for long messages, beside what the test holds."""
+        """Reserved memory of the large pool."""
         return self.budget.large.used
 
     async def assert_at_rest(self) -> None:
@@ -94,7 +94,7 @@ class Connection:
         return self._unary(BytesValue(value=bytes(size)), timeout=30)
 
     async def stall(self, *, timeout_s: float | None = None) -> Any:
-        """Begin a call, and send no message."""
+        """Begin a call without sending a message."""
         call = self._stream(timeout=timeout_s)
         await call.wait_for_connection()
         return call
@@ -125,7 +125,7 @@ def run(check: Callable[[Service], Awaitable[None]], **options: Any) -> None:
     uvloop.run(start())
 
 
-def test_messages_are_received_and_leave_nothing_behind() -> None:
+def test_messages_are_received_and_their_memory_is_released() -> None:
     async def check(service: Service) -> None:
         async with service.connect() as client:
             sizes = [0, 1, 1_000, 300_000, 5_000_000]
@@ -136,10 +136,10 @@ def test_messages_are_received_and_leave_nothing_behind() -> None:
     run(check)
 
 
-def test_memory_for_a_message_is_held_until_it_is_answered() -> None:
+def test_memory_for_a_message_is_held_until_the_response() -> None:
     held: list[int] = []
 
-    def answer(message: Any) -> Any:
+    def method(message: Any) -> Any:
         memory = current_request.get().memory
         assert memory
         held.append(memory.held_bytes)
@@ -151,10 +151,10 @@ def test_memory_for_a_message_is_held_until_it_is_answered() -> None:
         assert held[0] >= 1_000_000 * (1 + OBJECT_BYTES)
         await service.assert_at_rest()
 
-    run(check, answer=answer)
+    run(check, method=method)
 
 
-def test_a_message_that_is_larger_than_the_largest_is_refused() -> None:
+def test_a_message_over_the_limit_is_refused() -> None:
     async def check(service: Service) -> None:
         async with service.connect() as client:
             for size in (1_000_001, 20_000_000):
@@ -168,7 +168,7 @@ def test_a_message_that_is_larger_than_the_largest_is_refused() -> None:
     run(check, max_bytes=1_000_000)
 
 
-def test_a_message_that_needs_more_memory_than_there_is_is_refused() -> None:
+def test_a_message_over_the_memory_budget_is_refused() -> None:
     async def check(service: Service) -> None:
         async with service.connect() as client:
             with pytest.raises(grpc.RpcError) as error:
@@ -192,8 +192,8 @@ def test_a_call_without_a_message_is_refused() -> None:
     run(check)
 
 
-def test_an_error_of_the_method_is_the_status_of_the_call() -> None:
-    def answer(*_: Any) -> Any:
+def test_an_error_of_the_method_becomes_the_status_of_the_call() -> None:
+    def method(*_: Any) -> Any:
         raise InvalidRequest("not like this")
 
     async def check(service: Service) -> None:
@@ -206,42 +206,42 @@ def test_an_error_of_the_method_is_the_status_of_the_call() -> None:
             )
         await service.assert_at_rest()
 
-    run(check, answer=answer)
+    run(check, method=method)
 
 
-LONG_BYTES = COPIES * MAX_BYTES  # reserved for a message that does not come at once
+LATE_BYTES = COPIES * MAX_BYTES  # reserved for a late message
 
 
 def hold_bodies(service: Service, *, left: int = 0) -> Reservation:
-    """Take the memory for large bodies, but for some."""
+    """Reserve the memory for large bodies, except `left` bytes."""
     held = Reservation(service.budget.large)
     assert held.try_grow(service.budget.large.body_limit - left, is_body=True)
     return held
 
 
-def test_a_long_message_has_memory_for_the_largest_until_it_is_there() -> None:
+def test_a_late_message_reserves_memory_for_the_largest_until_it_arrives() -> None:
     used: list[int] = []
 
     async def check(service: Service) -> None:
         async with service.connect() as client:
             call = await client.stall()
-            await until(lambda: service.used == LONG_BYTES)
+            await until(lambda: service.used == LATE_BYTES)
             assert await client.echo(5) == 5
             await send_late(call, 100_000)
             assert len((await call).value) == 100_000
-        assert used[-1] < 2_000_000 < LONG_BYTES
+        assert used[-1] < 2_000_000 < LATE_BYTES
         await service.assert_at_rest()
 
-    def answer(message: Any) -> Any:
+    def method(message: Any) -> Any:
         memory = current_request.get().memory
         assert memory
         used.append(memory.held_bytes)
         return message
 
-    run(check, answer=answer)
+    run(check, method=method)
 
 
-def test_calls_that_send_nothing_do_not_hold_up_others() -> None:
+def test_calls_without_a_message_do_not_block_others() -> None:
     async def check(service: Service) -> None:
         async with service.connect() as stalled, service.connect() as client:
             calls = [await stalled.stall() for _ in range(50)]
@@ -257,9 +257,9 @@ def test_calls_that_send_nothing_do_not_hold_up_others() -> None:
     run(check)
 
 
-def test_a_long_message_without_memory_is_refused_soon() -> None:
+def test_a_late_message_without_memory_is_refused_early() -> None:
     async def check(service: Service) -> None:
-        held = hold_bodies(service, left=LONG_BYTES - 1)
+        held = hold_bodies(service, left=LATE_BYTES - 1)
         async with service.connect() as client:
             call = await client.stall()
             assert await call.code() == grpc.StatusCode.UNAVAILABLE
@@ -270,8 +270,8 @@ def test_a_long_message_without_memory_is_refused_soon() -> None:
     run(check)
 
 
-def test_a_small_message_that_is_a_little_late_needs_no_memory_for_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiving, "PATIENCE", 500)
+def test_a_slightly_late_small_message_needs_no_memory_for_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiving, "MAX_POLLS", 500)
 
     async def check(service: Service) -> None:
         held = hold_bodies(service)
@@ -287,7 +287,7 @@ def test_a_small_message_that_is_a_little_late_needs_no_memory_for_the_largest(m
 
 
 @pytest.mark.parametrize("timeout_s", [None, 3_600])
-def test_a_message_that_does_not_arrive_is_refused(monkeypatch: pytest.MonkeyPatch, timeout_s: float | None) -> None:
+def test_a_message_that_does_not_arrive_times_out(monkeypatch: pytest.MonkeyPatch, timeout_s: float | None) -> None:
     monkeypatch.setattr(receiving, "TIMEOUT_S", 0.5)
 
     async def check(service: Service) -> None:
@@ -300,15 +300,15 @@ def test_a_message_that_does_not_arrive_is_refused(monkeypatch: pytest.MonkeyPat
     run(check)
 
 
-def test_a_message_that_does_not_arrive_gives_way_to_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_that_does_not_arrive_times_out_earlier_under_contention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiving, "CONTENDED_TIMEOUT_S", 0.5)
 
     async def check(service: Service) -> None:
-        held = hold_bodies(service, left=LONG_BYTES)
+        held = hold_bodies(service, left=LATE_BYTES)
         async with service.connect() as stalled, service.connect() as client:
             call = await stalled.stall()
-            await until(lambda: service.used == held.held + LONG_BYTES)
-            with contextlib.suppress(grpc.RpcError):  # the first of a connection does not wait
+            await until(lambda: service.used == held.held + LATE_BYTES)
+            with contextlib.suppress(grpc.RpcError):  # the first call of a connection does not wait
                 await client.echo(4_000_000, timeout_s=5)
             assert await client.echo(4_000_000, timeout_s=5) == 4_000_000
             assert await call.code() == grpc.StatusCode.UNAVAILABLE
@@ -318,15 +318,15 @@ def test_a_message_that_does_not_arrive_gives_way_to_those_who_wait(monkeypatch:
     run(check)
 
 
-def test_a_message_that_does_not_arrive_gives_way_to_long_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_that_does_not_arrive_frees_memory_for_late_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiving, "CONTENDED_TIMEOUT_S", 0.5)
 
     async def check(service: Service) -> None:
-        held = hold_bodies(service, left=LONG_BYTES)
+        held = hold_bodies(service, left=LATE_BYTES)
         async with service.connect() as stalled, service.connect() as client:
             await stalled.stall()
-            await until(lambda: service.used == held.held + LONG_BYTES)
-            for _ in range(5):  # for two seconds
+            await until(lambda: service.used == held.held + LATE_BYTES)
+            for _ in range(5):  # two seconds in total
                 call = await client.stall()
                 await asyncio.sleep(0.4)
                 with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
@@ -334,13 +334,13 @@ def test_a_message_that_does_not_arrive_gives_way_to_long_messages(monkeypatch: 
                 if await call.code() == grpc.StatusCode.OK:
                     break
             else:
-                pytest.fail("no other client was served while one sent nothing")
+                pytest.fail("no other client was served during a stalled call")
         held.release()
 
     run(check)
 
 
-def test_a_client_that_goes_gives_its_memory_back() -> None:
+def test_a_cancelled_call_releases_its_memory() -> None:
     async def check(service: Service) -> None:
         async with service.connect() as client:
             for wait_s in (0, LATE_S):
@@ -352,7 +352,7 @@ def test_a_client_that_goes_gives_its_memory_back() -> None:
     run(check)
 
 
-def test_small_messages_do_not_wait_behind_large_ones_that_wait_for_memory() -> None:
+def test_small_messages_are_not_queued_behind_large_ones() -> None:
     async def check(service: Service) -> None:
         held = hold_bodies(service)
         async with service.connect() as large, service.connect() as client:
@@ -366,7 +366,7 @@ def test_small_messages_do_not_wait_behind_large_ones_that_wait_for_memory() -> 
     run(check)
 
 
-def test_a_large_message_that_was_refused_waits_for_memory_the_next_time() -> None:
+def test_after_a_refused_large_message_the_next_call_waits_for_memory() -> None:
     async def check(service: Service) -> None:
         held = hold_bodies(service)
         async with service.connect() as client:
@@ -386,7 +386,7 @@ def test_a_large_message_that_was_refused_waits_for_memory_the_next_time() -> No
     run(check)
 
 
-def test_a_connection_that_sends_small_messages_again_needs_no_memory_for_the_largest() -> None:
+def test_after_a_small_message_the_next_call_needs_no_memory_for_the_largest() -> None:
     async def check(service: Service) -> None:
         async with service.connect() as client:
             for size in (4_000_000, 1):
@@ -399,9 +399,7 @@ def test_a_connection_that_sends_small_messages_again_needs_no_memory_for_the_la
     run(check)
 
 
-def test_what_arrives_of_large_messages_without_memory_is_bounded() -> None:
-    """Forty messages of 8 MB on connections that have sent a small one: a few are received, the others are refused."""
-
+def test_few_large_messages_are_received_without_memory() -> None:
     async def check(service: Service) -> None:
         held = hold_bodies(service)
         async with contextlib.AsyncExitStack() as stack:
@@ -415,9 +413,7 @@ def test_what_arrives_of_large_messages_without_memory_is_bounded() -> None:
     run(check)
 
 
-def test_calls_on_new_connections_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that send nothing and have no memory keep others waiting for a moment only."""
-
+def test_stalled_new_connections_delay_others_only_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(service: Service) -> None:
         held = hold_bodies(service)
         async with contextlib.AsyncExitStack() as stack:
@@ -425,17 +421,17 @@ def test_calls_on_new_connections_take_turns(monkeypatch: pytest.MonkeyPatch) ->
             calls = [await client.stall() for client in stalled]
             client = await stack.enter_async_context(service.connect())
             assert await client.echo(1, timeout_s=5) == 1
-            assert sum(call.done() for call in calls) >= len(calls) - receiving.NEW_AT_ONCE
+            assert sum(call.done() for call in calls) >= len(calls) - receiving.MAX_NEW_READS
         held.release()
         await service.assert_at_rest()
 
-    monkeypatch.setattr(receiving, "PATIENCE", 10_000)
+    monkeypatch.setattr(receiving, "MAX_POLLS", 10_000)
     run(check)
 
 
 @pytest.mark.parametrize("has_memory", [True, False])
-def test_a_call_that_fails_leaves_no_message_to_the_garbage_collection(has_memory: bool) -> None:
-    def answer(*_: Any) -> Any:
+def test_a_failed_call_frees_its_message_without_garbage_collection(has_memory: bool) -> None:
+    def method(*_: Any) -> Any:
         raise InvalidRequest("not like this")
 
     async def check(service: Service) -> None:
@@ -458,37 +454,35 @@ def test_a_call_that_fails_leaves_no_message_to_the_garbage_collection(has_memor
             held.release()
         await service.assert_at_rest()
 
-    run(check, answer=answer)
+    run(check, method=method)
 
 
-def test_a_call_that_is_cancelled_while_it_is_processed_leaves_nothing_reserved() -> None:
-    pauses: list[Waiter] = []
+def test_a_call_cancelled_during_processing_releases_its_memory() -> None:
+    waiters: list[Waiter] = []
     ended: list[bool] = []
 
-    def answer(message: Any) -> Any:
-        pauses.append(Waiter())
-        pauses[0].wait(10)
-        current_request.get().reserve(1_000_000)  # as for decoding images
+    def method(message: Any) -> Any:
+        waiters.append(Waiter())
+        waiters[0].wait(10)
+        current_request.get().reserve(1_000_000)  # like decoding an image
         ended.append(True)
         return message
 
     async def check(service: Service) -> None:
         async with service.connect() as client:
             call = client.begin()
-            await until(lambda: bool(pauses))
+            await until(lambda: bool(waiters))
             call.cancel()
             await asyncio.sleep(0.1)
-            wake_all(pauses)
+            wake_all(waiters)
             await until(lambda: bool(ended))
             await asyncio.sleep(0.05)
             assert service.budget.used_bytes == 0
 
-    run(check, answer=answer)
+    run(check, method=method)
 
 
-def test_a_refused_message_leaves_no_line_in_the_log(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refused_message_logs_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(receiving, "TIMEOUT_S", 0.2)
 
     async def check(service: Service) -> None:

@@ -1,4 +1,4 @@
-"""Raw TCP clients, good and bad, and what the server process holds: descriptors, connections and memory."""
+"""Raw TCP clients, and the descriptors, connections and memory of the server process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Response:
 
 
 class Client:
-    """One TCP connection. Closed at the end of its `with` block."""
+    """One TCP connection; a context manager."""
 
     def __init__(self, port: int, *, timeout_s: float = 10, receive_buffer: int | None = None) -> None:
         self.socket = socket.socket()
@@ -59,26 +59,26 @@ class Client:
         self.socket.close()
 
     def send(self, *segments: bytes, pause_s: float = 0.005) -> None:
-        """Send each argument in a TCP segment of its own."""
+        """Send each argument in its own TCP segment."""
         for number, segment in enumerate(segments):
             if number:
                 time.sleep(pause_s)
             self.socket.sendall(segment)
 
     def read(self, method: str = "GET") -> Response:
-        """Read one final response (100 Continue is skipped). Raises EOFError if the connection ends before it does."""
+        """Read one final response, skipping 100 Continue. Raises EOFError if the server closes the connection first."""
         response = self._read_any(method)
         while response.status == 100:
             response = self._read_any(method)
         return response
 
     def read_continue(self) -> None:
-        """Read the interim response that asks for the body."""
+        """Read a 100 Continue response."""
         response = self._read_any("GET")
         assert response.status == 100, response
 
     def read_to_end(self) -> bytes:
-        """Read until the server closes or resets the connection; a TimeoutError if it does neither."""
+        """Read until the server closes or resets the connection; otherwise raises TimeoutError."""
         try:
             while data := self.socket.recv(65_536):
                 self._received += data
@@ -89,7 +89,7 @@ class Client:
         return rest
 
     def reset(self) -> None:
-        """Close with an RST, as a client that crashes does."""
+        """Close with an RST."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
@@ -129,7 +129,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Route:
-    """A request that the `colours` model answers, for any of three colours."""
+    """An inference request to the `colours` model, for one of three colours."""
 
     path: str
     content_type: bytes
@@ -167,48 +167,48 @@ ROUTES = {
 
 
 def post(path: str, body: bytes, *headers: bytes, content_type: bytes = JSON) -> bytes:
-    """A POST with Content-Length."""
+    """A POST request with Content-Length."""
     return head(path, b"Content-Length: %d" % len(body), *headers, content_type=content_type) + body
 
 
 def post_chunked(path: str, body: bytes, *headers: bytes, content_type: bytes = JSON, size: int = 50) -> bytes:
-    """The same request with a chunked body."""
+    """A POST request with a chunked body."""
     start = head(path, b"Transfer-Encoding: chunked", *headers, content_type=content_type)
     return start + chunked(body, size) + b"0\r\n\r\n"
 
 
 def head(path: str, *headers: bytes, content_type: bytes = JSON) -> bytes:
-    """The request line and headers of a POST, with the empty line."""
+    """Request line and headers of a POST, with the empty line."""
     lines = [f"POST {path} HTTP/1.1".encode(), b"Host: x", b"Content-Type: " + content_type, *headers]
     return b"\r\n".join([*lines, b"", b""])
 
 
 def chunked(body: bytes, size: int) -> bytes:
-    """Chunks of this size, without the last one."""
+    """Chunks of this size, without the last-chunk."""
     parts = (body[start : start + size] for start in range(0, len(body), size))
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
 
 
 def noisy_png() -> bytes:
-    """A picture of 1 MB, which is a large upload."""
+    """A 1 MB image, which is a large upload."""
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
     return encode(Image.fromarray(noise))
 
 
 def request(server: Server, data: bytes, *, method: str = "GET") -> Response:
-    """Send one request on a fresh connection; return its response."""
+    """Send one request on a new connection; return its response."""
     with Client(server.port) as client:
         client.send(data)
         return client.read(method)
 
 
 def error_of(response: Response) -> str:
-    """The message of a JSON error."""
+    """Message of a JSON error."""
     message: str = json.loads(response.body)["error"]
     return message
 
 
-# What the server process holds
+# Resources of the server process
 
 
 def count_descriptors(server: Server) -> int:
@@ -221,12 +221,12 @@ def resident_bytes(server: Server) -> int:
 
 
 def holds(server: Server, client: Client) -> bool:
-    """Whether the server process still has the connection open, whatever the kernel still does for it."""
+    """Whether the server process still has the connection open."""
     return client.socket.getsockname()[1] in held_ports(server)
 
 
 def held_ports(server: Server) -> set[int]:
-    """The client ports of the server's open connections; one that the process has closed has no inode any more."""
+    """Client ports of the server's open connections; a socket that the process has closed has no inode."""
     ports = set()
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
@@ -242,8 +242,8 @@ def wait_until(condition: Callable[[], bool], what: str, within_s: float = 10) -
         time.sleep(0.05)
 
 
-def answered_in(server: Server) -> float:
-    """Seconds that /healthz takes on a fresh connection."""
+def health_latency_s(server: Server) -> float:
+    """Latency of /healthz on a new connection."""
     start_s = time.perf_counter()
     assert request(server, HEALTH).status == 200
     return time.perf_counter() - start_s
@@ -253,13 +253,13 @@ def answered_in(server: Server) -> float:
 
 
 def limit_files(server: Server, limit: int) -> None:
-    """As `ulimit -n` before the start would, soft and hard; to be called right after the start."""
+    """Set the soft and hard limit of open files; called right after the start."""
     resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
 
 
 @pytest.fixture(scope="session")
 def one_model(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models folder with `colours` version 1. Not to be changed."""
+    """A models folder with `colours` version 1; read-only."""
     folder = tmp_path_factory.mktemp("one-model")
     shutil.copytree(colours, folder / "colours" / "1")
     return folder
@@ -267,7 +267,7 @@ def one_model(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(one_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Start a server of the model with these options. What is left of it is killed after the module's tests."""
+    """Start a server of the model with these options; killed after the module's tests."""
     servers: list[Server] = []
     folder = tmp_path_factory.mktemp("http")
 
@@ -284,7 +284,7 @@ def start(one_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def server(start: Callable[..., Server]) -> Iterator[Server]:
-    """A server for the module's tests, with the default settings. It must end well and have logged no fault."""
+    """A server for the module's tests, with default settings. It must exit with 0 and log no traceback."""
     server = start()
     server.wait_for("/readyz")
     yield server

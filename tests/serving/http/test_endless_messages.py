@@ -1,4 +1,4 @@
-"""Messages without an end are cut off with bounded memory; long ones within the limits are read."""
+"""Endless messages are cut off with bounded memory; long messages within the limits are accepted."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
-def test_what_has_no_end_is_cut_off_with_bounded_memory(server: Server, kind: str) -> None:
+def test_an_endless_message_is_cut_off_with_bounded_memory(server: Server, kind: str) -> None:
     start, more = ENDLESS[kind]
     before = resident_bytes(server)
     sent, largest = 0, 0
@@ -77,7 +77,7 @@ REFUSALS = (b"400", b"408", b"413", b"414", b"431", b"501")
 
 
 @pytest.mark.parametrize("size", [10_000, 40_000, 60_000])
-def test_a_long_header_is_read(server: Server, size: int) -> None:
+def test_a_long_header_within_the_limit_is_accepted(server: Server, size: int) -> None:
     assert request(server, HEALTH[:-2] + b"X-A: " + b"x" * size + b"\r\n\r\n").body == ALIVE
     many = LINE * (size // len(LINE))
     assert request(server, HEALTH[:-2] + many + b"\r\n").body == ALIVE
@@ -86,11 +86,10 @@ def test_a_long_header_is_read(server: Server, size: int) -> None:
 
 @pytest.mark.parametrize("split", [70_000, 65_536, 1_000], ids=["at once", "64 KiB", "in pieces"])
 @pytest.mark.parametrize("before", [b"", HEALTH, SMALL], ids=["first", "second", "behind a body"])
-def test_a_header_of_more_than_64_kib_gets_a_431(server: Server, before: bytes, split: int) -> None:
-    """Whatever segments it comes in, and whatever the segments carry besides."""
+def test_headers_over_64_kib_return_431(server: Server, before: bytes, split: int) -> None:
     data = before + HEALTH[:-2] + b"X-A: " + b"x" * 66_000 + b"\r\n\r\n"
     with Client(server.port) as client:
-        with suppress(ConnectionError):  # closed before all was sent; the response is there all the same
+        with suppress(ConnectionError):  # the server closes the connection after its response
             client.send(*(data[start : start + split] for start in range(0, len(data), split)), pause_s=0.0005)
         if before:
             assert client.read().status == 200
@@ -99,7 +98,7 @@ def test_a_header_of_more_than_64_kib_gets_a_431(server: Server, before: bytes, 
         assert client.read_to_end() == b""
 
 
-def test_small_trailers_are_read(server: Server) -> None:
+def test_small_trailers_are_accepted(server: Server) -> None:
     data = post_chunked("/predict", picture("red"), content_type=b"image/png")
     with Client(server.port) as client:
         for count in (0, 1, 100, 1_000):
@@ -107,7 +106,7 @@ def test_small_trailers_are_read(server: Server) -> None:
             assert PREDICT.label(client.read().body) == "red"
 
 
-def test_a_body_in_many_small_chunks_is_read(server: Server) -> None:
+def test_a_body_in_many_small_chunks_is_accepted(server: Server) -> None:
     body = ROUTES["v1"].body("green") + b" " * 20_000
     data = head("/v1/models/colours:predict", b"Transfer-Encoding: chunked") + chunked(body, 1) + b"0\r\n\r\n"
     with Client(server.port) as client:

@@ -1,4 +1,4 @@
-"""Where a request ends and the next one begins: order of responses, errors, limits, and smuggling."""
+"""Message framing: order of responses, parse errors, pipelining and body limits."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def server(start: Callable[..., Server]) -> Iterator[Server]:
     assert "Traceback" not in server.log, server.log
 
 
-# Errors behind whole requests
+# Parse errors after complete requests
 
 ERRORS = {
     "header without colon": b"GET / HTTP/1.1\r\nBad Header\r\n\r\n",
-    "no http": b"}\r\n\r\n",
+    "not http": b"}\r\n\r\n",
     "one brace": b"}",
     "zero bytes": b"\0\0\0\0\r\n\r\n",
     "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
@@ -55,7 +55,7 @@ ERRORS = {
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 @pytest.mark.parametrize("whole", [1, 2, 5])
 @pytest.mark.parametrize("split", [False, True], ids=["one segment", "two segments"])
-def test_whole_requests_before_an_error_get_their_responses(
+def test_complete_requests_before_a_parse_error_get_responses(
     server: Server, error: bytes, whole: int, split: bool
 ) -> None:
     before = HEALTH + BLUE * (whole - 1)
@@ -71,7 +71,7 @@ def test_whole_requests_before_an_error_get_their_responses(
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
-def test_an_error_says_what_is_wrong(server: Server, error: bytes) -> None:
+def test_a_parse_error_returns_400_with_a_message(server: Server, error: bytes) -> None:
     with Client(server.port) as client:
         client.send(error)
         response = client.read()
@@ -89,7 +89,7 @@ def test_http_1_0_gets_one_response_and_the_connection_closed(server: Server, co
         assert client.read_to_end()[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.0 400")
 
 
-def test_requests_behind_connection_close_are_not_answered(server: Server) -> None:
+def test_requests_after_connection_close_are_ignored(server: Server) -> None:
     with Client(server.port) as client:
         client.send(HEALTH + HEALTH.replace(b"Host", b"Connection: close\r\nHost") + BLUE)
         assert client.read().body == ALIVE
@@ -99,9 +99,7 @@ def test_requests_behind_connection_close_are_not_answered(server: Server) -> No
 
 @pytest.mark.parametrize("missing", [1, 2, 30])
 @pytest.mark.parametrize("name", ["v1", "v2"])
-def test_a_body_longer_than_its_length_gets_the_error_of_what_was_declared(
-    server: Server, name: str, missing: int
-) -> None:
+def test_a_content_length_that_is_too_small_returns_400(server: Server, name: str, missing: int) -> None:
     route = ROUTES[name]
     body = route.body("red")
     data = head(route.path, b"Content-Length: %d" % (len(body) - missing)) + body
@@ -123,7 +121,7 @@ def check_error_or_nothing(rest: bytes) -> None:
 # Pipelining
 
 
-def test_a_request_that_has_begun_behind_a_large_one_is_no_large_header(server: Server) -> None:
+def test_a_partial_request_after_a_large_one_does_not_exceed_the_header_limit(server: Server) -> None:
     large = post("/predict", b"x" * 66_000, content_type=b"image/png")
     for cut in (0, 1, 15, len(HEALTH) - 1):
         with Client(server.port) as client:
@@ -135,7 +133,7 @@ def test_a_request_that_has_begun_behind_a_large_one_is_no_large_header(server: 
 
 @pytest.mark.parametrize("write", [post, post_chunked], ids=["length", "chunked"])
 @pytest.mark.parametrize("behind", [HEALTH, HEALTH * 3, BLUE])
-def test_a_large_request_behind_a_small_one_is_answered(
+def test_a_large_request_pipelined_after_a_small_one_is_served(
     server: Server, behind: bytes, write: Callable[..., bytes]
 ) -> None:
     instances = {"instances": [[[[0, 255, 0]] * 32] * 32] * 50}
@@ -150,7 +148,7 @@ def test_a_large_request_behind_a_small_one_is_answered(
             assert client.read().status == 200
 
 
-def test_a_long_pipeline_is_answered_in_order(server: Server) -> None:
+def test_a_long_pipeline_is_served_in_order(server: Server) -> None:
     colours = ["red", "green", "blue", "blue", "red"] * 40
     data = b"".join(post("/predict", picture(colour), content_type=b"image/png") for colour in colours)
     with Client(server.port) as client:
@@ -166,7 +164,7 @@ TOO_LONG = b"x" * (MAX_BYTES + 1)
 
 
 def check_in_sync_or_closed(client: Client, refusal: Response, data: bytes = b"") -> None:
-    """What follows a refusal is the response to `BLUE`, behind the data, or nothing."""
+    """The next response on the connection is that to `BLUE`, or the connection is closed."""
     try:
         client.send(data + BLUE)
         following = client.read()
@@ -176,13 +174,13 @@ def check_in_sync_or_closed(client: Client, refusal: Response, data: bytes = b""
     assert PREDICT.label(following.body) == "blue"
 
 
-@pytest.mark.parametrize("body", [b"", TOO_LONG], ids=["kept", "sent all the same"])
+@pytest.mark.parametrize("body", [b"", TOO_LONG], ids=["kept", "sent anyway"])
 @pytest.mark.parametrize("expect", [b"100-continue", b"100-Continue"])
 @pytest.mark.parametrize(("path", "content_type"), UPLOADS)
-def test_a_413_instead_of_a_100_leaves_the_connection_in_sync_or_closed(
+def test_a_413_in_place_of_100_continue_leaves_the_connection_in_sync_or_closed(
     server: Server, path: str, content_type: bytes, expect: bytes, body: bytes
 ) -> None:
-    """Both clients are right: the one that keeps its body and goes on, and the one that sends it all the same."""
+    """A client may omit the body after a final response, or send it anyway."""
     length = b"Content-Length: %d" % len(TOO_LONG)
     with Client(server.port) as client:
         client.send(head(path, length, b"Expect: " + expect, content_type=content_type))
@@ -193,8 +191,10 @@ def test_a_413_instead_of_a_100_leaves_the_connection_in_sync_or_closed(
 
 
 @pytest.mark.parametrize(("path", "content_type"), UPLOADS)
-def test_a_client_that_sends_a_body_over_the_limit_gets_its_413(server: Server, path: str, content_type: bytes) -> None:
-    """Most clients read the response only when the body is sent, so the connection must not be reset before."""
+def test_a_client_that_sends_a_body_over_the_limit_can_read_the_413(
+    server: Server, path: str, content_type: bytes
+) -> None:
+    """Most clients read the response only after the whole body is sent, so the server must not reset the connection."""
     with Client(server.port) as client:
         client.send(post(path, TOO_LONG, content_type=content_type))
         response = client.read()
@@ -217,7 +217,7 @@ def test_a_chunked_body_that_grows_over_the_limit_is_refused(server: Server, siz
         check_in_sync_or_closed(client, response)
 
 
-def test_a_path_that_does_not_exist_takes_no_body_over_the_limit(server: Server) -> None:
+def test_an_unknown_path_accepts_no_body_over_the_limit(server: Server) -> None:
     with Client(server.port) as client:
         client.send(post("/nowhere", TOO_LONG))
         response = client.read()
@@ -225,7 +225,7 @@ def test_a_path_that_does_not_exist_takes_no_body_over_the_limit(server: Server)
         check_in_sync_or_closed(client, response)
 
 
-def test_endless_bodies_over_the_limit_are_not_read_for_ever(server: Server) -> None:
+def test_an_endless_body_over_the_limit_closes_the_connection(server: Server) -> None:
     with Client(server.port) as client:
         client.send(head("/predict", b"Transfer-Encoding: chunked", content_type=b"image/png"))
         try:
@@ -233,7 +233,7 @@ def test_endless_bodies_over_the_limit_are_not_read_for_ever(server: Server) -> 
                 client.send(b"186a0\r\n" + b"x" * 100_000 + b"\r\n")
         except ConnectionError:
             return
-        pytest.fail("100 MB were taken, with a limit of 2 MB")
+        pytest.fail("100 MB were accepted with a limit of 2 MB")
 
 
 @pytest.mark.parametrize("expect", [b"200-ok", b"100-continue, x", b"nonsense"])

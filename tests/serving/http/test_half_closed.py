@@ -1,4 +1,4 @@
-"""Clients that close their side first: responses to whole requests still arrive, and nothing is kept."""
+"""Half-closed connections: responses to complete requests still arrive, and no resources leak."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ WHOLE: dict[str, tuple[bytes, list[int]]] = {
     "large chunked": (post_chunked("/predict", noisy_png(), content_type=b"image/png", size=9_000), [200]),
     "upgrade": (post("/predict", picture("red"), b"Connection: Upgrade", b"Upgrade: h2c"), [415]),
     "pipeline": (SMALL + HEALTH + SMALL, [200, 200, 200]),
-    "pipeline with a large one": (HEALTH + post("/predict", noisy_png(), content_type=b"image/png"), [200, 200]),
-    "pipeline that is cut": (HEALTH + SMALL + SMALL[:-1], [200, 200]),
+    "pipeline with a large request": (HEALTH + post("/predict", noisy_png(), content_type=b"image/png"), [200, 200]),
+    "truncated pipeline": (HEALTH + SMALL + SMALL[:-1], [200, 200]),
     "error": (HEALTH + b"no http\r\n\r\n", [200, 400]),
 }
 
 
 @pytest.mark.parametrize("kind", WHOLE)
 @pytest.mark.parametrize("pause_s", [0, 0.05])
-def test_a_client_that_half_closes_gets_its_responses(server: Server, kind: str, pause_s: float) -> None:
+def test_a_half_closed_client_gets_its_responses(server: Server, kind: str, pause_s: float) -> None:
     data, statuses = WHOLE[kind]
     with Client(server.port) as client:
         client.send(data)
@@ -56,11 +56,11 @@ def test_a_client_that_half_closes_gets_its_responses(server: Server, kind: str,
         client.socket.shutdown(socket.SHUT_WR)
         assert [client.read().status for _ in statuses] == statuses
         rest = client.read_to_end()
-        assert rest[:12] in (b"", b"HTTP/1.1 400") if kind == "pipeline that is cut" else rest == b""
+        assert rest[:12] in (b"", b"HTTP/1.1 400") if kind == "truncated pipeline" else rest == b""
 
 
 @pytest.mark.parametrize("sent", [b"", b"G", HEALTH[:-1], SMALL[:-1], CHUNKED_HEAD + CHUNK, UPLOAD + b"x" * 300_000])
-def test_a_client_that_half_closes_within_a_request_is_closed(server: Server, sent: bytes) -> None:
+def test_a_half_close_within_a_request_closes_the_connection(server: Server, sent: bytes) -> None:
     with Client(server.port, timeout_s=5) as client:
         client.send(sent)
         client.socket.shutdown(socket.SHUT_WR)
@@ -68,7 +68,7 @@ def test_a_client_that_half_closes_within_a_request_is_closed(server: Server, se
         wait_until(lambda: not held_ports(server), "the connection is closed")
 
 
-def test_half_closed_clients_keep_no_memory_and_no_connection(server: Server) -> None:
+def test_half_closed_clients_leak_no_memory_and_no_connection(server: Server) -> None:
     before = resident_bytes(server)
     for _ in range(3):
         with ExitStack() as stack:

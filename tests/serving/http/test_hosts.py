@@ -1,4 +1,4 @@
-"""The Host header: required, never a reason for a 500, and never a way to another host."""
+"""The Host header: required, never the cause of a 500, and never redirects to another host."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ REFUSED = {
     "the same twice": b"Host: a\r\nHost: a\r\n",
     "two, one empty": b"Host: a\r\nHost:\r\n",
     "two, apart": b"Host: a\r\nAccept: */*\r\nhOST: a\r\n",
-    "in another's name": b"X-Forwarded-Host: a\r\nHosts: a\r\n",
-    "list of nothing": b"Host: ,\r\n",
+    "under another name": b"X-Forwarded-Host: a\r\nHosts: a\r\n",
+    "list of empty names": b"Host: ,\r\n",
     "list": b"Host: a, b\r\n",
 }
 STRANGE = {
@@ -48,7 +48,7 @@ STRANGE = {
     "bracket": b"[",
     "brackets": b"[]",
     "bracket at the end": b"]",
-    "no address": b"[::g]:80",
+    "invalid address": b"[::g]:80",
     "address": b"[::1]:8501",
     "address zone": b"[fe80::1%25eth0]",
     "space": b"a b",
@@ -68,7 +68,7 @@ STRANGE = {
     "scheme": b"http://a",
     "port": b"a:99999999999999999999",
     "negative port": b"a:-1",
-    "no port": b"a:",
+    "empty port": b"a:",
     "letters in port": b"a:b",
     "colon": b":",
     "colons": b"a:1:2",
@@ -83,14 +83,14 @@ def get(path: str, host_lines: bytes, method: bytes = b"GET", version: bytes = b
 
 
 @pytest.fixture(autouse=True)
-def _serves_all_the_while(server: Server) -> Iterator[None]:
+def _server_still_works(server: Server) -> Iterator[None]:
     yield
     assert request(server, HEALTH).body == ALIVE
 
 
 @pytest.mark.parametrize("lines", REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "POST"])
-def test_http_1_1_has_exactly_one_host(server: Server, method: str, lines: bytes) -> None:
+def test_http_1_1_requires_exactly_one_host(server: Server, method: str, lines: bytes) -> None:
     for path in ("/", "/healthz", "/nowhere", "http://x/healthz"):
         with Client(server.port) as client:
             client.send(get(path, lines, method.encode()))
@@ -102,13 +102,13 @@ def test_http_1_1_has_exactly_one_host(server: Server, method: str, lines: bytes
 
 
 @pytest.mark.parametrize("path", ["/healthz", "http://x/healthz", "http://x:80/healthz"])
-def test_http_1_0_needs_no_host(server: Server, path: str) -> None:
+def test_http_1_0_requires_no_host(server: Server, path: str) -> None:
     assert request(server, get(path, b"", version=b"1.0")).body == ALIVE
     assert request(server, get(path, b"Host: x\r\n", version=b"1.0")).body == ALIVE
 
 
 @pytest.mark.parametrize("host", STRANGE.values(), ids=STRANGE)
-def test_a_strange_host_is_no_fault_of_the_server(server: Server, host: bytes) -> None:
+def test_an_unusual_host_causes_no_server_error(server: Server, host: bytes) -> None:
     for path in PATHS:
         for version in (b"1.1", b"1.0"):
             response = request(server, get(path, b"Host: " + host + b"\r\n", version=version))
@@ -118,7 +118,7 @@ def test_a_strange_host_is_no_fault_of_the_server(server: Server, host: bytes) -
 
 @pytest.mark.parametrize("host", [b"a..b", b"[", b"a b", b"xn--\xff", b"user:secret@a"])
 @pytest.mark.parametrize("path", ["/predict", "/v1/models/colours:predict", "/v2/models/colours/infer"])
-def test_a_strange_host_is_no_fault_of_an_inference_either(server: Server, path: str, host: bytes) -> None:
+def test_an_unusual_host_causes_no_server_error_for_inference(server: Server, path: str, host: bytes) -> None:
     lines = b"Host: " + host + b"\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
     assert request(server, get(path, lines, b"POST") + b"{}").status in (400, 415)
 
@@ -173,7 +173,7 @@ ELSEWHERE = [
 
 
 @pytest.mark.parametrize("path", ELSEWHERE)
-def test_no_path_leads_to_another_host(server: Server, path: str) -> None:
+def test_no_path_redirects_to_another_host(server: Server, path: str) -> None:
     lines = b"Host: here.example:8501\r\nContent-Length: 0\r\nConnection: close\r\n"
     for method in ("GET", "HEAD", "POST", "OPTIONS"):
         with Client(server.port) as client:

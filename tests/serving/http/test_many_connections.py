@@ -1,4 +1,4 @@
-"""Thousands of connections at once: new clients are answered quickly, memory is bounded, and shutdown stays orderly."""
+"""Thousands of concurrent connections: new clients are served quickly, memory is bounded, shutdown is graceful."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.serving.http.conftest import (
     MB,
     ROUTES,
     Client,
-    answered_in,
     count_descriptors,
+    health_latency_s,
     held_ports,
     post,
     request,
@@ -46,7 +46,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _many_files() -> Iterator[None]:
-    """For this process, and for the server, which inherits it."""
+    """Raise the limit of this process; the server inherits it."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], FILES), before[1]))
     yield
@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         del exc
         self.lost = True
 
-    def ask(self) -> None:
+    def send(self) -> None:
         self._transport.write(HEALTH)
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class Connection(asyncio.Protocol):
 
 
 class Crowd:
-    """Connections held by an event loop in a thread of its own."""
+    """Connections in an event loop that runs in its own thread."""
 
     def __init__(self, port: int) -> None:
         self.connections: list[Connection] = []
@@ -111,9 +111,9 @@ class Crowd:
     def connect(self, count: int) -> None:
         self._run(self._connect(count))
 
-    def ask(self, over_s: float, share: slice = slice(None)) -> None:
-        """Send a request on each connection (or a share of them), evenly spread over some seconds."""
-        self._run(self._ask(over_s, share))
+    def send(self, over_s: float, share: slice = slice(None)) -> None:
+        """Send a request on each connection (or a share of them), evenly spread over `over_s`."""
+        self._run(self._send(over_s, share))
 
     def responses(self) -> int:
         return sum(connection.responses for connection in self.connections)
@@ -131,12 +131,12 @@ class Crowd:
             )
             self.connections += [connection for _, connection in made]
 
-    async def _ask(self, over_s: float, share: slice) -> None:
+    async def _send(self, over_s: float, share: slice) -> None:
         connections = self.connections[share]
         start_s = self._loop.time()
         for number in range(0, len(connections), 20):
             for connection in connections[number : number + 20]:
-                connection.ask()
+                connection.send()
             await asyncio.sleep(start_s + over_s * number / len(connections) - self._loop.time())
 
     async def _close(self) -> None:
@@ -146,10 +146,10 @@ class Crowd:
 
 
 def check_new_clients(server: Server, rounds: int = 20) -> None:
-    """New clients are answered within 0.1 s; the bound for the slowest leaves room for a busy machine."""
+    """New clients get a response within 0.1 s (median); the maximum leaves room for a busy machine."""
     seconds = []
     for _ in range(rounds):
-        seconds.append(answered_in(server))
+        seconds.append(health_latency_s(server))
         assert PREDICT.label(request(server, SMALL).body) == "blue"
     assert statistics.median(seconds) < 0.1, seconds
     assert max(seconds) < 1, seconds
@@ -164,13 +164,13 @@ def check_shutdown(server: Server, crowd: Crowd) -> None:
 
 
 def test_5000_idle_connections(server: Server) -> None:
-    """Half of them have never said a word, half keep a connection alive."""
+    """Half of them have sent nothing, half are keep-alive connections."""
     descriptors, before = count_descriptors(server), resident_bytes(server)
     with Client(server.port) as old, Crowd(server.port) as crowd:
         old.send(HEALTH)
         assert old.read().body == ALIVE
         crowd.connect(IDLE)
-        crowd.ask(2, slice(0, None, 2))
+        crowd.send(2, slice(0, None, 2))
         wait_until(lambda: crowd.responses() == IDLE // 2, f"{IDLE // 2} responses")
         check_new_clients(server)
         old.send(SMALL + HEALTH)
@@ -183,35 +183,35 @@ def test_5000_idle_connections(server: Server) -> None:
 
 
 def test_8000_active_connections(server: Server) -> None:
-    """Each sends a request every few seconds."""
+    """Each connection sends a request every few seconds."""
     before = resident_bytes(server)
     with Client(server.port) as old, Crowd(server.port) as crowd:
         crowd.connect(ACTIVE)
         for number in range(1, 3):
-            asking = threading.Thread(target=crowd.ask, args=(8,))
-            asking.start()
-            while asking.is_alive():
+            sending = threading.Thread(target=crowd.send, args=(8,))
+            sending.start()
+            while sending.is_alive():
                 check_new_clients(server, rounds=5)
                 old.send(SMALL)
                 assert PREDICT.label(old.read().body) == "blue"
                 time.sleep(0.2)
-            asking.join()
+            sending.join()
             wait_until(lambda number=number: crowd.responses() == number * ACTIVE, f"{number} responses for each")  # type: ignore[misc]
         assert crowd.lost() == 0
         assert resident_bytes(server) - before < 300 * MB
         check_shutdown(server, crowd)
 
 
-def test_connections_that_go_leave_nothing(server: Server) -> None:
+def test_closed_connections_leak_no_descriptors_and_no_memory(server: Server) -> None:
     descriptors = count_descriptors(server)
     grown = []
     for _ in range(3):
         with Crowd(server.port) as crowd:
             crowd.connect(2_000)
-            crowd.ask(1)
+            crowd.send(1)
             wait_until(lambda crowd=crowd: crowd.responses() == 2_000, "2,000 responses")  # type: ignore[misc]
         wait_until(lambda: not held_ports(server), "the connections are closed")
-        wait_until(lambda: count_descriptors(server) <= descriptors, "no descriptor is left")
+        wait_until(lambda: count_descriptors(server) <= descriptors, "all descriptors are closed")
         grown.append(resident_bytes(server))
     assert grown[2] - grown[0] < 20 * MB, grown
     check_new_clients(server, rounds=5)

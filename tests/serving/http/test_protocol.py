@@ -1,4 +1,4 @@
-"""The HTTP protocol in this process, with a WSGI application of the tests, so that its insides can be looked at."""
+"""The HTTP protocol in the test process, with a test WSGI application."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 
 from serving.errors import ModelFailed
 from serving.greenlets import offload
-from serving.http import protocol
+from serving.http import body_receiver, protocol
 from serving.http.protocol import Connection, SharedState
 from serving.http.server import Acceptor, Server, _no_asgi_app, listen
 from serving.memory import MemoryBudget, RequestMemory, Reservation
@@ -30,27 +30,27 @@ LAST_HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 class Service:
-    """A server whose application tells the length of the body; `contexts` are those of its requests."""
+    """A server whose application returns the length of the body; `contexts` are the contexts of its requests."""
 
-    def __init__(self, **limits: Any) -> None:
-        self.budget = MemoryBudget(limits.pop("budget_bytes", 160_000_000))
+    def __init__(self, **options: Any) -> None:
+        self.budget = MemoryBudget(options.pop("budget_bytes", 160_000_000))
         self.contexts: list[RequestContext] = []
-        self.work: Callable[[], object] = lambda: None  # done for each request, beside health checks
-        self.response: bytes | None = None  # in place of the length of the body
+        self.work: Callable[[], object] = lambda: None  # called for each request except health checks
+        self.response: bytes | None = None  # replaces the length of the body
         settings: dict[str, Any] = {
             "max_body_bytes": 50_000_000,
             "request_timeout_s": 30.0,
             "threads": 2,
             "access_log": False,
             "urgent_paths": frozenset({b"/healthz"}),
-            **limits,
+            **options,
         }
-        self.limits = SharedState(self._app, self.budget, **settings)
+        self.shared = SharedState(self._app, self.budget, **settings)
         self.state = ServerState()
         config = uvicorn.Config(app=_no_asgi_app, ws="none", lifespan="off", log_config=None, access_log=False)
         listener = listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
-        self.acceptor = Acceptor(listener, lambda: Connection(config, self.state, self.limits))
+        self.acceptor = Acceptor(listener, lambda: Connection(config, self.state, self.shared))
 
     def _app(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/healthz":
@@ -62,8 +62,8 @@ class Service:
     async def connect(self) -> Client:
         return Client(*await asyncio.open_connection("127.0.0.1", self.port))
 
-    async def ask(self, data: bytes) -> tuple[int, bytes]:
-        """Send one request on a connection of its own; returns status and body."""
+    async def send(self, data: bytes) -> tuple[int, bytes]:
+        """Send one request on a new connection; returns status and body."""
         client = await self.connect()
         client.send(data)
         try:
@@ -72,7 +72,7 @@ class Service:
             client.close()
 
     def check_timeouts(self, after_s: float, *, late_s: float = 0) -> None:
-        """What is done every second, so many seconds from now."""
+        """Check the timeouts as if `after_s` had passed."""
         for connection in tuple(self.state.connections):
             cast(Connection, connection).check_timeouts(asyncio.get_running_loop().time() + after_s, late_s)
 
@@ -92,7 +92,7 @@ class Client:
             return int(head[9:12]), await self._reader.readexactly(length)
 
     async def ends(self, within_s: float = 5) -> bool:
-        """Whether the server closes the connection; what is sent before is skipped."""
+        """Whether the server closes the connection; data before that is skipped."""
         try:
             async with asyncio.timeout(within_s):
                 while await self._reader.read(65_536):
@@ -107,15 +107,15 @@ class Client:
         self._writer.close()
 
     def reset(self) -> None:
-        """Close with an RST, as a client that crashes does."""
+        """Close with an RST."""
         linger = struct.pack("ii", 1, 0)
         self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self._writer.transport.abort()
 
 
-def run(check: Callable[[Service], Awaitable[None]], **limits: Any) -> None:
+def run(check: Callable[[Service], Awaitable[None]], **options: Any) -> None:
     async def start() -> None:
-        service = Service(**limits)
+        service = Service(**options)
         try:
             await asyncio.wait_for(check(service), 60)
         finally:
@@ -123,7 +123,7 @@ def run(check: Callable[[Service], Awaitable[None]], **limits: Any) -> None:
             for connection in tuple(service.state.connections):
                 connection.transport.abort()
             await asyncio.sleep(0.02)
-            service.limits.greenlets.threads.shutdown(wait=False)
+            service.shared.greenlets.threads.shutdown(wait=False)
             gc.collect()
 
     uvloop.run(start())
@@ -145,11 +145,11 @@ def post(length: int, *headers: bytes, sent: int | None = None) -> bytes:
     return b"\r\n".join([*lines, b"", b""]) + bytes(length if sent is None else sent)
 
 
-# X-Request-Timeout-S, and what the application is told of a request
+# X-Request-Timeout-S and the request context
 
 
 @pytest.mark.parametrize("value", [b"", b"abc", b"0", b"-1", b"nan", b"inf", b"1,5", b"1 s", b"\xff", b"1e999"])
-def test_a_timeout_that_is_none_is_refused_and_the_connection_goes_on(value: bytes) -> None:
+def test_an_invalid_timeout_header_returns_400_and_keeps_the_connection(value: bytes) -> None:
     async def check(service: Service) -> None:
         client = await service.connect()
         client.send(post(10, b"X-Request-Timeout-S: " + value))
@@ -170,14 +170,14 @@ def test_a_timeout_that_is_none_is_refused_and_the_connection_goes_on(value: byt
         ((), 10.0),
         ((b"X-Request-Timeout-S: 2.5",), 2.5),
         ((b"x-request-timeout-s:   1e0  ",), 1.0),
-        ((b"X-Request-Timeout-S: 3600",), 10.0),  # it can only shorten it
+        ((b"X-Request-Timeout-S: 3600",), 10.0),  # can only shorten the timeout
         ((b"X-Request-Timeout-S: 5", b"X-Request-Timeout-S: 3"), 3.0),
     ],
 )
-def test_the_deadline_of_a_request(headers: tuple[bytes, ...], expected_s: float) -> None:
+def test_the_timeout_header_shortens_the_deadline(headers: tuple[bytes, ...], expected_s: float) -> None:
     async def check(service: Service) -> None:
         before_s = time.monotonic()
-        assert (await service.ask(get(*headers)))[0] == 200
+        assert (await service.send(get(*headers)))[0] == 200
         deadline_s = service.contexts[0].deadline_s
         assert deadline_s is not None
         assert before_s + expected_s <= deadline_s <= time.monotonic() + expected_s
@@ -185,7 +185,7 @@ def test_the_deadline_of_a_request(headers: tuple[bytes, ...], expected_s: float
     run(check, request_timeout_s=10.0)
 
 
-def test_the_time_that_a_body_takes_is_not_the_requests() -> None:
+def test_the_timeout_starts_when_the_body_is_received() -> None:
     async def check(service: Service) -> None:
         client = await service.connect()
         client.send(post(10, b"X-Request-Timeout-S: 0.2", sent=5))
@@ -199,30 +199,30 @@ def test_the_time_that_a_body_takes_is_not_the_requests() -> None:
     run(check)
 
 
-def test_the_application_is_told_when_the_client_disconnects() -> None:
-    told: list[bool] = []
+def test_the_request_context_reports_a_client_disconnect() -> None:
+    reported: list[bool] = []
 
     async def check(service: Service) -> None:
         def work() -> None:
             context = service.contexts[0]
-            told.append(context.client_disconnected())
+            reported.append(context.client_disconnected())
             offload(time.sleep, 0.2)
-            told.append(context.client_disconnected())
+            reported.append(context.client_disconnected())
 
         service.work = work
         client = await service.connect()
         client.send(get())
-        await until(lambda: len(told) == 1)
+        await until(lambda: len(reported) == 1)
         client.reset()
-        await until(lambda: len(told) == 2)
-        assert told == [False, True]
+        await until(lambda: len(reported) == 2)
+        assert reported == [False, True]
 
     run(check)
 
 
-def test_a_request_that_could_not_have_its_turn_in_time_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_shedding_refuses_a_request_that_would_miss_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(service: Service) -> None:
-        monkeypatch.setattr(type(service.limits.greenlets), "queue_s", 3.0)
+        monkeypatch.setattr(type(service.shared.greenlets), "queue_s", 3.0)
         client = await service.connect()
         client.send(get(b"X-Request-Timeout-S: 2"))
         assert (await client.read())[0] == 503
@@ -241,14 +241,14 @@ def test_memory_for_a_body_is_held_until_the_response(size: int) -> None:
 
     async def check(service: Service) -> None:
         service.work = lambda: held.append(service.budget.used_bytes)
-        assert (await service.ask(post(size)))[1] == b"%d" % size
-        assert size <= held[0] <= size + protocol.GROW_BYTES
+        assert (await service.send(post(size)))[1] == b"%d" % size
+        assert size <= held[0] <= size + body_receiver.GROW_BYTES
         await until(lambda: service.budget.used_bytes == 0)
 
     run(check)
 
 
-def test_what_the_application_reserves_is_released_with_the_response() -> None:
+def test_memory_reserved_by_the_application_is_released_after_the_response() -> None:
     async def check(service: Service) -> None:
         service.work = lambda: service.contexts[-1].reserve(20_000_000)
         client = await service.connect()
@@ -259,7 +259,7 @@ def test_what_the_application_reserves_is_released_with_the_response() -> None:
     run(check)
 
 
-def test_what_the_application_reserves_is_released_when_the_client_has_gone() -> None:
+def test_memory_reserved_by_the_application_is_released_after_a_client_disconnect() -> None:
     async def check(service: Service) -> None:
         def work() -> None:
             offload(time.sleep, 0.2)
@@ -278,7 +278,7 @@ def test_what_the_application_reserves_is_released_when_the_client_has_gone() ->
     run(check)
 
 
-def test_an_upload_that_is_given_up_releases_its_memory() -> None:
+def test_a_client_disconnect_during_an_upload_releases_its_memory() -> None:
     async def check(service: Service) -> None:
         client = await service.connect()
         client.send(post(20_000_000, sent=5_000_000))
@@ -289,24 +289,24 @@ def test_an_upload_that_is_given_up_releases_its_memory() -> None:
     run(check)
 
 
-def test_a_context_tells_what_ends_a_request() -> None:
+def test_check_raises_after_a_client_disconnect_or_the_deadline() -> None:
     RequestContext().check()
     RequestContext(deadline_s=time.monotonic() + 60, client_disconnected=lambda: False).check()
     with pytest.raises(ModelFailed, match="deadline passed") as late:
         RequestContext(deadline_s=time.monotonic() - 1).check()
     assert late.value.status == 504
-    with pytest.raises(ModelFailed, match="client disconnected") as gone:
+    with pytest.raises(ModelFailed, match="client disconnected") as cancelled:
         RequestContext(client_disconnected=lambda: True).check()
-    assert gone.value.status == 499
+    assert cancelled.value.status == 499
 
 
-def test_a_context_reserves_what_its_request_holds() -> None:
+def test_reserve_uses_the_memory_of_the_request() -> None:
     budget = MemoryBudget(160_000_000)
     memory = RequestMemory(budget)
     RequestContext(memory=memory).reserve(1_000)
     assert memory.held_bytes == budget.used_bytes == 1_000
     memory.release()
-    RequestContext().reserve(10**15)  # nobody counts
+    RequestContext().reserve(10**15)  # unlimited
 
 
 # Faults
@@ -315,15 +315,15 @@ def test_a_context_reserves_what_its_request_holds() -> None:
 CHUNKED = b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def garbage_behind_a_body_that_is_too_long(check_after: Callable[[Service], Awaitable[None]]) -> None:
-    """Send garbage between the refusal of a body and its response."""
+def send_garbage_after_a_body_over_the_limit(check_after: Callable[[Service], Awaitable[None]]) -> None:
+    """Send garbage after a body was refused and before the response is sent."""
 
     async def check(service: Service) -> None:
         client = await service.connect()
         client.send(CHUNKED + b"5\r\nhello")
         await asyncio.sleep(0.05)
-        for _ in range(40):  # other requests, so that this one has to wait for its turn
-            service.limits.greenlets.enqueue(time.sleep, 0.005)
+        for _ in range(40):  # delays the response
+            service.shared.greenlets.enqueue(time.sleep, 0.005)
         client.send(b"\r\n400\r\n" + bytes(1_024))
         await asyncio.sleep(0.02)
         client.send(b"\r\nzz\r\n")
@@ -336,26 +336,26 @@ def garbage_behind_a_body_that_is_too_long(check_after: Callable[[Service], Awai
     run(check, max_body_bytes=1_000)
 
 
-def test_garbage_behind_a_body_that_is_too_long_does_not_stop_the_service() -> None:
+def test_garbage_after_a_body_over_the_limit_does_not_stop_the_service() -> None:
     async def check(service: Service) -> None:
-        assert (await service.ask(LAST_HEALTH))[0] == 200
+        assert (await service.send(LAST_HEALTH))[0] == 200
 
-    garbage_behind_a_body_that_is_too_long(check)
+    send_garbage_after_a_body_over_the_limit(check)
 
 
-def test_garbage_behind_a_body_that_is_too_long_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
+def test_garbage_after_a_body_over_the_limit_leaks_no_memory(caplog: pytest.LogCaptureFixture) -> None:
     async def check(service: Service) -> None:
         await asyncio.sleep(0.2)
         assert service.budget.used_bytes == 0
 
     with caplog.at_level(logging.ERROR):
-        garbage_behind_a_body_that_is_too_long(check)
+        send_garbage_after_a_body_over_the_limit(check)
     assert caplog.records == []
 
 
-def test_garbage_in_the_data_that_a_body_begins_with_is_answered_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_garbage_in_the_segment_that_starts_a_body_gets_one_response(caplog: pytest.LogCaptureFixture) -> None:
     async def check(service: Service) -> None:
-        status, _ = await service.ask(CHUNKED + b"2000\r\n" + bytes(8_192) + b"\r\nzz\r\n")
+        status, _ = await service.send(CHUNKED + b"2000\r\n" + bytes(8_192) + b"\r\nzz\r\n")
         assert status == 400
         await asyncio.sleep(0.05)
         assert service.budget.used_bytes == 0
@@ -373,7 +373,7 @@ def test_garbage_in_the_data_that_a_body_begins_with_is_answered_once(caplog: py
     ],
     ids=["alone", "pipelined"],
 )
-def test_a_stalled_upload_is_ended(before: bytes) -> None:
+def test_a_stalled_upload_returns_408(before: bytes) -> None:
     async def check(service: Service) -> None:
         client = await service.connect()
         client.send(before + post(2_000_000, sent=10))
@@ -399,7 +399,7 @@ def test_pipelined_bodies_that_arrive_together_are_all_received(sizes: tuple[int
     run(check)
 
 
-def test_an_upload_is_not_ended_for_time_in_which_the_server_did_not_read() -> None:
+def test_time_without_reading_does_not_count_against_the_upload_rate() -> None:
     async def check(service: Service) -> None:
         client = await service.connect()
         client.send(post(2_000_000, sent=10))
@@ -412,15 +412,15 @@ def test_an_upload_is_not_ended_for_time_in_which_the_server_did_not_read() -> N
 
 
 @pytest.mark.parametrize("size", [30_000, 60_000])
-def test_headers_up_to_their_limit_are_taken(size: int) -> None:
+def test_headers_up_to_the_limit_are_accepted(size: int) -> None:
     async def check(service: Service) -> None:
         headers = [b"X-%05d: %b" % (number, b"v" * 990) for number in range(size // 1_000)]
-        assert (await service.ask(get(*headers)))[0] == 200
+        assert (await service.send(get(*headers)))[0] == 200
 
     run(check)
 
 
-def test_a_client_that_reads_slowly_gets_all_of_its_response(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_reader_gets_its_complete_response(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "UNREAD_TIMEOUT_S", 1.0)
     size = 8_000_000
 
@@ -445,7 +445,7 @@ def test_a_client_that_reads_slowly_gets_all_of_its_response(monkeypatch: pytest
     run(check)
 
 
-def test_a_client_that_goes_while_its_upload_waits_for_memory_gives_it_back() -> None:
+def test_a_reset_while_an_upload_waits_for_memory_releases_its_memory() -> None:
     async def check(service: Service) -> None:
         budget = service.budget.large
         held = Reservation(budget)
@@ -462,7 +462,7 @@ def test_a_client_that_goes_while_its_upload_waits_for_memory_gives_it_back() ->
     run(check)
 
 
-def test_the_timeout_of_a_request_is_also_that_of_waiting_for_memory_for_its_body() -> None:
+def test_the_timeout_header_limits_the_wait_for_memory() -> None:
     async def check(service: Service) -> None:
         budget = service.budget.large
         held = Reservation(budget)
@@ -474,7 +474,7 @@ def test_the_timeout_of_a_request_is_also_that_of_waiting_for_memory_for_its_bod
     run(check)
 
 
-def test_no_more_connections_than_the_limit_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_connection_limit_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.http.server.FRESH_S", 0.05)
 
     async def check(service: Service) -> None:
@@ -493,11 +493,11 @@ def test_no_more_connections_than_the_limit_are_taken(monkeypatch: pytest.Monkey
     run(check)
 
 
-def test_headers_that_take_too_long_are_told_the_limit() -> None:
+def test_slow_headers_return_408_with_the_limit() -> None:
     async def check(service: Service) -> None:
         client = await service.connect()
         client.send(b"POST /x HTTP/1.1\r\nHost:")
-        await until(lambda: any(cast(Connection, each)._head_since_s is not None for each in service.state.connections))
+        await until(lambda: any(cast(Connection, c)._head_started_s is not None for c in service.state.connections))
         service.check_timeouts(11)
         status, body = await client.read()
         assert (status, json.loads(body)) == (408, {"error": "the headers took longer than 10 s"})

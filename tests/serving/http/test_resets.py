@@ -1,4 +1,4 @@
-"""Clients that reset their connections at any moment: no descriptor is kept, and no other client is disturbed."""
+"""Clients that reset their connections at any time: no descriptor leaks, and other clients are not affected."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGE = post("/v1/models/colours:predict", json.dumps({"instances": [[[[0, 0, 25
 CHUNKED = post_chunked("/predict", picture("red"), content_type=b"image/png")
 UPGRADE = post("/predict", picture("red"), b"Connection: Upgrade", b"Upgrade: h2c", content_type=b"image/png")
 
-# What a client has sent when it resets its connection.
+# Data that a client sends before it resets its connection.
 MOMENTS = {
     "connected": b"",
     "first byte": b"G",
@@ -41,7 +41,7 @@ MOMENTS = {
     "headers": HEALTH[:-3],
     "end of headers": HEALTH[:-1],
     "before the body": head("/predict", b"Content-Length: 100"),
-    "asked for a 100": head("/predict", b"Content-Length: 100", b"Expect: 100-continue"),
+    "expect 100-continue": head("/predict", b"Content-Length: 100", b"Expect: 100-continue"),
     "body": SMALL[:-10],
     "large body": LARGE[:-10],
     "chunk": CHUNKED[:-20],
@@ -54,7 +54,7 @@ MOMENTS = {
     "upgrade request": UPGRADE,
     "pipeline": HEALTH * 5,
     "pipeline of predictions": SMALL * 20,
-    "pipeline that goes on": SMALL + LARGE + HEALTH[:10],
+    "partial pipeline": SMALL + LARGE + HEALTH[:10],
     "error": b"no http\r\n\r\n",
     "too long": head("/predict", b"Content-Length: 99999999999"),
 }
@@ -62,7 +62,7 @@ MOMENTS = {
 
 @pytest.fixture(scope="module")
 def servers(start: Callable[..., Server]) -> Iterator[dict[int, Server]]:
-    """A server for each limit of descriptors."""
+    """One server per limit of open files."""
     servers = {limit: start("--access-log") for limit in LIMITS}
     for limit, server in servers.items():
         limit_files(server, limit)
@@ -80,7 +80,7 @@ def server(servers: dict[int, Server], request: pytest.FixtureRequest) -> Server
 
 
 class GoodClient:
-    """Sends predictions on one keep-alive connection all the time; `check` tells how it fared."""
+    """Sends predictions on one keep-alive connection in a thread; `check` raises its first failure."""
 
     def __init__(self, server: Server) -> None:
         self.responses = 0
@@ -109,9 +109,9 @@ class GoodClient:
 
 
 @contextmanager
-def nothing_lost(server: Server) -> Iterator[None]:
-    """A good client is served throughout, and at the end the process has the descriptors that it had before."""
-    assert request(server, SMALL).status == 200  # what the first request opens is open
+def no_leak(server: Server) -> Iterator[None]:
+    """Check that another client is served meanwhile, and that no descriptor leaks."""
+    assert request(server, SMALL).status == 200  # opens what the first request opens
     wait_until(lambda: not held_ports(server), "connections of the last test are closed")
     before = count_descriptors(server)
     good = GoodClient(server)
@@ -124,20 +124,20 @@ def nothing_lost(server: Server) -> Iterator[None]:
     wait_until(lambda: count_descriptors(server) <= before, f"{before} descriptors again", within_s=20)
 
 
-def test_a_burst_of_connections_that_are_reset_at_once(server: Server) -> None:
-    with nothing_lost(server):
+def test_a_burst_of_connections_that_are_reset_immediately(server: Server) -> None:
+    with no_leak(server):
         for _ in range(1_500):
             Client(server.port).reset()
 
 
-def test_bursts_from_several_clients_at_once(server: Server) -> None:
+def test_concurrent_bursts_of_resets(server: Server) -> None:
     def burst() -> None:
         for _ in range(300):
             client = Client(server.port)
             client.socket.sendall(HEALTH)
             client.reset()
 
-    with nothing_lost(server):
+    with no_leak(server):
         threads = [threading.Thread(target=burst) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -147,18 +147,18 @@ def test_bursts_from_several_clients_at_once(server: Server) -> None:
 
 @pytest.mark.parametrize("sent", MOMENTS.values(), ids=MOMENTS)
 def test_resets_at_any_moment(server: Server, sent: bytes) -> None:
-    with nothing_lost(server):
+    with no_leak(server):
         for number in range(30):
             client = Client(server.port)
             client.send(sent)
-            if number % 3 == 0:  # now and then the server has had the time to read it
+            if number % 3 == 0:  # sometimes the server has time to read it
                 time.sleep(0.01)
             client.reset()
 
 
 def test_connections_that_are_reset_together(server: Server) -> None:
-    """Held open first, so that the server has accepted them, then reset in one go."""
-    with nothing_lost(server):
+    """The server has accepted all of them before they are reset."""
+    with no_leak(server):
         for _ in range(10):
             clients = [Client(server.port) for _ in range(15)]
             for client, sent in zip(clients, MOMENTS.values(), strict=False):
@@ -169,7 +169,7 @@ def test_connections_that_are_reset_together(server: Server) -> None:
 
 
 def test_resets_while_a_response_is_read(server: Server) -> None:
-    with nothing_lost(server):
+    with no_leak(server):
         for _ in range(50):
             client = Client(server.port, receive_buffer=2_048)
             client.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
@@ -177,8 +177,8 @@ def test_resets_while_a_response_is_read(server: Server) -> None:
             client.reset()
 
 
-def test_resets_on_connections_that_were_used(server: Server) -> None:
-    with nothing_lost(server):
+def test_resets_on_keep_alive_connections(server: Server) -> None:
+    with no_leak(server):
         for number in range(100):
             client = Client(server.port)
             client.send(HEALTH)
@@ -188,16 +188,16 @@ def test_resets_on_connections_that_were_used(server: Server) -> None:
 
 
 def test_clients_that_close_without_a_reset(server: Server) -> None:
-    with nothing_lost(server):
+    with no_leak(server):
         for sent in MOMENTS.values():
             for _ in range(5):
                 with Client(server.port) as client:
                     client.send(sent)
 
 
-def test_silent_connections_do_not_use_up_the_descriptors(server: Server) -> None:
-    """More than a small limit allows, all of which say nothing; a new client is served all the same."""
-    with nothing_lost(server):
+def test_idle_connections_do_not_exhaust_the_descriptors(server: Server) -> None:
+    """With more idle connections than descriptors, a new client is served."""
+    with no_leak(server):
         silent = [Client(server.port) for _ in range(200)]
         try:
             with Client(server.port, timeout_s=20) as client:

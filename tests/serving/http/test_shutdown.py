@@ -1,4 +1,4 @@
-"""The end of the process: what is under way is answered, what idles is closed, a second signal ends it at once."""
+"""Graceful shutdown: in-flight requests are finished, idle connections closed; a second signal exits immediately."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
 class Gated:
-    """A server whose model answers only while the gate is open."""
+    """A server whose model calls block while the gate is shut."""
 
     def __init__(self, folder: Path, start: Callable[..., Server], *options: str) -> None:
         self._gate = folder / "gate"
@@ -43,7 +43,7 @@ class Gated:
         self._gate.unlink()
 
     def hold(self, stack: ExitStack, count: int = 1) -> list[Client]:
-        """Clients whose requests are held in the model."""
+        """Return clients whose requests block in the model."""
         self.shut()
         clients = [stack.enter_context(Client(self.server.port, timeout_s=30)) for _ in range(count)]
         for client in clients:
@@ -58,15 +58,15 @@ def gated(tmp_path: Path, start: Callable[..., Server]) -> Callable[..., Gated]:
 
 
 def send_signal(server: Server, number: signal.Signals = signal.SIGTERM) -> float:
-    """Send a signal; returns when, once the server has heeded it and takes no new connections."""
+    """Send a signal, wait until the port is closed, and return the time of the signal."""
     sent_s = time.monotonic()
     server.process.send_signal(number)
     wait_until(lambda: not server.accepts(), "the port is closed", within_s=5)
     return sent_s
 
 
-def test_at_a_signal_all_that_was_begun_is_answered_with_connection_close(gated: Callable[..., Gated]) -> None:
-    """Requests held in the model, pipelined behind them, in their upload, in their headers, and on idle connections."""
+def test_graceful_shutdown_finishes_requests_with_connection_close(gated: Callable[..., Gated]) -> None:
+    """Requests that are in the model, pipelined, uploading, in their headers, or sent on idle connections."""
     model = gated("--drain-timeout-s", "20")
     server = model.server
     with ExitStack() as stack:
@@ -78,10 +78,10 @@ def test_at_a_signal_all_that_was_begun_is_answered_with_connection_close(gated:
         pipeline.send(SMALL + HEALTH)
         upload.send(SMALL[:-10])
         headers.send(SMALL[:30])
-        time.sleep(0.3)  # they have been read
+        time.sleep(0.3)  # the server has read them
 
         send_signal(server)
-        idle.send(HEALTH)  # crossed the signal on its way
+        idle.send(HEALTH)  # sent before the client knows of the shutdown
         response = idle.read()
         assert (response.body, response.closes) == (ALIVE, True)
         assert idle.read_to_end() == b""
@@ -89,7 +89,7 @@ def test_at_a_signal_all_that_was_begun_is_answered_with_connection_close(gated:
         headers.send(SMALL[30:])
         silent_s = time.monotonic()
         assert silent.read_to_end() == b""
-        assert time.monotonic() - silent_s < 8, "an idle connection is closed long before the drain timeout"
+        assert time.monotonic() - silent_s < 8, "an idle connection must be closed long before the drain timeout"
         assert server.process.poll() is None
 
         model.open()
@@ -106,19 +106,19 @@ def test_at_a_signal_all_that_was_begun_is_answered_with_connection_close(gated:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_exits_at_once(gated: Callable[..., Gated], number: signal.Signals) -> None:
+def test_a_second_signal_exits_immediately(gated: Callable[..., Gated], number: signal.Signals) -> None:
     model = gated("--drain-timeout-s", "60")
     with ExitStack() as stack:
         model.hold(stack, 3)
         send_signal(model.server, number)
         time.sleep(0.5)
-        assert model.server.process.poll() is None, "the requests under way are waited for"
+        assert model.server.process.poll() is None, "the server must wait for in-flight requests"
         model.server.process.send_signal(number)
         model.server.process.wait(timeout=1)
     assert "Traceback" not in model.server.log, model.server.log
 
 
-def test_clients_that_stall_do_not_outlast_the_drain_timeout(gated: Callable[..., Gated]) -> None:
+def test_stalled_clients_are_closed_after_the_drain_timeout(gated: Callable[..., Gated]) -> None:
     model = gated("--drain-timeout-s", "3")
     server = model.server
     with ExitStack() as stack:
@@ -136,7 +136,7 @@ def test_clients_that_stall_do_not_outlast_the_drain_timeout(gated: Callable[...
     assert "Traceback" not in server.log, server.log
 
 
-def test_only_idle_connections_end_it_soon(start: Callable[..., Server]) -> None:
+def test_graceful_shutdown_with_only_idle_connections_is_quick(start: Callable[..., Server]) -> None:
     server = start("--drain-timeout-s", "60")
     server.wait_for("/readyz")
     with ExitStack() as stack:
@@ -150,8 +150,8 @@ def test_only_idle_connections_end_it_soon(start: Callable[..., Server]) -> None
         assert time.monotonic() - sent_s < 10
 
 
-def test_busy_keep_alive_clients_lose_no_request(start: Callable[..., Server]) -> None:
-    """Each sends its next request as soon as it has a response, until one says that it is the last."""
+def test_graceful_shutdown_loses_no_keep_alive_request(start: Callable[..., Server]) -> None:
+    """Each client sends its next request after each response, until one has `Connection: close`."""
     server = start("--drain-timeout-s", "20")
     server.wait_for("/readyz")
 
@@ -162,14 +162,14 @@ def test_busy_keep_alive_clients_lose_no_request(start: Callable[..., Server]) -
                 response = client.read()
                 assert PREDICT.label(response.body) == "blue"
                 if response.closes:
-                    return "told"
+                    return "closed"
                 time.sleep(pause_s)
 
     with ThreadPoolExecutor(16) as pool:
         workers = [pool.submit(work, pause_s) for pause_s in (0, 0.001, 0.01, 0.05) * 4]
         time.sleep(1)
         server.process.send_signal(signal.SIGTERM)
-        assert [worker.result(timeout=20) for worker in workers] == ["told"] * 16
+        assert [worker.result(timeout=20) for worker in workers] == ["closed"] * 16
     assert server.process.wait(timeout=20) == 0
     assert "Traceback" not in server.log, server.log
 
@@ -178,7 +178,7 @@ def test_busy_keep_alive_clients_lose_no_request(start: Callable[..., Server]) -
 
 
 class Redirected(Server):
-    """A server whose standard streams a shell redirects, or that writes to a pipe."""
+    """A server with redirected standard streams."""
 
     def __init__(self, models_dir: Path, *, redirection: str = "", output: int = subprocess.DEVNULL) -> None:
         self.port, self.grpc_port = free_ports(2)
@@ -216,14 +216,14 @@ def redirect(one_model: Path) -> Iterator[Callable[..., Redirected]]:
 
 
 def check_service(server: Server) -> None:
-    """Served, over connections that carry nothing but responses, and ended well."""
+    """Check that responses contain no log output, and that the server exits with 0."""
     with Client(server.port) as client:
         for _ in range(20):
             client.send(SMALL + HEALTH + b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
             assert PREDICT.label(client.read().body) == "blue"
             assert client.read().body == ALIVE
             assert client.read().status == 404
-    with Client(server.port) as client:  # something to complain about
+    with Client(server.port) as client:  # causes log output
         client.send(b"no http\r\n\r\n")
         assert client.read().status == 400
     assert request(server, HEALTH).status == 200
@@ -232,20 +232,18 @@ def check_service(server: Server) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("redirection", [">&- 2>&-", "<&- >&- 2>&-", ">&-", "2>&-"])
-def test_closed_output_does_no_harm(redirect: Callable[..., Redirected], redirection: str) -> None:
+def test_the_service_runs_with_closed_output(redirect: Callable[..., Redirected], redirection: str) -> None:
     server = redirect(redirection=redirection)
     server.wait_for("/readyz")
-    # TensorFlow and gRPC write to descriptors 1 and 2, whatever they are.
+    # TensorFlow and gRPC write to descriptors 1 and 2, so these must not be sockets.
     streams = [Path(f"/proc/{server.process.pid}/fd/{number}") for number in (0, 1, 2)]
     assert not [stream for stream in streams if stream.exists() and stream.is_socket()]
     check_service(server)
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("closed", ["at once", "after the start"])
-def test_output_to_a_pipe_that_nobody_reads_any_more_does_no_harm(
-    redirect: Callable[..., Redirected], closed: str
-) -> None:
+@pytest.mark.parametrize("closed", ["immediately", "after the start"])
+def test_the_service_runs_with_output_to_a_broken_pipe(redirect: Callable[..., Redirected], closed: str) -> None:
     reader, writer = os.pipe()
     server = redirect(output=writer)
     os.close(writer)
@@ -257,7 +255,7 @@ def test_output_to_a_pipe_that_nobody_reads_any_more_does_no_harm(
 
 
 @pytest.mark.timeout(60)
-def test_output_to_a_full_disk_does_no_harm(redirect: Callable[..., Redirected]) -> None:
+def test_the_service_runs_with_output_to_a_full_disk(redirect: Callable[..., Redirected]) -> None:
     server = redirect(redirection=">/dev/full 2>/dev/full")
     server.wait_for("/readyz")
     check_service(server)

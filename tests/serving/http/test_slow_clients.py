@@ -1,4 +1,4 @@
-"""Clients that are slow, silent, or do not read: they are cut off in time, and nobody else waits for them."""
+"""Clients that are slow, idle, or do not read: the server disconnects them, and they delay no other clients."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.serving.http.conftest import (
     MB,
     ROUTES,
     Client,
-    answered_in,
     head,
+    health_latency_s,
     held_ports,
     noisy_png,
     post,
@@ -34,16 +34,16 @@ CHUNKED_HEAD = head("/predict", b"Transfer-Encoding: chunked", content_type=b"im
 CHUNK = b"1\r\na\r\n"
 PAGES = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 3_388
 
-HEADER_S = 10  # for the whole header of a request, from its first byte
+HEADER_S = 10  # for all headers of a request, from its first byte
 SILENT_S = 30  # for the first byte on a new connection
-UNREAD_S = 30  # without a byte of a response read
-UPLOAD_S = 10  # without 1 KB a second of a body
-LATE_S = 8  # how late each may be noticed, and the connection closed
+UNREAD_S = 30  # for a response that is not read
+UPLOAD_S = 10  # for a body slower than 1 KB per second
+LATE_S = 8  # tolerance for closing the connection
 
 
 UPLOAD = head("/predict", b"Content-Length: 50000000", content_type=b"image/png")
 
-# Each kind of client: what it sends at once, what it sends every half second, and after how long it has to be gone.
+# Each kind of client: the data sent first, the data sent every half second, and its time limit.
 SLOW: dict[str, tuple[bytes, Iterator[bytes], int]] = {
     "headers byte by byte": (b"G", itertools.chain(b"%c" % byte for byte in HEALTH[1:]), HEADER_S),
     "header after header": (HEALTH[:-2], itertools.cycle([b"X-A: b\r\n"]), HEADER_S),
@@ -70,11 +70,11 @@ UNREADING = 50
 
 
 class SlowClient:
-    """A client of one kind; `gone_after_s` is set once the server has closed its connection."""
+    """A slow client; `closed_after_s` is set once the server has closed its connection."""
 
     def __init__(self, server: Server, kind: str, now: bytes, drip: Iterator[bytes], limit_s: float) -> None:
         self.kind, self.limit_s = kind, limit_s
-        self.gone_after_s: float | None = None
+        self.closed_after_s: float | None = None
         self.client = Client(server.port)
         self.port = self.client.socket.getsockname()[1]
         self._drip = drip
@@ -82,23 +82,23 @@ class SlowClient:
         self.started_s = time.monotonic()
 
     def drip(self) -> None:
-        with suppress(ConnectionError):  # noticed by its port
+        with suppress(ConnectionError):  # detected by its port
             self.client.socket.send(next(self._drip, b""))
 
     def status(self) -> bytes:
-        """The last status that it was sent, or nothing."""
+        """The last status received, or nothing."""
         responses = self.client.read_to_end().split(b"HTTP/1.1 ")
         return responses[-1][:3] if len(responses) > 1 else b""
 
 
 def use_a_bad_connection(server: Server) -> None:
-    """A client that is slow but makes progress: it sends some KB a second, and reads as slowly."""
+    """A slow client that makes progress: it sends and reads a few KB per second."""
     data = post("/predict", noisy_png()[:40_000], content_type=b"image/png")
     with Client(server.port, receive_buffer=2_048) as client:
         for start, end in ((0, 20), (20, 100), *((at, at + 2_500) for at in range(100, len(data), 2_500))):
             client.send(data[start:end])
             time.sleep(0.8)
-        assert client.read().status == 400  # half a picture
+        assert client.read().status == 400  # a truncated image
         client.send(HEALTH + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
         assert client.read().body == ALIVE
         for _ in range(10):
@@ -115,7 +115,7 @@ def start_slow_clients(server: Server) -> list[SlowClient]:
 
 
 def start_unreading_clients(server: Server, stack: ExitStack) -> list[Client]:
-    """Clients that ask for many pages in small receive buffers, and read none of them."""
+    """Clients that request many pages with small receive buffers, and read none of them."""
     clients = []
     for _ in range(UNREADING):
         client = stack.enter_context(Client(server.port, receive_buffer=4_096))
@@ -126,16 +126,16 @@ def start_unreading_clients(server: Server, stack: ExitStack) -> list[Client]:
             while rest:
                 rest = rest[client.socket.send(rest) :]
         except BlockingIOError:
-            pass  # the server reads no more, as it should
+            pass  # backpressure: the server has stopped reading
     return clients
 
 
 @pytest.mark.timeout(150)
-def test_slow_clients_are_cut_off_in_time_and_nobody_waits_for_them(server: Server) -> None:
+def test_slow_clients_are_disconnected_and_delay_no_others(server: Server) -> None:
     large = post("/predict", noisy_png(), content_type=b"image/png")
     assert len(large) > 1_000_000
     for _ in range(3):
-        assert request(server, large).status == 200  # the memory of a large request is no part of the comparison
+        assert request(server, large).status == 200  # allocates the memory of a large request before the comparison
     with ExitStack() as stack:
         keep_alive = stack.enter_context(Client(server.port))
         keep_alive.send(HEALTH)
@@ -153,7 +153,7 @@ def test_slow_clients_are_cut_off_in_time_and_nobody_waits_for_them(server: Serv
             for client in slow:
                 client.drip()
             start_s = time.monotonic()
-            seconds.append(answered_in(server))
+            seconds.append(health_latency_s(server))
             assert request(server, large).status == 200
             assert PREDICT.label(request(server, SMALL).body) == "blue"
             took_s = time.monotonic() - start_s
@@ -161,34 +161,36 @@ def test_slow_clients_are_cut_off_in_time_and_nobody_waits_for_them(server: Serv
             largest = max(largest, resident_bytes(server) - before)
             held = held_ports(server)
             for client in slow:
-                if client.gone_after_s is None and client.port not in held:
-                    client.gone_after_s = time.monotonic() - client.started_s
-            if unreading_ports.isdisjoint(held) and all(client.gone_after_s is not None for client in slow):
+                if client.closed_after_s is None and client.port not in held:
+                    client.closed_after_s = time.monotonic() - client.started_s
+            if unreading_ports.isdisjoint(held) and all(client.closed_after_s is not None for client in slow):
                 break
             time.sleep(0.5)
-        print(*(f"{client.kind}: {client.gone_after_s}" for client in slow), f"memory: {largest / MB:.0f} MB", sep="\n")
+        print(
+            *(f"{client.kind}: {client.closed_after_s}" for client in slow), f"memory: {largest / MB:.0f} MB", sep="\n"
+        )
 
-        late = {c.kind for c in slow if c.gone_after_s is None or c.gone_after_s > c.limit_s + LATE_S}
+        late = {c.kind for c in slow if c.closed_after_s is None or c.closed_after_s > c.limit_s + LATE_S}
         assert not late, "not closed in time"
-        hasty = {c.kind for c in slow if c.gone_after_s is not None and c.gone_after_s < c.limit_s / 3}
-        assert not hasty, "closed before a client with a bad connection could go on"
+        hasty = {c.kind for c in slow if c.closed_after_s is not None and c.closed_after_s < c.limit_s / 3}
+        assert not hasty, "closed too early for a client with a bad connection"
         statuses = {client.kind: client.status() for client in slow}
         refused = {kind for kind in statuses if kind.startswith(("upload", "body", "small body", "chunks byte"))}
         assert {kind: statuses[kind] for kind in refused} == dict.fromkeys(refused, b"408")
         assert {statuses[kind] for kind in SLOW} <= {b"", b"408", b"200", b"400"}
 
         assert not unreading_ports & held_ports(server), f"not aborted {time.monotonic() - unreading_s:.0f} s later"
-        assert largest < 150 * MB, f"{largest / MB:.0f} MB for responses that nobody reads and uploads that stall"
+        assert largest < 150 * MB, f"{largest / MB:.0f} MB for unread responses and stalled uploads"
         assert statistics.median(seconds) < 0.1
         assert max(seconds) < 2
 
         bad_connection.result(timeout=30)
-        keep_alive.send(HEALTH)  # one that idles is welcome all the while
+        keep_alive.send(HEALTH)  # within its idle timeout
         assert keep_alive.read().body == ALIVE
 
 
 @pytest.mark.timeout(60)
-def test_stalled_uploads_end_with_the_drain_timeout(start: Callable[..., Server]) -> None:
+def test_stalled_uploads_are_closed_after_the_drain_timeout(start: Callable[..., Server]) -> None:
     server = start("--drain-timeout-s", "2")
     server.wait_for("/readyz")
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Requests of which two servers could disagree where they end: refused, and nothing hidden in them is answered."""
+"""Request smuggling: requests with ambiguous framing are refused, and no hidden request gets a response."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HIDDEN = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
 SIZED = b"Content-Length: %d" % len(HIDDEN)
 CHUNKED = b"Transfer-Encoding: chunked"
 
-# Each with the hidden request behind its headers.
+# Each is followed by the hidden request.
 AMBIGUOUS = {
     "length and chunked": [SIZED, CHUNKED],
     "chunked and length": [CHUNKED, SIZED],
@@ -54,19 +54,19 @@ AMBIGUOUS = {
 
 
 def split_responses(data: bytes) -> list[bytes]:
-    """Status line and all behind it, of each response."""
+    """Split into responses, each from its status line."""
     return [b"HTTP/1." + part for part in data.split(b"HTTP/1.")[1:]]
 
 
-def answer_to(server: Server, data: bytes) -> bytes:
+def exchange(server: Server, data: bytes) -> bytes:
     with Client(server.port) as client:
         client.send(data)
         return client.read_to_end()
 
 
 @pytest.mark.parametrize("headers", AMBIGUOUS.values(), ids=AMBIGUOUS)
-def test_an_ambiguous_length_is_refused_and_ends_the_connection(server: Server, headers: list[bytes]) -> None:
-    responses = split_responses(answer_to(server, head("/predict", *headers) + HIDDEN + HEALTH))
+def test_an_ambiguous_length_is_refused_and_closes(server: Server, headers: list[bytes]) -> None:
+    responses = split_responses(exchange(server, head("/predict", *headers) + HIDDEN + HEALTH))
     assert len(responses) == 1, responses
     assert responses[0][9:12] in (b"400", b"501", b"413"), responses
     assert b"\r\nconnection: close\r\n" in responses[0].lower(), responses
@@ -97,8 +97,8 @@ BAD_CHUNKS = {
 
 
 @pytest.mark.parametrize("data", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
-def test_a_bad_chunk_is_refused_and_ends_the_connection(server: Server, data: bytes) -> None:
-    responses = split_responses(answer_to(server, chunks(data) + HIDDEN + HEALTH))
+def test_an_invalid_chunk_is_refused_and_closes(server: Server, data: bytes) -> None:
+    responses = split_responses(exchange(server, chunks(data) + HIDDEN + HEALTH))
     assert len(responses) == 1, responses
     assert responses[0][9:12] == b"400", responses
 
@@ -116,7 +116,7 @@ def test_unusual_chunks_leave_the_connection_in_sync(server: Server, data: bytes
     with Client(server.port) as client:
         for _ in range(2):
             client.send(chunks(data) + HEALTH)
-            assert client.read().status == 400  # a list is no request
+            assert client.read().status == 400  # a JSON list is not a valid request
             assert client.read().body == ALIVE
 
 
@@ -136,15 +136,15 @@ REQUEST_LINES = [
 
 
 @pytest.mark.parametrize("line", REQUEST_LINES)
-def test_a_bad_request_line_is_refused(server: Server, line: bytes) -> None:
-    responses = split_responses(answer_to(server, line + b"\r\nHost: x\r\n\r\n" + HEALTH))
+def test_an_invalid_request_line_is_refused(server: Server, line: bytes) -> None:
+    responses = split_responses(exchange(server, line + b"\r\nHost: x\r\n\r\n" + HEALTH))
     assert len(responses) == 1, responses
     assert responses[0][9:12] in (b"400", b"404", b"501", b"505"), responses
 
 
 @pytest.mark.parametrize("ending", [b"\n", b"\r"])
-def test_lines_that_end_otherwise_hide_nothing(server: Server, ending: bytes) -> None:
-    """A bare LF may be taken for a line's end, or refused; a bare CR never is one."""
+def test_bare_lf_and_cr_hide_no_request(server: Server, ending: bytes) -> None:
+    """A bare LF may end a line or be refused; a bare CR never ends a line."""
     data = ending.join([b"GET /healthz HTTP/1.1", b"Host: x", b"Connection: close", b"", b""])
     with Client(server.port) as client:
         client.send(data)
@@ -155,7 +155,7 @@ def test_lines_that_end_otherwise_hide_nothing(server: Server, ending: bytes) ->
 
 
 @pytest.mark.parametrize("name", [b"Content_Length", b"Transfer_Encoding", b"content.length"])
-def test_a_header_that_reads_like_another_is_none(server: Server, name: bytes) -> None:
+def test_a_header_that_resembles_another_is_ignored(server: Server, name: bytes) -> None:
     with Client(server.port) as client:
         client.send(head("/v1/models/colours:predict", name + b": 3", b"Content-Length: 2") + b"[]" + HEALTH)
         assert client.read().status == 400

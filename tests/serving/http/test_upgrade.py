@@ -1,4 +1,4 @@
-"""Offers to upgrade the connection are ignored: the body is read, and the connection stays in use (RFC 9110, 7.8)."""
+"""Upgrade headers are ignored: the body is read, and the connection stays open (RFC 9110, section 7.8)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WEBSOCKET = (
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
     b"Sec-WebSocket-Version: 13",
 )
-OFFERS = {
+UPGRADES = {
     "h2c": H2C,
     "h2c without settings": (b"Connection: Upgrade", b"Upgrade: h2c"),
     "websocket": WEBSOCKET,
@@ -52,13 +52,13 @@ OFFERS = {
 }
 WRITERS = {"length": post, "chunked": post_chunked}
 
-with_every_offer = pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+with_every_upgrade = pytest.mark.parametrize("upgrade", UPGRADES.values(), ids=UPGRADES)
 with_every_route = pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 with_both_framings = pytest.mark.parametrize("framing", WRITERS)
 
 
-def ask(route: Route, colour: str, framing: str, offer: tuple[bytes, ...]) -> bytes:
-    return WRITERS[framing](route.path, route.body(colour), *offer, content_type=route.content_type)
+def make_request(route: Route, colour: str, framing: str, upgrade: tuple[bytes, ...]) -> bytes:
+    return WRITERS[framing](route.path, route.body(colour), *upgrade, content_type=route.content_type)
 
 
 def check(client: Client, route: Route, colour: str) -> None:
@@ -69,21 +69,21 @@ def check(client: Client, route: Route, colour: str) -> None:
     assert route.label(response.body) == colour
 
 
-@with_every_offer
+@with_every_upgrade
 @with_every_route
 @with_both_framings
-def test_an_offer_is_ignored(server: Server, route: Route, framing: str, offer: tuple[bytes, ...]) -> None:
+def test_an_upgrade_header_is_ignored(server: Server, route: Route, framing: str, upgrade: tuple[bytes, ...]) -> None:
     with Client(server.port) as client:
-        for colour in COLOURS:  # the connection stays in use, with further offers
-            client.send(ask(route, colour, framing, offer))
+        for colour in COLOURS:  # the connection stays open for further upgrade headers
+            client.send(make_request(route, colour, framing, upgrade))
             check(client, route, colour)
         client.send(HEALTH)
         assert client.read().body == ALIVE
 
 
-@with_every_offer
-def test_an_offer_without_a_body_is_ignored(server: Server, offer: tuple[bytes, ...]) -> None:
-    lines = b"\r\n".join([b" /healthz HTTP/1.1", b"Host: x", *offer, b"", b""])
+@with_every_upgrade
+def test_an_upgrade_header_without_a_body_is_ignored(server: Server, upgrade: tuple[bytes, ...]) -> None:
+    lines = b"\r\n".join([b" /healthz HTTP/1.1", b"Host: x", *upgrade, b"", b""])
     with Client(server.port) as client:
         for method in ("GET", "HEAD", "GET"):
             client.send(method.encode() + lines)
@@ -93,16 +93,16 @@ def test_an_offer_without_a_body_is_ignored(server: Server, offer: tuple[bytes, 
         assert (client.read().status, client.read().body) == (200, ALIVE)
 
 
-@pytest.mark.parametrize("offer", [OFFERS["h2c"], OFFERS["websocket by nginx"]], ids=["h2c", "websocket"])
-@pytest.mark.parametrize("first", ["offer", "plain"])
+@pytest.mark.parametrize("upgrade", [UPGRADES["h2c"], UPGRADES["websocket by nginx"]], ids=["h2c", "websocket"])
+@pytest.mark.parametrize("first", ["upgrade", "plain"])
 @with_every_route
 @with_both_framings
-def test_requests_pipelined_behind_an_offer_are_answered_in_order(
-    server: Server, route: Route, framing: str, first: str, offer: tuple[bytes, ...]
+def test_requests_pipelined_after_an_upgrade_header_are_served_in_order(
+    server: Server, route: Route, framing: str, first: str, upgrade: tuple[bytes, ...]
 ) -> None:
-    # Offers and plain requests take turns, in one segment.
-    offers = (offer, ()) if first == "offer" else ((), offer)
-    parts = [ask(route, colour, framing, offers[i % 2]) for i, colour in enumerate(COLOURS * 2)]
+    # Requests with and without upgrade headers alternate, in one segment.
+    upgrades = (upgrade, ()) if first == "upgrade" else ((), upgrade)
+    parts = [make_request(route, colour, framing, upgrades[i % 2]) for i, colour in enumerate(COLOURS * 2)]
     with Client(server.port) as client:
         client.send(HEALTH + b"".join(parts) + HEALTH)
         assert client.read().body == ALIVE
@@ -111,12 +111,14 @@ def test_requests_pipelined_behind_an_offer_are_answered_in_order(
         assert client.read().body == ALIVE
 
 
-@pytest.mark.parametrize("offer", [H2C, WEBSOCKET, ()], ids=["h2c", "websocket", "none"])
+@pytest.mark.parametrize("upgrade", [H2C, WEBSOCKET, ()], ids=["h2c", "websocket", "none"])
 @pytest.mark.parametrize("route", [ROUTES["predict"], ROUTES["v1"]], ids=["predict", "v1"])
 @with_both_framings
-def test_an_offer_may_be_split_anywhere(server: Server, route: Route, framing: str, offer: tuple[bytes, ...]) -> None:
-    """In two segments, at every byte; and the next request comes with the second segment."""
-    data = ask(route, "blue", framing, offer)
+def test_an_upgrade_request_may_be_split_anywhere(
+    server: Server, route: Route, framing: str, upgrade: tuple[bytes, ...]
+) -> None:
+    """Two segments, split at every byte; the second one also has the next request."""
+    data = make_request(route, "blue", framing, upgrade)
     with Client(server.port) as client:
         for place in range(1, len(data)):
             client.send(data[:place], data[place:] + HEALTH, pause_s=0.001)
@@ -124,11 +126,13 @@ def test_an_offer_may_be_split_anywhere(server: Server, route: Route, framing: s
             assert client.read().body == ALIVE, f"after a split at {place}: {data[:place]!r}"
 
 
-@pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+@pytest.mark.parametrize("upgrade", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
 @with_every_route
 @with_both_framings
-def test_an_offer_may_come_byte_by_byte(server: Server, route: Route, framing: str, offer: tuple[bytes, ...]) -> None:
-    data = ask(route, "green", framing, offer) + HEALTH
+def test_an_upgrade_request_may_arrive_byte_by_byte(
+    server: Server, route: Route, framing: str, upgrade: tuple[bytes, ...]
+) -> None:
+    data = make_request(route, "green", framing, upgrade) + HEALTH
     with Client(server.port) as client:
         for start in range(len(data)):
             client.send(data[start : start + 1])
@@ -136,12 +140,12 @@ def test_an_offer_may_come_byte_by_byte(server: Server, route: Route, framing: s
         assert client.read().body == ALIVE
 
 
-@pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+@pytest.mark.parametrize("upgrade", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
 @with_both_framings
-def test_a_large_body_may_come_with_an_offer(server: Server, framing: str, offer: tuple[bytes, ...]) -> None:
+def test_an_upgrade_request_may_have_a_large_body(server: Server, framing: str, upgrade: tuple[bytes, ...]) -> None:
     body = json.dumps({"instances": [[[[0, 0, 255]] * 32] * 32] * 100}).encode()
     assert len(body) > 1_000_000
-    data = WRITERS[framing]("/v1/models/colours:predict", body, *offer)
+    data = WRITERS[framing]("/v1/models/colours:predict", body, *upgrade)
     with Client(server.port) as client:
         for _ in range(2):
             client.send(data[:400], data[400:700_000], data[700_000:] + HEALTH)
@@ -151,10 +155,12 @@ def test_a_large_body_may_come_with_an_offer(server: Server, framing: str, offer
             assert client.read().body == ALIVE
 
 
-@pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+@pytest.mark.parametrize("upgrade", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
 @with_both_framings
-def test_a_body_that_looks_like_a_request_is_no_request(server: Server, framing: str, offer: tuple[bytes, ...]) -> None:
-    data = WRITERS[framing]("/v1/models/colours:predict", HEALTH, *offer, b"Connection: close")
+def test_a_body_that_resembles_a_request_is_not_parsed_as_one(
+    server: Server, framing: str, upgrade: tuple[bytes, ...]
+) -> None:
+    data = WRITERS[framing]("/v1/models/colours:predict", HEALTH, *upgrade, b"Connection: close")
     with Client(server.port) as client:
         client.send(data)
         response = client.read()
@@ -164,8 +170,8 @@ def test_a_body_that_looks_like_a_request_is_no_request(server: Server, framing:
 
 
 @with_both_framings
-def test_the_expectation_of_a_100_goes_with_an_offer(server: Server, framing: str) -> None:
-    data = ask(ROUTES["predict"], "red", framing, (*H2C, b"Expect: 100-continue"))
+def test_expect_100_continue_works_with_an_upgrade_header(server: Server, framing: str) -> None:
+    data = make_request(ROUTES["predict"], "red", framing, (*H2C, b"Expect: 100-continue"))
     end = data.index(b"\r\n\r\n") + 4
     with Client(server.port) as client:
         for _ in range(2):
@@ -175,16 +181,16 @@ def test_the_expectation_of_a_100_goes_with_an_offer(server: Server, framing: st
             check(client, ROUTES["predict"], "red")
 
 
-def test_an_offer_with_connection_close_closes(server: Server) -> None:
-    offer = (b"Connection: Upgrade, close", b"Upgrade: h2c")
+def test_an_upgrade_request_with_connection_close_closes(server: Server) -> None:
+    upgrade = (b"Connection: Upgrade, close", b"Upgrade: h2c")
     with Client(server.port) as client:
-        client.send(ask(ROUTES["predict"], "red", "length", offer))
+        client.send(make_request(ROUTES["predict"], "red", "length", upgrade))
         response = client.read()
         assert (response.status, response.closes) == (200, True)
         assert client.read_to_end() == b""
 
 
-def test_an_offer_of_http_1_0_is_ignored(server: Server) -> None:
+def test_an_upgrade_header_of_http_1_0_is_ignored(server: Server) -> None:
     body = picture("red")
     data = post("/predict", body, *H2C, content_type=b"image/png").replace(b"HTTP/1.1", b"HTTP/1.0", 1)
     with Client(server.port) as client:
@@ -221,8 +227,8 @@ import java.net.URI;
 import java.net.http.*;
 import java.nio.file.*;
 
-public class Ask {
-    static void ask(HttpClient client, String url, HttpRequest.BodyPublisher body) throws Exception {
+public class Post {
+    static void post(HttpClient client, String url, HttpRequest.BodyPublisher body) throws Exception {
         HttpRequest request = HttpRequest.newBuilder(URI.create(url)).header("Content-Type", "application/json")
             .POST(body).build();
         HttpResponse<String> response = client.send(request, HttpResponse.BodyHandlers.ofString());
@@ -234,8 +240,8 @@ public class Ask {
         for (HttpClient.Version version : HttpClient.Version.values()) {
             HttpClient client = HttpClient.newBuilder().version(version).build();
             for (int round = 0; round < 2; round++) {
-                ask(client, arguments[0], HttpRequest.BodyPublishers.ofFile(file));
-                ask(client, arguments[0], HttpRequest.BodyPublishers.ofInputStream(() -> {
+                post(client, arguments[0], HttpRequest.BodyPublishers.ofFile(file));
+                post(client, arguments[0], HttpRequest.BodyPublishers.ofInputStream(() -> {
                     try {
                         return Files.newInputStream(file);
                     } catch (java.io.IOException error) {
@@ -244,7 +250,7 @@ public class Ask {
                 }));
             }
         }
-        ask(HttpClient.newHttpClient(), arguments[0], HttpRequest.BodyPublishers.ofFile(file));
+        post(HttpClient.newHttpClient(), arguments[0], HttpRequest.BodyPublishers.ofFile(file));
     }
 }
 """
@@ -252,9 +258,9 @@ public class Ask {
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java 11 or later")
 @pytest.mark.parametrize("name", ["v1", "v2"])
-def test_the_http_client_of_java_is_served_with_its_defaults(server: Server, tmp_path: Path, name: str) -> None:
-    """It offers h2c in every first request, as Spring and Ktor do through it."""
-    source, body = tmp_path / "Ask.java", tmp_path / "body.json"
+def test_javas_http_client_works_with_its_defaults(server: Server, tmp_path: Path, name: str) -> None:
+    """It sends `Upgrade: h2c` with the first request of each connection, and so do Spring and Ktor."""
+    source, body = tmp_path / "Post.java", tmp_path / "body.json"
     source.write_text(JAVA)
     body.write_bytes(ROUTES[name].body("green"))
     command = ["java", "-XX:TieredStopAtLevel=1", str(source), server.url + ROUTES[name].path, str(body)]
