@@ -300,7 +300,7 @@ def follow_models(app: ServingApp, settings: Settings, address: str, stopping: t
         logger.info("ready on http://%s:%d", settings.host, settings.rest_port)
     else:
         logger.error("not ready: %s", repository.not_ready_because)
-    repository.watch(settings.poll_interval_s)
+    repository.poll_forever(settings.poll_interval_s)
 
 
 def start_grpc(app: ServingApp, settings: Settings, address: str, stopping: threading.Event) -> None:

@@ -158,10 +158,10 @@ def test_only_the_faulty_model_is_reported(models_dir: Path, colours: Path, case
     else:
         repository.load()
         add_faulty(models_dir, colours, fault)
-        repository.update()
+        repository.poll()
     assert_pages(app)
     publish(colours, models_dir, 11)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 11
     assert repository.resolve("colours").predictor.predict("serving_default", IMAGE)["class_id"].shape == (1,)
     assert_pages(app)
@@ -265,7 +265,7 @@ def test_whatever_is_raised_while_loading_stays_with_its_model(
     assert len(grpc_status(repository, "alpha")) == 1
     assert_pages(app)
     publish(colours, models_dir, 11)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 11
 
 
@@ -322,10 +322,10 @@ def test_only_the_faulty_folder_is_reported(
     else:
         repository.load()
         make(folder)
-        repository.update()
+        repository.poll()
     (models_dir / "colours" / "2").rename(models_dir / "colours" / "11")
-    repository.update()
-    repository.update()
+    repository.poll()
+    repository.poll()
     try:
         assert repository.resolve("colours").version == 11
         assert repository.ready
@@ -367,13 +367,13 @@ def test_a_version_that_cannot_be_listed_is_reported(models_dir: Path) -> None:
     assert (repository.resolve("colours").version, repository.folder_problems) == (10, ())
     assert "Permission denied" in repository.versions("colours")[0].error_message
     assets.chmod(0)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
     assert repository.versions("colours")[1].warnings == ("model_info", "warmup")
     assert_pages(app)
     for path in (version, assets, models_dir / "colours" / "lost+found"):
         path.chmod(0o755)
-    repository.update()
+    repository.poll()
     assert repository.versions("colours")[1].warnings == ()
 
 
@@ -387,7 +387,7 @@ def test_a_models_folder_that_cannot_be_listed_at_the_start_is_waited_for(models
     for page in ("/metrics", "/models.json", "/", "/healthz"):
         assert app.test_client().get(page).status_code == 200
     models_dir.chmod(0o755)
-    repository.update()
+    repository.poll()
     assert repository.ready
 
 
@@ -401,7 +401,7 @@ def test_a_version_that_may_not_be_read_is_served_once_it_may(models_dir: Path) 
     assert repository.resolve("colours").version == 2
     assert "Permission denied" in repository.versions("colours")[0].error_message
     file.chmod(0o644)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
 
 
@@ -459,4 +459,4 @@ def test_the_process_serves_the_good_model_beside_every_fault(
             assert httpx.get(f"{server.url}/v1/models/{name}").status_code == 200
     assert json.loads(httpx.get(server.url + "/models.json").text)
     assert server.stop() == 0
-    assert "could not be updated" not in server.log
+    assert "updating model" not in server.log

@@ -36,7 +36,7 @@ def test_every_step_of_a_copy(models_dir: Path, version: Path, colours: Path) ->
     repository.load()
 
     def poll() -> tuple[int, str, int]:
-        repository.update()
+        repository.poll()
         status = repository.versions("colours")[0]
         assert status.version == 11
         return repository.resolve("colours").version, status.state, status.warmup_records
@@ -100,7 +100,7 @@ def test_the_records_are_replayed_once_when_they_arrive(models_dir: Path, colour
     assert calls == []
     shutil.copytree(colours / "assets.extra", extra)
     for _ in range(3):
-        repository.update()
+        repository.poll()
     assert calls == [1, 3]
     assert repository.versions("colours")[0].warmup_records == 2
 
@@ -123,7 +123,7 @@ def test_records_that_arrive_later_show_what_must_not_be_batched(tmp_path: Path)
     values = [tf.train.Feature(float_list={"value": [float(i)]}) for i in range(3)]
     examples = [tf.train.Example(features=tf.train.Features(feature={"v": value})) for value in values]
     write_warmup_records(version, [tf.constant([example.SerializeToString() for example in examples])])
-    repository.update()
+    repository.poll()
     assert repository.versions("coupled")[0].warnings == ("dependent_rows",)
     assert repository.resolve("coupled").predictor._gathered == set()
     assert repository.versions("coupled")[0].state == "AVAILABLE"
@@ -168,7 +168,7 @@ def test_the_classes_are_named_by_the_signature_where_there_is_no_info(tmp_path:
         ("[" * 100_000, ["ham", "eggs"]),
     ):
         info.write_text(text)
-        repository.update()
+        repository.poll()
         assert class_names() == names
 
 

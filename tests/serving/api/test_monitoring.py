@@ -68,7 +68,7 @@ def test_a_process_that_only_a_restart_can_mend_says_so(app: Flask) -> None:
     liveness.watch_thread(thread)
     try:
         answer = client.get("/healthz")
-        assert (answer.status_code, answer.json) == (503, {"status": "dead", "reason": "the thread answer has ended"})
+        assert (answer.status_code, answer.json) == (503, {"status": "dead", "reason": "the thread answer has exited"})
         assert answer.headers["Retry-After"] == "1"
         assert client.get("/v2/health/live").status_code == 400
     finally:

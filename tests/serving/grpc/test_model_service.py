@@ -119,7 +119,7 @@ def test_a_configuration_that_cannot_be_served_says_why(own: tuple[Server, Any],
     for model, problem in (
         ({"name": "", "path": "/x"}, "needs a name"),
         ({"name": "m", "path": "relative"}, "absolute base_path"),
-        (colours, "stands there twice"),
+        (colours, "is repeated"),
     ):
         code, details = refusal(lambda model=model: reload(stubs, colours, model))
         assert (code, problem in details) == ("INVALID_ARGUMENT", True)
@@ -133,7 +133,7 @@ def test_health_tells_when_the_only_model_is_gone(own: tuple[Server, Any], model
     server, stubs = own
     shutil.rmtree(models_dir / "colours")
     server.wait_for("/readyz", 503)
-    assert httpx.get(server.url + "/readyz").json()["reason"] == "there is no model to answer with"
+    assert httpx.get(server.url + "/readyz").json()["reason"] == "no model is available"
     assert httpx.get(server.url + "/healthz").status_code == 200
     reply = stubs.health.Check(health_pb2.HealthCheckRequest(), timeout=60)
     assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -305,7 +305,7 @@ def test_a_call_that_does_not_come_back_is_noticed(monkeypatch: pytest.MonkeyPat
         wait_until(lambda: bool(model.calls))
         assert liveness.problem is None
         monkeypatch.setattr("serving.inference.liveness.STALLED_S", 0.0)
-        assert "has not come back" in str(liveness.problem)
+        assert "has not returned" in str(liveness.problem)
         model.gate.set()
         answer.result()
     assert liveness.problem is None
@@ -317,7 +317,7 @@ def test_a_thread_that_must_not_end_is_missed() -> None:
     thread.start()
     liveness.watch_thread(thread)
     thread.join()
-    assert liveness.problem == "the thread follower has ended"
+    assert liveness.problem == "the thread follower has exited"
 
 
 # Long requests

@@ -61,7 +61,7 @@ def test_one_flipped_bit_is_reported_with_the_file(models_dir: Path, summed: Pat
     (summed / name).write_bytes(content)
     code, message = problem_of(models_dir, summed)
     assert code == "DATA_LOSS"
-    assert f"is not as it was exported: {name} has been altered" in message
+    assert f"differs from its export: {name} has been altered" in message
 
 
 @pytest.mark.timeout(60)
@@ -110,7 +110,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_a_long_verification_delays_no_other_model(models_dir: Path, summed: Path, gate: threading.Event) -> None:
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
-    threading.Thread(target=repository.watch, args=(0.05,), daemon=True).start()
+    threading.Thread(target=repository.poll_forever, args=(0.05,), daemon=True).start()
     publish(summed, models_dir, 11)
     wait_until(lambda: 11 in states(repository))
     publish(summed, models_dir, 1, name="other")
@@ -142,12 +142,12 @@ def test_what_is_altered_after_loading_is_reported_and_repaired(models_dir: Path
     repository.load()
     info, good = version / "assets.extra" / "model.json", (summed / "assets.extra" / "model.json").read_text()
     info.write_text('{"class_names": ["a", "b", "c"]}')
-    repository.update()
+    repository.poll()
     status = repository.versions("colours")[0]
     assert (status.state, status.warnings) == ("AVAILABLE", ("model_info",))
     assert "assets.extra/model.json has been altered" in status.error_message
     info.write_text(good)
-    repository.update()
+    repository.poll()
     assert repository.versions("colours")[0].warnings == ()
 
 
@@ -156,7 +156,7 @@ def test_an_altered_version_replaces_none_and_is_served_once_repaired(models_dir
     repository.load()
     (summed / "saved_model.pb").write_bytes(b"x" + (summed / "saved_model.pb").read_bytes())
     version = publish(summed, models_dir, 11)
-    threading.Thread(target=repository.watch, args=(0.05,), daemon=True).start()
+    threading.Thread(target=repository.poll_forever, args=(0.05,), daemon=True).start()
     wait_until(lambda: states(repository).get(11) == "END")
     assert repository.resolve("colours").version == 10
     (version / "saved_model.pb").write_bytes((summed / "saved_model.pb").read_bytes()[1:])

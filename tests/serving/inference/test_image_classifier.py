@@ -53,19 +53,19 @@ def test_the_image_size_is_that_of_the_signature() -> None:
     ],
 )
 def test_a_model_with_another_input_is_refused(images: TensorSpec) -> None:
-    with pytest.raises(InvalidRequest, match="does not take pictures"):
+    with pytest.raises(InvalidRequest, match="is not an image classifier"):
         image_size(DescribedPredictor(signature_of(images, *OUTPUTS)), model="m")
 
 
 @pytest.mark.parametrize("missing", range(3))
 def test_a_model_without_one_of_the_outputs_is_refused(missing: int) -> None:
     outputs = OUTPUTS[:missing] + OUTPUTS[missing + 1 :]
-    with pytest.raises(InvalidRequest, match="does not take pictures"):
+    with pytest.raises(InvalidRequest, match="is not an image classifier"):
         image_size(DescribedPredictor(signature_of(IMAGES, *outputs)), model="m")
 
 
 def test_a_model_without_signatures_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="does not take pictures"):
+    with pytest.raises(InvalidRequest, match="is not an image classifier"):
         image_size(DescribedPredictor({}), model="m")
 
 

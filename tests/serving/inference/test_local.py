@@ -29,7 +29,7 @@ def repository(models_dir: Path) -> LocalRepository:
 
 @pytest.fixture
 def watched(repository: LocalRepository) -> Iterator[LocalRepository]:
-    threading.Thread(target=repository.watch, args=(0.05,), daemon=True).start()
+    threading.Thread(target=repository.poll_forever, args=(0.05,), daemon=True).start()
     return repository
 
 
@@ -79,8 +79,8 @@ def test_a_broken_version_replaces_nothing_and_is_retried_when_its_files_change(
     broken = models_dir / "colours" / "11"
     broken.mkdir()
     (broken / "saved_model.pb").write_bytes(b"\xff garbage")
-    repository.update()
-    repository.update()
+    repository.poll()
+    repository.poll()
     assert states(repository) == {11: "END", 10: "AVAILABLE"}
     status = repository.versions("colours")[0]
     assert (status.error_code, "as binary proto" in status.error_message) == ("DATA_LOSS", True)
@@ -88,7 +88,7 @@ def test_a_broken_version_replaces_nothing_and_is_retried_when_its_files_change(
     assert repository.ready
     shutil.rmtree(broken)
     shutil.copytree(colours, broken)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 11
     assert repository.versions("colours")[0].error_message == ""
 
@@ -99,7 +99,7 @@ def test_a_broken_version_does_not_hold_up_the_next(
     (models_dir / "colours" / "11").mkdir()
     publish(colours, models_dir, 12)
     (models_dir / "colours" / "13").mkdir()
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 12
 
 
@@ -107,24 +107,24 @@ def test_the_version_before_comes_back_when_the_newest_is_removed(
     repository: LocalRepository, models_dir: Path
 ) -> None:
     shutil.rmtree(models_dir / "colours" / "10")
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 2
 
 
 def test_models_come_and_go(repository: LocalRepository, models_dir: Path, colours: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
-    repository.update()
+    repository.poll()
     assert repository.names() == ["adder", "colours"]
     shutil.rmtree(models_dir / "colours")
-    repository.update()
+    repository.poll()
     assert (repository.names(), repository.all_names(), repository.ready) == (["adder"], ["adder"], True)
     with pytest.raises(ModelNotFound):
         repository.resolve("colours")
     shutil.rmtree(models_dir / "adder")
-    repository.update()
-    assert (repository.ready, repository.not_ready_because) == (False, "there is no model to answer with")
+    repository.poll()
+    assert (repository.ready, repository.not_ready_because) == (False, "no model is available")
     publish(colours, models_dir, 1, name="again")
-    repository.update()
+    repository.poll()
     assert (repository.names(), repository.ready) == (["again"], True)
 
 
@@ -132,7 +132,7 @@ def test_a_broken_model_that_comes_later_does_not_take_the_others_out_of_use(
     repository: LocalRepository, models_dir: Path
 ) -> None:
     (models_dir / "broken" / "1").mkdir(parents=True)
-    repository.update()
+    repository.poll()
     assert repository.ready
     assert states(repository, "broken") == {1: "END"}
 
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_read_changes_nothing(models_dir: Path, caplog: 
     repository = LocalRepository(configs)
     repository.load()
     fails = True
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
     assert "stale file handle" in caplog.text
 

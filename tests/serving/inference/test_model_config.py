@@ -40,11 +40,14 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("model_config_list {", "not a ModelServerConfig in text format"),
         ("", "Only ModelConfigList"),
         ('model_config_list { config { name: "a" base_path: "m" } }', "absolute base_path, got 'm'"),
-        ('model_config_list { config { name: "a/b" base_path: "/m" } }', "a name without / and :"),
-        ('model_config_list { config { name: "a" base_path: "/m" model_platform: "torch" } }', "'torch' is not served"),
+        ('model_config_list { config { name: "a/b" base_path: "/m" } }', "a model name without / and :"),
+        (
+            'model_config_list { config { name: "a" base_path: "/m" model_platform: "torch" } }',
+            "expected the platform 'tensorflow', got 'torch'",
+        ),
         (
             'model_config_list { config { name: "a" base_path: "/m" model_version_policy { specific {} } } }',
-            "names no version",
+            "lists no versions",
         ),
         (
             'model_config_list { config { name: "a" base_path: "/m" version_labels { key: "" value: 1 } } }',
@@ -52,7 +55,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told(tmp_path: Path, text: str, problem: str) -> None:
+def test_an_invalid_config_file_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     file = tmp_path / "models.config"
     file.write_text(text)
     with pytest.raises(StartupError) as refused:

@@ -58,9 +58,11 @@ def test_known_folders_are_named_otherwise(tmp_path: Path, monkeypatch: pytest.M
 def test_an_error_of_the_models_kernels_names_no_path(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
 
-    from serving.inference.saved_model import _answer_for
+    from serving.inference.saved_model import _to_serving_error
 
-    error = _answer_for(tf.errors.NotFoundError(None, None, "/srv/secret/assets/vocab.txt; No such file or directory"))
+    error = _to_serving_error(
+        tf.errors.NotFoundError(None, None, "/srv/secret/assets/vocab.txt; No such file or directory")
+    )
     assert (str(error), error.code) == ("vocab.txt; No such file or directory", "NOT_FOUND")
 
     def fail(*_: object, **__: object) -> None:

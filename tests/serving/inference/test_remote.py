@@ -107,7 +107,7 @@ def test_without_names_and_without_a_folder_it_does_not_start(
 ) -> None:
     server = start_server(tmp_path / "none", "--remote", "127.0.0.1:1")
     assert server.process.wait(timeout=60) == 1
-    assert "name each with --remote-model" in server.log
+    assert "name each model with --remote-model" in server.log
 
 
 class Scripted(prediction_service_pb2_grpc.PredictionServiceServicer):

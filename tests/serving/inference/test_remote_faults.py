@@ -147,7 +147,7 @@ def v2_request(rows: int) -> dict[str, Any]:
     return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, 2], "data": [1.0] * 2 * rows}]}
 
 
-def test_outputs_that_cannot_be_joined_are_refused(backend: Backend) -> None:
+def test_outputs_that_cannot_be_concatenated_are_refused(backend: Backend) -> None:
     def without_rows(definition: Any) -> None:
         for name, array in (("y", np.float32(1)), ("k", np.int64(1))):
             definition.outputs[name].tensor_shape.Clear()
@@ -162,7 +162,7 @@ def test_outputs_that_cannot_be_joined_are_refused(backend: Backend) -> None:
     assert ask(app.test_client(), 4).json == {"outputs": {"y": 1.0, "k": 1}}
     for _ in range(2):
         answer = ask(app.test_client(), 5)
-        assert (answer.status_code, "send fewer" in (answer.json or {})["error"]) == (400, True)
+        assert (answer.status_code, "send at most 4 rows" in (answer.json or {})["error"]) == (400, True)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_an_invalid_response_is_502(app: Flask, backend: Backend, case: str) -> 
     client = app.test_client()
     for answer in (ask(client, 2), client.post("/v2/models/m/infer", json=v2_request(2))):
         assert answer.status_code == 502, answer.text
-        assert f"TensorFlow Serving at {backend.address} cannot be used" in (answer.json or {})["error"]
+        assert f"invalid response from TensorFlow Serving at {backend.address}" in (answer.json or {})["error"]
         assert "Retry-After" not in answer.headers
     backend.edit_reply = leave
     assert ask(client, 2).status_code == 200
@@ -281,9 +281,9 @@ def test_a_model_described_with_nonsense_is_502_and_leaves_the_others_in_use(
     assert ask(client, model="n").status_code == 200
     assert ask(client, model="missing").status_code == 404
     answer = ask(client)
-    assert (answer.status_code, "cannot be used" in (answer.json or {})["error"]) == (502, True)
+    assert (answer.status_code, "invalid response" in (answer.json or {})["error"]) == (502, True)
     problems = {model["name"]: model["problem"] for model in client.get("/models.json").json or []}
-    assert "cannot be used" in problems["m"]
+    assert "invalid response" in problems["m"]
 
 
 def every_way(client: FlaskClient) -> dict[str, TestResponse]:
@@ -321,7 +321,7 @@ def test_an_unreachable_server_is_503_from_the_start() -> None:
     repository.load()
     for _ in range(2):
         assert_unreachable(client)
-        repository.update()
+        repository.poll()
 
 
 def test_a_server_that_goes_away_is_503_before_and_after_that_is_noticed(app: Flask, backend: Backend) -> None:
@@ -331,7 +331,7 @@ def test_a_server_that_goes_away_is_503_before_and_after_that_is_noticed(app: Fl
     answer = ask(client)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     for _ in range(2):
-        app.inference.repository.update()
+        app.inference.repository.poll()
         assert_unreachable(client)
 
 

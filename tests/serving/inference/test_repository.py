@@ -45,7 +45,7 @@ def test_of_two_folders_with_one_number_the_last_by_name_is_served_and_that_logg
         (models_dir / "colours" / name).mkdir()
     repository = load(models_dir)
     for _ in range(3):
-        repository.update()
+        repository.poll()
     assert repository.resolve("colours").version == 10
     assert find_versions(models_dir / "colours")[10].name == "10"
     assert caplog.text.count("are the same version") == 1
@@ -113,7 +113,7 @@ def test_without_a_single_good_model_it_is_not_ready_until_one_is_mended(models_
     assert not repository.ready
     assert "colours: Can't parse" in str(repository.not_ready_because)
     shutil.copy(colours / "saved_model.pb", models_dir / "colours" / "10")
-    repository.update()
+    repository.poll()
     assert repository.ready
 
 
@@ -123,10 +123,10 @@ def test_a_required_model_has_to_be_available(models_dir: Path, adder: Path) -> 
     repository.load()
     assert repository.not_ready_because == "adder: no version to serve"
     shutil.copytree(adder, models_dir / "adder" / "1")
-    repository.update()
+    repository.poll()
     assert repository.ready
     shutil.rmtree(models_dir / "colours")
-    repository.update()
+    repository.poll()
     assert "colours: " in str(repository.not_ready_because)
 
 
@@ -136,7 +136,7 @@ def test_a_required_model_has_to_be_available(models_dir: Path, adder: Path) -> 
         ("nowhere", "there is no models folder"),
         ("file", "is not a folder"),
         ("file/models", "there is no models folder"),
-        ("models/colours", "the folder above"),
+        ("models/colours", "name its parent folder"),
     ],
 )
 def test_what_cannot_be_a_models_folder_is_refused_at_once(models_dir: Path, folder: str, message: str) -> None:
@@ -149,9 +149,9 @@ def test_an_empty_models_folder_is_waited_for(tmp_path: Path, colours: Path) -> 
     (tmp_path / "name" / "no-version").mkdir(parents=True)
     repository = load(tmp_path)
     assert (repository.all_names(), repository.ready) == ([], False)
-    assert repository.not_ready_because == "there is no model to answer with"
+    assert repository.not_ready_because == "no model is available"
     shutil.copytree(colours, tmp_path / "name" / "1")
-    repository.update()
+    repository.poll()
     assert (repository.all_names(), repository.ready) == (["name"], True)
 
 
@@ -207,7 +207,7 @@ def test_the_number_of_warm_up_records_is_logged(models_dir: Path, caplog: pytes
     assert "2 warm-up records replayed" in caplog.text
     (models_dir / "colours" / "10" / "assets.extra" / "tf_serving_warmup_requests").unlink()
     load(models_dir)
-    assert "no warm-up records to replay" in caplog.text
+    assert "without warm-up records" in caplog.text
 
 
 @pytest.mark.parametrize("text", [None, b"{", b"\xff", b"[1]", b""])

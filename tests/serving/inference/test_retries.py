@@ -132,7 +132,7 @@ def test_the_target_of_a_link_is_mended(models_dir: Path, tmp_path: Path) -> Non
     repository.load()
     assert repository.resolve("colours").version == 2
     data.write_bytes(whole)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
 
 
@@ -154,14 +154,14 @@ def test_a_fault_outside_of_the_files_is_tried_again(
     repository = LocalRepository(ModelsFolder(models_dir), load_predictor=load)
     repository.load()
     for _ in range(5):
-        repository.update()
+        repository.poll()
     assert attempts == 2  # of the two versions once
     clock.now_s += FIRST_DELAY_S
-    repository.update()
-    repository.update()
+    repository.poll()
+    repository.poll()
     assert attempts == 4
     assert caplog.text.count("colours version 10 is not served") == 1
     memory = True
     clock.now_s += 2 * FIRST_DELAY_S
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10

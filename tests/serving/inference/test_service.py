@@ -74,7 +74,7 @@ def test_inputs_that_do_not_fit_are_refused_before_the_model(
 
 def test_more_rows_than_the_limit_are_refused(service: InferenceService) -> None:
     small = InferenceService(service.repository, max_rows=1)
-    with pytest.raises(TooLarge, match="the request has 2 rows, and at most 1 are taken"):
+    with pytest.raises(TooLarge, match="the request has 2 rows; at most 1 are allowed"):
         predict(small, {"images": IMAGES})
 
 

@@ -66,7 +66,7 @@ def test_what_is_loaded_stays_served_and_the_folder_is_reported(
     caplog.clear()
     vanish(folder)
     for _ in range(3):
-        repository.update()
+        repository.poll()
     assert repository.resolve("colours").predictor.predict("serving_default", IMAGE)["class_id"].shape == (1,)
     assert repository.ready
     client = app.test_client()
@@ -85,12 +85,12 @@ def test_what_is_loaded_stays_served_and_the_folder_is_reported(
     assert caplog.text.count(str(folder)) == 1  # not at every poll
 
     come_back(folder)
-    repository.update()
-    assert caplog.text.count(f"{folder} can be read again") == 1
+    repository.poll()
+    assert caplog.text.count(f"{folder} is readable again") == 1
     assert repository.versions("colours")[0].error_message == ""
     assert (client.get("/readyz").json or {})["problems"] == []
     shutil.copytree(colours, models_dir / "colours" / "11")
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 11
 
 
@@ -101,12 +101,12 @@ def test_a_model_whose_link_leads_nowhere_stays_served(models_dir: Path) -> None
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
     hide(target)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
     assert "colours does not exist" in repository.versions("colours")[0].error_message
     show(target)
     shutil.rmtree(target / "10")
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 2
 
 
@@ -117,7 +117,7 @@ def test_a_version_whose_link_leads_nowhere_stays_served(models_dir: Path) -> No
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
     hide(target)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
 
 
@@ -146,15 +146,15 @@ def test_an_unmounted_volume_leaves_an_empty_folder(
     repository.load()
     mount.unlink()
     mount.mkdir()
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
-    assert "not mounted any more" in repository.versions("colours")[0].error_message
+    assert "no longer mounted" in repository.versions("colours")[0].error_message
     mount.rmdir()
     mount.symlink_to(volume)
-    repository.update()
+    repository.poll()
     assert repository.versions("colours")[0].error_message == ""
     shutil.rmtree(inside / "10")  # on the volume itself: that is meant
-    repository.update()
+    repository.poll()
     assert repository.names() == []
 
 
@@ -163,7 +163,7 @@ def test_a_model_deleted_from_an_intact_folder_is_unloaded(models_dir: Path, add
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
     shutil.rmtree(models_dir / "colours")
-    repository.update()
+    repository.poll()
     assert (repository.names(), repository.folder_problems) == (["adder"], ())
 
 
@@ -172,7 +172,7 @@ def test_a_base_path_without_versions_unloads_its_model(models_dir: Path) -> Non
     repository.load()
     for version in ("2", "10"):
         shutil.rmtree(models_dir / "colours" / version)
-    repository.update()
+    repository.poll()
     assert (repository.names(), repository.folder_problems) == ([], ())
 
 
@@ -182,7 +182,7 @@ def test_a_base_path_may_come_later(models_dir: Path) -> None:
     repository.load()
     assert "m: no version to serve: the folder of model m does not exist" in str(repository.not_ready_because)
     show(models_dir)
-    repository.update()
+    repository.poll()
     assert repository.ready
 
 
@@ -196,6 +196,6 @@ def test_the_process_serves_on_without_its_models_folder(models_dir: Path, start
         assert httpx.post(server.url + "/predict", **image).status_code == 200
     assert httpx.get(server.url + "/readyz").status_code == 200
     show(models_dir)
-    server.wait_until(lambda: f"{models_dir} can be read again" in server.log)
+    server.wait_until(lambda: f"{models_dir} is readable again" in server.log)
     assert server.log.count("does not exist") == 1
     assert server.stop() == 0

@@ -318,5 +318,5 @@ def test_without_a_card_classes_go_by_their_numbers(two_models: FlaskClient) -> 
 
 def test_a_model_that_takes_no_pictures_says_where_to_go(two_models: FlaskClient) -> None:
     error = answer(send_body(two_models, RED, "?model=adder"), 400)["error"]
-    assert "does not take pictures" in error
+    assert "is not an image classifier" in error
     assert "/v1/models/adder:predict" in error

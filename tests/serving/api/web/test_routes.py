@@ -93,7 +93,7 @@ def test_a_model_that_is_loading_and_one_that_takes_no_pictures_say_so(models_di
     app.inference.repository.load()
     takes_none, takes_some = client.get("/models.json").json or []
     assert (takes_none["name"], takes_none["available"], takes_none["loading"]) == ("adder", True, False)
-    assert "does not take pictures" in takes_none["problem"]
+    assert "is not an image classifier" in takes_none["problem"]
     assert (takes_some["name"], takes_some["version"], takes_some["problem"]) == ("colours", 10, None)
 
 
