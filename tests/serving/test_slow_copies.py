@@ -119,13 +119,13 @@ def test_records_that_arrive_later_show_what_must_not_be_batched(tmp_path: Path)
     repository = app.inference.repository
     repository.load()
     assert repository.versions("coupled")[0].warnings == ()
-    assert "serving_default" in repository.resolve("coupled").predictor._gathered
+    assert "serving_default" in repository.resolve("coupled").predictor._batched
     values = [tf.train.Feature(float_list={"value": [float(i)]}) for i in range(3)]
     examples = [tf.train.Example(features=tf.train.Features(feature={"v": value})) for value in values]
     write_warmup_records(version, [tf.constant([example.SerializeToString() for example in examples])])
     repository.poll()
     assert repository.versions("coupled")[0].warnings == ("dependent_rows",)
-    assert repository.resolve("coupled").predictor._gathered == set()
+    assert repository.resolve("coupled").predictor._batched == set()
     assert repository.versions("coupled")[0].state == "AVAILABLE"
 
 

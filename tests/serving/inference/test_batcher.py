@@ -425,7 +425,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
         waiting = [pool.submit(batcher.predict, "double", rows(0)) for _ in range(61)]
         wait_until(lambda: batcher._short.queued_rows == 60)  # about three seconds
         started_s = time.monotonic()
-        with pytest.raises(Overloaded, match="61 rows wait for the model, so this request would take about") as error:
+        with pytest.raises(Overloaded, match="61 rows are queued or running, so this request would take about") as error:
             batcher.predict("double", rows(2), deadline_s=started_s + 1)
         assert time.monotonic() - started_s < 0.5
         assert error.value.retry_after_s is not None
