@@ -1,4 +1,4 @@
-"""TensorFlow Serving's model config, from a file."""
+"""TensorFlow Serving's model config file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write(path: Path, *models: str) -> Path:
     return path
 
 
-def test_a_file_is_read(tmp_path: Path) -> None:
+def test_a_config_file_is_read(tmp_path: Path) -> None:
     file = write(
         tmp_path / "models.config",
         'name: "a" base_path: "/m/a" model_platform: "tensorflow"',
@@ -64,7 +64,7 @@ def test_an_invalid_config_file_is_refused(tmp_path: Path, text: str, problem: s
     assert str(file) in str(refused.value)
 
 
-def test_the_service_serves_what_the_file_says(
+def test_the_service_serves_the_models_of_the_config_file(
     tmp_path: Path, models_dir: Path, start_server: Callable[..., Server]
 ) -> None:
     file = write(
@@ -80,7 +80,7 @@ def test_the_service_serves_what_the_file_says(
     assert httpx.get(server.url + "/v1/models/colours").status_code == 404
 
 
-def test_a_file_that_cannot_be_used_ends_the_service(tmp_path: Path, start_server: Callable[..., Server]) -> None:
+def test_an_invalid_config_file_ends_the_service(tmp_path: Path, start_server: Callable[..., Server]) -> None:
     file = write(tmp_path / "models.config", 'name: "m" base_path: "relative"')
     server = start_server(tmp_path / "none", "--model-config-file", str(file))
     assert server.process.wait(timeout=60) == 1

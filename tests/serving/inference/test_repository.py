@@ -28,7 +28,7 @@ def break_version(models_dir: Path, name: str, version: int) -> None:
     (models_dir / name / str(version) / "saved_model.pb").write_bytes(b"\xff garbage")
 
 
-def test_integer_folders_are_versions_and_nothing_else_is(models_dir: Path) -> None:
+def test_only_folders_with_integer_names_are_versions(models_dir: Path) -> None:
     for name in ("007", ".11.partial", ".12", "13.tmp", "-1", "1e3", "²", str(2**63)):
         (models_dir / "colours" / name).mkdir()
     (models_dir / "colours" / "99").write_text("a file")
@@ -38,10 +38,10 @@ def test_integer_folders_are_versions_and_nothing_else_is(models_dir: Path) -> N
     assert [config.name for config in ModelsFolder(models_dir)()] == ["colours"]
 
 
-def test_of_two_folders_with_one_number_the_last_by_name_is_served_and_that_logged_once(
+def test_folders_with_the_same_number_are_logged_once_and_the_last_is_served(
     models_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("0010", "010"):  # empty: they could not be loaded
+    for name in ("0010", "010"):  # empty, so they cannot be loaded
         (models_dir / "colours" / name).mkdir()
     repository = load(models_dir)
     for _ in range(3):
@@ -78,7 +78,7 @@ def test_an_error_also_has_the_message_of_tensorflow_serving(models_dir: Path) -
         repository.versions("m")
 
 
-def test_a_broken_newest_version_leaves_the_one_before_it_serving(
+def test_a_broken_newest_version_leaves_the_previous_one_available(
     models_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     break_version(models_dir, "colours", 10)
@@ -92,7 +92,7 @@ def test_a_broken_newest_version_leaves_the_one_before_it_serving(
     assert "colours version 10 is not served" in caplog.text
 
 
-def test_one_broken_model_of_several_leaves_the_others_serving(models_dir: Path, adder: Path) -> None:
+def test_a_broken_model_leaves_the_others_available(models_dir: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
     for version in (2, 10):
         break_version(models_dir, "colours", version)
@@ -106,7 +106,7 @@ def test_one_broken_model_of_several_leaves_the_others_serving(models_dir: Path,
     assert repository.resolve("adder").version == 1
 
 
-def test_without_a_single_good_model_it_is_not_ready_until_one_is_mended(models_dir: Path, colours: Path) -> None:
+def test_without_an_available_model_the_repository_is_not_ready(models_dir: Path, colours: Path) -> None:
     for version in (2, 10):
         break_version(models_dir, "colours", version)
     repository = load(models_dir)
@@ -117,7 +117,7 @@ def test_without_a_single_good_model_it_is_not_ready_until_one_is_mended(models_
     assert repository.ready
 
 
-def test_a_required_model_has_to_be_available(models_dir: Path, adder: Path) -> None:
+def test_a_required_model_must_be_available(models_dir: Path, adder: Path) -> None:
     repository = LocalRepository(ModelsFolder(models_dir), required=["colours", "adder"])
     assert repository.not_ready_because == "loading adder, colours"
     repository.load()
@@ -139,13 +139,13 @@ def test_a_required_model_has_to_be_available(models_dir: Path, adder: Path) -> 
         ("models/colours", "name its parent folder"),
     ],
 )
-def test_what_cannot_be_a_models_folder_is_refused_at_once(models_dir: Path, folder: str, message: str) -> None:
+def test_an_invalid_models_folder_is_refused_at_startup(models_dir: Path, folder: str, message: str) -> None:
     (models_dir.parent / "file").touch()
     with pytest.raises(StartupError, match=message):
         ModelsFolder(models_dir.parent / folder)
 
 
-def test_an_empty_models_folder_is_waited_for(tmp_path: Path, colours: Path) -> None:
+def test_an_empty_models_folder_is_polled(tmp_path: Path, colours: Path) -> None:
     (tmp_path / "name" / "no-version").mkdir(parents=True)
     repository = load(tmp_path)
     assert (repository.all_names(), repository.ready) == ([], False)
@@ -155,7 +155,7 @@ def test_an_empty_models_folder_is_waited_for(tmp_path: Path, colours: Path) -> 
     assert (repository.all_names(), repository.ready) == (["name"], True)
 
 
-def test_nothing_is_answered_until_the_warm_up_is_done(models_dir: Path) -> None:
+def test_a_version_is_not_available_before_its_warm_up(models_dir: Path) -> None:
     entered, leave = threading.Event(), threading.Event()
 
     class Hesitant(SavedModelPredictor):
@@ -211,7 +211,7 @@ def test_the_number_of_warm_up_records_is_logged(models_dir: Path, caplog: pytes
 
 
 @pytest.mark.parametrize("text", [None, b"{", b"\xff", b"[1]", b""])
-def test_a_model_is_served_whatever_its_model_info(models_dir: Path, text: bytes | None) -> None:
+def test_an_invalid_model_info_does_not_prevent_serving(models_dir: Path, text: bytes | None) -> None:
     file = models_dir / "colours" / "10" / "assets.extra" / "model.json"
     file.unlink()
     if text is not None:

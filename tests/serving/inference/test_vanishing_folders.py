@@ -1,4 +1,4 @@
-"""The models folder, or a model's base path, vanishes while it is served, and comes back."""
+"""The models folder or a model's base path becomes unreadable while it is served, and readable again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WAYS = [(hide, show), (replace_by_file, bring_back_for_file), (replace_by_loop, 
 
 @pytest.mark.parametrize(("vanish", "come_back"), WAYS)
 @pytest.mark.parametrize("source", ["models folder", "base path"])
-def test_what_is_loaded_stays_served_and_the_folder_is_reported(
+def test_versions_of_an_unreadable_folder_stay_available(
     models_dir: Path,
     colours: Path,
     source: str,
@@ -94,7 +94,7 @@ def test_what_is_loaded_stays_served_and_the_folder_is_reported(
     assert repository.resolve("colours").version == 11
 
 
-def test_a_model_whose_link_leads_nowhere_stays_served(models_dir: Path) -> None:
+def test_a_model_with_a_broken_link_stays_available(models_dir: Path) -> None:
     target = models_dir.parent / "volume"
     (models_dir / "colours").rename(target)
     (models_dir / "colours").symlink_to(target)
@@ -110,7 +110,7 @@ def test_a_model_whose_link_leads_nowhere_stays_served(models_dir: Path) -> None
     assert repository.resolve("colours").version == 2
 
 
-def test_a_version_whose_link_leads_nowhere_stays_served(models_dir: Path) -> None:
+def test_a_version_with_a_broken_link_stays_available(models_dir: Path) -> None:
     target = models_dir.parent / "volume"
     (models_dir / "colours" / "10").rename(target)
     (models_dir / "colours" / "10").symlink_to(target)
@@ -123,7 +123,7 @@ def test_a_version_whose_link_leads_nowhere_stays_served(models_dir: Path) -> No
 
 @pytest.fixture
 def volume() -> Iterator[Path]:
-    """A folder on another volume than the other folders of the tests."""
+    """A folder on another volume than the tests' other folders."""
     if not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev:
         pytest.skip("there is no second volume")
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
@@ -132,10 +132,10 @@ def volume() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("mounted", ["models", "models/colours"])
-def test_an_unmounted_volume_leaves_an_empty_folder(
+def test_versions_of_an_unmounted_volume_stay_available(
     models_dir: Path, volume: Path, colours: Path, mounted: str, tmp_path: Path
 ) -> None:
-    """A link stands for the mount: to unmount it leaves an empty folder on the volume below."""
+    """A link simulates the mount: after unmounting, it points to an empty folder on the parent volume."""
     mount = tmp_path / mounted
     shutil.rmtree(mount)
     inside = volume / "colours" if mounted == "models" else volume
@@ -153,7 +153,7 @@ def test_an_unmounted_volume_leaves_an_empty_folder(
     mount.symlink_to(volume)
     repository.poll()
     assert repository.versions("colours")[0].error_message == ""
-    shutil.rmtree(inside / "10")  # on the volume itself: that is meant
+    shutil.rmtree(inside / "10")  # on the mounted volume: an intended deletion
     repository.poll()
     assert repository.names() == []
 
@@ -176,7 +176,7 @@ def test_a_base_path_without_versions_unloads_its_model(models_dir: Path) -> Non
     assert (repository.names(), repository.folder_problems) == ([], ())
 
 
-def test_a_base_path_may_come_later(models_dir: Path) -> None:
+def test_a_base_path_may_be_created_later(models_dir: Path) -> None:
     hide(models_dir)
     repository = LocalRepository(lambda: [ModelConfig("m", models_dir / "colours")])
     repository.load()
@@ -186,7 +186,9 @@ def test_a_base_path_may_come_later(models_dir: Path) -> None:
     assert repository.ready
 
 
-def test_the_process_serves_on_without_its_models_folder(models_dir: Path, start_server: Callable[..., Server]) -> None:
+def test_the_process_keeps_serving_without_its_models_folder(
+    models_dir: Path, start_server: Callable[..., Server]
+) -> None:
     server = start_server(models_dir, "--poll-interval-s", "0.05")
     server.wait_for("/readyz")
     hide(models_dir)
