@@ -165,7 +165,7 @@ class Batcher:
             self._enqueue(lane, request)
             return self._wait(lane, request)
         finally:
-            self._leave(lane, rows)
+            self._release(lane, rows)
 
     def _predict_in_parts(
         self, key: _GroupKey, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
@@ -175,7 +175,7 @@ class Batcher:
         try:
             outputs = list(self._run_parts(self._long, self._split(key, inputs, rows, deadline_s)))
         finally:
-            self._leave(self._long, rows)
+            self._release(self._long, rows)
         return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
 
     def _split(
@@ -196,13 +196,13 @@ class Batcher:
         waiting: deque[_Request] = deque()
         for part in parts:
             if len(waiting) >= lane.max_calls:
-                yield self._finish(lane, waiting)
+                yield self._wait_for_first(lane, waiting)
             waiting.append(part)
             self._enqueue(lane, part)
         while waiting:
-            yield self._finish(lane, waiting)
+            yield self._wait_for_first(lane, waiting)
 
-    def _finish(self, lane: _Lane, waiting: deque[_Request]) -> dict[str, np.ndarray]:
+    def _wait_for_first(self, lane: _Lane, waiting: deque[_Request]) -> dict[str, np.ndarray]:
         """Wait for the first of these requests and return its outputs; if it fails, withdraw the others."""
         try:
             return self._wait(lane, waiting.popleft())
@@ -237,7 +237,7 @@ class Batcher:
                 )
             lane.pending_rows += rows
 
-    def _leave(self, lane: _Lane, rows: int) -> None:
+    def _release(self, lane: _Lane, rows: int) -> None:
         """Subtract the rows of an admitted request that has its result."""
         with self._lock:
             lane.pending_rows -= rows
