@@ -48,7 +48,7 @@ def check_image(header: ImageHeader, limits: ImageLimits, *, decoder: Decoder) -
     if not header.pixels:
         raise InvalidRequest(f"the picture has {size}: there is nothing to decode")
     if header.pixels > limits.max_pixels:
-        raise TooLarge(f"the picture has {size}: the limit is {limits.max_pixels:,} pixels")
+        raise TooLarge(f"the picture has {size}: at most {limits.max_pixels:,} in all are allowed")
     if max(header.width, header.height) > limits.max_side:
         raise TooLarge(f"the picture has {size}: a side may have at most {limits.max_side:,}")
     if header.scans > MAX_JPEG_SCANS:
@@ -60,10 +60,11 @@ def check_image(header: ImageHeader, limits: ImageLimits, *, decoder: Decoder) -
         )
     if decoder == "tensorflow":
         if header.frames > MAX_FRAMES:
-            raise TooLarge(f"the animation has {header.frames:,} frames: the limit is {MAX_FRAMES:,}")
+            raise TooLarge(f"the animation has {header.frames:,} frames: at most {MAX_FRAMES:,} are allowed")
         if header.pixels * header.frames > limits.max_pixels:
             raise TooLarge(
-                f"the animation has {header.frames:,} frames of {size}: the limit is {limits.max_pixels:,} in all"
+                f"the animation has {header.frames:,} frames of {size}: at most {limits.max_pixels:,} in all are "
+                "allowed"
             )
         if header.metadata_bytes > MAX_METADATA_BYTES:
-            raise TooLarge("the PNG file has too much compressed metadata; remove it")
+            raise TooLarge("the PNG file has too much compressed text in its metadata; remove the metadata")

@@ -151,7 +151,7 @@ HOSTILE_AS_TENSORS = {
 }
 
 
-class Ways:
+class ImageSender:
     """Sends an encoded image over every protocol; each method returns an HTTP status."""
 
     def __init__(self, server: Server) -> None:
@@ -214,32 +214,32 @@ def peak_bytes(process_id: int) -> int:
 def test_hostile_images_are_refused_by_every_protocol(models_dir: Path, start_server: Callable[..., Server]) -> None:
     server = start_server(models_dir)
     server.wait_for("/readyz")
-    ways = Ways(server)
-    for way in (*UPLOADS, *TENSORS):
-        assert getattr(ways, way)(picture("red", (300, 200))) == 200, way
-        assert getattr(ways, way)(picture("red", (300, 200), "JPEG")) == 200, way
+    sender = ImageSender(server)
+    for method in (*UPLOADS, *TENSORS):
+        assert getattr(sender, method)(picture("red", (300, 200))) == 200, method
+        assert getattr(sender, method)(picture("red", (300, 200), "JPEG")) == 200, method
     before = peak_bytes(server.process.pid)
     started_s = time.perf_counter()
     for name, (data, status) in HOSTILE.items():
-        for way in (*UPLOADS, *TENSORS):
-            assert getattr(ways, way)(data) == status, (name, way)
+        for method in (*UPLOADS, *TENSORS):
+            assert getattr(sender, method)(data) == status, (name, method)
     for name, (data, status) in HOSTILE_AS_TENSORS.items():
-        for way in TENSORS:
-            assert getattr(ways, way)(data) == status, (name, way)
+        for method in TENSORS:
+            assert getattr(sender, method)(data) == status, (name, method)
     # JSON strings are text, and only a GIF file can be valid text.
-    assert ways.v2_json(b"GIF89a" + struct.pack("<HHBBB", 20_000, 20_000, 0, 0, 0) + b"," + bytes(9) + b"\2\0") == 413
+    assert sender.v2_json(b"GIF89a" + struct.pack("<HHBBB", 20_000, 20_000, 0, 0, 0) + b"," + bytes(9) + b"\2\0") == 413
     assert time.perf_counter() - started_s < 15  # decoding one of them would take as long
     assert peak_bytes(server.process.pid) - before < 30_000_000
-    assert ways.form(picture("red")) == 200
+    assert sender.form(picture("red")) == 200
 
 
 def test_the_largest_side_is_a_setting(models_dir: Path, start_server: Callable[..., Server]) -> None:
     server = start_server(models_dir, "--max-image-side", "300")
     server.wait_for("/readyz")
-    ways = Ways(server)
-    for way in (*UPLOADS, *TENSORS):
-        assert getattr(ways, way)(picture("red", (300, 300))) == 200, way
-        assert getattr(ways, way)(picture("red", (301, 1))) == 413, way
+    sender = ImageSender(server)
+    for method in (*UPLOADS, *TENSORS):
+        assert getattr(sender, method)(picture("red", (300, 300))) == 200, method
+        assert getattr(sender, method)(picture("red", (301, 1))) == 413, method
 
 
 def test_hostile_images_are_not_sent_to_a_remote_server(tmp_path: Path, start_server: Callable[..., Server]) -> None:
@@ -249,7 +249,7 @@ def test_hostile_images_are_not_sent_to_a_remote_server(tmp_path: Path, start_se
     backend.wait_for("/readyz")
     front = start_server(tmp_path / "models", "--remote", f"127.0.0.1:{backend.grpc_port}")
     front.wait_for("/readyz")
-    ways = Ways(front)
-    for way in TENSORS:
-        assert getattr(ways, way)(picture("red")) == 200, way
-        assert getattr(ways, way)(png(1, 40_000)) == 413, way
+    sender = ImageSender(front)
+    for method in TENSORS:
+        assert getattr(sender, method)(picture("red")) == 200, method
+        assert getattr(sender, method)(png(1, 40_000)) == 413, method

@@ -302,9 +302,9 @@ def send_every_request(client: FlaskClient) -> dict[str, TestResponse]:
 
 
 def assert_unreachable(client: FlaskClient) -> None:
-    for way, response in send_every_request(client).items():
-        assert (response.status_code, response.headers.get("Retry-After")) == (503, "1"), way
-        assert "cannot be reached" in (response.json or {})["error"], way
+    for name, response in send_every_request(client).items():
+        assert (response.status_code, response.headers.get("Retry-After")) == (503, "1"), name
+        assert "cannot be reached" in (response.json or {})["error"], name
     assert client.get("/readyz").status_code == 503
     assert "cannot be reached" in (client.get("/readyz").json or {})["reason"]
     for page in ("/metrics", "/models.json", "/", "/healthz"):
@@ -316,8 +316,8 @@ def test_an_unreachable_server_is_503_from_startup() -> None:
     app = make_remote_app(f"127.0.0.1:{free_ports(1)[0]}")
     repository = app.inference.repository
     client = app.test_client()
-    for way, response in send_every_request(client).items():
-        assert (response.status_code, response.headers.get("Retry-After")) == (503, "1"), way
+    for name, response in send_every_request(client).items():
+        assert (response.status_code, response.headers.get("Retry-After")) == (503, "1"), name
     repository.load()
     for _ in range(2):
         assert_unreachable(client)
