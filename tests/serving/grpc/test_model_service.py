@@ -117,7 +117,7 @@ def test_a_configuration_that_cannot_be_served_says_why(own: tuple[Server, Any],
     code, details = refusal(lambda: reload(stubs, colours | {"labels": {"stable": 2}}))
     assert (code, "which is not currently available" in details) == ("FAILED_PRECONDITION", True)
     for model, problem in (
-        ({"name": "", "path": "/x"}, "needs a name"),
+        ({"name": "", "path": "/x"}, "expected a model name"),
         ({"name": "m", "path": "relative"}, "absolute base_path"),
         (colours, "is repeated"),
     ):
