@@ -1,7 +1,7 @@
-"""Image files: what their headers declare, and their pixels as Pillow decodes them. Imports no TensorFlow.
+"""Reads the headers of image files, and decodes them with Pillow. Does not import TensorFlow.
 
-Shared by the training, the service and the client, so that a file means the same image to each of them. The exported
-model decodes the same files with TensorFlow (`training/exporter/image_decoding.py`).
+Training, service and client share this package, so that a file gives the same pixels everywhere. The exported model
+decodes the same files with TensorFlow (`training/exporter/image_decoding.py`).
 """
 
 __version__ = "0.1.0"  # of the whole project: pyproject.toml and the other packages read it here

@@ -1,14 +1,14 @@
-"""The size that an AV1 stream declares in its sequence headers (the AV1 specification, section 5.5)."""
+"""Reads the image size from the sequence headers of an AV1 stream (AV1 specification, section 5.5)."""
 
 from __future__ import annotations
 
-MAX_UNITS = 1_000  # of a still image; a tile group each, at most
+MAX_UNITS = 1_000  # of a still image, with one tile group per unit at most
 
 _SEQUENCE_HEADER = 1
 
 
 def read_sequence_size(stream: memoryview) -> tuple[int, int]:
-    """Return the largest width and height of the sequence headers in one sample; zeros where there is none."""
+    """Return the maximum width and height of the sequence headers in one sample, or zeros."""
     width = height = 0
     position = 0
     for _ in range(MAX_UNITS):
@@ -27,7 +27,7 @@ def read_sequence_size(stream: memoryview) -> tuple[int, int]:
 
 
 class _Bits:
-    """Reads bits, the highest first; zeros beyond the end."""
+    """Reads bits, most significant first; bits after the end are zero."""
 
     def __init__(self, content: memoryview) -> None:
         self._content = bytes(content[:512])

@@ -1,4 +1,4 @@
-"""Boxes of an AVIF file (ISO 14496-12, 23008-12 and the AV1 Image File Format)."""
+"""Reads the boxes of an AVIF file (ISO 14496-12, 23008-12 and the AV1 Image File Format)."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from image_formats.av1 import read_sequence_size
 from image_formats.header import ImageHeader
 
 MAX_BOXES = 10_000
-MAX_ITEMS = 1_000  # tiles of a grid, and what belongs to them
+MAX_ITEMS = 1_000  # tiles of a grid and their auxiliary images
 
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
 _CONTAINER_BRANDS = frozenset({b"mif1", b"msf1"})
 
-# Boxes that hold others, and where those begin in their content.
+# Boxes that contain boxes, and the offset of the first one in their content.
 _CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"moov": 0, b"trak": 0, b"mdia": 0, b"minf": 0, b"stbl": 0} | {
     b"stsd": 8,
     b"av01": 78,
 }
 _MAX_DEPTH = 8
-_CHUNK_OFFSETS = {b"stco": 4, b"co64": 8}  # of an animation; the first chunk begins with the first frame
+_CHUNK_OFFSETS = {b"stco": 4, b"co64": 8}  # of an animation; the first chunk starts with the first frame
 
 
 def is_avif(data: bytes) -> bool:
-    """Whether the file begins as those AVIF files do that Pillow takes."""
+    """Return True if the file starts like the AVIF files that Pillow accepts."""
     brands = _read_brands(data)
     return bool(brands) and brands[0] in _AVIF_BRANDS | _CONTAINER_BRANDS and not _AVIF_BRANDS.isdisjoint(brands)
 
 
 def is_heic(data: bytes) -> bool:
-    """Whether the file begins as a HEIC file does, as many telephones write them, or another HEIF file."""
+    """Return True if the file starts like a HEIC file, which many phones write, or another HEIF file."""
     return not is_avif(data) and not (_HEIC_BRANDS | _CONTAINER_BRANDS).isdisjoint(_read_brands(data))
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """Read the header of an AVIF file; None where no box declares a size.
+    """Read the header of an AVIF file; None if no box declares a size.
 
-    The largest of all sizes that a box or an AV1 stream declares count: the decoder allocates that of the stream and
-    only then scales it, and an image can be one of several, such as a tile or an alpha channel.
+    The result is the maximum of all sizes that a box or an AV1 stream declares. The decoder allocates the stream's size
+    before scaling, and the file may contain several images, for example tiles or an alpha channel.
     """
     width = height = inside = 0
     sample_bytes = 1
     problem = None
-    samples: list[tuple[int, int]] = []  # where the AV1 streams are, and their lengths
+    samples: list[tuple[int, int]] = []  # offset and length of each AV1 stream
     for index, (kind, start, end) in enumerate(_iterate_boxes(data, 0, len(data))):
         if index == MAX_BOXES:
             problem = f"the AVIF file has more than {MAX_BOXES:,} boxes"
@@ -71,7 +71,7 @@ def read_header(data: bytes) -> ImageHeader | None:
             break
     view = memoryview(data)
     for offset, size in samples if problem is None else ():
-        # Offsets count from the beginning of the file, or of the "idat" box where there is one.
+        # Offsets are relative to the file, or to the "idat" box.
         for base in {0, inside}:
             declared = read_sequence_size(view[base + offset : base + offset + size])
             width, height = max(width, declared[0]), max(height, declared[1])
@@ -81,7 +81,7 @@ def read_header(data: bytes) -> ImageHeader | None:
 
 
 def _read_locations(data: bytes, start: int, end: int) -> tuple[list[tuple[int, int]], str | None]:
-    """Return offset and length of each item in an item location box, or why no decoder should see the file."""
+    """Return offset and length of each item in an item location box, or a reason not to decode the file."""
     version = _uint(data, start, 1)
     sizes = _uint(data, start + 4, 2)
     offset_bytes, length_bytes, base_bytes, index_bytes = (sizes >> shift & 15 for shift in (12, 8, 4, 0))
@@ -104,13 +104,13 @@ def _read_locations(data: bytes, start: int, end: int) -> tuple[list[tuple[int, 
             position += index_bytes if version else 0
             offset = _uint(data, position, offset_bytes)
             length = _uint(data, position + offset_bytes, length_bytes)
-            places.append((base + offset, length or len(data)))  # zero: up to the end
+            places.append((base + offset, length or len(data)))  # a length of zero means until the end of the file
             position += offset_bytes + length_bytes
     return places, None
 
 
 def _read_brands(data: bytes) -> list[bytes]:
-    """Return the brands of the file type box that the file begins with, the major one first."""
+    """Return the brands of the leading file type box, the major brand first."""
     if data[4:8] != b"ftyp":
         return []
     listed = data[16 : min(_uint(data, 0, 4), 512)]
@@ -118,7 +118,7 @@ def _read_brands(data: bytes) -> list[bytes]:
 
 
 def _iterate_boxes(data: bytes, start: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
-    """Yield each box's type and where its content starts and ends, and then those in it."""
+    """Yield type, start and end of each box's content, followed by its child boxes."""
     while start + 8 <= end:
         size, kind = struct.unpack_from(">I4s", data, start)
         content = start + 8

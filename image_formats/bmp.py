@@ -1,4 +1,4 @@
-"""The header of a BMP file."""
+"""Reads the header of a BMP file."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from image_formats.header import ImageHeader
 
 SIGNATURE = b"BM"
 
-MAX_RLE_BYTES = 1 << 20  # Pillow decodes it run by run in Python, which takes up to 1 us a run of two bytes
+MAX_RLE_BYTES = 1 << 20  # Pillow decodes run-length encoding in Python: up to 1 us per run of two bytes
 
 _CORE_HEADER_BYTES = 12
-_HEADER_BYTES = (_CORE_HEADER_BYTES, 40, 52, 56, 64, 108, 124)  # Pillow takes these only, TensorFlow any
+_HEADER_BYTES = (_CORE_HEADER_BYTES, 40, 52, 56, 64, 108, 124)  # Pillow accepts only these, TensorFlow any
 _RLE = (1, 2)
 
 
 def is_bmp(head: bytes) -> bool:
-    """Whether the first bytes of a file are those of a BMP file, and not some text that begins with "BM"."""
+    """Return True if a file starts with a BMP header, not just with the letters "BM"."""
     return head.startswith(SIGNATURE) and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in _HEADER_BYTES
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """Read the header of a BMP file; None where it is cut off, or is some text that begins with "BM"."""
+    """Read the header of a BMP file; None if it is truncated, or is a text that starts with "BM"."""
     if len(data) < 34:
         return None
     offset, header_bytes = struct.unpack_from("<II", data, 10)
@@ -30,7 +30,7 @@ def read_header(data: bytes) -> ImageHeader | None:
         compression = 0
     else:
         width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
-        width, height = abs(width), abs(height)  # a negative height: the rows come from the top
+        width, height = abs(width), abs(height)  # a negative height means that rows are stored from the top
     if header_bytes not in _HEADER_BYTES:
         pixel_bytes = width * height * bits // 8
         if not 0 < pixel_bytes <= len(data) - offset:

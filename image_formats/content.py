@@ -1,4 +1,4 @@
-"""The format of an image file, known by its first bytes and never by its name."""
+"""Detects the format of an image file from its first bytes; the file name is ignored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from PIL import features
 from image_formats import avif, bmp, gif, jpeg, png, webp
 from image_formats.header import ImageHeader
 
-HEAD_BYTES = 512  # enough to tell the format: of HEIC and AVIF the list of brands counts
+HEAD_BYTES = 512  # enough to detect the format, including the list of brands of HEIC and AVIF
 
 HAS_AVIF = bool(features.check("avif"))  # Pillow can be built without it
 SUPPORTED = ("JPEG", "PNG", "WebP", *(["AVIF"] if HAS_AVIF else []), "BMP", "GIF")
@@ -20,8 +20,10 @@ _JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 def read_header(data: bytes) -> ImageHeader | None:
     """Read the header of a JPEG, PNG, GIF, BMP, WebP or AVIF file.
 
+    The signatures are those that TensorFlow's decoders check; `name_format` is stricter about GIF and BMP.
+
     Returns:
-        The header; None if the bytes are not such a file, or end before the image data. Never raises.
+        The header, or None if the format differs or the file ends before the image data. Never raises.
     """
     if data.startswith(jpeg.SIGNATURE):
         return jpeg.read_header(data)
@@ -39,7 +41,7 @@ def read_header(data: bytes) -> ImageHeader | None:
 
 
 def name_format(head: bytes) -> str | None:
-    """Return the name of a file's image format, supported or not, by its first bytes; None if it is not an image.
+    """Return the name of the image format, supported or not; None if the file is not an image.
 
     Args:
         head: the first `HEAD_BYTES` of the file, or all of it.
@@ -66,12 +68,12 @@ def name_format(head: bytes) -> str | None:
 
 
 def explain_unreadable(head: bytes) -> str:
-    """Say why a file that has no readable header is refused."""
+    """Return the reason why a file without a readable header is refused."""
     if not head:
         return "the file is empty"
     name = name_format(head)
     if name is None:
         return f"unknown image format: {EXPECTED}"
     if name in SUPPORTED:
-        return f"it begins as a {name} file, and is damaged or cut off"
+        return f"the {name} file is damaged or cut off"
     return f"{name} is not supported: convert the image to JPEG or PNG ({EXPECTED})"

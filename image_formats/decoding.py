@@ -1,8 +1,8 @@
-"""Image files to upright RGB pixels, exactly as the exported model decodes them.
+"""Decodes image files to upright RGB pixels that equal those of the exported model.
 
-Pillow's decoders give bit for bit what `tf.io.decode_jpeg(dct_method="INTEGER_ACCURATE", channels=3)` gives for JPEG
-and PNG, once the same choices are made: 16-bit samples keep their high byte, a palette is expanded, grey is repeated,
-and what is transparent is composited over white.
+For JPEG and PNG, Pillow gives the same bits as `tf.io.decode_jpeg(dct_method="INTEGER_ACCURATE", channels=3)` if
+16-bit samples are reduced to their high byte, palettes are expanded, grey is converted to RGB, and transparent pixels
+are composited over white.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from image_formats.errors import UnreadableImage
 from image_formats.exif import read_orientation
 from image_formats.header import ImageHeader
 
-# Importing the plugins registers their formats, so that the first request need not look for them.
+# Importing the plugins registers their formats; otherwise the first request would import them.
 _FORMATS = tuple(
     str(plugin.format)
     for plugin in (
@@ -32,7 +32,7 @@ _FORMATS = tuple(
         GifImagePlugin.GifImageFile,
     )
 )
-STRIP_PIXELS = 1 << 18  # converted at once, so that intermediate copies stay small
+STRIP_PIXELS = 1 << 18  # converted at a time, so that intermediate copies are small
 
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,17 +46,17 @@ _TRANSPOSITIONS = {
 
 
 def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
-    """Decode an image: upright, RGB, at its own size; of an animation the first frame.
+    """Decode an image to upright RGB at its original size; the first frame of an animation is used.
 
-    The orientation counts where EXIF data declares it: the first EXIF segment of a JPEG, the eXIf chunk of a PNG, the
-    EXIF data of WebP and AVIF. An orientation in XMP or in text chunks does not.
+    The orientation is read from the first EXIF segment of a JPEG, the eXIf chunk of a PNG, or the EXIF data of WebP and
+    AVIF. An orientation in XMP or in text chunks is ignored.
 
     Args:
         data: the file.
         header: the file's header. The caller has checked the size.
 
     Raises:
-        UnreadableImage: the file is damaged or cut off.
+        UnreadableImage: the file is damaged or truncated.
     """
     exif = transparency = b""
     if header.format == "JPEG":
@@ -64,10 +64,10 @@ def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
     elif header.format == "PNG":
         kept = png.keep_pixel_data(data)
         data, exif, transparency = kept.file, kept.exif, kept.transparency
-    # One variable holds the image at each step: the memory of the step before is free for the next.
+    # Each step reassigns `image`, which frees the memory of the previous step.
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Exception as error:  # a damaged header fails anywhere in Pillow's parsers
+    except Exception as error:  # a damaged header can raise any error in Pillow's parsers
         raise UnreadableImage(f"the picture is damaged or cut off ({error or type(error).__name__})") from error
     if header.format in ("WEBP", "AVIF"):
         exif = image.info.get("exif", b"")
@@ -77,13 +77,13 @@ def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
             image = _composite_png(image, data, transparency)
         image = _to_rgb(image)
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError) as error:
-        # Pillow's decoders say "truncated" or "broken" in several exception types.
+        # Pillow's decoders raise these types for truncated and damaged files.
         raise UnreadableImage(f"the picture is damaged or cut off ({error})") from error
     return turn_upright(image, exif)
 
 
 def turn_upright(image: Image.Image, exif: bytes) -> Image.Image:
-    """Turn an image as its EXIF data declares; the same image where that says nothing."""
+    """Apply the EXIF orientation; returns the same image if there is none."""
     turn = _TRANSPOSITIONS.get(read_orientation(exif))
     return image if turn is None else image.transpose(turn)
 
@@ -101,10 +101,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _composite_png(image: Image.Image, file: bytes, transparency: bytes) -> Image.Image:
-    """Composite a PNG over white whose tRNS chunk makes a colour or palette entries transparent.
+    """Composite a PNG with a tRNS chunk, which makes a colour or palette entries transparent, over white.
 
-    Pillow compares the chunk's colour with samples that it has scaled or cut to eight bits; here it is compared with
-    the samples as stored, as libpng does.
+    Like libpng, it compares the chunk's colour with the stored samples. Pillow compares samples of eight bits.
     """
     if image.mode == "P":
         image.info["transparency"] = transparency
@@ -120,7 +119,7 @@ def _composite_png(image: Image.Image, file: bytes, transparency: bytes) -> Imag
 
         return _composite(image, with_alpha)
     if image.mode == "RGB" and depth == 16:
-        # Pillow keeps the high bytes; read a second time as if the bytes were swapped, it keeps the low ones.
+        # Pillow keeps the high bytes; decoding again with swapped bytes gives the low bytes.
         low = Image.open(io.BytesIO(file), formats=("PNG",))
         assert isinstance(low, ImageFile.ImageFile)
         low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
@@ -135,7 +134,7 @@ def _composite_png(image: Image.Image, file: bytes, transparency: bytes) -> Imag
         )
     if image.mode == "RGB":
         return _composite(image, lambda strip: _merge(strip, (np.asarray(strip) != colour & 255).any(axis=2)))
-    # Grey samples of fewer bits were scaled up to eight.
+    # Pillow has scaled grey samples of fewer bits to eight.
     most = (1 << depth) - 1
     level = int(colour[0] & most) * (255 // most)
     return _composite(image.convert("L"), lambda strip: _merge(strip.convert("RGB"), np.asarray(strip) != level))
@@ -148,7 +147,7 @@ def _merge(image: Image.Image, is_opaque: np.ndarray) -> Image.Image:
 
 
 def _composite(image: Image.Image, to_rgba: Callable[..., Image.Image], *more: Image.Image) -> Image.Image:
-    """Composite over white, some rows at a time: (colour * alpha + 255 * (255 - alpha)) / 255, rounded to nearest."""
+    """Composite over white in strips: (colour * alpha + 255 * (255 - alpha)) / 255, rounded to nearest."""
     composited = Image.new("RGB", image.size, "white")
     for box in _strips(image):
         strip = to_rgba(*(each.crop(box) for each in (image, *more)))
@@ -157,7 +156,7 @@ def _composite(image: Image.Image, to_rgba: Callable[..., Image.Image], *more: I
 
 
 def _map_strips(image: Image.Image, convert: Callable[[np.ndarray], np.ndarray], *, mode: str) -> Image.Image:
-    """Convert pixels with numpy, some rows at a time."""
+    """Convert pixels with numpy in strips."""
     converted = Image.new(mode, image.size)
     for box in _strips(image):
         converted.paste(Image.fromarray(convert(np.asarray(image.crop(box)))), box[:2])
@@ -174,11 +173,11 @@ def _high_byte(samples: np.ndarray) -> np.ndarray:
 
 
 def _cmyk_to_rgb(ink: np.ndarray) -> np.ndarray:
-    """Convert as TensorFlow's JPEG decoder does (`core/lib/jpeg/jpeg_mem.cc`), not as Pillow would."""
+    """Convert CMYK with the formula of TensorFlow's JPEG decoder (`core/lib/jpeg/jpeg_mem.cc`), not Pillow's."""
     wide = ink.astype(np.uint16)
     rgb: np.ndarray = (wide[..., :3] * wide[..., 3:] // 255).astype(np.uint8)
     return rgb
 
 
 def _cmyk_to_rgb_adobe(ink: np.ndarray) -> np.ndarray:
-    return _cmyk_to_rgb(255 - ink)  # Pillow has undone the inversion that Adobe files have
+    return _cmyk_to_rgb(255 - ink)  # Adobe files are inverted, and Pillow has undone that

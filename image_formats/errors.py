@@ -1,5 +1,5 @@
-"""What is raised for a file that holds no image that can be read."""
+"""Errors of image decoding."""
 
 
-class UnreadableImage(Exception):  # noqa: N818 - it says what is wrong with the image
-    """The file is of no supported format, damaged or cut off. The message says which."""
+class UnreadableImage(Exception):  # noqa: N818 - named for the condition
+    """The format is not supported, or the file is damaged or truncated. The message states the reason."""

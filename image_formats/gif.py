@@ -1,19 +1,19 @@
-"""Blocks of a GIF file (the GIF89a specification)."""
+"""Reads the blocks of a GIF file (GIF89a specification)."""
 
 from __future__ import annotations
 
 from image_formats.header import ImageHeader
 
-SIGNATURE = b"GIF8"  # TensorFlow takes any version
+SIGNATURE = b"GIF8"  # TensorFlow accepts any version
 
-MAX_SUB_BLOCKS = 1_000_000  # a block holds up to 255 bytes
-MAX_LEADING_SUB_BLOCKS = 10_000  # before the first frame, which Pillow reads in Python
+MAX_SUB_BLOCKS = 1_000_000  # of up to 255 bytes each
+MAX_LEADING_SUB_BLOCKS = 10_000  # before the first frame; Pillow reads them in Python
 
 _IMAGE, _EXTENSION = 0x2C, 0x21
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """Read the header of a GIF file and count its frames; None where it is cut off before the first one."""
+    """Read the header of a GIF file and count its frames; None if the file ends before the first frame."""
     if len(data) < 13:
         return None
     width, height = _uint16(data, 6), _uint16(data, 8)
@@ -23,7 +23,7 @@ def read_header(data: bytes) -> ImageHeader | None:
     try:
         while (kind := data[position]) in (_IMAGE, _EXTENSION):
             if kind == _IMAGE:
-                # Decoders make the canvas as large as a frame that reaches beyond it.
+                # Decoders enlarge the canvas for a frame that exceeds it.
                 width = max(width, _uint16(data, position + 1) + _uint16(data, position + 5))
                 height = max(height, _uint16(data, position + 3) + _uint16(data, position + 7))
                 frames += 1
@@ -38,7 +38,7 @@ def read_header(data: bytes) -> ImageHeader | None:
             position += 1
             sub_blocks += 1
     except IndexError:
-        pass  # the file is cut off; decoders take the frames that are there
+        pass  # truncated; decoders return the complete frames
     except ValueError as error:
         problem = str(error)
     if not frames and problem is None:

@@ -1,33 +1,31 @@
-"""What the header of an encoded image declares."""
+"""`ImageHeader`: size and layout of an encoded image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# libjpeg's default for progressive files is 10 scans; the most elaborate encoders write about 20.
+# libjpeg's default for progressive files is 10 scans; other encoders write up to about 20.
 MAX_JPEG_SCANS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """Size and layout of an encoded image as its file declares them; the pixels may turn out to be missing."""
+    """Size and layout of an encoded image, as its file declares them; the pixel data may still be missing."""
 
     format: str  # "JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF"
-    width: int  # of the canvas, or of a frame that reaches beyond it
+    width: int  # of the canvas, or of a frame that exceeds it
     height: int
     file_bytes: int
-    channels: (
-        int  # as stored: 1 for a palette, 2 for grey with alpha, 4 for CMYK, and for RGB that is transparent or turned
-    )
+    channels: int  # as stored: 1 for a palette, 2 for grey with alpha, 4 for CMYK and for transparent or rotated RGB
     sample_bytes: int = 1  # 2 for samples of 16 bits
     frames: int = 1
     scans: int = 1  # of a JPEG; counting stops at MAX_JPEG_SCANS + 1
-    coefficient_bytes: int = 0  # of a JPEG in several scans: what libjpeg holds between them
+    coefficient_bytes: int = 0  # of a JPEG with several scans: libjpeg keeps the coefficients between scans
     is_run_length: bool = False  # of a BMP
-    metadata_bytes: int = 0  # of a PNG: upper limit of its text and colour profiles once inflated
-    problem: str | None = None  # why no decoder should see the file, whatever its size
+    metadata_bytes: int = 0  # of a PNG: upper bound of its inflated text and colour profiles
+    problem: str | None = None  # reason why the file must not be decoded
 
     @property
     def pixels(self) -> int:
-        """Width times height, of one frame."""
+        """Width times height of one frame."""
         return self.width * self.height

@@ -1,8 +1,8 @@
-"""Markers of a JPEG file, found as libjpeg finds them.
+"""Reads the markers of a JPEG file like libjpeg.
 
-libjpeg (`jdmarker.c`, `jdhuff.c`, `jdinput.c`) takes bytes that belong to no segment for entropy-coded data or skips
-them as garbage. Both end at the next 0xFF that is followed by neither 0x00 nor 0xFF. Scans therefore begin at every
-SOS outside a segment up to the EOI, and they are counted that way even where libjpeg would give up earlier.
+libjpeg (`jdmarker.c`, `jdhuff.c`, `jdinput.c`) treats bytes outside of segments as entropy-coded data or skips them as
+garbage. Both end at the next 0xFF that is followed by neither 0x00 nor 0xFF. Every SOS outside of a segment, before the
+EOI, therefore starts a scan. All of them are counted, even if libjpeg would stop earlier.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from collections.abc import Iterator
 
 from image_formats.header import MAX_JPEG_SCANS, ImageHeader
 
-SIGNATURE = b"\xff\xd8\xff"  # Pillow and TensorFlow both require the start of a second marker
+SIGNATURE = b"\xff\xd8\xff"  # Pillow and TensorFlow both require the first byte of a second marker
 
-MAX_SEGMENTS = 10_000  # 600 MB of metadata in segments of full size
-MAX_TABLE_BYTES = 1 << 18  # before the first scan; eight Huffman and four quantization tables have 2.5 KB
+MAX_SEGMENTS = 10_000  # 600 MB of metadata in segments of maximum size
+MAX_TABLE_BYTES = 1 << 18  # before the first scan; eight Huffman and four quantization tables need 2.5 KB
 
 _SOI, _EOI, _SOS, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 without DHT, JPG and DAC between them
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15, without DHT, JPG and DAC
 _METADATA = frozenset(range(0xE0, 0xF0)) | {0xFE}  # APP0 to APP15, and comments
 
-# All markers but those without a length that mean nothing here: TEM, and RST0 to RST7, of which a file may have many.
+# All markers except TEM and RST0 to RST7: these have no length and are irrelevant here, and may be numerous.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
-# A search holds the interpreter's lock; another thread gets its turn between two windows.
+# A regex search holds the GIL; other threads can run between two windows.
 _WINDOW_BYTES = 1 << 20
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """Read the header of a JPEG file; None where there is no frame before the first scan, as no decoder takes that."""
+    """Read the header of a JPEG file; None without a frame before the first scan, which no decoder accepts."""
     width = height = channels = scans = table_bytes = coefficient_bytes = 0
     is_progressive = False
     problem = None
@@ -43,7 +43,7 @@ def read_header(data: bytes) -> ImageHeader | None:
             if scans > MAX_JPEG_SCANS:
                 break
         elif code in _FRAMES and start + 9 < min(len(data), end):
-            # A second frame is an error to libjpeg, but Pillow's own parser takes the last one.
+            # libjpeg rejects a second frame, but Pillow's own parser uses the last one.
             height = max(height, int.from_bytes(data[start + 5 : start + 7]))
             width = max(width, int.from_bytes(data[start + 7 : start + 9]))
             channels = max(channels, data[start + 9])
@@ -71,13 +71,11 @@ def read_header(data: bytes) -> ImageHeader | None:
 
 
 def keep_pixel_data(data: bytes) -> tuple[bytes, bytes]:
-    """Separate what the pixels depend on from the metadata.
-
-    Pillow parses metadata in Python when it opens a file, and a file may consist of it.
+    """Separate the pixel data from the metadata, which Pillow would parse in Python even if there is much of it.
 
     Returns:
-        The file without comments and application segments other than JFIF's and Adobe's, and the EXIF segment's
-        content, which is empty where there is none. Both are empty where there is no scan.
+        The file without comments and application segments except JFIF and Adobe; and the content of the EXIF segment,
+        or empty bytes. Both are empty without a scan.
     """
     parts = [data[:2]]
     exif = b""
@@ -93,8 +91,8 @@ def keep_pixel_data(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _iterate_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield each segment's marker, where it starts and where it ends, up to the end of the first image."""
-    position = 2  # behind the first marker
+    """Yield marker, start and end of each segment until the end of the first image."""
+    position = 2  # after the first marker
     has_scan = False
     while (start := _find_marker(data, position)) >= 0:
         code = data[start + 1]
@@ -102,7 +100,7 @@ def _iterate_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         if code >= 0xC0 and code not in (_SOI, _EOI):
             position += max(2, int.from_bytes(data[position : position + 2]))
         elif code == _EOI and has_scan:
-            return  # before a scan it ends a stream of tables only, and Pillow goes on to the next image
+            return  # an EOI before a scan ends a stream of tables; Pillow continues with the next image
         has_scan |= code == _SOS
         yield code, start, position
 
@@ -117,10 +115,10 @@ def _find_marker(data: bytes, start: int) -> int:
 
 
 def _coefficient_bytes(frame: bytes) -> int:
-    """Return the size of the coefficients of a frame: two bytes each, in blocks of 8 x 8, for each component.
+    """Return the size of a frame's coefficients: two bytes each, in blocks of 8 x 8, for each component.
 
     Args:
-        frame: of the SOF segment what follows the precision: height, width, number of components, three bytes each.
+        frame: the SOF segment after the precision: height, width, number of components, three bytes per component.
     """
     height, width, count = int.from_bytes(frame[:2]), int.from_bytes(frame[2:4]), frame[4]
     factors = [(byte >> 4 or 1, byte & 15 or 1) for byte in frame[6::3][:count]]

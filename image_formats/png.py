@@ -1,4 +1,4 @@
-"""Chunks of a PNG file (the PNG specification, section 5)."""
+"""Reads the chunks of a PNG file (PNG specification, section 5)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from image_formats.header import ImageHeader
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-MAX_CHUNKS = 100_000  # libpng writes 8 KiB in each
-# libpng inflates a chunk of text or a colour profile up to 8 MB (PNG_USER_CHUNK_MALLOC_MAX), and keeps 1,000 of them.
+MAX_CHUNKS = 100_000  # libpng writes chunks of 8 KiB
+# libpng inflates a text chunk or a colour profile up to 8 MB (PNG_USER_CHUNK_MALLOC_MAX), and keeps 1,000 of them.
 MAX_INFLATED_BYTES = 8_000_000
 MAX_DEFLATE_RATIO = 1032
 
@@ -26,11 +26,11 @@ _CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """Read the header of a PNG file; None where it has no IHDR chunk."""
+    """Read the header of a PNG file; None without an IHDR chunk."""
     header: tuple[int, ...] | None = None
     metadata_bytes = 0
     problem = None
-    is_copied = False  # to composite or to turn it, as with an alpha channel
+    is_copied = False  # compositing and rotation copy the image, as for an alpha channel
     for index, (kind, start, end) in enumerate(_iterate_chunks(data)):
         if index == MAX_CHUNKS:
             problem = f"the PNG file has more than {MAX_CHUNKS:,} chunks"
@@ -46,7 +46,7 @@ def read_header(data: bytes) -> ImageHeader | None:
     if header is None:
         if problem is None:
             return None
-        header = (0,) * 7  # there may be one behind all those chunks
+        header = (0,) * 7  # it may follow after MAX_CHUNKS
     width, height, depth, colour_type, *_ = header
     return ImageHeader(
         "PNG",
@@ -62,12 +62,12 @@ def read_header(data: bytes) -> ImageHeader | None:
 
 @dataclass(frozen=True, slots=True)
 class PixelData:
-    """What of a PNG file its image depends on.
+    """The parts of a PNG file that its image depends on.
 
     Attributes:
-        file: the file with only the chunks that its pixels depend on, and those of the image data joined into one.
-        transparency: the content of the tRNS chunk, empty where there is none that counts.
-        exif: the content of the eXIf chunk, empty where there is none.
+        file: the file without metadata, and with a single IDAT chunk.
+        transparency: the content of a valid tRNS chunk, or empty.
+        exif: the content of the eXIf chunk, or empty.
     """
 
     file: bytes
@@ -76,17 +76,16 @@ class PixelData:
 
 
 def keep_pixel_data(data: bytes) -> PixelData:
-    """Separate what the image depends on from the metadata, which may be long or damaged.
+    """Separate the pixel data from the metadata, which may be long or damaged.
 
-    Pillow walks the chunks and parses metadata in Python, and a file may consist of either; it also refuses long text
-    and damaged metadata. The critical chunks are checked as libpng does, which decodes in the exported model: the same
-    files are refused.
+    Pillow reads chunks and metadata in Python, which is slow if there are many, and refuses long text and damaged
+    metadata. The critical chunks are checked like in libpng, so that the exported model refuses the same files.
 
     Raises:
         UnreadableImage: a critical chunk is damaged, missing or unknown.
     """
     view = memoryview(data)
-    kept: dict[bytes, memoryview] = {}  # the whole chunks
+    kept: dict[bytes, memoryview] = {}  # whole chunks
     content: dict[bytes, bytes] = {}
     pixels: list[memoryview] = []
     kind = b""
@@ -114,7 +113,7 @@ def keep_pixel_data(data: bytes) -> PixelData:
     if _colour_type(kept) == PALETTE and b"PLTE" not in kept:
         raise UnreadableImage("the picture is damaged: the PNG file has no palette")
     joined = b"".join((b"IDAT", *pixels))
-    # Both have the length in front and the checksum behind.
+    # A chunk is its length, its type and content (`joined`), and a checksum.
     body = (struct.pack(">I", len(joined) - 4), joined, struct.pack(">I", zlib.crc32(joined)))
     file = (SIGNATURE, kept[b"IHDR"], kept.get(b"PLTE", b""), *body, b"\0\0\0\0IEND\xae\x42\x60\x82")
     return PixelData(b"".join(file), content.get(b"tRNS", b""), content.get(b"eXIf", b""))
@@ -125,7 +124,7 @@ def _colour_type(kept: dict[bytes, memoryview]) -> int:
 
 
 def _is_transparency(kept: dict[bytes, memoryview], size: int) -> bool:
-    """Whether libpng applies a tRNS chunk of this size; it ignores others without an error."""
+    """Return True if libpng applies a tRNS chunk of this size; it silently ignores other sizes."""
     colour_type = _colour_type(kept)
     if colour_type == PALETTE:
         return b"PLTE" in kept and 0 < size <= (len(kept[b"PLTE"]) - 12) // 3
@@ -133,18 +132,18 @@ def _is_transparency(kept: dict[bytes, memoryview], size: int) -> bool:
 
 
 def is_opaque_and_upright(data: bytes) -> bool:
-    """Whether a PNG file has no alpha and no chunk that makes it transparent or turns it; may be False wrongly."""
+    """Return True if a PNG file has neither alpha, transparency nor an orientation; may return a false negative."""
     return data[25:26] not in (b"\4", b"\6") and b"tRNS" not in data and b"eXIf" not in data
 
 
 def _is_compressed(data: bytes, start: int) -> bool:
-    """Whether a chunk of international text is compressed: a flag says so behind the keyword of up to 79 bytes."""
+    """Return the compression flag of an iTXt chunk, which follows the keyword of up to 79 bytes."""
     flag = data.find(b"\0", start, start + 80) + 1
     return data[flag : flag + 1] != b"\0"
 
 
 def _iterate_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield each chunk's type and where its content starts and ends, which may be beyond the end of the file."""
+    """Yield type, start and end of each chunk's content; the end may exceed the file."""
     position = len(SIGNATURE)
     while position + _CHUNK.size <= len(data):
         size, kind = _CHUNK.unpack_from(data, position)

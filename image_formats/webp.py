@@ -1,4 +1,4 @@
-"""Chunks of a WebP file (RFC 9649)."""
+"""Reads the chunks of a WebP file (RFC 9649)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _FRAME_HEADER_BYTES = 16
 
 
 def is_webp(data: bytes) -> bool:
-    """Whether the file begins as a WebP file does."""
+    """Return True if the data has the signature of a WebP file."""
     return data.startswith(b"RIFF") and data[8:12] == b"WEBP"
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """Read the header of a WebP file and count its frames; None where no chunk declares a size."""
+    """Read the header of a WebP file and count its frames; None if no chunk declares a size."""
     width = height = frames = 0
     problem = None
     for index, (kind, start, end) in enumerate(_iterate_chunks(data, 12, len(data))):
@@ -32,7 +32,7 @@ def read_header(data: bytes) -> ImageHeader | None:
             x, y, frame_width, frame_height = (_uint24(data, start + 3 * field) for field in range(4))
             sizes.append((2 * x + frame_width + 1, 2 * y + frame_height + 1))
             inner = _iterate_chunks(data, start + _FRAME_HEADER_BYTES, min(end, len(data)))
-            # The image is the frame's first chunk, or the second where alpha comes before it.
+            # The image is the frame's first chunk, or the second chunk after an alpha chunk.
             sizes += [_read_size(kind, data[at : at + 10]) for (kind, at, _), _ in zip(inner, range(2), strict=False)]
         width = max(width, *(size[0] for size in sizes), 0)
         height = max(height, *(size[1] for size in sizes), 0)
@@ -42,7 +42,7 @@ def read_header(data: bytes) -> ImageHeader | None:
 
 
 def _read_size(kind: bytes, content: bytes) -> tuple[int, int]:
-    """Return the width and height that the first bytes of a chunk declare; zeros where it declares none."""
+    """Return the width and height that the start of a chunk declares, or zeros."""
     if kind == b"VP8X" and len(content) >= 10:
         return _uint24(content, 4) + 1, _uint24(content, 7) + 1
     if kind == b"VP8 " and len(content) >= 10:
@@ -55,7 +55,7 @@ def _read_size(kind: bytes, content: bytes) -> tuple[int, int]:
 
 
 def _iterate_chunks(data: bytes, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield each chunk's type and where its content starts and ends, which may be beyond the end of the file."""
+    """Yield type, start and end of each chunk's content; the end may exceed the file."""
     while position + _CHUNK.size <= end:
         kind, size = _CHUNK.unpack_from(data, position)
         start = position + _CHUNK.size

@@ -1,6 +1,6 @@
-"""The errors of the service, each with the HTTP status it is answered with."""
+"""The service's exceptions with their HTTP statuses and gRPC codes."""
 
-# Named for the condition, as the reader of a log or an except clause meets it.
+# Exceptions are named for the condition, without the suffix "Error".
 # ruff: noqa: N818
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# What the codes of gRPC and TensorFlow are as HTTP statuses: `model_servers/http_server.cc` of TensorFlow Serving.
+# HTTP status of each gRPC or TensorFlow code, as in TensorFlow Serving's `model_servers/http_server.cc`.
 HTTP_STATUS_OF_CODE = {
     "INVALID_ARGUMENT": 400,
     "FAILED_PRECONDITION": 400,
@@ -27,23 +27,22 @@ HTTP_STATUS_OF_CODE = {
 
 
 class ServingError(Exception):
-    """Anything the service answers instead of a result: `{"error": message}` over HTTP, a status over gRPC.
+    """Base class of the errors in responses: `{"error": message}` over HTTP, a status over gRPC.
 
     ServingError                  500  INTERNAL
-    +-- InvalidRequest            400  INVALID_ARGUMENT    it cannot be understood or does not fit the model
-    |   +-- UnreadableImages      400  INVALID_ARGUMENT    some of the pictures sent cannot be decoded
-    |   +-- ModelNotNamed         400  INVALID_ARGUMENT    several models are served, and it names none
-    +-- ModelNotFound             404  NOT_FOUND           no such model, or no such version of it
-    +-- TooLarge                  413  RESOURCE_EXHAUSTED  more bytes, pixels or pictures than the service takes
-    +-- UnsupportedMedia          415  INVALID_ARGUMENT    a body of a kind the route does not take
+    +-- InvalidRequest            400  INVALID_ARGUMENT    the request is malformed or does not fit the model
+    |   +-- UnreadableImages      400  INVALID_ARGUMENT    some images of the request cannot be decoded
+    |   +-- ModelNotNamed         400  INVALID_ARGUMENT    several models are served, and the request names none
+    +-- ModelNotFound             404  NOT_FOUND           the model or version does not exist
+    +-- TooLarge                  413  RESOURCE_EXHAUSTED  the request exceeds a limit on bytes, pixels or images
+    +-- UnsupportedMedia          415  INVALID_ARGUMENT    the route does not support the body's media type
     +-- NotReady                  503  UNAVAILABLE         the model is still being loaded
-    +-- Overloaded                503  UNAVAILABLE         no memory or time for it now; a later try can succeed
-    +-- ModelFailed             (any)  (any)               what TensorFlow itself, or a remote server, refused
-    +-- InvalidBackendResponse    502  INTERNAL            a remote server's response cannot be used
+    +-- Overloaded                503  UNAVAILABLE         load shedding: no memory or time for the request now
+    +-- ModelFailed             (any)  (any)               TensorFlow or the remote server failed
+    +-- InvalidBackendResponse    502  INTERNAL            the response of a remote server is invalid
 
-    `retry_after_s` is the `Retry-After` header of the response: set where the same request can succeed later.
-    `tensorflow_serving` is the error that TensorFlow Serving's APIs respond with instead, where that server has its own
-    message or status for the case.
+    `retry_after_s` is the `Retry-After` header of the response, or None if a retry cannot succeed.
+    `tensorflow_serving` is the error for TensorFlow Serving's APIs, if that server has another message or status.
     """
 
     status = 500
@@ -52,33 +51,32 @@ class ServingError(Exception):
     tensorflow_serving: ServingError | None = None
 
     def body(self) -> dict[str, Any]:
-        """Return what the client is sent, as JSON."""
+        """Return the JSON body of the response."""
         return {"error": str(self)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default the class is called with `args`, which the `__init__` of some subclasses does not take.
+        # By default pickle calls the class with `args`, which do not fit every subclass's `__init__`.
         return _restore, (type(self), self.args, self.__dict__)
 
 
 def _restore(kind: type[ServingError], args: tuple[Any, ...], attributes: dict[str, Any]) -> ServingError:
-    """Return an unpickled error: of `args`, an exception's `__new__` makes its message."""
+    """Return an unpickled error. `__new__` sets the message from `args`."""
     error = kind.__new__(kind, *args)
     error.__dict__.update(attributes)
     return error
 
 
 class InvalidRequest(ServingError):
-    """The request cannot be understood, or does not fit the model's signature."""
+    """The request is malformed, or does not fit the model's signature."""
 
     status = 400
     code = "INVALID_ARGUMENT"
 
 
 class UnreadableImages(InvalidRequest):
-    """Some of the pictures of a request cannot be decoded, so none was predicted.
+    """Some images of a request cannot be decoded, so no image was predicted.
 
-    `problems` has one entry per unreadable picture: `index` (its position in the request), `file`
-    (its name, or None) and `error`.
+    `problems` has one entry per unreadable image: `index` in the request, `file` (name or None) and `error`.
     """
 
     def __init__(self, problems: list[dict[str, Any]], *, image_count: int) -> None:
@@ -95,45 +93,45 @@ class UnreadableImages(InvalidRequest):
         self.problems = problems
 
     def body(self) -> dict[str, Any]:
-        """Return the message and, beside it, what is wrong with which picture."""
+        """Return the message, and the error of each unreadable image."""
         return {"error": str(self), "errors": self.problems}
 
 
 class ModelNotNamed(InvalidRequest):
-    """Several models are served, and the request names none of these, its `models`."""
+    """Several models are served, and the request names none of them; `models` lists them."""
 
     def __init__(self, models: Sequence[str]) -> None:
         super().__init__(f"several models are served: {', '.join(models)}; choose one with the query parameter model")
         self.models = list(models)
 
     def body(self) -> dict[str, Any]:
-        """Return the message and, beside it, the names, with which a client can say it in its own way."""
+        """Return the message, and the models for the client's own message."""
         return {"error": str(self), "models": self.models}
 
 
 class ModelNotFound(ServingError):
-    """No model of that name, or no such version of it, is being served."""
+    """The model or the version does not exist, or is not available."""
 
     status = 404
     code = "NOT_FOUND"
 
 
 class TooLarge(ServingError):
-    """The request holds more bytes, pixels or pictures than the service accepts."""
+    """The request exceeds a limit on bytes, pixels or images."""
 
     status = 413
     code = "RESOURCE_EXHAUSTED"
 
 
 class UnsupportedMedia(ServingError):
-    """The body is of a kind that the route does not take."""
+    """The route does not support the media type of the body."""
 
     status = 415
     code = "INVALID_ARGUMENT"
 
 
 class NotReady(ServingError):
-    """The model is still being loaded, or the server that has it cannot be reached; retrying later can work."""
+    """The model is still being loaded, or the remote server cannot be reached."""
 
     status = 503
     code = "UNAVAILABLE"
@@ -141,7 +139,7 @@ class NotReady(ServingError):
 
 
 class Overloaded(ServingError):
-    """The service has no memory or time for the request just now."""
+    """Load shedding: the service has no memory or time for the request now."""
 
     status = 503
     code = "UNAVAILABLE"
@@ -152,7 +150,7 @@ class Overloaded(ServingError):
 
 
 class ModelFailed(ServingError):
-    """The signature was refused or failed; `code` is TensorFlow's, or the remote server's, name for it."""
+    """The model or the remote server failed, with its status `code`."""
 
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
@@ -170,11 +168,11 @@ class InvalidBackendResponse(ServingError):
 
 def deadline_exceeded() -> ModelFailed:
     """Return the error of a request whose deadline has passed."""
-    return ModelFailed("the deadline passed before the model could answer", code="DEADLINE_EXCEEDED")
+    return ModelFailed("deadline exceeded before the request was processed", code="DEADLINE_EXCEEDED")
 
 
 def client_disconnected() -> ModelFailed:
-    """Return the error of a request that nobody waits for any more."""
+    """Return the error of a request whose client has closed its connection."""
     return ModelFailed("client disconnected before the request was processed", code="CANCELLED")
 
 
@@ -187,4 +185,4 @@ class ModelLoadError(Exception):
 
 
 class StartupError(Exception):
-    """The service cannot start as it was told to; the message says what to change."""
+    """The service cannot start; the message says what to change."""

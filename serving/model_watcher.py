@@ -78,7 +78,7 @@ class ModelWatcher:
             logger.error("not ready: %s", reason)
         else:
             logger.info("ready")
-        self._repository.watch(self._poll_interval_s)
+        self._repository.poll_forever(self._poll_interval_s)
 
 
 def _log_error(error: Exception) -> None:

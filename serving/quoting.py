@@ -10,7 +10,7 @@ MAX_QUOTED_CHARACTERS = 60
 
 
 def quote(value: Any) -> str:
-    """Spell a value of a request for an error message; of a long one what it is, or its beginning."""
+    """Return a value of a request for an error message; long values are abbreviated."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):
@@ -21,7 +21,7 @@ def quote(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text as valid Unicode, with bytes of file names that are not UTF-8, and lone surrogates, escaped."""
+    """Return text as valid Unicode; escapes lone surrogates and the bytes of file names that are not UTF-8."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:

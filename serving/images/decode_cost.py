@@ -1,8 +1,8 @@
-"""What decoding an image costs, in memory and in time, told from its header alone.
+"""Estimates the memory and time of decoding an image from its header.
 
-The constants were measured with 24-megapixel files of each kind, Pillow 13.0 and TensorFlow 2.20: the peak of the
-resident set (VmHWM) of a process that decodes one file, and the time on one core. Measured again by
-`tests/serving/images/test_decode_cost.py`.
+The constants were measured with 24-megapixel files of each format, Pillow 13.0 and TensorFlow 2.20: the peak resident
+set size (VmHWM) of a process that decodes one file, and the time on one core.
+`tests/serving/images/test_decode_cost.py` repeats the measurement.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from __future__ import annotations
 from image_formats.header import ImageHeader
 from serving.images.limits import Decoder
 
-DEFAULT_SIZE = (512, 512)  # (height, width) of a model's input where it is not known
+DEFAULT_SIZE = (512, 512)  # (height, width) of an unknown model input
 
-# A decoder's tables and buffers, and what the allocator leaves unused.
+# A decoder's tables and buffers, and the allocator's overhead.
 BASE_BYTES = 500_000
 ALLOCATOR_FACTOR = 1.05
 
-# Pillow holds images of more than one channel as four bytes a pixel, with a pointer to each row.
+# Pillow stores images with several channels as four bytes per pixel, and a pointer to each row.
 _PILLOW_RGB_BYTES = 4
 _ROW_BYTES = 8
-# It weighs every source row and column when it resizes: two coefficients of eight bytes each.
+# Pillow's resize stores two coefficients of eight bytes for every source row and column.
 _RESIZE_BYTES = 16
-# libwebp's animation decoder, which Pillow uses for every file, holds two canvases, and Pillow copies one of them.
+# libwebp's animation decoder, which Pillow uses for every file, has two canvases; Pillow copies one of them.
 _WEBP_CANVAS_BYTES = 8
 _WEBP_COPY_BYTES = 4
-# libavif holds the planes of the AV1 image, with alpha perhaps, and Pillow is given two copies of the pixels.
+# libavif holds the planes of the AV1 image, possibly with alpha, and makes two copies of the pixels for Pillow.
 _AVIF_SAMPLE_BYTES = 8
-_FILE_COPIES = {"JPEG": 1, "PNG": 2, "WEBP": 2, "AVIF": 2}  # without their metadata
+_FILE_COPIES = {"JPEG": 1, "PNG": 2, "WEBP": 2, "AVIF": 2}  # without metadata
 _STRIP_BYTES = 10_000_000  # numpy's copies of `image_formats.decoding.STRIP_PIXELS` pixels of CMYK
 
-# Time, on one core of a server, for a pixel, a byte of the file, a pixel in a further scan, and a file at all.
+# Time on one server core: per pixel, per byte of the file, per pixel of an additional scan, and per file.
 _PIXEL_S = 15e-9  # baseline JPEG 7, progressive JPEG 13 to 18, PNG 6 to 14, GIF 9, BMP 6 ns
 _WEBP_PIXEL_S = 30e-9
 _FILE_BYTE_S = {"JPEG": 25e-9, "PNG": 25e-9, "WEBP": 25e-9, "AVIF": 160e-9}
@@ -38,7 +38,7 @@ _SCAN_PIXEL_S = 2e-9  # even where the scan is empty
 _INFLATED_BYTE_S = 10e-9
 _RUN_LENGTH_BYTE_S = 500e-9  # Pillow decodes the runs of a BMP in Python
 _FILE_S = 50e-6
-# TensorFlow resizes through an image of the model's height and the source's width.
+# TensorFlow's intermediate image has the model's height and the source's width.
 _RESIZED_ROWS = 224
 
 QUICK_S = 0.005
@@ -47,12 +47,12 @@ QUICK_S = 0.005
 def decode_cost(header: ImageHeader, *, decoder: Decoder, size: tuple[int, int] = DEFAULT_SIZE) -> int:
     """Estimate the peak memory of decoding a file and resizing the image, without the file itself.
 
-    The estimate is an upper one. Of models that decode with TensorFlow it assumes that they convert the whole image
-    to float32 before they resize it; the models that this project exports do not, and need less than half.
+    The estimate is an upper bound. It assumes that a model that decodes with TensorFlow converts the whole image to
+    float32 before resizing. The models that this project exports do not; they need less than half.
 
     Args:
-        header: what the file declares.
-        decoder: which library decodes it.
+        header: the file's header.
+        decoder: the library that decodes the file.
         size: (height, width) of the model's input.
 
     Returns:
@@ -63,8 +63,8 @@ def decode_cost(header: ImageHeader, *, decoder: Decoder, size: tuple[int, int] 
 
 
 def _pillow_cost(header: ImageHeader) -> int:
-    """`serving.images.decoding`: decode the first frame, convert it to RGB, turn it upright, resize it."""
-    rows = max(header.width, header.height) * _ROW_BYTES  # turned, its columns become rows
+    """See `serving.images.decoding`: decode the first frame, convert to RGB, apply the orientation, resize."""
+    rows = max(header.width, header.height) * _ROW_BYTES  # a rotation swaps rows and columns
     decoded = header.pixels * _pillow_bytes(header) + rows
     converted = header.pixels * _PILLOW_RGB_BYTES + rows
     resized = (header.width + header.height) * _RESIZE_BYTES
@@ -75,8 +75,8 @@ def _pillow_cost(header: ImageHeader) -> int:
         held = header.pixels * header.sample_bytes * _AVIF_SAMPLE_BYTES
     if header.channels == 4 and header.format == "JPEG":
         held = _STRIP_BYTES
-    may_be_turned = header.format in ("JPEG", "WEBP", "AVIF")
-    copied = decoded + converted if may_be_turned or header.channels != 3 else decoded
+    may_be_rotated = header.format in ("JPEG", "WEBP", "AVIF")
+    copied = decoded + converted if may_be_rotated or header.channels != 3 else decoded
     return (
         _FILE_COPIES.get(header.format, 0) * header.file_bytes
         + held
@@ -85,10 +85,10 @@ def _pillow_cost(header: ImageHeader) -> int:
 
 
 def _pillow_bytes(header: ImageHeader) -> int:
-    """Return how many bytes Pillow holds for a pixel as decoded."""
+    """Return Pillow's bytes per decoded pixel."""
     if header.channels > 1:
         return _PILLOW_RGB_BYTES
-    return header.sample_bytes + 1 if header.sample_bytes > 1 else 1  # 16 bits are made 8 before they are made RGB
+    return header.sample_bytes + 1 if header.sample_bytes > 1 else 1  # 16 bits are converted to 8, then to RGB
 
 
 def _tensorflow_cost(header: ImageHeader, size: tuple[int, int]) -> int:
@@ -99,18 +99,18 @@ def _tensorflow_cost(header: ImageHeader, size: tuple[int, int]) -> int:
     decoded = pixels * channels * header.sample_bytes
     floats = pixels * channels * 4
     resized = height * header.width * header.frames * channels * 4
-    raster = pixels if header.format == "GIF" else 0  # giflib's, of all frames
+    raster = pixels if header.format == "GIF" else 0  # giflib's buffer of all frames
     return (
         header.file_bytes
         + header.metadata_bytes
-        + pixels  # measured beyond what can be accounted for
+        + pixels  # measured, cause unknown
         + decoded
         + max(header.coefficient_bytes, floats + resized + raster)
     )
 
 
 def decode_seconds(header: ImageHeader) -> float:
-    """Estimate the time of decoding a file and resizing the image, by either library, on one core."""
+    """Estimate the time on one core of decoding a file and resizing the image, with either library."""
     pixel_s = _WEBP_PIXEL_S if header.format == "WEBP" else _PIXEL_S
     pixels = max(header.pixels, _RESIZED_ROWS * max(header.width, header.height)) * header.frames
     byte_s = _RUN_LENGTH_BYTE_S if header.is_run_length else _FILE_BYTE_S.get(header.format, _RAW_BYTE_S)
@@ -124,5 +124,5 @@ def decode_seconds(header: ImageHeader) -> float:
 
 
 def is_quick(header: ImageHeader) -> bool:
-    """Whether decoding takes a few milliseconds at most, which the event loop's thread can spare."""
+    """Return True if decoding takes a few milliseconds at most, so that it may block the event loop."""
     return decode_seconds(header) <= QUICK_S

@@ -1,4 +1,4 @@
-"""Uploaded bytes to uint8 pixels of a model's input size, within limits."""
+"""Decodes uploaded images to uint8 pixels of a model's input size, within limits."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from serving.greenlets import offload
 from serving.images.decode_cost import is_quick
 from serving.images.limits import ImageLimits, check_image
 
-PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond it Pillow itself refuses
+PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow refuses larger images
 
 
 def read_image(data: bytes, *, size: tuple[int, int], limits: ImageLimits) -> np.ndarray:
-    """Decode one picture, upright, at a model's input size.
+    """Decode an image, apply its orientation, and resize it to a model's input size.
 
     Args:
-        data: a JPEG, PNG, WebP, AVIF, BMP or GIF file; of an animation the first frame is taken.
-        size: (height, width) of the result. A picture of another size is resized, without keeping its
-            proportions, by antialiased bilinear interpolation.
-        limits: how large the picture may be before resizing.
+        data: a JPEG, PNG, WebP, AVIF, BMP or GIF file; the first frame of an animation is used.
+        size: (height, width) of the result. The image is resized with antialiased bilinear interpolation; its aspect
+            ratio is not preserved.
+        limits: limits on the image before resizing.
 
     Returns:
         uint8 array of shape (height, width, 3), RGB.
 
     Raises:
-        InvalidRequest: the data is not such a file, is damaged or is cut off.
-        TooLarge: the header announces a larger picture than allowed; nothing is decoded.
+        InvalidRequest: the format is not supported, or the file is damaged or truncated.
+        TooLarge: the header declares a larger image than allowed; nothing is decoded.
     """
     header = check_file(data, limits)
     if is_quick(header):
@@ -40,11 +40,11 @@ def read_image(data: bytes, *, size: tuple[int, int], limits: ImageLimits) -> np
 
 
 def check_file(data: bytes, limits: ImageLimits) -> ImageHeader:
-    """Read the header of an uploaded picture and check it against the limits, without Pillow.
+    """Read the header of an uploaded image and check it against the limits, without Pillow.
 
     Raises:
-        InvalidRequest: the data is not a picture of a format that is served, or has parts that no picture needs.
-        TooLarge: the header announces a larger picture than allowed.
+        InvalidRequest: the format is not supported, or the file has too many parts.
+        TooLarge: the header declares a larger image than allowed.
     """
     header = read_header(data)
     if header is None or (header.format == "AVIF" and not HAS_AVIF):

@@ -1,4 +1,4 @@
-"""Encoded images in string tensors: checked before TensorFlow, here or elsewhere, decodes them."""
+"""Checks encoded images in string tensors before TensorFlow decodes them."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from serving.images.limits import ImageLimits, check_image
 from serving.inference.signatures import Predictor, Signature
 from serving.request_context import current_request
 
-# A session without inter-op threads runs `tf.map_fn` in one thread, but begins an image before it is through with the
-# one before. Up to 20 images at once, of every kind measured, took less than 3 times the memory of one.
+# A session without inter-op threads runs `tf.map_fn` in one thread, but starts an image before the previous one is
+# done. Up to 20 images of each measured format took less than 3 times the memory of one image.
 IMAGES_AT_ONCE = 3
 
-# Less is not reserved: only as many small images as there are calls of the model are decoded at a time.
+# Smaller amounts are not reserved in the memory budget: the number of concurrent model calls limits them.
 UNCOUNTED_BYTES = 2 * 1024 * 1024
 
-MAX_QUICK_FILES = 128  # small as each may be; as many are a batch
-_ELEMENT_BYTES = 512  # to look at a file's header takes as long as to parse so many bytes
+MAX_QUICK_FILES = 128  # more files count as slow, however small they are
+_ELEMENT_BYTES = 512  # reading a header takes as long as parsing this many bytes
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeEstimate:
-    """What it takes to decode the images in the string tensors of one call; 0 where there are none."""
+    """Memory and time to decode the images in the string tensors of one call; 0 without images."""
 
-    memory_bytes: int  # an upper estimate
+    memory_bytes: int  # an upper bound
     seconds: float  # on one core
 
 
 def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> DecodeEstimate:
-    """Check every element of string tensors that begins as an image file does.
+    """Check every element of string tensors that has the signature of an image file.
 
     Args:
         arrays: the string inputs of one call, object arrays of bytes.
         limits: the service's limits.
 
     Returns:
-        What it takes to decode them.
+        Memory and time to decode the images.
 
     Raises:
-        TooLarge: an image has too many pixels or frames, or a side that is too long.
-        InvalidRequest: an image has too many scans, or parts that no image needs.
+        TooLarge: an image has too many pixels or frames, or a side is too long.
+        InvalidRequest: an image has too many scans or other parts.
     """
     memory_bytes, seconds = 0, 0.0
     for array in arrays:
@@ -59,10 +59,10 @@ def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> D
             except (InvalidRequest, TooLarge) as error:
                 raise type(error)(f"image {index}: {error}") from error
             seconds += decode_seconds(header) * count
-            # The file itself is copied into the tensor, however many are decoded at once.
+            # Every file is copied into the tensor; only IMAGES_AT_ONCE are decoded at a time.
             memory_bytes += header.file_bytes * count
-            one = decode_cost(header, decoder="tensorflow") - header.file_bytes
-            costs += [one] * min(count, IMAGES_AT_ONCE)
+            cost = decode_cost(header, decoder="tensorflow") - header.file_bytes
+            costs += [cost] * min(count, IMAGES_AT_ONCE)
         if len(costs) > IMAGES_AT_ONCE:
             costs = sorted(costs)[-IMAGES_AT_ONCE:]
         memory_bytes += sum(costs)
@@ -70,13 +70,12 @@ def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> D
 
 
 def _find_images(array: np.ndarray) -> list[tuple[int, int, ImageHeader]]:
-    """Find the elements that begin as image files do.
+    """Find the elements that have the signature of an image file.
 
-    A tensor may hold the same object a million times: where a message gives fewer values than elements, the last one
-    is repeated.
+    A tensor may contain the same object a million times, because the last value of a message is repeated.
 
     Returns:
-        Of each image: the index of the first element that is it, how many are, and its header.
+        For each image: the index of its first element, the number of its elements, and its header.
     """
     if array.dtype != np.object_:
         return []  # not a string tensor: `check_inputs` refuses it
@@ -93,21 +92,17 @@ def _find_images(array: np.ndarray) -> list[tuple[int, int, ImageHeader]]:
 
 
 class ImageInspector:
-    """Inspects the encoded images in the inputs of a call before they are decoded.
-
-    Args:
-        limits: the service's limits.
-    """
+    """Checks the encoded images in the inputs of a call, and reserves memory for decoding them."""
 
     def __init__(self, limits: ImageLimits) -> None:
         self._limits = limits
 
     def inspect(self, signature: Signature, inputs: Mapping[str, np.ndarray]) -> bool:
-        """Check the images in the string inputs, and reserve memory for them; returns whether they decode slowly.
+        """Check the images in the string inputs and reserve memory for them; returns True if they decode slowly.
 
         Raises:
             InvalidRequest, TooLarge: see `check_encoded_images`.
-            Overloaded: no memory was free before the deadline.
+            Overloaded: the memory budget was exhausted until the deadline.
         """
         arrays = [inputs[name] for name, spec in signature.inputs.items() if spec.dtype == "DT_STRING"]
         if not arrays:
@@ -120,12 +115,7 @@ class ImageInspector:
 
 
 class InspectedPredictor:
-    """A predictor whose inputs are inspected before another one, such as a remote server, gets them.
-
-    Args:
-        inner: the predictor.
-        inspector: inspects them.
-    """
+    """Predictor that checks the images in its inputs before it calls another predictor, for example a remote one."""
 
     def __init__(self, inner: Predictor, inspector: ImageInspector) -> None:
         self._inner = inner
@@ -135,8 +125,8 @@ class InspectedPredictor:
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
     ) -> dict[str, np.ndarray]:
-        """See `Predictor.predict`; also raises what `ImageInspector.inspect` does."""
+        """See `Predictor.predict`. Also raises the errors of `ImageInspector.inspect`."""
         described = self.signatures.get(signature)
-        if described and described.inputs.keys() <= inputs.keys():  # else it is refused anyway
+        if described and described.inputs.keys() <= inputs.keys():  # otherwise the inner predictor refuses it
             self._inspector.inspect(described, inputs)
         return self._inner.predict(signature, inputs, deadline_s=deadline_s)

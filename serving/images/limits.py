@@ -1,7 +1,4 @@
-"""Limits on encoded images, checked by what their headers declare before anything is decoded.
-
-Imports neither Pillow nor TensorFlow.
-"""
+"""Limits on encoded images, checked with their headers before decoding. Imports neither Pillow nor TensorFlow."""
 
 from __future__ import annotations
 
@@ -13,20 +10,20 @@ from serving.errors import InvalidRequest, TooLarge
 
 Decoder = Literal["pillow", "tensorflow"]
 
-# A scan of a JPEG costs time for every pixel, so a large image may have fewer than MAX_JPEG_SCANS: as many as there
-# are in `max_pixels` times this. 49 megapixels take 2 s with 20 scans, and 9 s with 100.
+# Every scan of a JPEG processes every pixel, so scans times pixels is limited to `max_pixels` times this number. 49
+# megapixels take 2 s with 20 scans, and 9 s with 100.
 FULL_SIZE_SCANS = 20
 
-# giflib prepares its tables anew for every frame, however small.
+# giflib rebuilds its tables for every frame, even a small one.
 MAX_FRAMES = 10_000
 
-# libpng inflates every chunk of text, although no decoder returns it: 300 chunks in a file of 2 MB take 16 s and 2 GB.
+# libpng inflates every text chunk, although decoders drop it: 300 chunks in a file of 2 MB take 16 s and 2 GB.
 MAX_METADATA_BYTES = 32_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """How large an encoded image may be."""
+    """Maximum size of an encoded image."""
 
     max_pixels: int
     max_side: int
@@ -36,14 +33,14 @@ def check_image(header: ImageHeader, limits: ImageLimits, *, decoder: Decoder) -
     """Refuse an image that is too large or too slow to decode.
 
     Args:
-        header: what the file declares.
+        header: the file's header.
         limits: the service's limits.
-        decoder: which library decodes it. Pillow reads only the first frame of an animation and is given no metadata;
-            TensorFlow reads all of both.
+        decoder: the library that decodes the file. Pillow decodes only the first frame of an animation, and gets no
+            metadata; TensorFlow decodes all frames and metadata.
 
     Raises:
-        TooLarge: it has too many pixels, frames or metadata, or a side that is too long.
-        InvalidRequest: it has no pixels, too many scans, or more parts than any image needs.
+        TooLarge: the image has too many pixels, frames or metadata, or a side is too long.
+        InvalidRequest: the image has no pixels, or too many scans or other parts.
     """
     size = f"{header.width} x {header.height} pixels"
     if header.problem:
@@ -51,7 +48,7 @@ def check_image(header: ImageHeader, limits: ImageLimits, *, decoder: Decoder) -
     if not header.pixels:
         raise InvalidRequest(f"the picture has {size}: there is nothing to decode")
     if header.pixels > limits.max_pixels:
-        raise TooLarge(f"the picture has {size}: at most {limits.max_pixels:,} in all are taken")
+        raise TooLarge(f"the picture has {size}: at most {limits.max_pixels:,} in all are allowed")
     if max(header.width, header.height) > limits.max_side:
         raise TooLarge(f"the picture has {size}: a side may have at most {limits.max_side:,}")
     if header.scans > MAX_JPEG_SCANS:
@@ -63,10 +60,11 @@ def check_image(header: ImageHeader, limits: ImageLimits, *, decoder: Decoder) -
         )
     if decoder == "tensorflow":
         if header.frames > MAX_FRAMES:
-            raise TooLarge(f"the animation has {header.frames:,} frames: at most {MAX_FRAMES:,} are taken")
+            raise TooLarge(f"the animation has {header.frames:,} frames: at most {MAX_FRAMES:,} are allowed")
         if header.pixels * header.frames > limits.max_pixels:
             raise TooLarge(
-                f"the animation has {header.frames:,} frames of {size}: at most {limits.max_pixels:,} in all are taken"
+                f"the animation has {header.frames:,} frames of {size}: at most {limits.max_pixels:,} in all are "
+                "allowed"
             )
         if header.metadata_bytes > MAX_METADATA_BYTES:
-            raise TooLarge("the PNG file has too much compressed text beside the pixels; remove its metadata")
+            raise TooLarge("the PNG file has too much compressed text in its metadata; remove the metadata")

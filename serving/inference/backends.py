@@ -1,4 +1,4 @@
-"""The models that the settings ask for: in this process, behind a batcher each, or at another server."""
+"""Builds the model repository from the settings: models in this process with batching, or on a remote server."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from serving.settings import Settings
 
 
 def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) -> ModelRepository:
-    """Make the repository of the models; none is loaded yet.
+    """Make the model repository; its models are not loaded yet.
 
     Raises:
-        StartupError: there is no models folder, or the model config cannot be used.
+        StartupError: the models folder does not exist, or the model config is invalid.
     """
     inspector = ImageInspector(settings.image_limits)
     if settings.remote:
         from serving.inference.remote import RemoteRepository
 
-        def limit(model: str, predictor: Predictor) -> Predictor:
+        def inspect(model: str, predictor: Predictor) -> Predictor:
             return InspectedPredictor(metrics.time_predictor(model, predictor), inspector)
 
         return RemoteRepository(
             settings.remote,
             name_remote_models(settings),
             required=settings.require_models,
-            wrap_predictor=limit,
+            wrap_predictor=inspect,
         )
 
     def batch(model: str, predictor: Predictor, unbatched: Collection[str]) -> Predictor:
@@ -66,10 +66,10 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
 
 
 def name_remote_models(settings: Settings) -> tuple[str, ...]:
-    """Return the models to ask the remote server for: those named, else those in the folder that both can see.
+    """Return the models to serve from the remote server: the configured names, otherwise those in the models folder.
 
     Raises:
-        StartupError: none is named, and there is no such folder, or no model in it.
+        StartupError: no name is configured, and the models folder does not exist or is empty.
     """
     if settings.remote_models:
         return settings.remote_models
@@ -80,5 +80,5 @@ def name_remote_models(settings: Settings) -> tuple[str, ...]:
         return names
     except (OSError, StartupError) as error:
         raise StartupError(
-            f"which models to ask {settings.remote} for? It cannot list them: name each with --remote-model ({error})"
+            f"{settings.remote} cannot list its models: name each model with --remote-model ({error})"
         ) from error

@@ -1,15 +1,16 @@
-"""Dynamic batching: concurrent requests share calls of the model, and a lone one does not wait for company.
+"""Dynamic batching: concurrent requests share model calls; a single request does not wait for others.
 
-Requests queue up. Where no call of the model runs, one begins at once, with all that have come by then; when it ends,
-the next begins with all that have come meanwhile. Batches are not padded: from 8 rows on a row costs the same whatever
-their number (0.18 to 0.20 ms for the article's network, with 8 to 64), so what is padded is paid for.
+Requests are queued. If no model call is running, a call starts at once with all queued requests. When it ends, the next
+call starts with all requests that arrived meanwhile. Batches are not padded: from a batch size of 8, the time per row
+is constant (0.18 to 0.20 ms for the article's network, with 8 to 64 rows), so padding rows would take as long.
 
-Each model has two lanes with calls of their own, so that long requests (many rows, large images) do not hold up short
-ones. A request that cannot be finished before its deadline is refused at once (load shedding).
+Each model has a short and a long lane, so that long requests (many rows, large images) do not delay short ones. A
+request that cannot meet its deadline is refused at once (load shedding).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -26,29 +27,28 @@ from serving.inference.liveness import Liveness
 from serving.inference.signatures import Predictor, Signature, count_rows
 from serving.request_context import current_request
 
-# Fewer are worth a call only if no more are being read.
+# A call with fewer rows starts only when the event loop has no more requests to read.
 FEW_ROWS = 8
 
-# Calls of a model that needs less for a few rows are not made side by side, unless whole batches wait: the core that
-# the second would take has requests to read and responses to write meanwhile.
+# If a call with FEW_ROWS rows is faster, calls do not run concurrently unless a full batch is queued: the event loop
+# needs the second core to read requests and write responses.
 LONG_CALL_S = 0.01
 
-# An inline call: one that takes less, for a lone request, is made by the thread that brought it, even the event loop's:
-# to hand it to another thread and its result back takes a fifth of a millisecond. How long it will take is known from
-# the last call with rows of its shape; should it not come back at all, no more does /healthz.
+# Fast path: a faster call for a single request runs inline in the requesting thread, even in the event loop, because
+# a worker thread costs 0.2 ms. The estimate is the time of the last call with the same signature and shape. If an
+# inline call hangs, /healthz hangs too.
 SHORT_CALL_S = 0.001
 
 # An inline call blocks the event loop, so every LISTEN_EVERY-th call runs in a worker thread. If a request arrives
 # meanwhile, inlining stops until LISTEN_EVERY calls in a row were uncontended.
 LISTEN_EVERY = 16
 
-MAX_SHAPES = 64  # whose calls' times are kept
+MAX_SHAPES = 64  # for which the time of the last call is stored
 
-# Requests of more than FEW_ROWS rows that take longer, and those whose files take long to decode, use the long lane.
+# Longer requests of more than FEW_ROWS rows, and those with images that decode slowly, use the long lane.
 LONG_REQUEST_S = 0.05
 
-# Estimates of waiting times are multiplied by this before they are compared with a deadline: a request that is finished
-# too late has taken the place of one that could have been in time.
+# Safety factor of the estimated waiting time: a request that misses its deadline wastes the time of others.
 ESTIMATE_MARGIN = 1.25
 
 _GroupKey = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
@@ -56,14 +56,14 @@ _GroupKey = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """One request, or a part of a long one, on its way through the model."""
+    """A queued request, or a part of a long one."""
 
     key: _GroupKey  # requests with the same key can share a call
     inputs: Mapping[str, np.ndarray]
     rows: int
-    is_alone: bool  # shares its call with no other
+    is_unbatched: bool  # does not share a call with other requests
     deadline_s: float | None
-    is_abandoned: Callable[[], bool]
+    is_disconnected: Callable[[], bool]
     waiter: Waiter = field(default_factory=Waiter)
     outputs: dict[str, np.ndarray] | None = None
     error: Exception | None = None
@@ -71,46 +71,46 @@ class _Request:
 
 @dataclass(eq=False, slots=True)
 class _Lane:
-    """A queue with calls of its own."""
+    """A queue with its own worker threads."""
 
     max_calls: int
     threads: ThreadPoolExecutor
     queue: deque[_Request] = field(default_factory=deque)
     queued_rows: int = 0
-    calls: int = 0  # that run
-    pending_rows: int = 0  # of requests that were admitted and have no result yet
-    # Decayed sums of the rows processed and the time that it took, of all calls together.
+    calls: int = 0  # running model calls
+    pending_rows: int = 0  # of admitted requests without a result
+    # Exponentially decayed sums over the calls, for the throughput.
     done_rows: float = 0.0
     done_s: float = 0.0
     last_end_s: float = 0.0
 
     @property
     def row_s(self) -> float:
-        """Time for a row, at the rate of late; 0 where it is not known."""
+        """Recent time per row; 0 if unknown."""
         return self.done_s / self.done_rows if self.done_rows else 0.0
 
-    def note_call(self, rows: int, started_s: float, ended_s: float) -> None:
-        """Note a call that has ended. What ran beside another call is counted once."""
+    def record_call(self, rows: int, started_s: float, ended_s: float) -> None:
+        """Record the time of a call. Time that overlaps with another call counts once."""
         self.done_rows = 0.9 * self.done_rows + rows
         self.done_s = 0.9 * self.done_s + max(0.0, ended_s - max(started_s, self.last_end_s))
         self.last_end_s = max(self.last_end_s, ended_s)
 
 
 class Batcher:
-    """A predictor that gathers concurrent calls of another one into batches.
+    """Predictor that batches concurrent calls of another predictor. Thread-safe.
 
-    Only signatures whose inputs and outputs all have a batch axis are gathered; an error is only for the request
-    that caused it. Every batcher has threads of its own: a model that is slow holds up no other.
+    Only signatures whose inputs and outputs all have a batch axis are batched. If a batch fails, its requests run one
+    by one, so that only the faulty one fails. Every batcher has its own threads: a slow model does not delay others.
 
     Args:
         inner: the predictor.
-        max_batch_rows: most rows in one call; larger requests are split into several.
-        max_queued_rows: while so many rows wait, or more, requests are refused at once.
-        concurrency: calls of the model at the same time, in each lane.
-        liveness: is told of every call, so that it can tell when one does not come back.
-        inspect: looks at the inputs of each request before it is queued: raises an error where they must not be
-            processed, and returns whether they take long to decode.
-        unbatched: signatures whose rows influence each other; their requests are neither gathered nor split.
+        max_batch_rows: maximum batch size; larger requests are split.
+        max_queued_rows: requests are refused while the queue has this many rows or more (load shedding).
+        concurrency: maximum number of concurrent model calls in each lane.
+        liveness: watches every model call.
+        inspect: checks the inputs of a request before it is queued; raises an error for invalid inputs, and returns
+            True if they decode slowly.
+        unbatched: signatures whose rows influence each other; their requests are neither batched nor split.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Batcher:
         self._inner = inner
         self._liveness = liveness
         self.signatures: Mapping[str, Signature] = inner.signatures
-        self._gathered = {name for name, signature in inner.signatures.items() if signature.is_batched} - {*unbatched}
+        self._batched = {name for name, signature in inner.signatures.items() if signature.is_batched} - {*unbatched}
         self._max_batch_rows = max_batch_rows
         self._max_queued_rows = max_queued_rows
         self._concurrency = concurrency
@@ -137,109 +137,108 @@ class Batcher:
         slow_threads = ThreadPoolExecutor(concurrency, thread_name_prefix="model-long", initializer=lower_priority)
         self._long = _Lane(max(1, concurrency - 1), slow_threads)
         self._few_rows_s = 0.0
-        self._row_s: dict[_GroupKey, float] = {}  # of the last call
-        self._is_kick_due = False
-        self._uncontended_calls = 0  # since a request came while a call was due or ran; that sets it below 0
+        self._row_s: dict[_GroupKey, float] = {}  # time per row of the last call
+        self._is_start_scheduled = False
+        self._uncontended_calls = 0  # set to -LISTEN_EVERY when a request arrives during a call
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
     ) -> dict[str, np.ndarray]:
-        """See `Predictor.predict`. The inputs are valid: `InferenceService.predict` has checked them.
+        """See `Predictor.predict`. `InferenceService.predict` has already validated the inputs.
 
         Raises:
-            Overloaded: too many requests wait, or it could not be finished before the deadline.
-            ModelFailed: the deadline passed while it waited (DEADLINE_EXCEEDED), or the client disconnected.
+            Overloaded: the queue is full, or the deadline cannot be met (load shedding).
+            ModelFailed: the deadline passed while the request was queued, or the client disconnected.
         """
         described = self.signatures[signature]
         rows = count_rows(described, inputs)
-        takes_long = self._inspect(described, inputs)
+        is_long = self._inspect(described, inputs)
         key = (signature, tuple([(name, inputs[name].shape[1:]) for name in described.inputs]))
-        is_alone = signature not in self._gathered
-        if rows > self._max_batch_rows and not is_alone:
+        is_unbatched = signature not in self._batched
+        if rows > self._max_batch_rows and not is_unbatched:
             return self._predict_in_parts(key, inputs, rows, deadline_s)
-        takes_long = takes_long or (rows > FEW_ROWS and rows * self._row_s.get(key, 0.0) > LONG_REQUEST_S)
-        lane = self._long if takes_long else self._short
-        request = _Request(key, inputs, rows, is_alone, deadline_s, current_request.get().client_disconnected)
+        is_long = is_long or (rows > FEW_ROWS and rows * self._row_s.get(key, 0.0) > LONG_REQUEST_S)
+        lane = self._long if is_long else self._short
+        request = _Request(key, inputs, rows, is_unbatched, deadline_s, current_request.get().client_disconnected)
         self._admit(lane, rows, deadline_s)
         try:
             self._enqueue(lane, request)
             return self._wait(lane, request)
         finally:
-            self._leave(lane, rows)
+            self._release(lane, rows)
 
     def _predict_in_parts(
         self, key: _GroupKey, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
     ) -> dict[str, np.ndarray]:
-        """Process a request of more rows than one call takes."""
+        """Process a request that exceeds the maximum batch size."""
         self._admit(self._long, rows, deadline_s)
         try:
-            outputs = list(self._run(self._long, self._split(key, inputs, rows, deadline_s)))
+            outputs = list(self._run_parts(self._long, self._split(key, inputs, rows, deadline_s)))
         finally:
-            self._leave(self._long, rows)
+            self._release(self._long, rows)
         return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
 
     def _split(
         self, key: _GroupKey, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
     ) -> Iterator[_Request]:
         """Make requests of at most `max_batch_rows` rows each."""
-        is_abandoned = current_request.get().client_disconnected
+        is_disconnected = current_request.get().client_disconnected
         step = self._max_batch_rows
         for start in range(0, rows, step):
             part = {name: array[start : start + step] for name, array in inputs.items()}
-            yield _Request(key, part, min(step, rows - start), False, deadline_s, is_abandoned)
+            yield _Request(key, part, min(step, rows - start), False, deadline_s, is_disconnected)
 
-    def _run(self, lane: _Lane, parts: Iterator[_Request]) -> Iterator[dict[str, np.ndarray]]:
+    def _run_parts(self, lane: _Lane, parts: Iterator[_Request]) -> Iterator[dict[str, np.ndarray]]:
         """Yield the outputs of each part.
 
-        Only as many parts as can run at once are in the queue, so that long requests take turns; and after a part that
-        failed no more are made.
+        Only `max_calls` parts are queued at a time, so that long requests alternate. Stops after a part that failed.
         """
         waiting: deque[_Request] = deque()
         for part in parts:
             if len(waiting) >= lane.max_calls:
-                yield self._finish(lane, waiting)
+                yield self._wait_for_first(lane, waiting)
             waiting.append(part)
             self._enqueue(lane, part)
         while waiting:
-            yield self._finish(lane, waiting)
+            yield self._wait_for_first(lane, waiting)
 
-    def _finish(self, lane: _Lane, waiting: deque[_Request]) -> dict[str, np.ndarray]:
-        """Wait for the first of these requests, and return its outputs; drops the others if it failed."""
+    def _wait_for_first(self, lane: _Lane, waiting: deque[_Request]) -> dict[str, np.ndarray]:
+        """Wait for the first of these requests and return its outputs; if it fails, withdraw the others."""
         try:
             return self._wait(lane, waiting.popleft())
         except Exception:
             for other in waiting:
                 if not self._withdraw(lane, other):
-                    other.waiter.wait()  # it has just been taken from the queue
+                    other.waiter.wait()  # it is already being processed
             raise
 
     def _admit(self, lane: _Lane, rows: int, deadline_s: float | None) -> None:
-        """Refuse a request if the queue is full or its deadline cannot be met.
+        """Load shedding: refuse a request if the queue is full or its deadline cannot be met.
 
-        How many rows the request itself has does not matter, so a large one is not refused where a small one is taken.
+        The queue limit ignores the rows of the request itself, so large requests are not refused before small ones.
         """
         with self._lock:
             if lane.queued_rows >= self._max_queued_rows:
                 raise Overloaded(
-                    f"too many requests wait for the model: {lane.queued_rows} rows, and no more are taken from "
-                    f"{self._max_queued_rows} on; try again later",
+                    f"the queue of the model is full: {lane.queued_rows} rows are queued, the limit is "
+                    f"{self._max_queued_rows}; try again later",
                     retry_after_s=max(1, round(lane.queued_rows * lane.row_s)),
                 )
             estimate_rows = lane.pending_rows + rows
-            if estimate_rows > self._max_batch_rows:  # its batch may fill up behind it
+            if estimate_rows > self._max_batch_rows:  # later requests may fill up its batch
                 estimate_rows = math.ceil(estimate_rows / self._max_batch_rows) * self._max_batch_rows
             estimate_s = ESTIMATE_MARGIN * estimate_rows * lane.row_s
             late_s = 0.0 if deadline_s is None else estimate_s - (deadline_s - time.monotonic())
             if lane.pending_rows and late_s > 0:
                 raise Overloaded(
-                    f"{lane.pending_rows} rows wait for the model, so this request would take about "
-                    f"{estimate_s:.1f} s, {late_s:.1f} s more than it may; try again later",
+                    f"{lane.pending_rows} rows are queued or running, so this request would take about "
+                    f"{estimate_s:.1f} s and miss its deadline by {late_s:.1f} s; try again later",
                     retry_after_s=max(1, math.ceil(late_s)),
                 )
             lane.pending_rows += rows
 
-    def _leave(self, lane: _Lane, rows: int) -> None:
-        """Take note that an admitted request has its result."""
+    def _release(self, lane: _Lane, rows: int) -> None:
+        """Subtract the rows of an admitted request that has its result."""
         with self._lock:
             lane.pending_rows -= rows
 
@@ -249,20 +248,20 @@ class Batcher:
                 self._uncontended_calls = -LISTEN_EVERY
             lane.queue.append(request)
             lane.queued_rows += request.rows
-            is_call_due = self._wants_call(lane)
-            lane.calls += is_call_due
-            kick = lane is self._short and lane.calls == 0 and not self._is_kick_due
-            self._is_kick_due |= kick
-        if is_call_due:
+            starts_call = self._should_start_call(lane)
+            lane.calls += starts_call
+            schedules_start = lane is self._short and lane.calls == 0 and not self._is_start_scheduled
+            self._is_start_scheduled |= schedules_start
+        if starts_call:
             lane.threads.submit(self._call_until_idle, lane)
-        if kick:
-            call_soon(self._begin_small_call)
+        if schedules_start:
+            call_soon(self._start_small_call)
 
-    def _begin_small_call(self) -> None:
-        """Begin a call with few rows: no more are being read just now."""
+    def _start_small_call(self) -> None:
+        """Start a call with few rows, now that the event loop has read all requests."""
         lane = self._short
         with self._lock:
-            self._is_kick_due = False
+            self._is_start_scheduled = False
             if not lane.queue or lane.calls:
                 return
             lane.calls += 1
@@ -277,8 +276,8 @@ class Batcher:
                     return
         lane.threads.submit(self._call_until_idle, lane)
 
-    def _wants_call(self, lane: _Lane) -> bool:
-        """Whether to begin a call of the model, beside those that run."""
+    def _should_start_call(self, lane: _Lane) -> bool:
+        """Return True if another model call should start now."""
         if lane is self._long or self._few_rows_s > LONG_CALL_S:
             return lane.calls < lane.max_calls
         if lane.calls == 0:
@@ -286,19 +285,19 @@ class Batcher:
         return lane.queued_rows >= self._max_batch_rows and lane.calls < lane.max_calls
 
     def _wait(self, lane: _Lane, request: _Request) -> dict[str, np.ndarray]:
-        """Wait until a request is processed, or its deadline has passed; returns its outputs, or raises its error."""
+        """Wait for a request until its deadline; returns its outputs or raises its error."""
         timeout_s = None if request.deadline_s is None else request.deadline_s - time.monotonic()
         if not request.waiter.wait(timeout_s):
             if self._withdraw(lane, request):
                 raise deadline_exceeded()
-            request.waiter.wait()  # it has just been taken from the queue
+            request.waiter.wait()  # it is already being processed
         if request.error is not None:
             raise request.error
         assert request.outputs is not None
         return request.outputs
 
     def _withdraw(self, lane: _Lane, request: _Request) -> bool:
-        """Take a request from the queue; returns whether it was still there."""
+        """Remove a request from the queue; returns False if it is no longer queued."""
         with self._lock:
             if request not in lane.queue:
                 return False
@@ -307,12 +306,12 @@ class Batcher:
             return True
 
     def _call_until_idle(self, lane: _Lane) -> None:
-        """Call the model with what waits, until nothing does."""
+        """Worker thread: call the model until the queue is empty."""
         while self._call_once(lane):
             pass
 
     def _call_once(self, lane: _Lane) -> bool:
-        """Call the model with what waits; returns False, and one call less runs, where nothing does."""
+        """Call the model with the next batch. If the queue is empty, decrement `calls` and return False."""
         requests = self._take_batch(lane)
         if not requests:
             return False
@@ -322,9 +321,9 @@ class Batcher:
         call_s, rows = time.perf_counter() - started_s, sum(request.rows for request in requests)
         row_s = call_s / rows
         with self._lock:
-            lane.note_call(rows, started_s, started_s + call_s)
+            lane.record_call(rows, started_s, started_s + call_s)
         if lane is self._short:
-            # Of a full batch only the part that a few rows would take: many clients do not make a model slow.
+            # Scaled down for a large batch: the model is not slower because it has many clients.
             self._few_rows_s = call_s * FEW_ROWS / max(FEW_ROWS, rows)
         if len(self._row_s) >= MAX_SHAPES:
             self._row_s.clear()
@@ -333,23 +332,23 @@ class Batcher:
         return True
 
     def _take_batch(self, lane: _Lane) -> list[_Request]:
-        """Take requests that fit into one call from the queue; none, and one call less runs, where it is empty."""
+        """Remove the next batch from the queue. If there is none, decrement `calls`."""
         chosen: list[_Request] = []
         refused: list[Waiter] = []
         rows = 0
         now_s = time.monotonic()
         with self._lock:
-            are_more_to_come = lane is self._short and self._is_kick_due and lane.queued_rows < FEW_ROWS
-            while lane.queue and not are_more_to_come:
+            is_reading = lane is self._short and self._is_start_scheduled and lane.queued_rows < FEW_ROWS
+            while lane.queue and not is_reading:
                 request = lane.queue[0]
                 if request.deadline_s is not None and request.deadline_s <= now_s:
                     request.error = deadline_exceeded()
-                elif request.is_abandoned():
+                elif request.is_disconnected():
                     request.error = client_disconnected()
                 elif chosen and (
-                    request.is_alone or request.key != chosen[0].key or rows + request.rows > self._max_batch_rows
+                    request.is_unbatched or request.key != chosen[0].key or rows + request.rows > self._max_batch_rows
                 ):
-                    break  # the next call's
+                    break  # it starts the next batch
                 else:
                     chosen.append(request)
                     rows += request.rows
@@ -357,7 +356,7 @@ class Batcher:
                     refused.append(request.waiter)
                 lane.queue.popleft()
                 lane.queued_rows -= request.rows
-                if chosen and (chosen[0].is_alone or lane is self._long):
+                if chosen and (chosen[0].is_unbatched or lane is self._long):
                     break
             if chosen:
                 self._uncontended_calls += 1
@@ -367,13 +366,10 @@ class Batcher:
         return chosen
 
     def _process(self, requests: Sequence[_Request]) -> None:
-        """Set the outputs or the error of every request, with one call of the model if that goes well."""
+        """Set the outputs or the error of every request. If the batch fails, its requests run one by one."""
         if len(requests) > 1:
-            try:
-                self._process_together(requests)
-            except Exception:  # which of them is at fault shows when each is processed alone
-                pass
-            else:
+            with contextlib.suppress(Exception):  # the individual calls raise the error of the faulty request
+                self._process_batch(requests)
                 return
         for request in requests:
             try:
@@ -381,12 +377,12 @@ class Batcher:
             except Exception as error:
                 request.error = error
 
-    def _process_together(self, requests: Sequence[_Request]) -> None:
+    def _process_batch(self, requests: Sequence[_Request]) -> None:
         joined = {name: np.concatenate([request.inputs[name] for request in requests]) for name in requests[0].inputs}
         outputs = self._inner.predict(requests[0].key[0], joined)
         rows = sum(request.rows for request in requests)
         if any(array.ndim == 0 or len(array) != rows for array in outputs.values()):
-            raise ServingError("the model does not answer row by row")
+            raise ServingError("the number of output rows differs from the number of input rows")
         start = 0
         for request in requests:
             end = start + request.rows

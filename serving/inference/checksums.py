@@ -1,8 +1,7 @@
-"""Verifies a version's files against the SHA-256 sums that were written when it was exported, where there are any.
+"""Verifies a version's files against the optional checksums of its export, `assets.extra/SHA256SUMS`.
 
-TensorFlow verifies the contents of variables only: a flipped bit in `saved_model.pb` can change answers. The sums are
-in `assets.extra/SHA256SUMS`, in the format of the command `sha256sum`. Files that are not listed, such as warm-up
-records that were added later, are not verified.
+TensorFlow verifies only the contents of variables: a flipped bit in `saved_model.pb` can change predictions. The file
+has the format of `sha256sum`. Unlisted files, for example warm-up records that were added later, are not verified.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ _SHOWN_AT_MOST = 5
 
 
 def has_checksums(path: Path) -> bool:
-    """Whether there is a list of sums in a version's folder, or something in its place."""
-    return os.path.lexists(path / SUMS_FILE)  # False where it may not be looked at
+    """Return True if a version has checksums, even if they are unreadable."""
+    return os.path.lexists(path / SUMS_FILE)  # False without permission for the folder
 
 
 class Verification:
-    """Verifies a version in a thread of its own, so that large files do not delay other models.
+    """Verifies a version in a background thread, so that large files do not delay other models.
 
     Args:
         path: the version's folder.
-        stamp: the state of its files, as `read_stamp` gives it.
-        notify: called in that thread when the result is there.
+        stamp: the version's `read_stamp` before the verification.
+        notify: called in the background thread when the verification is done.
     """
 
     def __init__(self, path: Path, stamp: Stamp, notify: Callable[[], None]) -> None:
@@ -48,11 +47,11 @@ class Verification:
 
     @property
     def done(self) -> bool:
-        """Whether `error` is final."""
+        """True when `error` is final."""
         return self._done.is_set()
 
     def wait(self, timeout_s: float) -> None:
-        """Wait for the result, at most so long."""
+        """Wait until the verification is done or the timeout expires."""
         self._done.wait(timeout_s)
 
     def _run(self) -> None:
@@ -65,14 +64,14 @@ class Verification:
 
 
 def verify_checksums(path: Path, *, only: Collection[Path] | None = None) -> None:
-    """Compare the files of a version with the sums in it; without a list of sums there is nothing to compare.
+    """Compare the files of a version with its checksums, if it has any.
 
     Args:
         path: the version's folder.
-        only: the files to compare, relative to it; by default all that are listed.
+        only: the files to verify, relative to the folder; by default all listed files.
 
     Raises:
-        ModelLoadError: a file differs from its sum, is missing or cannot be read, or the list itself is damaged. The
+        ModelLoadError: a file differs from its checksum, is missing or unreadable, or SHA256SUMS is damaged. The
             message names the file.
     """
     if not has_checksums(path):
@@ -87,16 +86,16 @@ def verify_checksums(path: Path, *, only: Collection[Path] | None = None) -> Non
         shown = "; ".join(problems[:_SHOWN_AT_MOST])
         more = f"; and {len(problems) - _SHOWN_AT_MOST} more" if len(problems) > _SHOWN_AT_MOST else ""
         raise ModelLoadError(
-            f"{path} is not as it was exported: {shown}{more}. Copy or export the version again; if the change is "
-            f"wanted, delete {SUMS_FILE}",
+            f"{path} differs from its export: {shown}{more}. Copy or export the version again; if the change is "
+            f"intended, delete {SUMS_FILE}",
             code="DATA_LOSS",
         )
 
 
 def _read_sums(file: Path) -> dict[str, str]:
-    """Read the names of files, relative to the version's folder, and their sums."""
+    """Read the checksum of each file; names are relative to the version's folder."""
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # to open a pipe would wait for a writer
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would block
             raise ModelLoadError(f"{file} is not a regular file", code="FAILED_PRECONDITION")
         with file.open("rb") as stream:
             content = stream.read(MAX_SUMS_BYTES + 1)
@@ -109,7 +108,7 @@ def _read_sums(file: Path) -> dict[str, str]:
         if not line:
             continue
         match = _LINE.fullmatch(line)
-        if match is None or _leads_out(match[2]):
+        if match is None or _is_outside(match[2]):
             raise ModelLoadError(
                 f"line {number} of {file} is damaged: expected a SHA-256 sum, two spaces, and the name of a file in "
                 "the version",
@@ -121,13 +120,13 @@ def _read_sums(file: Path) -> dict[str, str]:
     return sums
 
 
-def _leads_out(name: str) -> bool:
+def _is_outside(name: str) -> bool:
     parts = PurePosixPath(name).parts
     return name.startswith("/") or ".." in parts or "\0" in name
 
 
 def _verify_file(file: Path, expected: str) -> str:
-    """Return what is wrong with a file, as the end of a sentence that begins with its name; else an empty string."""
+    """Return an error without the file's name ("is missing"), or an empty string."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             return "is not a regular file"

@@ -1,4 +1,4 @@
-"""The contract of image classifiers: what `/predict` and the page need of a model."""
+"""The signature of image classifiers, which `/predict` and the web page require."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from serving.errors import InvalidRequest
 from serving.inference.repository import ModelVersion
 from serving.inference.signatures import DEFAULT_SIGNATURE, Predictor
 
-FILES_SIGNATURE = "image_bytes"  # takes encoded files instead of pixels; the name of its input, too
+FILES_SIGNATURE = "image_bytes"  # takes encoded image files; its input has the same name
 
 
 def image_size(predictor: Predictor, *, model: str) -> tuple[int, int]:
@@ -31,13 +31,13 @@ def image_size(predictor: Predictor, *, model: str) -> tuple[int, int]:
                 ):
                     return height, width
     raise InvalidRequest(
-        f"model {model} does not take pictures: that needs a signature {DEFAULT_SIGNATURE} from images "
-        "(uint8, (n, height, width, 3)) to probabilities, class_id and label. "
-        f"Send it tensors at /v1/models/{model}:predict"
+        f"model {model} is not an image classifier: expected a signature {DEFAULT_SIGNATURE} with the input images "
+        "(uint8 (n, height, width, 3)) and the outputs probabilities, class_id and label. "
+        f"Send tensors to /v1/models/{model}:predict"
     )
 
 
 def class_names(version: ModelVersion, *, count: int) -> list[str]:
-    """Return the names of a model's `count` classes, or their numbers where the model info does not name as many."""
+    """Return the names of a model's classes, or their numbers unless the model info has `count` names."""
     names = version.info.class_names
     return list(names) if len(names) == count else [str(class_id) for class_id in range(count)]

@@ -1,4 +1,4 @@
-"""Whether the process is still of use: what only a restart can mend."""
+"""Liveness check: unhealthy when a critical thread has exited or a model call hangs."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import threading
 import time
 from collections.abc import Iterator
 
-STALLED_S = 120.0  # a call of the model that takes longer does not come back
+STALLED_S = 120.0  # a longer model call counts as hanging
 
 
 class Liveness:
-    """Knows the threads that must not end and the calls of the models that must."""
+    """Watches critical threads and running model calls."""
 
     def __init__(self) -> None:
         self._threads: list[threading.Thread] = []
         self._numbers = itertools.count()
-        self._calls: dict[int, float] = {}  # when each began
+        self._calls: dict[int, float] = {}  # start time of each running call
 
     def watch_thread(self, thread: threading.Thread) -> None:
-        """Take the process for dead once this thread has ended."""
+        """Report unhealthy once this thread has exited."""
         self._threads.append(thread)
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """Keep an eye on a call of a model while the block runs."""
+        """Watch a model call while the block runs."""
         number = next(self._numbers)
         self._calls[number] = time.monotonic()
         try:
@@ -35,11 +35,11 @@ class Liveness:
 
     @property
     def problem(self) -> str | None:
-        """Why the process is of no use any more, in a sentence; None while it is."""
+        """The reason why the process is unhealthy, or None if it is healthy."""
         for thread in self._threads:
             if not thread.is_alive():
-                return f"the thread {thread.name} has ended"
+                return f"the thread {thread.name} has exited"
         for started_s in tuple(self._calls.values()):
             if time.monotonic() - started_s > STALLED_S:
-                return f"a call of a model has not come back for {time.monotonic() - started_s:.0f} s"
+                return f"a model call has not returned for {time.monotonic() - started_s:.0f} s"
         return None

@@ -1,4 +1,4 @@
-"""The models on disk: polled, loaded, warmed up, and tried again when a broken one is mended."""
+"""Repository of the models on disk: polls their folders, loads and warms up versions, retries failed ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from typing_extensions import override
 
 from serving.errors import ModelFailed, ModelLoadError, StartupError
 from serving.inference.checksums import Verification, has_checksums, verify_checksums
@@ -22,34 +24,34 @@ from serving.quoting import printable
 
 logger = logging.getLogger(__name__)
 
-_WAIT_S = 0.2  # for a verification, before the models are polled again
+_WAIT_S = 0.2  # between polls while versions are verified
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """A loaded version, with the state of the files that may arrive after it was loaded."""
+class _LoadedVersion:
+    """A loaded version, and the stamps of the files that may change after loading."""
 
     path: Path
-    predictor: Predictor  # as loaded, without what requests go through
+    predictor: Predictor  # not wrapped
     unbatched: Collection[str]
     info_stamp: Stamp
     warmup_stamp: Stamp
 
 
 class LocalRepository(ModelRepository):
-    """Keeps the versions loaded that the configuration and the folders call for.
+    """Loads the versions that the model configs select from the folders (hot reload).
 
-    A version that cannot be loaded is reported with the reason, replaces none that can, and is tried again when its
-    files change, else after an increasing delay. No fault of one model stops another. A folder that cannot be read
-    any more leaves what was loaded from it in use.
+    A version that cannot be loaded is reported with the reason and does not replace a loaded one. It is retried when
+    its files change, and with exponential backoff. A faulty model does not affect other models. Versions stay loaded
+    if their folder becomes unreadable.
 
     Args:
-        configs: lists the models that are to be served, anew at each poll.
+        configs: returns the models to serve; called at every poll.
         required: the models without which the repository is not ready.
-        load_predictor: makes a predictor of a version's folder, or raises `ModelLoadError`.
-        find_dependent: names the signatures of a version whose rows influence each other.
-        wrap_predictor: what requests go through instead of the predictor itself, once it is warmed up. It is given
-            the model's name, the predictor, and the signatures whose requests must not be batched.
+        load_predictor: loads a predictor from a version's folder; raises `ModelLoadError`.
+        find_dependent: returns the signatures of a version whose rows influence each other.
+        wrap_predictor: wraps the warmed-up predictor for requests, for example in a `Batcher`. Its arguments are the
+            model's name, the predictor, and the signatures whose requests must not be batched.
     """
 
     def __init__(
@@ -68,44 +70,46 @@ class LocalRepository(ModelRepository):
         self._wrap_predictor = wrap_predictor
         self._volumes = Volumes()
         self._retries = Retries()
-        self._loaded_versions: dict[tuple[str, int], _Loaded] = {}
+        self._loaded_versions: dict[tuple[str, int], _LoadedVersion] = {}
         self._verifications: dict[tuple[str, int], Verification] = {}
-        self._unverified: set[tuple[str, int]] = set()  # which the last poll could not load for that reason
+        self._unverified: set[tuple[str, int]] = set()  # that the last poll did not load yet
         for config, found in self._list_models() or ():
             for version in config.policy.candidates(found or ())[:1]:
-                self._show(VersionStatus(config.name, version))
+                self._set_status(VersionStatus(config.name, version))
 
+    @override
     def load(self) -> None:
-        """As `ModelRepository.load`.
+        """Load the models for the first time.
 
         Raises:
-            StartupError: a label is for a version that the configuration and the folders do not call for.
+            StartupError: a label names a version that is not selected for serving.
         """
-        self._update_verified()
+        self._poll_until_verified()
         super().load()
         if problem := self._find_label_problem(of_failed=False):
             raise StartupError(problem)
 
+    @override
     def reload(self, configs: Sequence[ModelConfig]) -> None:
-        """As `ModelRepository.reload`."""
         self._list_configs = lambda: configs
-        self._update_verified()
+        self._poll_until_verified()
         if missing := [config.name for config in configs if config.name not in self._available]:
             reasons = "; ".join(f"{name}: {self.problem(name)}" for name in missing)
             raise ModelFailed(f"Some models did not become available: {reasons}", code="UNKNOWN")
         if problem := self._find_label_problem():
             raise ModelFailed(problem, code="FAILED_PRECONDITION")
 
-    def _update_verified(self) -> None:
-        """Update until every version was verified once; each is loaded as soon as its own verification is done."""
-        self.update()
-        verified: set[tuple[str, int]] = set()  # those whose files change all the time are not waited for again
+    def _poll_until_verified(self) -> None:
+        """Poll until every version was verified once; each is loaded as soon as its verification is done."""
+        self.poll()
+        verified: set[tuple[str, int]] = set()  # verified once: do not wait again for files that keep changing
         while waiting := self._unverified - verified:
             self._verifications[min(waiting)].wait(_WAIT_S)
             verified |= {key for key in waiting if self._verifications[key].done}
-            self.update()
+            self.poll()
 
-    def _look(self) -> None:
+    @override
+    def _poll(self) -> None:
         self._unverified = set()
         models = self._list_models()
         if models is None:
@@ -115,17 +119,17 @@ class LocalRepository(ModelRepository):
                 continue
             try:
                 self._update_model(config, found)
-            except Exception:  # the fault of one model must not stop the others
-                logger.exception("model %s could not be updated", config.name)
+            except Exception:  # a faulty model must not affect others
+                logger.exception("updating model %s failed", config.name)
         for name in self._available.keys() - set(self._names):
             self._unload(name, keep=set())
         self._labels = {config.name: dict(config.labels) for config, _ in models}
 
     def _list_models(self) -> list[tuple[ModelConfig, dict[int, Path] | None]] | None:
-        """List the models to serve, each with its versions on disk, None where its folder cannot be read.
+        """List the models to serve, each with its versions on disk, or None if its folder is unreadable.
 
         Returns:
-            None where the models folder itself cannot be read; what is served stays as it is.
+            None if the models folder itself is unreadable: then the served versions do not change.
         """
         try:
             configs = self._list_configs()
@@ -149,7 +153,7 @@ class LocalRepository(ModelRepository):
                     problem = f"no version to serve: {problem}"
                 problems.append(FolderProblem(printable(str(path)), config.name, problem))
                 if config.discovered and config.name not in self._names:
-                    continue  # maybe no model at all
+                    continue  # may not be a model
             models.append((config, found))
         self._set_folder_problems(problems)
         self._names = tuple(sorted(config.name for config, _ in models))
@@ -164,19 +168,19 @@ class LocalRepository(ModelRepository):
             if len(wanted) + unverified == config.policy.latest:
                 break
             if version in serving:
-                self._refresh(config.name, version)
+                self._refresh_assets(config.name, version)
                 wanted.add(version)
             elif not self._is_verified(config.name, version, found[version]):
                 unverified += 1
             elif self._load_version(config.name, version, found[version]):
                 wanted.add(version)
-        # A version that cannot be loaded replaces none that can, not even where the policy asks for it alone.
-        # Nor does one that is still being verified.
+        # A version that failed to load, or is still being verified, does not replace a loaded one, even if the version
+        # policy selects only the new one.
         present = serving & found.keys()
         self._unload(config.name, keep=wanted | present if unverified else wanted or present)
 
     def _is_verified(self, name: str, version: int, path: Path) -> bool:
-        """Whether a version can be loaded, or its failure reported; begins to verify it if it has checksums."""
+        """Return True if a version's verification is done or not needed; otherwise start it."""
         key, stamp = (name, version), read_stamp(path)
         if not self._retries.is_due(key, stamp) or not has_checksums(path):
             return True
@@ -185,12 +189,13 @@ class LocalRepository(ModelRepository):
             verification = Verification(path, stamp, notify=lambda: self._released.put(None))
             self._verifications[key] = verification
             if self._statuses.get(name, {}).get(version) is None:
-                self._show(VersionStatus(name, version))
+                self._set_status(VersionStatus(name, version))
         if verification.done and verification.stamp == stamp:
             return True
         self._unverified.add(key)
         return False
 
+    @override
     def _unload(self, name: str, *, keep: set[int]) -> None:
         super()._unload(name, keep=keep)
         for key in [key for key in self._loaded_versions if key[0] == name and key[1] not in keep]:
@@ -203,12 +208,12 @@ class LocalRepository(ModelRepository):
         started_s = time.perf_counter()
         before = self._statuses.get(name, {}).get(version)
         logger.info("loading %s version %d from %s", name, version, printable(str(path)))
-        self._show(VersionStatus(name, version, state="LOADING"))
+        self._set_status(VersionStatus(name, version, state="LOADING"))
         try:
             records = self._load_files(name, version, path)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # whatever a model raises, the others are to be served
+        except BaseException as error:  # a faulty model must not affect others
             self._retries.record_failure((name, version), stamp)
             self._report_failure(VersionStatus(name, version, state="END"), error, path, before)
             return False
@@ -218,7 +223,7 @@ class LocalRepository(ModelRepository):
             name,
             version,
             time.perf_counter() - started_s,
-            f"{records} warm-up records replayed" if records else "no warm-up records to replay",
+            f"{records} warm-up records replayed" if records else "without warm-up records",
         )
         return True
 
@@ -234,13 +239,13 @@ class LocalRepository(ModelRepository):
         records = replay_warmup_records(path, predictor)
         unbatched = self._find_dependent(path, predictor)
         status = VersionStatus(name, version, state="AVAILABLE", warmup_records=records)
-        self._publish(status, _Loaded(path, predictor, unbatched, info_stamp, warmup_stamp))
+        self._publish(status, _LoadedVersion(path, predictor, unbatched, info_stamp, warmup_stamp))
         return records
 
     def _publish(
-        self, status: VersionStatus, loaded: _Loaded, *, info_problem: str = "", warmup_problem: str = ""
+        self, status: VersionStatus, loaded: _LoadedVersion, *, info_problem: str = "", warmup_problem: str = ""
     ) -> None:
-        """Serve a loaded version with its model info, and report its limitations."""
+        """Make a loaded version available with its model info, and report its limitations."""
         info, problem = read_model_info(loaded.path)
         if not info.class_names:
             info = replace(info, class_names=read_label_names(loaded.predictor))
@@ -260,25 +265,25 @@ class LocalRepository(ModelRepository):
             self._replace(replace(current, info=info))
         self._loaded_versions[status.name, status.version] = loaded
         message = _hide_folder("; ".join(warnings.values()), status.name, loaded.path)
-        self._show(replace(status, error_message=message, warnings=tuple(warnings)))
+        self._set_status(replace(status, error_message=message, warnings=tuple(warnings)))
         for warning in warnings.values():
             logger.warning("%s version %d: %s", status.name, status.version, printable(warning))
 
-    def _refresh(self, name: str, version: int) -> None:
-        """Read the model info and replay the warm-up records that came, or were changed, after a version was loaded."""
+    def _refresh_assets(self, name: str, version: int) -> None:
+        """Read the model info and replay the warm-up records again if they changed after the version was loaded."""
         loaded = self._loaded_versions[name, version]
         info_stamp, warmup_stamp = read_stamp(loaded.path / INFO_FILE), read_stamp(loaded.path / WARMUP_FILE)
         if (info_stamp, warmup_stamp) == (loaded.info_stamp, loaded.warmup_stamp):
             return
         status = self._statuses[name][version]
-        info_problem = _find_alteration(loaded.path, INFO_FILE)
+        info_problem = _find_checksum_error(loaded.path, INFO_FILE)
         unbatched, problem = loaded.unbatched, ""
         if warmup_stamp != loaded.warmup_stamp:
             try:
                 verify_checksums(loaded.path, only=[WARMUP_FILE])
                 records = replay_warmup_records(loaded.path, loaded.predictor)
                 unbatched = self._find_dependent(loaded.path, loaded.predictor)
-            except Exception as error:  # the version is served without
+            except Exception as error:  # the version stays available
                 problem = f"{error}"
             else:
                 status = replace(status, warmup_records=records)
@@ -291,13 +296,13 @@ class LocalRepository(ModelRepository):
     def _report_failure(
         self, status: VersionStatus, error: BaseException, path: Path, before: VersionStatus | None
     ) -> None:
-        """Show why a version cannot be loaded; the log is told once of each reason."""
-        foreseen = isinstance(error, ModelLoadError)
+        """Set the status of a version that cannot be loaded, and log each new reason once."""
+        is_expected = isinstance(error, ModelLoadError)
         code = error.code if isinstance(error, ModelLoadError) else "INTERNAL"
-        message = str(error) if foreseen else f"cannot load {path}: {type(error).__name__}: {error}"
+        message = str(error) if is_expected else f"cannot load {path}: {type(error).__name__}: {error}"
         if isinstance(error, MemoryError):
             code = "RESOURCE_EXHAUSTED"
-        self._show(replace(status, error_code=code, error_message=_hide_folder(message, status.name, path)))
+        self._set_status(replace(status, error_code=code, error_message=_hide_folder(message, status.name, path)))
         shown = self._statuses[status.name][status.version].error_message
         if before is None or before.error_message != shown:
             logger.error(
@@ -305,11 +310,11 @@ class LocalRepository(ModelRepository):
                 status.name,
                 status.version,
                 printable(message)[:MAX_MESSAGE],
-                exc_info=None if foreseen else error,
+                exc_info=None if is_expected else error,
             )
 
     def _find_label_problem(self, *, of_failed: bool = True) -> str | None:
-        """Say which label is for a version that is not served; `of_failed`: also where that could not be loaded."""
+        """Return an error for a label of a version that is not available; `of_failed` includes versions that failed."""
         for name, labels in self._labels.items():
             for label, version in labels.items():
                 failed = version in self._statuses.get(name, {}) or self._folder_problem(name) is not None
@@ -322,12 +327,12 @@ class LocalRepository(ModelRepository):
 
 
 def _hide_folder(message: str, model: str, path: Path) -> str:
-    """Return a message about a version with the model's name in place of the path to its folder."""
+    """Replace the path of a model's folder by the model's name."""
     return hide_paths(printable(message), {Path(printable(str(path.parent))): model})
 
 
-def _find_alteration(path: Path, file: Path) -> str:
-    """Say whether a file of a version differs from its checksum, if it has one; the version is served all the same."""
+def _find_checksum_error(path: Path, file: Path) -> str:
+    """Return an error if a file of a version differs from its checksum, otherwise an empty string."""
     try:
         verify_checksums(path, only=[file])
     except ModelLoadError as error:

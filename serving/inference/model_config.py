@@ -1,6 +1,7 @@
-"""Which models are served, from where, and which of their versions: TensorFlow Serving's model config.
+"""Model configs: which models and versions are served, and from which folders.
 
-After `config/model_server_config.proto` and `sources/storage_path/file_system_storage_path_source.proto`.
+See TensorFlow Serving's `config/model_server_config.proto` and
+`sources/storage_path/file_system_storage_path_source.proto`.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ from serving.quoting import printable
 logger = logging.getLogger(__name__)
 
 MAX_VERSION = 2**63 - 1  # an int64 in TensorFlow Serving's protocol
-MAX_SHOWN = 40  # characters of what a request has in place of a version number
+MAX_SHOWN = 40  # characters of an invalid version number in an error message
 
 
 @dataclass(frozen=True)
 class VersionPolicy:
-    """Which of the versions on disk are served: the `latest` so many, these `specific` ones, or all (both None)."""
+    """Selects the versions to serve: the `latest` N, the `specific` ones, or all if both are None."""
 
     latest: int | None = 1
     specific: frozenset[int] | None = None
 
     def candidates(self, found: Iterable[int]) -> list[int]:
-        """List the versions that may be served of those found, newest first."""
+        """List the versions that may be served, newest first."""
         return sorted((n for n in found if self.specific is None or n in self.specific), reverse=True)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model: its name, the folder of its versions, the policy that chooses among them, and names for some.
+    """One model: name, folder of its versions, version policy, and the version of each label.
 
-    A `discovered` one is a subfolder of the models folder that no configuration names. If it cannot be read, it may
-    be no model at all: `lost+found`, for example.
+    A `discovered` model is a subfolder of the models folder, not an entry of a model config file. If it is unreadable,
+    it may not be a model: `lost+found`, for example.
     """
 
     name: str
@@ -53,31 +54,31 @@ class ModelConfig:
 
 
 class Volumes:
-    """Remembers the volume (device) of each folder, to tell an unmounted volume from a folder that was emptied."""
+    """Stores the device of each folder, to distinguish an unmounted volume from an emptied folder."""
 
     def __init__(self) -> None:
         self._devices: dict[Path, int] = {}
 
     def check(self, path: Path, *, is_empty: bool) -> None:
-        """Compare a folder's volume with the one that its content was on.
+        """Compare a folder's device with the device that held its content.
 
         Raises:
-            OSError: the folder is empty, and on another volume than before.
+            OSError: the folder is empty and on another device than before.
         """
         device = path.stat().st_dev
         if not is_empty:
             self._devices[path] = device
         elif self._devices.get(path, device) != device:
-            raise OSError(errno.ENODEV, "it is empty, and its volume is not mounted any more", str(path))
+            raise OSError(errno.ENODEV, "it is empty, and its volume is no longer mounted", str(path))
 
 
 class ModelsFolder:
-    """Every model under a folder, `<name>/<version>/saved_model.pb`, as it is when asked; the newest version of each.
+    """Lists the models in a folder (`<name>/<version>/saved_model.pb`), each with its newest version.
 
-    It may be empty, or unreadable, at first.
+    The folder may be empty or unreadable at startup.
 
     Raises:
-        StartupError: there is no such folder, or it is the folder of one model.
+        StartupError: the folder does not exist, or is the folder of one model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +89,7 @@ class ModelsFolder:
                 raise StartupError(f"{path} is not a folder; name the folder of the models with --models-dir")
             has_models = any(has_versions(config) for config in self())
             if not has_models and any(version_number(child.name) is not None for child in _visible_folders(path)):
-                raise StartupError(f"{path} looks like one model, with its versions; name the folder above it")
+                raise StartupError(f"{path} contains the versions of one model; name its parent folder")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StartupError(
                 f"there is no models folder {path}; train and export a model first, "
@@ -98,10 +99,10 @@ class ModelsFolder:
             logger.warning("%s", describe_unreadable(path, error))
 
     def __call__(self) -> list[ModelConfig]:
-        """List the models there are now, in alphabetical order, and the subfolders that cannot be read.
+        """List the current models, including unreadable subfolders, in alphabetical order.
 
         Raises:
-            OSError: the folder is gone, cannot be read, or its volume is not mounted any more.
+            OSError: the folder does not exist, is unreadable, or its volume is no longer mounted.
         """
         folders = _visible_folders(self._path)
         self._volumes.check(self._path, is_empty=not folders)
@@ -117,16 +118,16 @@ class ModelsFolder:
             versions = find_versions(folder)
             self._volumes.check(folder, is_empty=not versions)
         except FileNotFoundError:
-            return folder.is_symlink()  # whose target may come back; else it has just been deleted
+            return folder.is_symlink()  # its target may return; any other folder has just been deleted
         except OSError:
             return True
         return bool(versions)
 
 
 def find_versions(base_path: Path) -> dict[int, Path]:
-    """List the versions of a model: every child folder whose name is a number.
+    """List the versions of a model: the subfolders whose names are numbers.
 
-    Of several folders with the same number the last by name counts, as in TensorFlow Serving: `1` rather than `01`.
+    Several folders may have the same number. The last by name is used, as in TensorFlow Serving: `1`, not `01`.
 
     Raises:
         OSError: the folder does not exist or cannot be read.
@@ -142,13 +143,13 @@ def find_versions(base_path: Path) -> dict[int, Path]:
     return {number: paths[-1] for number, paths in found.items()}
 
 
-@lru_cache(maxsize=256)  # logs them once, not at every poll
+@lru_cache(maxsize=256)  # logs each group once, not at every poll
 def _log_duplicates(paths: tuple[Path, ...]) -> None:
     logger.warning("%s are the same version; the last is served", " and ".join(map(str, paths)))
 
 
 def has_versions(config: ModelConfig) -> bool:
-    """Whether a model's folder can be read and has a version in it."""
+    """Return True if a model's folder is readable and contains a version."""
     try:
         return bool(find_versions(config.base_path))
     except OSError:
@@ -156,14 +157,14 @@ def has_versions(config: ModelConfig) -> bool:
 
 
 def describe_unreadable(path: Path, error: OSError) -> str:
-    """Say in a sentence why a folder cannot be read."""
+    """Return the reason why a folder cannot be read."""
     if isinstance(error, FileNotFoundError):
         return printable(f"{path} does not exist")
     return printable(f"{path} cannot be read: {error.strerror or error}")
 
 
 def version_number(text: str) -> int | None:
-    """Return the version that a text stands for: digits, of at most the largest int64. None for others; `007` is 7."""
+    """Parse a version number: decimal digits, at most the largest int64; `007` is 7. None for any other text."""
     digits = text.lstrip("0")
     if not re.fullmatch("[0-9]+", text) or len(digits) > len(str(MAX_VERSION)):
         return None
@@ -172,10 +173,10 @@ def version_number(text: str) -> int | None:
 
 
 def read_version_number(text: str) -> int:
-    """Parse the version number of a request; the same rule holds for all protocols.
+    """Parse the version number of a request of any protocol.
 
     Raises:
-        InvalidRequest: it is not a version number.
+        InvalidRequest: the text is not a version number.
     """
     number = version_number(text)
     if number is None:
@@ -188,7 +189,7 @@ def read_config_file(path: Path) -> list[ModelConfig]:
     """Read a `ModelServerConfig` in protocol buffer text format, as `tensorflow_model_server --model_config_file` does.
 
     Raises:
-        StartupError: the file cannot be read or used.
+        StartupError: the file is unreadable or invalid.
     """
     from google.protobuf import text_format
     from tensorflow_serving.config import model_server_config_pb2
@@ -208,7 +209,7 @@ def read_config(config: Any) -> list[ModelConfig]:
     """Read a `ModelServerConfig` message.
 
     Raises:
-        InvalidRequest: it is not a list of models, or one of them cannot be served.
+        InvalidRequest: the message is not a list of models, or a model is invalid.
     """
     if config.WhichOneof("config") != "model_config_list":
         raise InvalidRequest(
@@ -218,18 +219,18 @@ def read_config(config: Any) -> list[ModelConfig]:
     models = [_read_model(model) for model in config.model_config_list.config]
     names = [model.name for model in models]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise InvalidRequest(f"model names must be different; {', '.join(repeated)} stands there twice")
+        raise InvalidRequest(f"model names must be unique; {', '.join(repeated)} is repeated")
     return models
 
 
 def _read_model(model: Any) -> ModelConfig:
     if not model.name or re.search("[/:]", model.name):
-        raise InvalidRequest(f"a model needs a name without / and :, not {model.name!r}")
+        raise InvalidRequest(f"expected a model name without / and :, got {model.name!r}")
     if model.model_platform not in ("", "tensorflow"):
-        raise InvalidRequest(f"model {model.name}: the platform {model.model_platform!r} is not served; tensorflow is")
+        raise InvalidRequest(f"model {model.name}: expected the platform 'tensorflow', got {model.model_platform!r}")
     path = Path(model.base_path)
     if not path.is_absolute():
-        # A server's working folder is nobody's business but its own.
+        # A relative path would depend on the server's working directory, which clients do not know.
         raise InvalidRequest(f"model {model.name}: expected an absolute base_path, got {model.base_path!r}")
     labels = dict(model.version_labels)
     if "" in labels:
@@ -245,14 +246,14 @@ def _read_policy(model: Any) -> VersionPolicy:
         case "specific":
             versions: Sequence[int] = policy.specific.versions
             if not versions:
-                raise InvalidRequest(f"model {model.name}: the policy `specific` names no version")
+                raise InvalidRequest(f"model {model.name}: the version policy `specific` lists no versions")
             return VersionPolicy(latest=None, specific=frozenset(versions))
         case _:
             return VersionPolicy(latest=policy.latest.num_versions or 1)
 
 
 def _visible_folders(path: Path) -> list[Path]:
-    """List the subfolders, symbolic links without a target included: that may come back."""
+    """List the subfolders, including broken symbolic links: their targets may return."""
     with os.scandir(path) as entries:
         return sorted(Path(entry) for entry in entries if not entry.name.startswith(".") and _may_be_folder(entry))
 

@@ -1,7 +1,4 @@
-"""Model info: `assets.extra/model.json`, and the class names of the signature `labels`.
-
-The service shows it, and does not need it to serve the model.
-"""
+"""Model info: `assets.extra/model.json`, and the class names from the signature `labels`. Both are optional."""
 
 from __future__ import annotations
 
@@ -23,16 +20,16 @@ logger = logging.getLogger(__name__)
 INFO_FILE = Path("assets.extra", "model.json")
 MAX_INFO_BYTES = 16 * 1024 * 1024
 MAX_CLASSES = 100_000
-LABELS_SIGNATURE = "labels"  # class_id to label, in the models that this project exports
+LABELS_SIGNATURE = "labels"  # maps class_id to label in the models that this project exports
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model's `model.json` says, as far as this service shows it.
+    """The fields of a model's `model.json` that the service shows.
 
     Args:
-        class_names: in the order of the class ids, all different; empty where they are not known.
-        dataset: the name of the dataset it was trained on.
+        class_names: unique names in the order of the class ids; empty if unknown.
+        dataset: name of the training dataset.
         test_accuracy: from 0 to 1.
     """
 
@@ -45,13 +42,12 @@ def read_model_info(path: Path) -> tuple[ModelInfo, str]:
     """Read `assets.extra/model.json` of a version.
 
     Returns:
-        The valid fields, and what is wrong with the file: a sentence, or "". Nothing in the file can keep a model from
-        being served.
+        The valid fields, and an error message or "". An invalid file does not prevent a model from being served.
     """
     file = path / INFO_FILE
     info = ModelInfo()
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # to open a pipe would wait for a writer
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would block
             return info, f"{file} is not a regular file"
         with file.open("rb") as stream:
             text = stream.read(MAX_INFO_BYTES + 1)
@@ -67,7 +63,7 @@ def read_model_info(path: Path) -> tuple[ModelInfo, str]:
     except (ValueError, MemoryError) as error:
         return info, f"{file} is not valid JSON: {error}"
     if not isinstance(document, dict):
-        return info, f"{file} must hold a JSON object"
+        return info, f"{file} must contain a JSON object"
     fields: dict[str, Any] = {}
     problems = []
     for field, read in (
@@ -92,7 +88,7 @@ def _read_class_names(document: Mapping[str, Any]) -> tuple[str, ...]:
         raise ValueError(f"class_names must have at most {MAX_CLASSES:,} entries")
     names = [printable(str(name)) for name in names]
     if len(set(names)) < len(names):
-        raise ValueError("class_names must differ from each other")
+        raise ValueError("class_names must be unique")
     return tuple(names)
 
 
@@ -120,7 +116,7 @@ def _read_member(document: Mapping[str, Any], key: str, member: str) -> Any:
 
 
 def read_label_names(predictor: Predictor) -> tuple[str, ...]:
-    """Return the class names from a model's signature `labels`; empty where it has none, or that fails."""
+    """Return the class names from a model's signature `labels`; empty if it is missing or fails."""
     default = predictor.signatures.get(DEFAULT_SIGNATURE)
     lookup = predictor.signatures.get(LABELS_SIGNATURE)
     shape = default.outputs["probabilities"].shape if default and "probabilities" in default.outputs else None
@@ -132,7 +128,7 @@ def read_label_names(predictor: Predictor) -> tuple[str, ...]:
         class_ids = np.arange(shape[-1], dtype=lookup.inputs["class_id"].numpy_dtype)
         labels = predictor.predict(LABELS_SIGNATURE, {"class_id": class_ids})["label"]
         names = tuple(label.decode("utf-8", "replace") for label in labels.tolist())
-    except Exception as error:  # whatever this signature does, the others can be served
-        logger.warning("the labels of the classes cannot be read, so their numbers are shown: %s", error)
+    except Exception as error:  # a faulty signature must not affect the others
+        logger.warning("cannot read the class names, so class numbers are shown instead: %s", error)
         return ()
     return names if len(set(names)) == len(names) else ()

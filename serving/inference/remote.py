@@ -1,7 +1,4 @@
-"""A TensorFlow Serving server elsewhere as the place where models answer, over its gRPC API.
-
-The same service stands in front: pages, uploads, limits, metrics and dialects; only the predictor is another.
-"""
+"""Remote backend: repository and predictor for the models of a TensorFlow Serving server, over its gRPC API."""
 
 from __future__ import annotations
 
@@ -24,6 +21,7 @@ from tensorflow_serving.apis import (
     predict_pb2,
     prediction_service_pb2_grpc,
 )
+from typing_extensions import override
 
 from serving.errors import InvalidBackendResponse, InvalidRequest, ModelFailed, ModelNotFound, NotReady, ServingError
 from serving.greenlets import run_blocking
@@ -38,24 +36,24 @@ from serving.quoting import printable
 
 logger = logging.getLogger(__name__)
 
-CALL_TIMEOUT_S = 30.0  # as long as TensorFlow Serving's REST API lets a request take
-LOOK_TIMEOUT_S = 5.0
-MAX_REPLY_BYTES = 1024 * 1024 * 1024
+CALL_TIMEOUT_S = 30.0  # the default request timeout of TensorFlow Serving's REST API
+POLL_TIMEOUT_S = 5.0
+MAX_RESPONSE_BYTES = 1024 * 1024 * 1024
 ATTEMPTS = 3
 
-# "Task size 65 is larger than maximum input batch size 64": what a server with batching says of too many rows.
+# TensorFlow Serving with batching: "Task size 65 is larger than maximum input batch size 64".
 _BATCH_LIMIT = re.compile(r"larger than maximum (?:input )?batch size (\d+)")
-_UNREADABLE = "Exception deserializing response!"  # gRPC's details where a response is not a message of its type
+_UNPARSABLE = "Exception deserializing response!"  # gRPC's details for a response that cannot be parsed
 
 
 class RemoteRepository(ModelRepository):
-    """Hands out the versions that a remote TensorFlow Serving says it has AVAILABLE.
+    """The versions that a remote TensorFlow Serving reports as AVAILABLE.
 
     Args:
         address: the server's gRPC address, "host:port".
-        names: the models to ask it for; its API cannot list them.
+        names: the models to serve; the server's API cannot list its models.
         required: the models without which the repository is not ready.
-        wrap_predictor: what requests go through instead of the predictor itself. It is given the model's name.
+        wrap_predictor: wraps the predictor for requests. Its arguments are the model's name and the predictor.
     """
 
     def __init__(
@@ -69,14 +67,12 @@ class RemoteRepository(ModelRepository):
         super().__init__(map(printable, names), required=required)
         self._address = address
         self._wrap_predictor = wrap_predictor
-        self._problems: dict[
-            str, tuple[type[ServingError], str]
-        ] = {}  # why a model could not be asked for at the last poll
-        # One channel, kept: gRPC reconnects it by itself, and keep-alive notices a server that is gone.
+        self._problems: dict[str, tuple[type[ServingError], str]] = {}  # error of each model at the last poll
+        # One persistent channel: gRPC reconnects it, and keep-alive detects a dead server.
         self._channel = grpc.insecure_channel(
             address,
             options=[
-                ("grpc.max_receive_message_length", MAX_REPLY_BYTES),
+                ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
@@ -87,18 +83,20 @@ class RemoteRepository(ModelRepository):
         self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)
 
-    def reload(self, configs: Sequence[ModelConfig]) -> None:  # noqa: ARG002
-        """As `ModelRepository.reload`: a ModelFailed, for what is served is decided at the server."""
+    @override
+    def reload(self, configs: Sequence[ModelConfig]) -> None:
         raise ModelFailed(
-            f"this service has no models of its own; send the configuration to {self._address}", code="UNIMPLEMENTED"
+            f"the models are configured on the remote server; send the configuration to {self._address}",
+            code="UNIMPLEMENTED",
         )
 
+    @override
     def resolve(self, name: str, *, version: int | None = None, label: str | None = None) -> ModelVersion:
-        """As `ModelRepository.resolve`.
+        """See `ModelRepository.resolve`.
 
         Raises:
             NotReady: the server cannot be reached.
-            InvalidBackendResponse: its description of the model cannot be used.
+            InvalidBackendResponse: the server's description of the model is invalid.
         """
         try:
             return super().resolve(name, version=version, label=label)
@@ -106,14 +104,15 @@ class RemoteRepository(ModelRepository):
             self._raise_problem(name)
             raise
 
+    @override
     def versions(self, name: str, number: int | None = None) -> list[VersionStatus]:
-        """As `ModelRepository.versions`; raises as `resolve` does where the server's state is not known."""
+        """See `ModelRepository.versions`. Raises the same errors as `resolve`."""
         if name not in self._available:
             self._raise_problem(name)
         return super().versions(name, number)
 
+    @override
     def problem(self, name: str) -> str:
-        """As `ModelRepository.problem`."""
         return self._problems[name][1] if name in self._problems else super().problem(name)
 
     def _raise_problem(self, name: str) -> None:
@@ -121,18 +120,19 @@ class RemoteRepository(ModelRepository):
             kind, message = problem
             raise kind(message)
 
-    def _look(self) -> None:
+    @override
+    def _poll(self) -> None:
         for name in self._names:
             try:
                 self._update_model(name)
             except grpc.RpcError as error:
                 unreachable = error.code() != grpc.StatusCode.NOT_FOUND
-                message = _message(error, self._address)
+                message = _error_message(error, self._address)
                 self._report(name, NotReady if unreachable else ModelNotFound, message)
                 if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE):
                     self._unload(name, keep=set())
-            except Exception as error:  # whatever it sent: other models are asked for all the same
-                message = f"the response of TensorFlow Serving at {self._address} cannot be used: {error}"
+            except Exception as error:  # an invalid response must not affect other models
+                message = f"invalid response from TensorFlow Serving at {self._address}: {error}"
                 self._report(name, InvalidBackendResponse, message)
             else:
                 self._problems.pop(name, None)
@@ -140,7 +140,7 @@ class RemoteRepository(ModelRepository):
     def _update_model(self, name: str) -> None:
         request = get_model_status_pb2.GetModelStatusRequest()
         request.model_spec.name = name
-        reply = self._models.GetModelStatus(request, timeout=LOOK_TIMEOUT_S)
+        response = self._models.GetModelStatus(request, timeout=POLL_TIMEOUT_S)
         states = get_model_status_pb2.ModelVersionStatus.State
         statuses = [
             VersionStatus(
@@ -150,23 +150,23 @@ class RemoteRepository(ModelRepository):
                 error_codes_pb2.Code.Name(status.status.error_code),
                 status.status.error_message,
             )
-            for status in reply.model_version_status
+            for status in response.model_version_status
         ]
         available = {status.version for status in statuses if status.state == "AVAILABLE"}
         for version in available - self._available.get(name, {}).keys():
             self._serve_version(name, version)
         for status in statuses:
-            self._show(status)
+            self._set_status(status)
         self._unload(name, keep=available)
 
     def _serve_version(self, name: str, version: int) -> None:
         request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
         request.model_spec.name = name
         request.model_spec.version.value = version
-        reply = self._prediction.GetModelMetadata(request, timeout=LOOK_TIMEOUT_S)
+        response = self._prediction.GetModelMetadata(request, timeout=POLL_TIMEOUT_S)
         described = get_model_metadata_pb2.SignatureDefMap()
-        if not reply.metadata["signature_def"].Unpack(described):
-            raise ValueError("it does not describe the model's signatures")
+        if not response.metadata["signature_def"].Unpack(described):
+            raise ValueError("expected a SignatureDefMap as metadata")
         signatures = read_signature_defs(described.signature_def)
         predictor = RemotePredictor(self._prediction, name, version, signatures, address=self._address)
         info = ModelInfo(read_label_names(predictor))  # model.json stays on the server's disk
@@ -181,14 +181,14 @@ class RemoteRepository(ModelRepository):
 
 
 class RemotePredictor:
-    """One version of a model at a remote TensorFlow Serving.
+    """Predictor for one model version on a remote TensorFlow Serving.
 
     Args:
-        stub: of its PredictionService.
+        stub: the server's PredictionService stub.
         model: the model's name.
-        version: the version asked for in every request.
-        signatures: the model's.
-        address: of the server, for messages.
+        version: the model's version.
+        signatures: the version's signatures.
+        address: the server's address, for error messages.
     """
 
     def __init__(
@@ -199,12 +199,12 @@ class RemotePredictor:
         self._model = model
         self._version = version
         self._address = address
-        self._max_rows: float = math.inf  # of one request, as far as the server has said
+        self._max_rows: float = math.inf  # the server's maximum batch size, once it has reported it
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
     ) -> dict[str, np.ndarray]:
-        """As `Predictor.predict`; the time that remains until the deadline is the server's too."""
+        """See `Predictor.predict`. The remaining time until the deadline is sent to the server."""
         if signature not in self.signatures:
             raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
         described = self.signatures[signature]
@@ -215,7 +215,7 @@ class RemotePredictor:
     def _predict_rows(
         self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float
     ) -> dict[str, np.ndarray]:
-        """Send a request, in parts where the server takes fewer rows at a time."""
+        """Send a request, split into parts if it exceeds the server's maximum batch size."""
         rows = _batch_rows(signature, inputs) or 1
         if rows <= self._max_rows:
             try:
@@ -225,7 +225,7 @@ class RemotePredictor:
                 if limit is None or not 0 < int(limit[1]) < rows:
                     raise
                 self._max_rows = int(limit[1])
-                logger.info("model %s takes at most %d rows at a time", self._model, self._max_rows)
+                logger.info("model %s has a maximum batch size of %d", self._model, self._max_rows)
         size = int(self._max_rows)
         parts = [
             self._predict_rows(
@@ -235,8 +235,8 @@ class RemotePredictor:
         ]
         if any(array.ndim == 0 for part in parts for array in part.values()):
             raise InvalidRequest(
-                f"TensorFlow Serving at {self._address} takes at most {size} rows at a time, and the outputs of "
-                f'signature "{signature.name}" cannot be joined; send fewer'
+                f"TensorFlow Serving at {self._address} has a maximum batch size of {size}, and the outputs of "
+                f'signature "{signature.name}" cannot be concatenated; send at most {size} rows'
             )
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -249,17 +249,17 @@ class RemotePredictor:
         request.model_spec.signature_name = signature.name
         for name, array in inputs.items():
             _write_input(request.inputs[name], array, signature.inputs[name])
-        reply = self._send(request, deadline_s)
+        response = self._send(request, deadline_s)
         rows = _batch_rows(signature, inputs)
-        return {name: self._read_output(reply.outputs, spec, rows=rows) for name, spec in signature.outputs.items()}
+        return {name: self._read_output(response.outputs, spec, rows=rows) for name, spec in signature.outputs.items()}
 
     def _read_output(self, outputs: Mapping[str, Any], spec: TensorSpec, *, rows: int | None) -> np.ndarray:
-        """Return an output as the signature describes it, with as many rows as the inputs have."""
-        problem = f"the response of TensorFlow Serving at {self._address} cannot be used: output {spec.name}"
+        """Read an output and check it against the signature and the number of input rows."""
+        problem = f"invalid response from TensorFlow Serving at {self._address}: output {spec.name}"
         if spec.name not in outputs:
             raise InvalidBackendResponse(f"{problem} is missing")
         try:
-            array = read_tensor(outputs[spec.name], name=spec.name, max_bytes=MAX_REPLY_BYTES)
+            array = read_tensor(outputs[spec.name], name=spec.name, max_bytes=MAX_RESPONSE_BYTES)
         except (ServingError, ValueError, TypeError, OverflowError, MemoryError) as error:
             raise InvalidBackendResponse(f"{problem}: {error}") from error
         rows = rows if spec.is_batched else None
@@ -269,7 +269,7 @@ class RemotePredictor:
         return array
 
     def _send(self, request: Any, deadline_s: float) -> Any:
-        """Send a request, again if it was not taken: predicting changes nothing, so that is safe."""
+        """Send a request; retry with exponential backoff if the server is unavailable (predict is idempotent)."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return self._stub.Predict(request, timeout=max(0.001, deadline_s - time.monotonic()))
@@ -277,13 +277,13 @@ class RemotePredictor:
                 wait_s = 0.05 * 2**attempt * random.uniform(0.5, 1.0)
                 lost = error.code() == grpc.StatusCode.UNAVAILABLE
                 if not lost or attempt == ATTEMPTS or time.monotonic() + wait_s >= deadline_s:
-                    raise _answer_for(error, self._address) from error
+                    raise _to_serving_error(error, self._address) from error
                 time.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
 
 
 def _batch_rows(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int | None:
-    """Return the number of rows of a request; None where not all inputs have a batch axis."""
+    """Return the number of rows of a request, or None if an input has no batch axis."""
     if not inputs or not all(spec.is_batched for spec in signature.inputs.values()):
         return None
     return len(next(iter(inputs.values())))
@@ -300,9 +300,9 @@ def _write_input(tensor: Any, array: np.ndarray, spec: TensorSpec) -> None:
     tensor.tensor_content = np.ascontiguousarray(array, dtype.newbyteorder("<")).tobytes()
 
 
-def _answer_for(error: Any, address: str) -> ServingError:
-    message = _message(error, address)
-    if error.code() == grpc.StatusCode.INTERNAL and error.details() == _UNREADABLE:
+def _to_serving_error(error: Any, address: str) -> ServingError:
+    message = _error_message(error, address)
+    if error.code() == grpc.StatusCode.INTERNAL and error.details() == _UNPARSABLE:
         return InvalidBackendResponse(f"the response of TensorFlow Serving at {address} cannot be parsed")
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
@@ -312,10 +312,10 @@ def _answer_for(error: Any, address: str) -> ServingError:
     return ModelFailed(message, code=error.code().name)
 
 
-def _message(error: Any, address: str) -> str:
+def _error_message(error: Any, address: str) -> str:
     code = error.code()
     if code == grpc.StatusCode.UNAVAILABLE:
         return f"TensorFlow Serving at {address} cannot be reached: {error.details()}"
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return f"TensorFlow Serving at {address} did not answer in time"
+        return f"TensorFlow Serving at {address} did not respond before the deadline"
     return hide_paths(str(error.details() or code.name))

@@ -1,4 +1,4 @@
-"""Registry of the loaded model versions: hands them out, reports their state, and unloads them after their last use."""
+"""Registry of the loaded model versions: resolves requests to versions, reports their states, unloads unused ones."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from serving.quoting import printable, quote
 
 logger = logging.getLogger(__name__)
 
-MAX_ENDED = 20  # versions of a model that are shown after their end
-MAX_MESSAGE = 2_000  # characters of an error that are shown
+MAX_ENDED = 20  # versions in state END that are kept per model
+MAX_MESSAGE = 2_000  # characters of an error message
 CODES = {*HTTP_STATUS_OF_CODE, "OK", "UNKNOWN", "INTERNAL", "DATA_LOSS"}  # of the status API
 
 
 @dataclass(frozen=True, eq=False)
 class ModelVersion:
-    """An available version. It is unloaded after its last use: when nothing refers to its predictor any more."""
+    """An available version. It is unloaded once the last request has released its predictor."""
 
     name: str
     version: int
@@ -39,11 +39,11 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class VersionStatus:
-    """What became of a version, in the words of TensorFlow Serving's status API.
+    """The state of a version, with the terms of TensorFlow Serving's status API.
 
-    A version that is served with a limitation is AVAILABLE and OK, with the limitation as its message. `warnings`
-    are the kinds of limitation: "model_info" (model.json cannot be used), "warmup" (the warm-up records that came
-    later cannot be replayed), "dependent_rows" (requests are not batched), "folder" (it cannot be read any more).
+    A version that is served with a limitation is AVAILABLE and OK; the message describes the limitation. `warnings`
+    lists the kinds of limitation: "model_info" (invalid model.json), "warmup" (warm-up records that were added later
+    cannot be replayed), "dependent_rows" (requests are not batched), "folder" (the folder has become unreadable).
     """
 
     name: str
@@ -57,7 +57,7 @@ class VersionStatus:
 
 @dataclass(frozen=True)
 class FolderProblem:
-    """A folder that cannot be read: of one model, or with `model` None the models folder. Loaded models stay.
+    """An unreadable folder: of one model, or the models folder if `model` is None. Loaded models stay loaded.
 
     `path` and `error` are for the log, `reason` is for responses.
     """
@@ -68,53 +68,53 @@ class FolderProblem:
 
     @property
     def reason(self) -> str:
-        """What is wrong, without the folder's path."""
+        """The error without the folder's path."""
         folder = "the models folder" if self.model is None else f"the folder of model {self.model}"
         return hide_paths(self.error.replace(self.path, folder))
 
 
 class ModelRepository(ABC):
-    """Registry of the versions that can be used. Where they come from is decided by the subclasses.
+    """Registry of the available model versions; subclasses decide where they come from.
 
-    One thread at a time changes what is served; any number may read it meanwhile.
+    One thread at a time may change the registry. Reads are thread-safe.
 
     Args:
-        names: the models to serve, as far as they are known.
+        names: the models to serve that are already known.
         required: the models without which the repository is not ready.
     """
 
     def __init__(self, names: Iterable[str], *, required: Iterable[str] = ()) -> None:
         self._required = tuple(required)
-        self._changing = threading.Lock()
+        self._update_lock = threading.Lock()
         self._loaded = False
-        # Read without the lock, so never changed in place: replaced whole.
+        # Read without the lock, so never mutated: every change replaces the whole object.
         self._names = tuple(sorted(names))
         self._available: dict[str, dict[int, ModelVersion]] = {}
         self._labels: dict[str, dict[str, int]] = {}
         self._statuses: dict[str, dict[int, VersionStatus]] = {}
         self._folder_problems: tuple[FolderProblem, ...] = ()
-        # Versions after their last use; None asks for a poll before the next one is due.
+        # Released versions, to be reported as unloaded; None requests an immediate poll.
         self._released: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     @abstractmethod
-    def _look(self) -> None:
-        """Bring what is served up to date; called by one thread at a time."""
+    def _poll(self) -> None:
+        """Load and unload versions as the source requires; called by one thread at a time."""
 
     @abstractmethod
     def reload(self, configs: Sequence[ModelConfig]) -> None:
-        """Serve exactly these models from now on; returns when they are loaded.
+        """Replace the served models by these; returns when they are loaded.
 
         Raises:
-            ModelFailed: some could not be loaded, a label is for a version that is not served, or what is served
-                is not decided here.
+            ModelFailed: a model could not be loaded, a label names a version that is not served, or the repository
+                cannot be reconfigured.
         """
 
     def names(self) -> list[str]:
-        """List the models that have a version to answer with, in alphabetical order."""
+        """List the models with an available version, in alphabetical order."""
         return sorted(self._available)
 
     def all_names(self) -> list[str]:
-        """List every model that is to be served, those that could not be loaded included."""
+        """List every configured model, including those that could not be loaded."""
         return list(self._names)
 
     def labels(self, name: str) -> Mapping[str, int]:
@@ -122,16 +122,16 @@ class ModelRepository(ABC):
         return self._labels.get(name, {})
 
     def available_versions(self, name: str) -> list[int]:
-        """List the versions of a model that can be used, oldest first."""
+        """List the available versions of a model, oldest first."""
         return sorted(self._available.get(name, {}))
 
     def resolve(self, name: str, *, version: int | None = None, label: str | None = None) -> ModelVersion:
-        """Return the newest available version of a model, or the one with a number or a label.
+        """Return the newest available version of a model, or the version with this number or label.
 
         Raises:
-            NotReady: the model exists and is still being loaded.
-            ModelNotFound: the model, or that version of it, is not available.
-            InvalidRequest: no version of the model has that label.
+            NotReady: the model is still being loaded.
+            ModelNotFound: the model or the version is not available.
+            InvalidRequest: no version of the model has this label.
         """
         if label is not None and (version := self._labels.get(name, {}).get(label)) is None:
             raise self._unknown_label(name, label)
@@ -172,13 +172,13 @@ class ModelRepository(ABC):
         return error
 
     def versions(self, name: str, number: int | None = None) -> list[VersionStatus]:
-        """List the versions of a model that were tried or wait to be, newest first, or the one of this number.
+        """List the statuses of a model's versions, newest first, or of the version with this number.
 
-        Older versions that were never needed stay out, as TensorFlow Serving's default policy has it.
+        Older versions that were never loaded are omitted, as with TensorFlow Serving's default policy.
 
         Raises:
-            NotReady: nothing is known of the model yet.
-            ModelNotFound: there is no model of that name, or no such version of it.
+            NotReady: the model is still being loaded and has no status yet.
+            ModelNotFound: the model or the version does not exist.
         """
         versions = self._list_versions(name)
         found = versions if number is None else [version for version in versions if version.version == number]
@@ -191,7 +191,7 @@ class ModelRepository(ABC):
         return found
 
     def all_versions(self) -> list[VersionStatus]:
-        """List the versions of every model that is to be served, those that were tried or wait to be."""
+        """List the statuses of the versions of every configured model."""
         return [version for name in self.all_names() for version in self._list_versions(name)]
 
     def _list_versions(self, name: str) -> list[VersionStatus]:
@@ -200,20 +200,19 @@ class ModelRepository(ABC):
 
     @property
     def folder_problems(self) -> Sequence[FolderProblem]:
-        """The folders that cannot be read at the moment."""
+        """The folders that are currently unreadable."""
         return self._folder_problems
 
     @property
     def ready(self) -> bool:
-        """Whether every model had its first load attempt, and the required ones and at least one are available."""
+        """True after every model's first load attempt, if all required models and at least one are available."""
         return self.not_ready_because is None
 
     @property
     def not_ready_because(self) -> str | None:
-        """Why the repository is not ready, in a sentence; None when it is.
+        """The reason why the repository is not ready, or None if it is ready.
 
-        One model that cannot be loaded does not take the service out of use that serves others, unless it is
-        required.
+        A model that cannot be loaded leaves the repository ready if others are available, unless it is required.
         """
         if not self._loaded:
             missing = sorted({*self._names, *self._required} - self._available.keys())
@@ -226,10 +225,10 @@ class ModelRepository(ABC):
         if self._available:
             return None
         reasons = [problem.reason for problem in self._folder_problems]
-        return "; ".join(["there is no model to answer with", *reasons])
+        return "; ".join(["no model is available", *reasons])
 
     def problem(self, name: str) -> str:
-        """Return why a model has no version that can be used."""
+        """Return the reason why a model has no available version."""
         statuses = sorted(self._statuses.get(name, {}).values(), key=lambda status: -status.version)
         errors = (status.error_message for status in statuses if status.error_message)
         return next(errors, None) or self._folder_problem(name) or "no version to serve"
@@ -245,33 +244,33 @@ class ModelRepository(ABC):
         return replace(status, error_message=message, warnings=(*status.warnings, "folder"))
 
     def load(self) -> None:
-        """Try to load what is to be served, for the first time."""
-        self.update()
+        """Load the models for the first time."""
+        self.poll()
         self._loaded = True
 
-    def update(self) -> None:
-        """Bring what is served up to date."""
-        with self._changing:
-            self._look()
+    def poll(self) -> None:
+        """Load new versions and unload removed ones (version swap, hot reload)."""
+        with self._update_lock:
+            self._poll()
 
-    def watch(self, interval_s: float) -> NoReturn:
-        """Bring what is served up to date every so many seconds; does not return."""
-        next_look_s = time.monotonic() + interval_s
+    def poll_forever(self, interval_s: float) -> NoReturn:
+        """Poll every `interval_s` seconds and unload released versions; never returns."""
+        next_poll_s = time.monotonic() + interval_s
         reason = self.not_ready_because
         while True:
             try:
-                released = self._released.get(timeout=max(0.0, next_look_s - time.monotonic()))
+                released = self._released.get(timeout=max(0.0, next_poll_s - time.monotonic()))
             except queue.Empty:
                 released = None
             try:
                 if released is not None:
                     self._finish_unloading(*released)
                 else:
-                    self.update()
+                    self.poll()
             except Exception:  # keep polling, whatever this poll raised
-                logger.exception("the models could not be updated")
+                logger.exception("polling the models failed")
             if released is None:
-                next_look_s = time.monotonic() + interval_s
+                next_poll_s = time.monotonic() + interval_s
                 reason = self._log_readiness(reason)
 
     def _log_readiness(self, before: str | None) -> str | None:
@@ -284,45 +283,44 @@ class ModelRepository(ABC):
         return reason
 
     def _serve(self, loaded: ModelVersion) -> None:
-        """Hand out a version from now on."""
-        # Called when the last request that uses it is done, in whatever thread that is: only a note is left then.
+        """Make a version available."""
+        # The callback runs in the thread that releases the last reference, so it only queues the version.
         weakref.finalize(loaded.predictor, self._released.put, (loaded.name, loaded.version)).atexit = False
         self._replace(loaded)
 
     def _replace(self, loaded: ModelVersion) -> None:
-        """Hand out a version in place of the one of the same number, or add it."""
         versions = {**self._available.get(loaded.name, {}), loaded.version: loaded}
         self._available = {**self._available, loaded.name: versions}
 
     def _unload(self, name: str, *, keep: set[int]) -> None:
-        """Take versions of a model out of use; each is unloaded when the last request that has it is done."""
+        """Stop serving versions of a model; each is unloaded after its last in-flight request (graceful unload)."""
         available = self._available.get(name, {})
         if gone := available.keys() - keep:
             for version in gone:
                 logger.info("unloading %s version %d", name, version)
                 status = self._statuses.get(name, {}).get(version, VersionStatus(name, version))
-                self._show(replace(status, state="UNLOADING", error_code="OK", error_message="", warnings=()))
+                self._set_status(replace(status, state="UNLOADING", error_code="OK", error_message="", warnings=()))
             kept = {version: loaded for version, loaded in available.items() if version in keep}
             others = {other: versions for other, versions in self._available.items() if other != name}
             self._available = {**others, name: kept} if kept else others
 
     def _finish_unloading(self, name: str, version: int) -> None:
-        gc.collect()  # TensorFlow's Python objects hold each other in circles
-        with self._changing:
+        gc.collect()  # TensorFlow's Python objects form reference cycles
+        with self._update_lock:
             status = self._statuses[name][version]
-            if status.state == "UNLOADING":  # else it has been loaded again since
-                self._show(replace(status, state="END"))
+            if status.state == "UNLOADING":  # otherwise it has been reloaded meanwhile
+                self._set_status(replace(status, state="END"))
 
     def _set_folder_problems(self, problems: Sequence[FolderProblem]) -> None:
-        """Report the folders that cannot be read; each is logged when that begins and when it ends."""
+        """Replace the unreadable folders, and log those that become unreadable or readable again."""
         before, now = set(self._folder_problems), set(problems)
         for problem in sorted(now - before, key=lambda problem: problem.path):
-            logger.error("%s; what is loaded from it stays served", problem.error)
+            logger.error("%s; versions loaded from it are still served", problem.error)
         for path in sorted({problem.path for problem in before} - {problem.path for problem in now}):
-            logger.warning("%s can be read again, or is not needed any more", path)
+            logger.warning("%s is readable again, or no longer configured", path)
         self._folder_problems = tuple(problems)
 
-    def _show(self, status: VersionStatus) -> None:
+    def _set_status(self, status: VersionStatus) -> None:
         message = hide_paths(printable(status.error_message))[:MAX_MESSAGE]
         code = status.error_code if status.error_code in CODES else "UNKNOWN"
         status = replace(status, error_message=message, error_code=code)

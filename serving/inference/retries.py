@@ -1,4 +1,4 @@
-"""When to try again to load a version that failed: on any change of its files, else after an increasing delay."""
+"""Retries of failed model loads: after any change of the files, otherwise with exponential backoff."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 FIRST_DELAY_S = 5.0
 LONGEST_DELAY_S = 300.0
-MAX_ENTRIES = 10_000  # files and folders looked at; a link may lead to the whole file system
+MAX_ENTRIES = 10_000  # of a stamp: a symbolic link may lead to the whole file system
 
 Stamp = frozenset[tuple[str | int, ...]]
 _Key = tuple[str, int]  # a model and its version
@@ -19,39 +19,39 @@ _Key = tuple[str, int]  # a model and its version
 class _Failure:
     stamp: Stamp
     count: int
-    retry_at_s: float  # on the clock of `time.monotonic`
+    retry_at_s: float  # a `time.monotonic()` timestamp
 
 
 class Retries:
-    """Remembers the versions that could not be loaded, and how their files were then."""
+    """Stores the versions that failed to load, with the stamps of their files."""
 
     def __init__(self) -> None:
         self._failures: dict[_Key, _Failure] = {}
 
     def is_due(self, key: _Key, stamp: Stamp) -> bool:
-        """Whether to load a version: the first time, when its files have changed, or when its delay is over."""
+        """Return True if a version has not failed yet, its files have changed, or its backoff delay is over."""
         failure = self._failures.get(key)
         return failure is None or failure.stamp != stamp or time.monotonic() >= failure.retry_at_s
 
     def record_failure(self, key: _Key, stamp: Stamp) -> None:
-        """Remember that a version failed. Each failure of unchanged files doubles the delay until the next attempt."""
+        """Record a failure. Each failure with unchanged files doubles the delay (exponential backoff)."""
         failure = self._failures.get(key)
         count = failure.count if failure is not None and failure.stamp == stamp else 0
         delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(count, 30))
         self._failures[key] = _Failure(stamp, count + 1, time.monotonic() + delay_s)
 
     def forget(self, key: _Key) -> None:
-        """Forget the failures of a version: it is loaded, or gone."""
+        """Remove the failures of a version that has been loaded."""
         self._failures.pop(key, None)
 
     def forget_missing(self, name: str, found: set[int]) -> None:
-        """Forget the versions of a model that are not on disk any more."""
+        """Remove the failures of versions that are no longer on disk."""
         for key in [key for key in self._failures if key[0] == name and key[1] not in found]:
             del self._failures[key]
 
 
 def read_stamp(path: Path) -> Stamp:
-    """Return what changes with anything under `path`: contents, names, permissions, and the targets of links."""
+    """Return a value that changes with the contents, names, permissions and link targets under `path`."""
     stamp: set[tuple[str | int, ...]] = set()
     seen: set[tuple[int, int]] = set()
     remaining = [path]
@@ -59,14 +59,14 @@ def read_stamp(path: Path) -> Stamp:
         entry = remaining.pop()
         try:
             status = entry.stat()
-            # The change time (ctime) also changes with the mode and the owner, and cannot be set back as mtime can.
+            # Unlike mtime, ctime also changes with mode and owner, and cannot be set back.
             times = (status.st_mtime_ns, status.st_ctime_ns)
             stamp.add((str(entry), status.st_dev, status.st_ino, status.st_mode, status.st_size, *times))
             inode = (status.st_dev, status.st_ino)
-            if not stat.S_ISDIR(status.st_mode) or inode in seen:  # seen: a link back to a folder above
+            if not stat.S_ISDIR(status.st_mode) or inode in seen:  # seen: a link to a parent folder
                 continue
             seen.add(inode)
             remaining.extend(entry.iterdir())
-        except OSError as error:  # gone, unreadable, or a link to nowhere: that too may change
+        except OSError as error:  # deleted, unreadable, or a broken link, which may change
             stamp.add((str(entry), error.errno or 0))
     return frozenset(stamp)

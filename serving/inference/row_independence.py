@@ -1,8 +1,8 @@
 """Finds the signatures that must not be batched, because the rows of a batch influence each other.
 
-A model with batch statistics at inference (a batch normalization in training mode, a softmax over the batch) returns
-other outputs for a row when it comes in the company of others. Such requests must not share a call. It is found out by
-running example rows alone and together: the warm-up records, where there are any, and rows made up from the signature.
+With batch statistics at inference (batch normalization in training mode, a softmax over the batch), the outputs of a
+row depend on the other rows, so requests must not share a model call. The check runs example rows alone and together:
+rows of the warm-up records, and random rows that fit the signature.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from serving.inference.warmup import read_warmup_records
 
 logger = logging.getLogger(__name__)
 
-TIME_LIMIT_S = 10.0  # of a version, so that a slow model does not hold up the others
+TIME_LIMIT_S = 10.0  # per version, so that a slow model does not delay others
 ROWS = 4
-MAX_EXAMPLE_BYTES = 64 * 1024 * 1024  # of one input
-UNKNOWN_SIZES = (8, 32, 224)  # for axes of any size: what the model accepts first
-# Part of the largest output of a row. Batches of different sizes may be computed by different algorithms, whose
-# rounding differs; batches of one size are computed by the same.
-ROUNDING = {np.dtype(np.float16): 2e-2}
-ROUNDING_DEFAULT = 1e-3
-SAME_SIZE_PART = 1e-2  # of that, where both batches have the same size
-INTEGERS_PART = 0.01  # of the integers of a row that may differ: rounding flips few
+MAX_EXAMPLE_BYTES = 64 * 1024 * 1024  # per input
+UNKNOWN_SIZES = (8, 32, 224)  # tried in this order for axes of any size
+# Tolerance relative to the largest output. TensorFlow may use different algorithms, with different rounding, for
+# batches of different sizes.
+TOLERANCE = {np.dtype(np.float16): 2e-2}
+DEFAULT_TOLERANCE = 1e-3
+SAME_SIZE_SCALE = 1e-2  # scales the tolerance if both batches have the same size
+MAX_DIFFERENT_INTEGERS = 0.01  # fraction of integer outputs that rounding may change
 
 _Arrays = Mapping[str, np.ndarray]
 _Call = Callable[[_Arrays], _Arrays | None]
 
 
 def find_dependent_signatures(path: Path, predictor: Predictor) -> frozenset[str]:
-    """Return the signatures of a version for which a row's outputs depend on the other rows of its batch.
+    """Return the signatures of a version whose outputs for a row depend on the other rows of the batch.
 
-    Where no example can be made, or the model refuses all of them, its rows count as independent.
+    Rows count as independent if no example can be made or the model rejects all examples.
     """
     found: set[str] = set()
     deadline_s = time.monotonic() + TIME_LIMIT_S
-    # In a thread, because a call of a model cannot be stopped.
+    # In a thread, because a model call cannot be cancelled.
     thread = threading.Thread(
         target=_check_signatures, args=(path, predictor, deadline_s, found), name="check-rows", daemon=True
     )
@@ -73,17 +73,17 @@ def _is_dependent(predictor: Predictor, signature: Signature, recorded: _Arrays 
             raise TimeoutError
         try:
             return predictor.predict(signature.name, inputs)
-        except Exception:  # refused
+        except Exception:  # the model rejects the inputs
             return None
 
     try:
         if recorded is not None and _compare(call, recorded):
             return True
         for size in UNKNOWN_SIZES:
-            verdicts = [_compare(call, inputs) for inputs in _make_examples(signature, size)]
-            if any(verdicts):
+            results = [_compare(call, inputs) for inputs in _make_examples(signature, size)]
+            if any(results):
                 return True
-            if False in verdicts:  # accepted: other sizes would tell nothing new
+            if False in results:  # the model accepts this size, so other sizes are not needed
                 break
     except TimeoutError:
         pass
@@ -91,7 +91,7 @@ def _is_dependent(predictor: Predictor, signature: Signature, recorded: _Arrays 
 
 
 def _compare(call: _Call, inputs: _Arrays) -> bool | None:
-    """Whether rows have other outputs together than alone; None where that cannot be told."""
+    """Return True if rows have different outputs together than alone, None if that is unknown."""
     rows = len(next(iter(inputs.values())))
     if rows < 2:
         return None
@@ -99,44 +99,44 @@ def _compare(call: _Call, inputs: _Arrays) -> bool | None:
     alone = [call({name: array[row : row + 1] for name, array in inputs.items()}) for row in range(rows)]
     again = call(inputs)
     if together is None or again is None:
-        return None  # then requests that share a call are answered one by one
-    if _differ(together, again, SAME_SIZE_PART):
-        return None  # it draws random numbers, or has a state
+        return None  # the batcher also runs requests one by one if their batch fails
+    if _differ(together, again, SAME_SIZE_SCALE):
+        return None  # the model is random or stateful
     if any(array.ndim == 0 or len(array) != rows for array in together.values()):
         return True
     for row, outputs in enumerate(alone):
         part = {name: array[row : row + 1] for name, array in together.items()}
         if outputs is None or _differ(part, outputs, 1.0):
             return True
-        # Among copies of itself: finer, as the batch has the same size. All copies are compared at the same place.
+        # A batch of copies of the row has the same size, so a smaller tolerance applies.
         copies = call({name: np.repeat(array[row : row + 1], rows, axis=0) for name, array in inputs.items()})
         if copies is not None:
             copy = {name: array[row : row + 1] for name, array in copies.items()}
-            if _differ(part, copy, SAME_SIZE_PART):
+            if _differ(part, copy, SAME_SIZE_SCALE):
                 return True
     return False
 
 
-def _differ(ours: _Arrays, theirs: _Arrays, part: float) -> bool:
-    return any(_differ_in(array, theirs[name], part) for name, array in ours.items())
+def _differ(ours: _Arrays, theirs: _Arrays, scale: float) -> bool:
+    return any(_arrays_differ(array, theirs[name], scale) for name, array in ours.items())
 
 
-def _differ_in(ours: np.ndarray, theirs: np.ndarray, part: float) -> bool:
+def _arrays_differ(ours: np.ndarray, theirs: np.ndarray, scale: float) -> bool:
     if ours.shape != theirs.shape:
         return True
     if ours.dtype == np.object_:
         return bool(np.any(ours != theirs))
     if not np.issubdtype(ours.dtype, np.inexact):
-        return bool(np.mean(ours != theirs) > INTEGERS_PART) if ours.size else False
+        return bool(np.mean(ours != theirs) > MAX_DIFFERENT_INTEGERS) if ours.size else False
     both = np.concatenate([ours.ravel(), theirs.ravel()])
     finite = np.abs(both[np.isfinite(both)])
     largest = float(finite.max()) if finite.size else 0.0
-    tolerance = ROUNDING.get(ours.dtype, ROUNDING_DEFAULT) * part * largest
+    tolerance = TOLERANCE.get(ours.dtype, DEFAULT_TOLERANCE) * scale * largest
     return not np.allclose(ours, theirs, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def _read_recorded_rows(path: Path, signatures: Mapping[str, Signature]) -> dict[str, _Arrays]:
-    """Return a few rows of the warm-up records of each signature, of the shape that its first record has."""
+    """Return a few rows of each signature's warm-up records, all of the shape of its first record."""
     found: dict[str, dict[str, np.ndarray]] = {}
     try:
         for name, inputs in read_warmup_records(path, signatures):
@@ -149,13 +149,13 @@ def _read_recorded_rows(path: Path, signatures: Mapping[str, Signature]) -> dict
                 before[key].shape[1:] == array.shape[1:] for key, array in inputs.items()
             ):
                 found[name] = {key: np.concatenate([before[key], array])[:ROWS] for key, array in inputs.items()}
-    except ModelLoadError:  # reported by whoever replays them
+    except ModelLoadError:  # `replay_warmup_records` reports it
         pass
     return {name: inputs for name, inputs in found.items() if len({len(array) for array in inputs.values()}) == 1}
 
 
 def _make_examples(signature: Signature, size: int) -> Iterator[_Arrays]:
-    """Make batches of different random rows, of different ranges, as a signature takes them."""
+    """Make batches of random rows, with different value ranges, that fit a signature."""
     rng = np.random.default_rng(0)
     has_strings = any(spec.dtype == "DT_STRING" for spec in signature.inputs.values())
     for variant in range(3 if has_strings else 2):
@@ -166,7 +166,7 @@ def _make_examples(signature: Signature, size: int) -> Iterator[_Arrays]:
 
 
 def _make_rows(spec: TensorSpec, size: int, rng: np.random.Generator, variant: int) -> np.ndarray | None:
-    """Make rows for an input: variant 0 of a wide range (strings: images), 1 small, 2 strings of different lengths."""
+    """Make rows for an input: variant 0 has a wide range (or images), 1 a small one, 2 strings of different lengths."""
     dtype = spec.numpy_dtype
     if dtype is None or spec.shape is None:
         return None
@@ -179,7 +179,7 @@ def _make_rows(spec: TensorSpec, size: int, rng: np.random.Generator, variant: i
         return strings.reshape(shape)
     if dtype == np.bool_:
         return rng.random(shape) < 0.5
-    # Rows of different magnitudes, so that the largest of a batch is that of one row.
+    # Rows differ in magnitude, so that the maximum over the batch is not the maximum of each row.
     magnitudes = np.arange(1, ROWS + 1).reshape(-1, *[1] * (len(shape) - 1)) / ROWS
     if np.issubdtype(dtype, np.integer):
         limit = (256 if dtype == np.uint8 else 100) if variant == 0 else 2
@@ -189,7 +189,7 @@ def _make_rows(spec: TensorSpec, size: int, rng: np.random.Generator, variant: i
 
 
 def _make_string(rng: np.random.Generator, index: int, variant: int) -> bytes:
-    """Make a small PNG file, which TensorFlow's decoders of other formats read as well, or a text."""
+    """Make a text, or a small PNG file, which TensorFlow's decoders accept for any format."""
     if variant > 0:
         return b"%06d" % index if variant == 1 else b"example " * (index + 1)
     file = io.BytesIO()

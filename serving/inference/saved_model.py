@@ -1,6 +1,6 @@
-"""A SavedModel in this process: its signatures, and the calls of TensorFlow.
+"""In-process backend: loads a SavedModel and runs its signatures with TensorFlow.
 
-TensorFlow is imported when the first model is loaded, so only the server process pays for it.
+TensorFlow is imported lazily, so that only the server process pays for it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from serving.inference.signatures import Signature, TensorSpec, check_inputs
 
 
 class SavedModelPredictor:
-    """A SavedModel in this process.
+    """Predictor for a SavedModel in this process.
 
     Args:
-        path: the version's folder, which holds `saved_model.pb` or `saved_model.pbtxt`.
-        intra_op_threads: TensorFlow's threads for one call. The first predictor of a process decides for all.
+        path: the version's folder, with `saved_model.pb` or `saved_model.pbtxt`.
+        intra_op_threads: TensorFlow's threads per call. The first predictor sets it for the whole process.
 
     Raises:
-        ModelLoadError: the folder holds no SavedModel that can be loaded.
+        ModelLoadError: the SavedModel is missing or cannot be loaded.
     """
 
     def __init__(self, path: Path, *, intra_op_threads: int = 1) -> None:
@@ -39,25 +39,25 @@ class SavedModelPredictor:
         config = start_tensorflow(intra_op_threads)
         import tensorflow as tf
 
-        # A session, as in TensorFlow Serving: what cannot be restored there fails here too, and a call costs two
-        # thirds of one of the functions that `tf.saved_model.load` gives.
+        # TensorFlow Serving also loads into a Session, so the same broken exports fail here. A call takes two thirds
+        # of the time of a `tf.saved_model.load` function.
         graph = tf.Graph()
         self._session = tf.compat.v1.Session(graph=graph, config=config)
         try:
             with graph.as_default():
                 tf.compat.v1.saved_model.load(self._session, ["serve"], str(path))
-            self._calls = {name: self._make_call(signature) for name, signature in self.signatures.items()}
+            self._callables = {name: self._make_callable(signature) for name, signature in self.signatures.items()}
         except tf.errors.OpError as error:
             self._session.close()
-            raise ModelLoadError(f"cannot load {path}: {_reason(error)}", code=_code_name(error)) from error
+            raise ModelLoadError(f"cannot load {path}: {_error_message(error)}", code=_error_code(error)) from error
         except MemoryError as error:
             self._session.close()
             raise ModelLoadError(f"not enough memory to load {path}", code="RESOURCE_EXHAUSTED") from error
-        except Exception as error:  # a damaged graph fails in every part of the loader
+        except Exception as error:  # a damaged graph can raise any type of error
             self._session.close()
-            raise ModelLoadError(f"cannot load {path}: {_reason(error)}") from error
+            raise ModelLoadError(f"cannot load {path}: {_error_message(error)}") from error
 
-    def _make_call(self, signature: Signature) -> Callable[..., list[Any]] | None:
+    def _make_callable(self, signature: Signature) -> Callable[..., list[Any]] | None:
         if not signature.inputs or not signature.outputs:
             return None  # an initializer
         from tensorflow.core.protobuf import config_pb2
@@ -65,19 +65,21 @@ class SavedModelPredictor:
         options = config_pb2.CallableOptions(
             feed=[spec.tensor_name for spec in signature.inputs.values()],
             fetch=[spec.tensor_name for spec in signature.outputs.values()],
-            run_options=config_pb2.RunOptions(inter_op_thread_pool=-1),  # in the thread that asks
+            run_options=config_pb2.RunOptions(inter_op_thread_pool=-1),  # in the calling thread
         )
-        # What `Session.make_callable` does where nothing is fed; with feeds it goes the long way, which costs as much
-        # again as a small model does.
-        call: Callable[..., list[Any]] = self._session._make_callable_from_options(options)
-        return call
+        # Private API: with feeds, the public `Session.make_callable` takes as long again as a small model.
+        run: Callable[..., list[Any]] = self._session._make_callable_from_options(options)
+        return run
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
     ) -> dict[str, np.ndarray]:
-        """As `Predictor.predict`; TensorFlow cannot be stopped, so only what has not begun heeds the deadline."""
-        call = self._calls.get(signature)
-        if call is None:
+        """See `Predictor.predict`.
+
+        The deadline is checked only before the call: a running TensorFlow call cannot be cancelled.
+        """
+        run = self._callables.get(signature)
+        if run is None:
             raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
         described = self.signatures[signature]
         check_inputs(described, inputs)
@@ -86,12 +88,12 @@ class SavedModelPredictor:
         import tensorflow as tf
 
         try:
-            outputs = call(*(inputs[name] for name in described.inputs))
+            outputs = run(*(inputs[name] for name in described.inputs))
         except tf.errors.OpError as error:
-            raise _answer_for(error) from error
-        except (TypeError, ValueError) as error:  # an object array that does not hold strings
-            raise InvalidRequest(hide_paths(_reason(error))) from error
-        # asarray: a scalar tensor comes as a scalar, bytes for a string.
+            raise _to_serving_error(error) from error
+        except (TypeError, ValueError) as error:  # an object array with elements that are not bytes
+            raise InvalidRequest(hide_paths(_error_message(error))) from error
+        # asarray: TensorFlow returns a scalar tensor as a scalar, or as bytes for a string.
         return {
             name: np.asarray(output, dtype=spec.numpy_dtype)
             for (name, spec), output in zip(described.outputs.items(), outputs, strict=True)
@@ -100,19 +102,19 @@ class SavedModelPredictor:
 
 @cache
 def start_tensorflow(intra_op_threads: int) -> Any:
-    """Import TensorFlow and settle its threads; returns the ConfigProto of every session.
+    """Import TensorFlow and configure its threads; returns the ConfigProto for all sessions.
 
-    The first session of a process settles how many threads an operation may have, and writes to the process's error
-    output that an optimization is off, whatever the log level. So one is made here, where nobody hears it.
+    The first session of a process sets the number of intra-op threads, and writes a message about an optimization to
+    stderr at any log level. It is created here, with stderr redirected.
     """
     import tensorflow as tf
 
-    # TensorFlow's own objects outlive every collection; to look through them takes a tenth of a second, each time.
+    # Without this, each garbage collection spends a tenth of a second on TensorFlow's permanent objects.
     gc.freeze()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # that sessions are an old way to load a model
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # hides the deprecation warnings about sessions
     config = tf.compat.v1.ConfigProto(
         intra_op_parallelism_threads=intra_op_threads,
-        inter_op_parallelism_threads=-1,  # in the thread that asks: handing over costs more than it brings
+        inter_op_parallelism_threads=-1,  # in the calling thread: handing over costs more than it gains
         use_per_session_threads=True,
     )
     sys.stderr.flush()
@@ -129,21 +131,21 @@ def start_tensorflow(intra_op_threads: int) -> Any:
 
 
 def read_signatures(path: Path) -> dict[str, Signature]:
-    """Read the SignatureDefs of the SavedModel in `path`, of its graph tagged "serve" and nothing else.
+    """Read the SignatureDefs of a SavedModel from the graph with the single tag "serve".
 
     Raises:
-        ModelLoadError: the SavedModel is missing or damaged, or has no graph tagged for serving.
+        ModelLoadError: the SavedModel is missing or damaged, or has no graph with that tag.
     """
     file = path / "saved_model.pb"
     if not file.exists() and (text_file := path / "saved_model.pbtxt").exists():
         file = text_file
     saved_model = _read_saved_model(file)
-    # As TensorFlow's loader chooses it: others may be for an accelerator ("serve", "gpu") or for training.
+    # TensorFlow's loader selects the same graph. Others may be for an accelerator ("serve", "gpu") or for training.
     tag_sets = [set(graph.meta_info_def.tags) for graph in saved_model.meta_graphs]
     if {"serve"} not in tag_sets:
         others = ", ".join(" and ".join(f'"{tag}"' for tag in sorted(tags)) or "nothing" for tags in tag_sets)
         found = f"; its graphs are tagged {others}" if others else ""
-        raise ModelLoadError(f'{file} holds no graph tagged "serve" and nothing else{found}', code="NOT_FOUND")
+        raise ModelLoadError(f'{file} has no graph with the single tag "serve"{found}', code="NOT_FOUND")
     try:
         return read_signature_defs(saved_model.meta_graphs[tag_sets.index({"serve"})].signature_def)
     except ValueError as error:
@@ -172,11 +174,10 @@ def _read_saved_model(file: Path) -> Any:
 
 
 def read_signature_defs(definitions: Mapping[str, Any]) -> dict[str, Signature]:
-    """Read SignatureDef messages, as a model's metadata or a saved_model.pb holds them.
+    """Convert SignatureDef messages of a saved_model.pb or of a server's metadata.
 
     Raises:
-        ValueError: an input or output has a dtype that this version of TensorFlow does not know, or a default value
-            cannot be read.
+        ValueError: an input or output has an unknown dtype, or a default value cannot be read.
     """
     from tensorflow.core.framework import types_pb2
 
@@ -217,27 +218,27 @@ def _make_array(tensor: Any) -> np.ndarray:
     return array
 
 
-def _answer_for(error: Any) -> ServingError:
-    message, code = hide_paths(_reason(error)), _code_name(error)
+def _to_serving_error(error: Any) -> ServingError:
+    message, code = hide_paths(_error_message(error)), _error_code(error)
     if code == "INVALID_ARGUMENT" or message.startswith("Unsupported object type"):  # an element that is not bytes
         return InvalidRequest(message)
     return ModelFailed(message, code=code)
 
 
-def _code_name(error: Any) -> str:
-    """CamelCase of the exception's class to the status API's code: NotFoundError -> NOT_FOUND."""
+def _error_code(error: Any) -> str:
+    """Return the status code of a TensorFlow exception: NotFoundError -> NOT_FOUND."""
     if not type(error).__name__.endswith("Error") or type(error).__name__ == "OpError":
         return "UNKNOWN"
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).upper()
 
 
-# What TensorFlow prints before the reason: the wrapping, one block per node, the count of root errors.
+# Lines that TensorFlow prints before the reason: the wrapper, one block per node, the number of root errors.
 _PREAMBLE = re.compile(r'Graph execution error:|Detected at node |<stack traces unavailable>| +File "|\d+ root error|$')
 
 
-def _reason(error: Exception) -> str:
-    """Return the one line of an error of TensorFlow's that tells a caller what is wrong."""
-    if isinstance(error, UnicodeDecodeError):  # of the message, which quotes bytes of the request
+def _error_message(error: Exception) -> str:
+    """Return the line of a TensorFlow error that states the reason."""
+    if isinstance(error, UnicodeDecodeError):  # TensorFlow's message quotes bytes of the request
         text = bytes(error.object).decode("utf-8", "backslashreplace")
     else:
         text = str(getattr(error, "message", None) or error)

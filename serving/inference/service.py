@@ -1,7 +1,7 @@
-"""`InferenceService`: the one way from a parsed request to a model, for every protocol.
+"""`InferenceService`: runs the requests of every protocol.
 
-A protocol parses bytes to an `InferenceRequest` and renders an `InferenceResult` to bytes. What every request needs is
-here: the choice of the version, validation, limits and the deadline.
+A protocol parses bytes to an `InferenceRequest` and renders an `InferenceResult` to bytes. The service resolves the
+version, validates the inputs, and applies the limits and the deadline.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class InferenceRequest:
     """A parsed request: the inputs of one signature.
 
     Args:
-        signature: its name, one of the version's.
-        inputs: an array for each input, of its dtype; strings are object arrays of bytes.
+        signature: its name; the version has it.
+        inputs: one array per input, of its dtype; strings are object arrays of bytes.
     """
 
     signature: str
@@ -33,7 +33,7 @@ class InferenceRequest:
 
 @dataclass(eq=False)
 class InferenceResult:
-    """The outputs of a signature: an array for each, of its dtype."""
+    """The outputs of a signature: one array per output, of its dtype."""
 
     version: ModelVersion
     signature: Signature
@@ -45,7 +45,7 @@ class InferenceService:
 
     Args:
         repository: the models.
-        max_rows: most rows of a request.
+        max_rows: maximum number of rows in a request.
 
     Example:
         >>> version = service.resolve("colours", version="7")
@@ -58,18 +58,18 @@ class InferenceService:
         self.max_rows = max_rows
 
     def resolve(self, model: str, *, version: int | str | None = None, label: str | None = None) -> ModelVersion:
-        """Return the newest version of a model, or the one with a number or a label.
+        """Return the newest version of a model, or the version with this number or label.
 
-        A request is parsed by the signatures of its version, so protocols resolve the version first.
+        Protocols resolve the version before they parse the request, because parsing depends on its signatures.
 
         Args:
             model: the model's name.
-            version: its number, or the text of it.
-            label: as the model config assigns it.
+            version: the version's number, or its text.
+            label: a version label of the model config.
 
         Raises:
             InvalidRequest: the version is not a number, no version has the label, or both are given.
-            ModelNotFound: the model, or that version of it, is not available.
+            ModelNotFound: the model or the version is not available.
             NotReady: the model is still being loaded.
         """
         if version is not None and label is not None:
@@ -78,12 +78,12 @@ class InferenceService:
         return self.repository.resolve(model, version=number, label=label)
 
     def predict(self, version: ModelVersion, request: InferenceRequest) -> InferenceResult:
-        """Run a signature of a version, before the deadline of the current request.
+        """Run a signature before the deadline of the current request.
 
         Raises:
-            InvalidRequest: the inputs do not fit the signature, or the model refuses them.
-            TooLarge: there are more rows than `max_rows`.
-            Overloaded: it cannot be finished before the deadline, or too many requests wait.
+            InvalidRequest: the inputs do not fit the signature, or the model rejects them.
+            TooLarge: the request has more than `max_rows` rows.
+            Overloaded: the queue is full, or the deadline cannot be met (load shedding).
             ModelFailed: the model failed, the deadline passed, or the client disconnected.
         """
         signature = version.predictor.signatures[request.signature]
@@ -93,16 +93,16 @@ class InferenceService:
         return InferenceResult(version, signature, outputs)
 
     def status(self, model: str, version: int | str | None = None) -> list[VersionStatus]:
-        """Return the states of a model's versions, newest first, or of one.
+        """Return the statuses of a model's versions, newest first, or of one version.
 
         Raises:
             InvalidRequest: the version is not a number.
-            ModelNotFound: nothing is known of the model, or of that version.
+            ModelNotFound: the model or the version does not exist.
             NotReady: the model is still being loaded.
         """
         return self.repository.versions(model, read_version_number(version) if isinstance(version, str) else version)
 
     @property
     def not_ready_because(self) -> str | None:
-        """Why the service is not ready, in a sentence; None when it is."""
+        """The reason why the service is not ready, or None if it is ready."""
         return self.repository.not_ready_because

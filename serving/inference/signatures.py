@@ -1,4 +1,4 @@
-"""The signatures of a model, their tensors, and `Predictor`, the interface of whatever runs them."""
+"""Model signatures, their tensor specs, and `Predictor`, the interface of the backends."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output of a signature, as its SignatureDef describes it."""
+    """One input or output of a signature, as described by its SignatureDef."""
 
     name: str
-    dtype: str  # as in TensorFlow's types.proto: "DT_UINT8"
-    shape: tuple[int | None, ...] | None  # None: of any rank; None in it: of any size
+    dtype: str  # name in TensorFlow's types.proto: "DT_UINT8"
+    shape: tuple[int | None, ...] | None  # None: any rank; an axis of None: any size
     tensor_name: str  # in the graph: "serving_default_images:0"
 
     @property
     def numpy_dtype(self) -> np.dtype[Any] | None:
-        """The dtype of the arrays that carry it; None for a type that has no arrays (DT_RESOURCE)."""
+        """The dtype of its arrays; None for a type without arrays (DT_RESOURCE)."""
         return NUMPY_DTYPES.get(self.dtype)
 
     @property
     def is_batched(self) -> bool:
-        """Whether its first axis is the batch: present, and of any size."""
+        """True if the first axis is a batch axis: present, and of any size."""
         return bool(self.shape) and self.shape is not None and self.shape[0] is None
 
     def fits(self, array: np.ndarray) -> bool:
-        """Whether an array has its dtype and shape."""
+        """Return True if an array has this dtype and shape."""
         return array.dtype == self.numpy_dtype and _fits(array.shape, self.shape)
 
     def __str__(self) -> str:
-        """As people write it: `uint8 (n, 32, 32, 3)`."""
+        """Return dtype and shape: `uint8 (n, 32, 32, 3)`."""
         dtype = self.dtype.removeprefix("DT_").lower()
         return f"{dtype} of any shape" if self.shape is None else f"{dtype} {_shape_text(self.shape)}"
 
@@ -67,20 +67,20 @@ class Signature:
     method_name: str  # "tensorflow/serving/predict"
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
-    defaults: Mapping[str, np.ndarray] = field(default_factory=dict)  # of inputs that a gRPC request may leave out
+    defaults: Mapping[str, np.ndarray] = field(default_factory=dict)  # of inputs that a gRPC request may omit
 
     @property
     def is_batched(self) -> bool:
-        """Whether all its inputs and outputs have a batch axis."""
+        """True if all inputs and outputs have a batch axis."""
         return bool(self.inputs) and all(spec.is_batched for spec in (*self.inputs.values(), *self.outputs.values()))
 
 
 class Predictor(Protocol):
-    """What can answer for a model, in this process or elsewhere. Called from several threads at once."""
+    """Runs the signatures of a model version, in this process or on a remote server. Thread-safe."""
 
     @property
     def signatures(self) -> Mapping[str, Signature]:
-        """Every SignatureDef of the model by its name, those that cannot be called included."""
+        """All SignatureDefs of the model by name, including those that cannot be called."""
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
@@ -88,10 +88,10 @@ class Predictor(Protocol):
         """Run a signature.
 
         Args:
-            signature: its name, "serving_default" for example.
+            signature: its name, for example "serving_default".
             inputs: one array per input of the signature, of exactly its dtype (`TensorSpec.numpy_dtype`;
                 strings are object arrays of bytes), rows along axis 0.
-            deadline_s: when the answer is of no use any more, on the clock of `time.monotonic`.
+            deadline_s: a `time.monotonic()` timestamp, or None.
 
         Returns:
             One array per output of the signature.
@@ -103,13 +103,13 @@ class Predictor(Protocol):
 
 
 def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
-    """Refuse arrays that do not fit a signature, before a kernel can see them.
+    """Validate arrays against a signature before TensorFlow's kernels get them.
 
-    TensorFlow itself trusts the caller here: a convolution given the wrong rank aborts the whole process.
+    TensorFlow does not validate them: a convolution with an input of the wrong rank aborts the process.
 
     Raises:
-        InvalidRequest: an input is missing, unexpected, of another dtype or shape, empty, or has another
-            number of rows than the rest.
+        InvalidRequest: an input is missing, unexpected, empty, of the wrong dtype or shape, or its number of rows
+            differs from another input's.
     """
     expected = signature.inputs
     if inputs.keys() != expected.keys():
@@ -130,14 +130,14 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None
 
 
 def count_rows(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int:
-    """Return the size of the batch axis; 1 where there is none."""
+    """Return the size of the batch axis, or 1 without a batch axis."""
     return next((len(inputs[name]) for name, spec in signature.inputs.items() if spec.is_batched), 1)
 
 
 def check_rows(rows: int, most: int) -> None:
-    """Raise TooLarge where a request has more rows than are taken."""
+    """Raise TooLarge if a request has more rows than allowed."""
     if rows > most:
-        raise TooLarge(f"the request has {rows:,} rows, and at most {most:,} are taken; send several requests")
+        raise TooLarge(f"the request has {rows:,} rows; at most {most:,} are allowed, so split the request")
 
 
 def _refuse_names(signature: Signature, inputs: Mapping[str, np.ndarray]) -> NoReturn:
@@ -155,7 +155,7 @@ def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> bo
         return True
     if len(shape) != len(expected):
         return False
-    for want, have in zip(expected, shape, strict=True):  # noqa: SIM110 - a generator costs more than the rest
+    for want, have in zip(expected, shape, strict=True):  # noqa: SIM110 - `all` with a generator is slower
         if want is not None and want != have:
             return False
     return True

@@ -1,6 +1,6 @@
-"""TensorProto messages to arrays and back (`tensorflow/core/framework/tensor.proto`).
+"""Converts TensorProto messages (`tensorflow/core/framework/tensor.proto`) to arrays and back.
 
-Unlike `tf.make_ndarray`, nothing is believed: a message of a few bytes may announce a shape of terabytes.
+Unlike `tf.make_ndarray`, it validates them: a message of a few bytes may declare a shape of terabytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from serving.errors import InvalidRequest, TooLarge
 from serving.inference.signatures import NUMPY_DTYPES
 
-# The field that holds the values of each dtype where they are not in `tensor_content`.
+# The field with the values of each dtype, unless they are in `tensor_content`.
 _VALUE_FIELDS: Mapping[str, str] = {
     "DT_FLOAT": "float_val",
     "DT_DOUBLE": "double_val",
@@ -33,28 +33,28 @@ _VALUE_FIELDS: Mapping[str, str] = {
     "DT_STRING": "string_val",
 }
 SLICE_ELEMENTS = 64 * 1024
-MAX_DIMENSIONS = 64  # numpy's; TensorFlow's are 254
+MAX_DIMENSIONS = 64  # numpy's limit; TensorFlow's is 254
 _SMALL_INTEGERS = ("DT_INT8", "DT_INT16", "DT_UINT8", "DT_UINT16")
 
 
 def count_elements(tensor: Any) -> int:
-    """Return how many elements the shape of a TensorProto announces."""
+    """Return the number of elements that the shape of a TensorProto declares."""
     return math.prod(max(0, dimension.size) for dimension in tensor.tensor_shape.dim)
 
 
 def read_tensor(tensor: Any, *, name: str, max_bytes: int) -> np.ndarray:
-    """Turn a TensorProto into an array; strings become an object array of bytes.
+    """Convert a TensorProto to an array; strings become an object array of bytes.
 
-    Where fewer values than elements are given, the last is repeated, as TensorFlow has it.
+    If it has fewer values than elements, the last value is repeated, as in TensorFlow.
 
     Args:
         tensor: the message.
-        name: of the input, for messages.
-        max_bytes: how large the array may be.
+        name: the input's name, for error messages.
+        max_bytes: maximum size of the array.
 
     Raises:
-        InvalidRequest: the values do not fit the dtype and shape it announces.
-        TooLarge: the shape announces a larger array.
+        InvalidRequest: the values do not fit the declared dtype and shape.
+        TooLarge: the declared shape exceeds `max_bytes`.
     """
     from tensorflow.core.framework import types_pb2
 
@@ -75,8 +75,8 @@ def read_tensor(tensor: Any, *, name: str, max_bytes: int) -> np.ndarray:
         raise InvalidRequest(f"tensor parsing error: {name}: its shape is not fully given")
     count = math.prod(shape)
     if count * dtype.itemsize > max_bytes:
-        raise TooLarge(f"input {name} has {count:,} elements, more than {max_bytes:,} bytes, the most that is taken")
-    content = tensor.tensor_content  # read once: each time it is copied
+        raise TooLarge(f"input {name} has {count:,} elements, which exceed the limit of {max_bytes:,} bytes")
+    content = tensor.tensor_content  # every access copies it
     if content and dtype_name != "DT_STRING":
         if len(content) != count * dtype.itemsize:
             raise InvalidRequest(
@@ -96,11 +96,11 @@ def read_tensor(tensor: Any, *, name: str, max_bytes: int) -> np.ndarray:
 
 
 def write_tensor(tensor: Any, array: np.ndarray, *, dtype_name: str) -> None:
-    """Fill a TensorProto from an array, in the typed `*_val` field of its dtype, as TensorFlow Serving replies."""
+    """Fill a TensorProto from an array, with the `*_val` field of its dtype, as TensorFlow Serving does."""
     from tensorflow.core.framework import types_pb2
 
     tensor.dtype = types_pb2.DataType.Value(dtype_name)
-    tensor.tensor_shape.SetInParent()  # of a scalar too
+    tensor.tensor_shape.SetInParent()  # even for a scalar
     for size in array.shape:
         tensor.tensor_shape.dim.add().size = size
     field = getattr(tensor, _VALUE_FIELDS[dtype_name])
@@ -109,7 +109,7 @@ def write_tensor(tensor: Any, array: np.ndarray, *, dtype_name: str) -> None:
     elif dtype_name in ("DT_COMPLEX64", "DT_COMPLEX128"):
         array = np.ascontiguousarray(array).view(array.real.dtype)
     flat = array.ravel()
-    for start in range(0, flat.size, SLICE_ELEMENTS):  # between two slices other requests have their turn
+    for start in range(0, flat.size, SLICE_ELEMENTS):  # other threads can run between two slices
         field.extend(flat[start : start + SLICE_ELEMENTS].tolist())
 
 
@@ -118,9 +118,9 @@ def _read_values(values: Any, dtype_name: str, dtype: np.dtype[Any], *, name: st
         array = np.empty(len(values), object)
         array[:] = list(values)
         return array
-    if dtype_name == "DT_HALF":  # the 16 bits, in an int32
+    if dtype_name == "DT_HALF":  # 16 bits in an int32
         return np.array(values, np.int32).astype(np.uint16).view(np.float16)
-    if dtype_name in ("DT_COMPLEX64", "DT_COMPLEX128"):  # real and imaginary parts in turn
+    if dtype_name in ("DT_COMPLEX64", "DT_COMPLEX128"):  # alternating real and imaginary parts
         if len(values) % 2:
             raise InvalidRequest(f"tensor parsing error: {name}: an odd number of parts of complex numbers")
         return np.array(values, dtype.type(0).real.dtype).view(dtype)

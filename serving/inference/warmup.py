@@ -1,6 +1,6 @@
-"""Replays a model's warm-up records, so that its first real request is as fast as the next.
+"""Model warm-up: replays recorded requests, so that the first real request is not slow.
 
-The file and its limit are TensorFlow Serving's (`servables/tensorflow/saved_model_warmup_util.cc`).
+File format and limit are TensorFlow Serving's (`servables/tensorflow/saved_model_warmup_util.cc`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MAX_RECORDS = 1_000
 
 
 def replay_warmup_records(path: Path, predictor: Predictor) -> int:
-    """Send every record of a version's warm-up file to its predictor.
+    """Run every record of a version's warm-up file.
 
     Args:
-        path: the version's folder; without a warm-up file in it nothing is replayed.
-        predictor: the version, loaded.
+        path: the version's folder; the warm-up file is optional.
+        predictor: the version's predictor.
 
     Returns:
         The number of records replayed.
@@ -42,11 +42,11 @@ def replay_warmup_records(path: Path, predictor: Predictor) -> int:
 
 
 def read_warmup_records(path: Path, signatures: Mapping[str, Signature]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Read the signature and the inputs of every record of a version's warm-up file; none where there is no file.
+    """Yield the signature and the inputs of every record of a version's warm-up file, if it has one.
 
     Args:
         path: the version's folder.
-        signatures: its signatures, whose default values stand for the inputs that a record leaves out.
+        signatures: the version's signatures, whose defaults replace the inputs that a record omits.
 
     Raises:
         ModelLoadError: a record is damaged or not a predict request, or there are too many.

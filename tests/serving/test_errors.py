@@ -35,7 +35,7 @@ from serving.errors import (
         (TooLarge("too large"), 413, None),
     ],
 )
-def test_a_client_is_told_when_to_retry_where_that_can_help(
+def test_retryable_errors_have_a_retry_after_header(
     error: ServingError, status: int, retry_after_s: int | None
 ) -> None:
     assert (error.status, error.retry_after_s) == (status, retry_after_s)

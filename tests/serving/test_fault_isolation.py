@@ -1,4 +1,4 @@
-"""A model or folder with a fault, beside a good one: only it is reported, at the start and later."""
+"""Fault isolation: of a valid and a faulty model or folder, only the faulty one is reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.serving.conftest import Server, picture
 PAGES = ("/readyz", "/metrics", "/models.json", "/", "/v2/health/ready", "/v1/models/colours", "/healthz")
 IMAGE = {"images": np.zeros((1, 32, 32, 3), np.uint8)}
 
-Fault = Callable[[Path], None]  # given a copy of a good version
+Fault = Callable[[Path], None]  # damages a copy of a valid version
 
 
 def write_info(text: str) -> Fault:
@@ -71,7 +71,7 @@ def replace_file(name: str, make: Callable[[Path], object]) -> Fault:
     return replace
 
 
-# By name: the fault, and a part of the error that is shown of it.
+# Fault and part of its error message, by name.
 NOT_SERVED: dict[str, tuple[Fault, str]] = {
     "unknown input dtype": (set_dtype(250, of="inputs"), "unknown dtype 250"),
     "unknown output dtype": (set_dtype(99, of="outputs"), "unknown dtype 99"),
@@ -112,7 +112,7 @@ ALL = {**NOT_SERVED, **SERVED_WITHOUT_INFO}
 
 
 def add_faulty(models_dir: Path, colours: Path, fault: Fault, name: str = "alpha") -> None:
-    """Add a faulty model, which comes before `colours` in the alphabet, and is polled before it."""
+    """Add a faulty model whose name sorts before `colours`, so that it is polled first."""
     shutil.copytree(colours, models_dir / name / "1")
     fault(models_dir / name / "1")
 
@@ -129,7 +129,7 @@ def grpc_status(repository: Any, name: str) -> Any:
 
 
 def assert_pages(app: Flask) -> None:
-    """Every page is there, and neither a page nor an error tells where the server's files are."""
+    """Every page is available, and neither pages nor errors contain paths of the server."""
     client = app.test_client()
     hidden = str(app.settings.models_dir.parent)
     for page in PAGES:
@@ -158,10 +158,10 @@ def test_only_the_faulty_model_is_reported(models_dir: Path, colours: Path, case
     else:
         repository.load()
         add_faulty(models_dir, colours, fault)
-        repository.update()
+        repository.poll()
     assert_pages(app)
     publish(colours, models_dir, 11)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 11
     assert repository.resolve("colours").predictor.predict("serving_default", IMAGE)["class_id"].shape == (1,)
     assert_pages(app)
@@ -201,7 +201,7 @@ def test_lone_surrogates_in_a_model_info_do_no_harm(models_dir: Path, colours: P
     if when == "later":
         repository.load()
     add_faulty(models_dir, colours, write_info(info))
-    repository.update() if when == "later" else repository.load()
+    repository.poll() if when == "later" else repository.load()
     assert_pages(app)
     client = app.test_client()
     described = {model["name"]: model for model in client.get("/models.json").json or []}
@@ -220,7 +220,7 @@ def test_lone_surrogates_in_a_model_info_do_no_harm(models_dir: Path, colours: P
         assert any("\\ud8" in name for name in names)  # shown with escapes, not dropped
 
 
-def test_a_signature_with_more_classes_than_memory_does_no_harm(models_dir: Path, colours: Path) -> None:
+def test_a_signature_with_too_many_classes_does_not_affect_others(models_dir: Path, colours: Path) -> None:
     def edit(signature: Any) -> None:
         signature.outputs["probabilities"].tensor_shape.dim[1].size = 10**12
 
@@ -230,7 +230,7 @@ def test_a_signature_with_more_classes_than_memory_does_no_harm(models_dir: Path
     assert_pages(app)
 
 
-def test_known_dtypes_without_arrays_do_no_harm_to_others(models_dir: Path, colours: Path) -> None:
+def test_unsupported_dtypes_do_not_affect_other_signatures(models_dir: Path, colours: Path) -> None:
     for name, number in (("alpha", 14), ("beta", 20), ("gamma", 21)):  # bfloat16, resource, variant
         add_faulty(models_dir, colours, set_dtype(number, of="inputs"), name)
         add_faulty(models_dir, colours, set_dtype(number, of="outputs"), name + "-out")
@@ -260,7 +260,7 @@ ERRORS = [
     + [(where, ERRORS[i]) for where in ("warm-up", "wrap", "rows") for i in (0, -2)],
     ids=repr,
 )
-def test_whatever_is_raised_while_loading_stays_with_its_model(
+def test_any_exception_during_loading_affects_only_its_model(
     models_dir: Path, colours: Path, adder: Path, error: BaseException, where: str
 ) -> None:
     shutil.copytree(colours, models_dir / "alpha" / "1")
@@ -300,7 +300,7 @@ def test_whatever_is_raised_while_loading_stays_with_its_model(
     assert len(grpc_status(repository, "alpha")) == 1
     assert_pages(app)
     publish(colours, models_dir, 11)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 11
 
 
@@ -322,7 +322,7 @@ FOLDERS: dict[str, tuple[bytes, Callable[[Path], object]]] = {
 
 @pytest.fixture
 def as_user(models_dir: Path) -> Iterator[None]:
-    """Permissions hold for root too: run as nobody, who owns the test's folder."""
+    """Run as the user `nobody`, because file permissions do not apply to root."""
     if os.geteuid() != 0:
         yield
         return
@@ -357,10 +357,10 @@ def test_only_the_faulty_folder_is_reported(
     else:
         repository.load()
         make(folder)
-        repository.update()
+        repository.poll()
     (models_dir / "colours" / "2").rename(models_dir / "colours" / "11")
-    repository.update()
-    repository.update()
+    repository.poll()
+    repository.poll()
     try:
         assert repository.resolve("colours").version == 11
         assert repository.ready
@@ -381,18 +381,18 @@ def test_only_the_faulty_folder_is_reported(
             (status,) = (client.get(f"/v1/models/{shown}").json or {})["model_version_status"]
             assert "not valid UTF-8" in status["status"]["error_message"]
             assert len(grpc_status(repository, shown)) == 1
-        else:  # it may be no model at all
+        else:  # may not be a model
             assert repository.all_names() == ["colours"]
             assert client.post("/predict", data=picture("red"), content_type="image/png").status_code == 200
-            answer = client.get(f"/v1/models/{shown}")
-            assert (answer.status_code, errors[0] in (answer.json or {})["error"]) == (404, True)
+            response = client.get(f"/v1/models/{shown}")
+            assert (response.status_code, errors[0] in (response.json or {})["error"]) == (404, True)
     finally:
         if folder.is_dir() and not folder.is_symlink():
             folder.chmod(0o755)
 
 
 @pytest.mark.usefixtures("as_user")
-def test_a_version_that_cannot_be_listed_is_reported(models_dir: Path) -> None:
+def test_an_unlistable_version_is_reported(models_dir: Path) -> None:
     version, assets = models_dir / "colours" / "11", models_dir / "colours" / "10" / "assets.extra"
     make_unlistable(version)
     make_unlistable(models_dir / "colours" / "lost+found")
@@ -402,18 +402,18 @@ def test_a_version_that_cannot_be_listed_is_reported(models_dir: Path) -> None:
     assert (repository.resolve("colours").version, repository.folder_problems) == (10, ())
     assert "Permission denied" in repository.versions("colours")[0].error_message
     assets.chmod(0)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
     assert repository.versions("colours")[1].warnings == ("model_info", "warmup")
     assert_pages(app)
     for path in (version, assets, models_dir / "colours" / "lost+found"):
         path.chmod(0o755)
-    repository.update()
+    repository.poll()
     assert repository.versions("colours")[1].warnings == ()
 
 
 @pytest.mark.usefixtures("as_user")
-def test_a_models_folder_that_cannot_be_listed_at_the_start_is_waited_for(models_dir: Path) -> None:
+def test_a_models_folder_that_is_unlistable_at_startup_is_polled(models_dir: Path) -> None:
     models_dir.chmod(0)
     app = make_app(Settings(models_dir=models_dir))
     repository = app.inference.repository
@@ -422,13 +422,13 @@ def test_a_models_folder_that_cannot_be_listed_at_the_start_is_waited_for(models
     for page in ("/metrics", "/models.json", "/", "/healthz"):
         assert app.test_client().get(page).status_code == 200
     models_dir.chmod(0o755)
-    repository.update()
+    repository.poll()
     assert repository.ready
 
 
 @pytest.mark.usefixtures("as_user")
-def test_a_version_that_may_not_be_read_is_served_once_it_may(models_dir: Path) -> None:
-    """Neither times nor sizes change with permissions: the change time does."""
+def test_an_unreadable_version_is_loaded_once_readable(models_dir: Path) -> None:
+    """Permissions change neither size nor mtime, only ctime."""
     file = models_dir / "colours" / "10" / "saved_model.pb"
     file.chmod(0)
     repository = LocalRepository(ModelsFolder(models_dir))
@@ -436,11 +436,11 @@ def test_a_version_that_may_not_be_read_is_served_once_it_may(models_dir: Path) 
     assert repository.resolve("colours").version == 2
     assert "Permission denied" in repository.versions("colours")[0].error_message
     file.chmod(0o644)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
 
 
-def test_a_label_of_a_version_that_fails_does_not_end_the_service(models_dir: Path, adder: Path) -> None:
+def test_a_label_of_a_failed_version_does_not_end_the_service(models_dir: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
     (models_dir / "colours" / "10" / "saved_model.pb").write_bytes(b"")
     both = VersionPolicy(latest=None)
@@ -457,7 +457,7 @@ def test_a_label_of_a_version_that_fails_does_not_end_the_service(models_dir: Pa
     assert "does not exist" in repository.problem("gone")
 
 
-def test_the_process_serves_the_good_model_beside_every_fault(
+def test_the_process_serves_a_valid_model_beside_every_faulty_one(
     models_dir: Path, colours: Path, start_server: Callable[..., Server]
 ) -> None:
     def add(prefix: str) -> list[str]:
@@ -494,4 +494,4 @@ def test_the_process_serves_the_good_model_beside_every_fault(
             assert httpx.get(f"{server.url}/v1/models/{name}").status_code == 200
     assert json.loads(httpx.get(server.url + "/models.json").text)
     assert server.stop() == 0
-    assert "could not be updated" not in server.log
+    assert "updating model" not in server.log

@@ -21,14 +21,14 @@ from tests.serving.conftest import picture
 
 @pytest.fixture
 def fresh(models_dir: Path) -> Flask:
-    """An app of its own, as its counters start at nothing."""
+    """A new app, whose counters start at zero."""
     app = make_app(Settings(models_dir=models_dir))
     app.inference.repository.load()
     return app
 
 
 def read(client: FlaskClient, path: str = "/metrics") -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Read the page as Prometheus would."""
+    """Read the metrics like Prometheus."""
     response = client.get(path)
     assert response.status_code == 200
     assert response.content_type.startswith("text/plain; version=0.0.4")
@@ -43,7 +43,7 @@ def value(samples: dict[tuple[str, tuple[tuple[str, str], ...]], float], name: s
     return samples.get((name, tuple(sorted(labels.items()))), 0)
 
 
-def test_requests_pictures_and_durations_are_counted(fresh: Flask) -> None:
+def test_requests_images_and_durations_are_counted(fresh: Flask) -> None:
     client = fresh.test_client()
     files = [(picture(colour, size=(40, 30)), f"{colour}.png") for colour in ("red", "blue", "lime")]
     data = {f"f{i}": (BytesIO(data), name) for i, (data, name) in enumerate(files)}
@@ -66,22 +66,22 @@ def test_requests_pictures_and_durations_are_counted(fresh: Flask) -> None:
     assert not any("invented" in str(labels) or "/no/such" in str(labels) for _, labels in samples)
 
 
-def test_png_files_of_the_model_s_size_are_decoded_by_the_model(fresh: Flask) -> None:
+def test_png_files_of_the_input_size_are_decoded_by_the_model(fresh: Flask) -> None:
     client = fresh.test_client()
     calls = "serving_predict_seconds_count"
     exact, other, jpeg = picture("red"), picture("red", size=(40, 30)), picture("red", kind="JPEG")
     for expected, files in ((1, [exact]), (2, [exact, exact]), (2, [exact, other]), (2, [jpeg]), (2, [exact[:60]])):
         data = {f"f{i}": (BytesIO(file), f"{i}.png") for i, file in enumerate(files)}
-        reply = client.post("/predict", data=data)
-        if files == [exact[:60]]:  # which the model refuses, and Pillow can say why
-            assert reply.status_code == 400
-            assert "damaged or cut off" in reply.get_json()["errors"][0]["error"]
+        response = client.post("/predict", data=data)
+        if files == [exact[:60]]:  # the model refuses it, and Pillow gives the reason
+            assert response.status_code == 400
+            assert "damaged or cut off" in response.get_json()["errors"][0]["error"]
         else:
-            assert [row["label"] for row in reply.get_json()["predictions"]] == ["red"] * len(files)
+            assert [row["label"] for row in response.get_json()["predictions"]] == ["red"] * len(files)
         assert value(read(client), calls, model="colours", signature="image_bytes") == expected
 
 
-def test_the_state_of_the_models_is_shown(fresh: Flask) -> None:
+def test_the_states_of_the_versions_are_exported(fresh: Flask) -> None:
     samples = read(fresh.test_client())
     assert value(samples, "serving_ready") == 1
     assert value(samples, "serving_warmup_records", model="colours", version="10") == 2
@@ -90,7 +90,7 @@ def test_the_state_of_the_models_is_shown(fresh: Flask) -> None:
     assert value(samples, "process_resident_memory_bytes") > 0
 
 
-def test_each_app_has_its_own(fresh: Flask, client: FlaskClient) -> None:
+def test_each_app_has_its_own_metrics(fresh: Flask, client: FlaskClient) -> None:
     before = read(client)
     fresh.test_client().post("/predict", data=b"", content_type="image/png")
     labels = {"route": "/predict", "model": "colours", "status": "400"}
@@ -98,7 +98,7 @@ def test_each_app_has_its_own(fresh: Flask, client: FlaskClient) -> None:
     assert value(read(client), "serving_requests_total", **labels) == value(before, "serving_requests_total", **labels)
 
 
-def test_predict_calls_are_counted_under_tensorflow_serving_s_names_too(fresh: Flask) -> None:
+def test_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: Flask) -> None:
     client = fresh.test_client()
     image = np.zeros((1, 32, 32, 3), int).tolist()
     assert client.post("/v1/models/colours:predict", json={"instances": image}).status_code == 200
@@ -117,10 +117,10 @@ def test_predict_calls_are_counted_under_tensorflow_serving_s_names_too(fresh: F
     assert 0 < value(samples, ":tensorflow:serving:request_latency_sum", **latency) < seconds * 1e6
 
 
-def test_what_is_predicted_is_counted_whatever_its_path_looks_like(fresh: Flask) -> None:
+def test_only_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: Flask) -> None:
     client = fresh.test_client()
     image = np.zeros((1, 32, 32, 3), int).tolist()
-    assert client.get("/v1/models/colours:predict").status_code == 400  # which is no Predict
+    assert client.get("/v1/models/colours:predict").status_code == 400  # not a predict call
     assert client.post("/V1/models/colours:predict", json={"instances": image}).status_code == 200
     assert client.post("/v1/models/colours/labels/none:predict", json={"instances": image}).status_code == 400
     lines = [line for line in client.get("/metrics").text.splitlines() if "request_count{" in line]
@@ -128,13 +128,13 @@ def test_what_is_predicted_is_counted_whatever_its_path_looks_like(fresh: Flask)
     assert lines == [f'{name}"INVALID_ARGUMENT"}} 1', f'{name}"OK"}} 1']
 
 
-def test_a_name_cannot_break_the_page(fresh: Flask) -> None:
+def test_model_names_are_escaped(fresh: Flask) -> None:
     fresh.metrics.observe_tfs_predict(model='a"b\\c', code="OK", seconds=0.001, api="REST")
     text = fresh.test_client().get("/metrics").text
     assert ':tensorflow:serving:request_count{model_name="a\\"b\\\\c",status="OK"} 1\n' in text
 
 
-def test_the_memory_budget_is_shown(models_dir: Path) -> None:
+def test_the_memory_budget_is_exported(models_dir: Path) -> None:
     app = make_app(Settings(models_dir=models_dir, memory_budget=100_000_000))
     client = app.test_client()
     page = client.get("/metrics").text
@@ -147,18 +147,18 @@ def test_the_memory_budget_is_shown(models_dir: Path) -> None:
     assert "\nserving_memory_used_bytes 0.0\n" in client.get("/metrics").text
 
 
-def test_those_who_ask_while_the_page_is_rendered_share_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_scrapes_share_the_next_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics()
     metrics.observe_request(route="/a", model="", status=200, seconds=0.1)
     render = metrics._render
-    began, go_on = threading.Event(), threading.Event()
+    began, finish = threading.Event(), threading.Event()
     count = 0
 
     def render_slowly() -> bytes:
         nonlocal count
         count += 1
         began.set()
-        assert go_on.wait(10)
+        assert finish.wait(10)
         return render()
 
     monkeypatch.setattr(metrics, "_render", render_slowly)
@@ -169,7 +169,7 @@ def test_those_who_ask_while_the_page_is_rendered_share_the_next_one(monkeypatch
         while not (metrics._page and len(metrics._page._done_callbacks) == len(others)):
             time.sleep(0.001)
         metrics.observe_request(route="/b", model="", status=200, seconds=0.1)
-        go_on.set()
-        pages = [asked.result(10) for asked in [first, *others]]
+        finish.set()
+        pages = [future.result(10) for future in [first, *others]]
     assert count == 2
-    assert all(b'route="/b"' in page for page in pages[1:])  # they are not older than the request
+    assert all(b'route="/b"' in page for page in pages[1:])  # rendered after the request

@@ -36,7 +36,7 @@ def test_a_version_becomes_available_once_its_copy_is_complete(models_dir: Path,
     repository.load()
 
     def poll() -> tuple[int, str, int]:
-        repository.update()
+        repository.poll()
         status = repository.versions("colours")[0]
         assert status.version == 11
         return repository.resolve("colours").version, status.state, status.warmup_records
@@ -100,7 +100,7 @@ def test_warmup_records_are_replayed_once_when_they_arrive(models_dir: Path, col
     assert calls == []
     shutil.copytree(colours / "assets.extra", extra)
     for _ in range(3):
-        repository.update()
+        repository.poll()
     assert calls == [1, 3]
     assert repository.versions("colours")[0].warmup_records == 2
 
@@ -119,13 +119,13 @@ def test_late_warmup_records_disable_batching_of_dependent_rows(tmp_path: Path) 
     repository = app.inference.repository
     repository.load()
     assert repository.versions("coupled")[0].warnings == ()
-    assert "serving_default" in repository.resolve("coupled").predictor._gathered
+    assert "serving_default" in repository.resolve("coupled").predictor._batched
     values = [tf.train.Feature(float_list={"value": [float(i)]}) for i in range(3)]
     examples = [tf.train.Example(features=tf.train.Features(feature={"v": value})) for value in values]
     write_warmup_records(version, [tf.constant([example.SerializeToString() for example in examples])])
-    repository.update()
+    repository.poll()
     assert repository.versions("coupled")[0].warnings == ("dependent_rows",)
-    assert repository.resolve("coupled").predictor._gathered == set()
+    assert repository.resolve("coupled").predictor._batched == set()
     assert repository.versions("coupled")[0].state == "AVAILABLE"
 
 
@@ -168,7 +168,7 @@ def test_class_names_fall_back_to_the_labels_signature(tmp_path: Path) -> None:
         ("[" * 100_000, ["ham", "eggs"]),
     ):
         info.write_text(text)
-        repository.update()
+        repository.poll()
         assert class_names() == names
 
 

@@ -70,7 +70,7 @@ def test_a_process_that_needs_a_restart_is_503(app: Flask) -> None:
         response = client.get("/healthz")
         assert (response.status_code, response.json) == (
             503,
-            {"status": "dead", "reason": "the thread predictor has ended"},
+            {"status": "dead", "reason": "the thread predictor has exited"},
         )
         assert response.headers["Retry-After"] == "1"
         assert client.get("/v2/health/live").status_code == 400

@@ -119,9 +119,9 @@ def test_an_invalid_configuration_returns_the_reason(own: tuple[Server, Any], mo
     code, details = refusal(lambda: reload(stubs, colours | {"labels": {"stable": 2}}))
     assert (code, "which is not currently available" in details) == ("FAILED_PRECONDITION", True)
     for model, problem in (
-        ({"name": "", "path": "/x"}, "needs a name"),
+        ({"name": "", "path": "/x"}, "expected a model name"),
         ({"name": "m", "path": "relative"}, "absolute base_path"),
-        (colours, "stands there twice"),
+        (colours, "is repeated"),
     ):
         code, details = refusal(lambda model=model: reload(stubs, colours, model))
         assert (code, problem in details) == ("INVALID_ARGUMENT", True)
@@ -135,7 +135,7 @@ def test_health_is_not_serving_after_the_only_model_is_removed(own: tuple[Server
     server, stubs = own
     shutil.rmtree(models_dir / "colours")
     server.wait_for("/readyz", 503)
-    assert httpx.get(server.url + "/readyz").json()["reason"] == "there is no model to answer with"
+    assert httpx.get(server.url + "/readyz").json()["reason"] == "no model is available"
     assert httpx.get(server.url + "/healthz").status_code == 200
     response = stubs.health.Check(health_pb2.HealthCheckRequest(), timeout=60)
     assert response.status == health_pb2.HealthCheckResponse.NOT_SERVING

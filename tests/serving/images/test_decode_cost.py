@@ -1,4 +1,4 @@
-"""The estimates against the peak memory of processes that decode."""
+"""Compares the estimates with the peak memory of processes that decode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FRAMES = [noise((500, 400), seed=seed) for seed in range(60)]
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
 
-# Decodes each file in a child of its own, and prints by how much that raised the resident set at most.
+# Decodes each file in its own child process, and prints the increase of the peak resident set size.
 MEASURE = """
 import os, sys
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -29,9 +29,9 @@ def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
 
 def peak(decode, small, file):
-    decode(small)  # what is made once
+    decode(small)  # allocates what is kept between calls
     data = open(file, "rb").read()
-    open("/proc/self/clear_refs", "w").write("5")  # begins VmHWM anew
+    open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM
     before = status("VmRSS")
     decode(data)
     return status("VmHWM") - before
@@ -52,7 +52,7 @@ def make_decode():
     limits = ImageLimits(10**8, 10**7)
     return lambda data: _decode(data, check_file(data, limits), (224, 224))
 """
-# As models do that convert to float32 first, which costs the most.
+# Like models that convert to float32 before resizing, which need the most memory.
 WITH_TENSORFLOW = """
 def make_decode():
     import tensorflow as tf
@@ -79,7 +79,7 @@ def make_decode():
     tf.compat.v1.disable_eager_execution()
     return decode
 """
-# As the exported models do.
+# Like the exported models.
 WITH_THE_EXPORTED_GRAPH = """
 def make_decode():
     import tensorflow as tf
@@ -142,21 +142,21 @@ def measure(script: str, files: dict[str, bytes], folder: Path) -> dict[str, int
     return dict(zip(files, map(int, ran.stdout.split()), strict=True))
 
 
-def test_the_estimate_for_pillow_is_at_least_what_it_takes_and_not_much_more(tmp_path: Path) -> None:
+def test_the_estimate_for_pillow_is_a_tight_upper_bound(tmp_path: Path) -> None:
     files = {name: make() for name, make in PILLOW_FILES.items()}
     for name, peak in measure(WITH_PILLOW, files, tmp_path).items():
         cost = decode_cost(header_of(files[name]), decoder="pillow", size=(224, 224))
         assert peak <= cost <= 2.2 * peak, (name, peak, cost)
 
 
-def test_the_estimate_for_tensorflow_is_at_least_what_it_takes_and_not_much_more(tmp_path: Path) -> None:
+def test_the_estimate_for_tensorflow_is_a_tight_upper_bound(tmp_path: Path) -> None:
     files = {name: make() for name, make in TENSORFLOW_FILES.items()}
     for name, peak in measure(WITH_TENSORFLOW, files, tmp_path).items():
         cost = decode_cost(header_of(files[name]), decoder="tensorflow", size=(224, 224))
         assert peak <= cost <= 2.2 * peak, (name, peak, cost)
 
 
-def test_the_exported_graph_needs_no_more_than_the_estimate(tmp_path: Path) -> None:
+def test_the_exported_graph_stays_below_the_estimate(tmp_path: Path) -> None:
     files = {"jpeg turned": encode(noise(SIZE), "JPEG", exif=TURNED, progressive=True)}
     (peak,) = measure(WITH_THE_EXPORTED_GRAPH, files, tmp_path).values()
     assert peak <= decode_cost(header_of(files["jpeg turned"]), decoder="tensorflow", size=(224, 224))
@@ -176,7 +176,7 @@ def test_the_exported_graph_needs_no_more_than_the_estimate(tmp_path: Path) -> N
         encode(noise((1_024, 768)), "JPEG"),
     ],
 )
-def test_what_takes_long_is_not_quick(slow: bytes) -> None:
+def test_a_slow_image_is_not_quick(slow: bytes) -> None:
     assert not is_quick(header_of(slow))
 
 

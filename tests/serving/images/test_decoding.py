@@ -23,7 +23,7 @@ HEIGHT, WIDTH = 40, 48
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
-    """A picture with smooth parts and edges, in all colours."""
+    """An image with smooth areas and edges, in all colours."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC)
@@ -89,14 +89,14 @@ def read(data: bytes, *, size: tuple[int, int] = (HEIGHT, WIDTH), max_image_pixe
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("data", TENSORFLOW_READS_TOO.values(), ids=TENSORFLOW_READS_TOO.keys())
-def test_pixels_are_bit_for_bit_those_of_the_graph(data: bytes) -> None:
+def test_pixels_equal_those_of_the_graph(data: bytes) -> None:
     image = read(data)
     assert (image.dtype, image.shape) == (np.uint8, (HEIGHT, WIDTH, 3))
     np.testing.assert_array_equal(image, decode_images(tf.constant([data]), height=HEIGHT, width=WIDTH)[0])
 
 
 @pytest.mark.parametrize("size", [(20, 20), (48, 40), (640, 480), (33, 31), (1, 1), (500, 3)])
-def test_the_resize_is_that_of_the_graph_within_one_grey_level(size: tuple[int, int]) -> None:
+def test_the_resize_equals_that_of_the_graph_within_one_grey_level(size: tuple[int, int]) -> None:
     source = photo(size=size)
     resized = tf.image.resize(np.asarray(source), (32, 32), antialias=True)
     expected = tf.cast(tf.round(resized), tf.int32).numpy()
@@ -108,12 +108,12 @@ def test_the_resize_is_that_of_the_graph_within_one_grey_level(size: tuple[int, 
 @pytest.mark.parametrize(
     ("kind", "options"), [("BMP", {}), ("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {"interlace": 1})]
 )
-def test_lossless_formats_give_the_pixels_that_went_in(kind: str, options: dict[str, object]) -> None:
+def test_lossless_formats_preserve_the_pixels(kind: str, options: dict[str, object]) -> None:
     source = photo().quantize(200).convert("RGB")
     np.testing.assert_array_equal(read(encode(source, kind, **options)), np.asarray(source))
 
 
-def test_an_animation_gives_its_first_frame() -> None:
+def test_the_first_frame_of_an_animation_is_used() -> None:
     frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "lime", "blue")]
     for kind, options in (("GIF", {}), ("WEBP", {"lossless": True})):
         data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -122,9 +122,9 @@ def test_an_animation_gives_its_first_frame() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "MPO", "WEBP"])
-def test_a_picture_is_turned_upright(kind: str, orientation: int) -> None:
+def test_the_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     upright = Image.new("RGB", (32, 32), "black")
-    upright.paste("white", (0, 0, 16, 8))  # no symmetry is left
+    upright.paste("white", (0, 0, 16, 8))  # removes the symmetry
     turns = {
         1: [],
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
@@ -144,7 +144,7 @@ def test_a_picture_is_turned_upright(kind: str, orientation: int) -> None:
     assert np.abs(image.astype(int) - np.asarray(upright)).max() <= 30
 
 
-def test_a_png_is_turned_upright() -> None:
+def test_the_exif_orientation_of_a_png_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     upright = photo().transpose(Image.Transpose.ROTATE_270)
@@ -153,7 +153,7 @@ def test_a_png_is_turned_upright() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_metadata_does_not_lose_the_picture() -> None:
+def test_damaged_metadata_is_ignored() -> None:
     whole = encode(photo(), "JPEG")
     exif = b"Exif\0\0MM\0*\xff\xff\xff\xff garbage"
     damaged = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:]
@@ -161,7 +161,7 @@ def test_damaged_metadata_does_not_lose_the_picture() -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
-def test_a_file_that_was_cut_off_is_refused(kind: str) -> None:
+def test_a_truncated_file_is_refused(kind: str) -> None:
     whole = encode(photo(), kind)
     for kept in (len(whole) // 4, len(whole) // 2, len(whole) * 3 // 4):
         with pytest.raises(InvalidRequest):
@@ -169,32 +169,32 @@ def test_a_file_that_was_cut_off_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "PPM", "ICO", "TGA", "DIB"])
-def test_other_formats_are_refused_though_pillow_reads_them(kind: str) -> None:
+def test_formats_that_only_pillow_supports_are_refused(kind: str) -> None:
     with pytest.raises(InvalidRequest, match="expected JPEG, PNG, WebP, AVIF, BMP or GIF"):
         read(encode(photo(), kind))
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
-def test_what_is_no_picture_is_refused(data: bytes) -> None:
+def test_other_files_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidRequest):
         read(data)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("width", "height"), [(1001, 1000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
-def test_too_many_pixels_are_refused_by_the_header_alone(width: int, height: int) -> None:
+def test_too_many_pixels_are_refused_before_decoding(width: int, height: int) -> None:
     with pytest.raises(TooLarge, match="1,000,000"):
         read(png(width, height))
 
 
-def test_the_limit_itself_is_allowed() -> None:
+def test_an_image_at_the_limit_is_accepted() -> None:
     data = picture("red", (WIDTH, HEIGHT))
     assert read(data, max_image_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
     with pytest.raises(TooLarge, match="48 x 40"):
         read(data, max_image_pixels=WIDTH * HEIGHT - 1)
 
 
-def test_no_bytes_make_it_fail_otherwise() -> None:
+def test_any_bytes_give_an_image_or_a_serving_error() -> None:
     rng = np.random.default_rng(3)
     for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF"):
         whole = np.frombuffer(encode(photo(), kind), np.uint8)
@@ -209,11 +209,11 @@ def test_no_bytes_make_it_fail_otherwise() -> None:
                 continue
 
 
-LARGE = (900, 700)  # more than are converted at once
+LARGE = (900, 700)  # more than one strip
 
 
 @pytest.mark.parametrize("kind", ["cmyk", "cmyk without Adobe's marker", "16-bit grey"])
-def test_large_pictures_that_numpy_converts_are_read_as_tensorflow_does(kind: str) -> None:
+def test_large_images_converted_by_numpy_equal_those_of_tensorflow(kind: str) -> None:
     if kind == "16-bit grey":
         samples = np.random.default_rng(2).integers(0, 2**16, (LARGE[1], LARGE[0], 1), dtype=np.uint16)
         data = bytes(tf.io.encode_png(samples).numpy())
@@ -226,7 +226,7 @@ def test_large_pictures_that_numpy_converts_are_read_as_tensorflow_does(kind: st
 
 
 def exif_of_many_tags() -> bytes:
-    """5,000 tags that share one value of 60 KB, which Pillow copies for each."""
+    """5,000 tags that share one value of 60 KB, which Pillow copies for each tag."""
     tags = b"".join(struct.pack(">HHII", 0x9000 + tag, 7, 59_000, 8) for tag in range(5_000))
     orientation = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
     return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 5_001) + orientation + tags
@@ -248,7 +248,7 @@ METADATA = {
 
 
 @pytest.mark.parametrize("name", METADATA)
-def test_metadata_costs_nothing_and_changes_nothing(name: str) -> None:
+def test_metadata_is_dropped_before_decoding(name: str) -> None:
     kind, metadata = METADATA[name]
     whole = encode(photo(), kind)
     start = {"JPEG": 2, "PNG": 33}[kind]
@@ -271,7 +271,7 @@ def exif_of(orientation: int) -> bytes:
     return b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
 
 
-def test_image_data_in_a_thousand_chunks_is_read_as_in_one() -> None:
+def test_many_image_data_chunks_equal_one() -> None:
     whole = encode(photo())
     (length,) = struct.unpack(">I", whole[33:37])
     pixels = whole[41 : 41 + length]
@@ -294,7 +294,7 @@ def test_image_data_in_a_thousand_chunks_is_read_as_in_one() -> None:
         (b"Exif\0\0", 1),
     ],
 )
-def test_the_orientation_that_exif_data_declares(exif: bytes, orientation: int) -> None:
+def test_the_orientation_is_read_from_exif_data(exif: bytes, orientation: int) -> None:
     assert read_orientation(exif) == orientation
 
 
@@ -309,6 +309,6 @@ def test_the_orientation_that_exif_data_declares(exif: bytes, orientation: int) 
         (gif((10, 10), 1, frame_size=(65_000, 65_000)), TooLarge, "at most 100,000,000"),
     ],
 )
-def test_what_would_take_long_is_refused_by_its_header(data: bytes, error: type[Exception], message: str) -> None:
+def test_slow_files_are_refused_by_their_header(data: bytes, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         read(data, max_image_pixels=100_000_000)

@@ -47,48 +47,48 @@ def cost_of(data: bytes) -> int:
     return decode_cost(header, decoder="tensorflow")
 
 
-def test_the_cost_of_a_few_images_is_their_sum() -> None:
+def test_the_memory_of_a_few_images_is_summed() -> None:
     small, large = picture("red"), picture("red", (900, 700))
     both = cost_of(small) + cost_of(large)
     for arrays in ([strings(small, large)], [strings(small), strings(large)], [strings(small, large).reshape(2, 1)]):
         assert check_encoded_images(arrays, LIMITS).memory_bytes == both
 
 
-def test_of_many_images_only_some_are_decoded_at_once() -> None:
+def test_only_images_decoded_at_once_count() -> None:
     image = picture("red", (900, 700))
     cost = check_encoded_images([strings(*[image] * 50)], LIMITS).memory_bytes
     assert cost == IMAGES_AT_ONCE * cost_of(image) + (50 - IMAGES_AT_ONCE) * len(image)
 
 
-def test_strings_that_are_no_images_cost_nothing() -> None:
+def test_other_strings_cost_nothing() -> None:
     array = strings(b"", b"BMW and Benz build cars in the south of Germany.", b"\xff\xfe\xfd", b"\x89PNG")
     assert check_encoded_images([array, np.zeros(3)], LIMITS) == DecodeEstimate(0, 0)
 
 
-def test_the_seconds_are_those_of_all_images() -> None:
+def test_the_time_of_all_images_is_summed() -> None:
     header = read_header(picture("red", (900, 700)))
     assert header is not None
     estimate = check_encoded_images([strings(*[picture("red", (900, 700))] * 3)], LIMITS)
     assert estimate.seconds == pytest.approx(3 * decode_seconds(header))
 
 
-def test_the_error_tells_which_image() -> None:
+def test_the_error_names_the_index_of_the_image() -> None:
     with pytest.raises(TooLarge, match="image 1: the picture has 1 x 5001 pixels"):
         check_encoded_images([strings(picture("red"), png(1, 5_001))], LIMITS)
     with pytest.raises(InvalidRequest, match="image 2: the JPEG file has more than 100 scans"):
         check_encoded_images([strings(b"", b"x" * 50, jpeg_of_scans(200))], LIMITS)
 
 
-def test_a_million_references_to_one_image_are_checked_in_no_time() -> None:
+def test_repeated_references_to_one_image_are_checked_once() -> None:
     array = np.empty(1_000_000, object)
     array[:] = [jpeg_of_scans(100)] * len(array)
     started_s = time.perf_counter()
     assert check_encoded_images([array], LIMITS).memory_bytes > 0
-    assert time.perf_counter() - started_s < 10  # each anew would take minutes
+    assert time.perf_counter() - started_s < 10  # checking each reference would take minutes
 
 
 class CountingPredictor:
-    """Counts its calls, and says nothing."""
+    """Counts its calls, and returns no outputs."""
 
     def __init__(self, signatures: Mapping[str, Signature]) -> None:
         self.signatures = signatures
@@ -105,7 +105,7 @@ class CountingPredictor:
         return {}
 
 
-def test_the_predictor_checks_strings_before_the_other_one_sees_them(colours: Path) -> None:
+def test_strings_are_checked_before_the_inner_predictor_is_called(colours: Path) -> None:
     inner = CountingPredictor(SavedModelPredictor(colours).signatures)
     predictor = InspectedPredictor(inner, ImageInspector(LIMITS))
     assert predictor.signatures == inner.signatures
@@ -113,13 +113,15 @@ def test_the_predictor_checks_strings_before_the_other_one_sees_them(colours: Pa
         predictor.predict("image_bytes", {"image_bytes": strings(png(1, 5_001))})
     assert inner.calls == 0
     predictor.predict("image_bytes", {"image_bytes": strings(png(1, 5_000))})
-    predictor.predict("serving_default", {"images": strings(png(1, 5_001))})  # no strings there: its own to refuse
+    predictor.predict(
+        "serving_default", {"images": strings(png(1, 5_001))}
+    )  # not a string input: the inner predictor must refuse it
     predictor.predict("image_bytes", {})
     predictor.predict("unknown", {})
     assert inner.calls == 4
 
 
-def test_a_real_model_answers_through_it_as_without_it(colours: Path) -> None:
+def test_the_inner_predictor_gives_the_outputs(colours: Path) -> None:
     inner = SavedModelPredictor(colours)
     inputs = {"image_bytes": strings(picture("red"), picture("blue", (50, 60), "JPEG"))}
     outputs = InspectedPredictor(inner, ImageInspector(LIMITS)).predict("image_bytes", inputs)
@@ -127,7 +129,7 @@ def test_a_real_model_answers_through_it_as_without_it(colours: Path) -> None:
         np.testing.assert_array_equal(outputs[name], expected)
 
 
-# By name: the file, and the statuses that are right.
+# File and expected statuses by name.
 HOSTILE = {
     "tall png": (png(1, 50_000_000, rows=1), 413),
     "wide png": (png(50_000_000, 1), 413),
@@ -141,7 +143,7 @@ HOSTILE = {
     "bmp": (bmp(40_000, 40_000), 413),
     "webp": (webp_canvas(16_000, 16_000), 413),
 }
-# What only TensorFlow would decode.
+# Formats that only TensorFlow decodes.
 HOSTILE_AS_TENSORS = {
     "gif of many frames": (gif((1_000, 1_000), 60), 413),
     "webp of many frames": (webp_canvas(1_000, 1_000, frames=60), 413),
@@ -149,8 +151,8 @@ HOSTILE_AS_TENSORS = {
 }
 
 
-class Ways:
-    """Every way to send an encoded image to a server; each returns an HTTP status."""
+class ImageSender:
+    """Sends an encoded image over every protocol; each method returns an HTTP status."""
 
     def __init__(self, server: Server) -> None:
         self.http = httpx.Client(base_url=server.url, timeout=60)
@@ -209,45 +211,45 @@ def peak_bytes(process_id: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_hostile_images_are_refused_by_every_way_at_once(models_dir: Path, start_server: Callable[..., Server]) -> None:
+def test_hostile_images_are_refused_by_every_protocol(models_dir: Path, start_server: Callable[..., Server]) -> None:
     server = start_server(models_dir)
     server.wait_for("/readyz")
-    ways = Ways(server)
-    for way in (*UPLOADS, *TENSORS):
-        assert getattr(ways, way)(picture("red", (300, 200))) == 200, way
-        assert getattr(ways, way)(picture("red", (300, 200), "JPEG")) == 200, way
+    sender = ImageSender(server)
+    for method in (*UPLOADS, *TENSORS):
+        assert getattr(sender, method)(picture("red", (300, 200))) == 200, method
+        assert getattr(sender, method)(picture("red", (300, 200), "JPEG")) == 200, method
     before = peak_bytes(server.process.pid)
     started_s = time.perf_counter()
     for name, (data, status) in HOSTILE.items():
-        for way in (*UPLOADS, *TENSORS):
-            assert getattr(ways, way)(data) == status, (name, way)
+        for method in (*UPLOADS, *TENSORS):
+            assert getattr(sender, method)(data) == status, (name, method)
     for name, (data, status) in HOSTILE_AS_TENSORS.items():
-        for way in TENSORS:
-            assert getattr(ways, way)(data) == status, (name, way)
-    # JSON carries text: of the formats only a GIF can be one.
-    assert ways.v2_json(b"GIF89a" + struct.pack("<HHBBB", 20_000, 20_000, 0, 0, 0) + b"," + bytes(9) + b"\2\0") == 413
-    assert time.perf_counter() - started_s < 15  # one of them, decoded, takes as long
+        for method in TENSORS:
+            assert getattr(sender, method)(data) == status, (name, method)
+    # JSON strings are text, and only a GIF file can be valid text.
+    assert sender.v2_json(b"GIF89a" + struct.pack("<HHBBB", 20_000, 20_000, 0, 0, 0) + b"," + bytes(9) + b"\2\0") == 413
+    assert time.perf_counter() - started_s < 15  # decoding one of them would take as long
     assert peak_bytes(server.process.pid) - before < 30_000_000
-    assert ways.form(picture("red")) == 200
+    assert sender.form(picture("red")) == 200
 
 
 def test_the_largest_side_is_a_setting(models_dir: Path, start_server: Callable[..., Server]) -> None:
     server = start_server(models_dir, "--max-image-side", "300")
     server.wait_for("/readyz")
-    ways = Ways(server)
-    for way in (*UPLOADS, *TENSORS):
-        assert getattr(ways, way)(picture("red", (300, 300))) == 200, way
-        assert getattr(ways, way)(picture("red", (301, 1))) == 413, way
+    sender = ImageSender(server)
+    for method in (*UPLOADS, *TENSORS):
+        assert getattr(sender, method)(picture("red", (300, 300))) == 200, method
+        assert getattr(sender, method)(picture("red", (301, 1))) == 413, method
 
 
-def test_a_remote_server_is_sent_no_hostile_images(tmp_path: Path, start_server: Callable[..., Server]) -> None:
+def test_hostile_images_are_not_sent_to_a_remote_server(tmp_path: Path, start_server: Callable[..., Server]) -> None:
     path = saved_models.save_colour_classifier(tmp_path / "classifier")
     shutil.copytree(path, tmp_path / "models" / "colours" / "1")
     backend = start_server(tmp_path / "models", "--max-image-side", "1000000", "--max-image-pixels", "100000000")
     backend.wait_for("/readyz")
     front = start_server(tmp_path / "models", "--remote", f"127.0.0.1:{backend.grpc_port}")
     front.wait_for("/readyz")
-    ways = Ways(front)
-    for way in TENSORS:
-        assert getattr(ways, way)(picture("red")) == 200, way
-        assert getattr(ways, way)(png(1, 40_000)) == 413, way
+    sender = ImageSender(front)
+    for method in TENSORS:
+        assert getattr(sender, method)(picture("red")) == 200, method
+        assert getattr(sender, method)(png(1, 40_000)) == 413, method

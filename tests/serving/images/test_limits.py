@@ -61,7 +61,7 @@ def check(data: bytes, *, decoder: Decoder = "tensorflow", limits: ImageLimits =
         ("RGB", "WEBP", {"exif": b"Exif\0\0MM\0*"}, 4),
     ],
 )
-def test_the_header_of_a_real_file(mode: str, kind: str, options: dict[str, object], channels: int) -> None:
+def test_the_header_of_a_real_file_is_read(mode: str, kind: str, options: dict[str, object], channels: int) -> None:
     data = encode(noise((97, 31), mode), kind, **options)
     header = header_of(data)
     assert header.format == {"MPO": "JPEG"}.get(kind, kind)
@@ -71,12 +71,12 @@ def test_the_header_of_a_real_file(mode: str, kind: str, options: dict[str, obje
     check(data)
 
 
-def test_16_bit_samples() -> None:
+def test_16_bit_samples_are_detected() -> None:
     assert header_of(encode(Image.new("I;16", (5, 4)), "PNG")).sample_bytes == 2
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-def test_the_frames_of_an_animation(kind: str) -> None:
+def test_the_frames_of_an_animation_are_counted(kind: str) -> None:
     frames = [noise((40, 30), seed=seed) for seed in range(7)]
     assert header_of(encode(frames[0], kind, save_all=True, append_images=frames[1:])).frames == 7
 
@@ -84,7 +84,7 @@ def test_the_frames_of_an_animation(kind: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"hello", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"RIFF1234WEBP", b"BM"]
 )
-def test_what_is_no_image_has_no_header(data: bytes) -> None:
+def test_other_files_have_no_header(data: bytes) -> None:
     assert read_header(data) is None
     assert read_header(data + bytes(100)) is None
 
@@ -92,11 +92,11 @@ def test_what_is_no_image_has_no_header(data: bytes) -> None:
 @pytest.mark.parametrize(
     "text", [b"BMW and Benz build cars in the south of Germany.", b"GIF89a was the second version of the format."]
 )
-def test_a_sentence_that_begins_as_an_image_does_is_none(text: bytes) -> None:
+def test_a_text_that_starts_with_an_image_signature_has_no_header(text: bytes) -> None:
     assert read_header(text) is None
 
 
-# By name: a JPEG file, and how many scans a decoder may find in it.
+# JPEG file and maximum number of scans that a decoder may find, by name.
 JPEG_SCANS = {
     "a hundred": (jpeg_of_scans(100), 100),
     "one more": (jpeg_of_scans(101), 101),
@@ -123,11 +123,11 @@ JPEG_SCANS = {
 
 
 @pytest.mark.parametrize("name", JPEG_SCANS)
-def test_scans_are_counted_as_libjpeg_finds_them(name: str) -> None:
+def test_scans_are_counted_like_in_libjpeg(name: str) -> None:
     data, scans = JPEG_SCANS[name]
     header = header_of(data)
     assert header.scans == scans
-    assert (header.width, header.height) in ((64, 64), (96, 64))  # and not those of what is inside or behind
+    assert (header.width, header.height) in ((64, 64), (96, 64))  # not the size of an embedded or trailing image
     if scans > 100:
         with pytest.raises(InvalidRequest, match="more than 100 scans"):
             check(data)
@@ -135,27 +135,27 @@ def test_scans_are_counted_as_libjpeg_finds_them(name: str) -> None:
         check(data)
 
 
-def test_scans_of_a_large_jpeg_are_limited_by_its_pixels_too() -> None:
+def test_scans_are_limited_by_the_number_of_pixels() -> None:
     check(jpeg_of_scans(FULL_SIZE_SCANS, size=(1_000, 1_000)))
     with pytest.raises(InvalidRequest, match="21 scans; with 1000 x 1000 pixels it may have at most 20"):
         check(jpeg_of_scans(FULL_SIZE_SCANS + 1, size=(1_000, 1_000)))
 
 
-def test_coefficients_are_held_between_scans_only() -> None:
+def test_only_several_scans_need_memory_for_coefficients() -> None:
     assert header_of(encode(noise((96, 64)), "JPEG")).coefficient_bytes == 0
-    # Colour at half the resolution: blocks of 16 x 16 pixels, with 4 blocks of brightness and 2 of colour each.
+    # Chroma at half the resolution: every 16 x 16 pixels have 4 luma and 2 chroma blocks.
     assert header_of(PROGRESSIVE).coefficient_bytes == 6 * 4 * 6 * 128
     full = encode(noise((96, 64)), "JPEG", progressive=True, subsampling=0)
     assert header_of(full).coefficient_bytes == 96 * 64 * 3 * 2
 
 
-def test_of_several_frames_in_a_jpeg_the_largest_counts() -> None:
+def test_the_largest_frame_of_a_jpeg_is_used() -> None:
     frame = segment(0xC2, struct.pack(">BHHB", 8, 9_000, 9_000, 1) + b"\x01\x11\x00")
     start = PROGRESSIVE.index(b"\xff\xda")
     for place in (2, start):
         data = PROGRESSIVE[:place] + frame + PROGRESSIVE[place:]
         assert (header_of(data).width, header_of(data).height) == (9_000, 9_000)
-    # As in a thumbnail, which is inside a segment.
+    # A thumbnail is inside a segment.
     data = PROGRESSIVE[:2] + segment(0xE1, frame) + PROGRESSIVE[2:]
     assert (header_of(data).width, header_of(data).height) == (96, 64)
 
@@ -177,7 +177,7 @@ GIANTS = {
 
 @pytest.mark.parametrize("decoder", ["pillow", "tensorflow"])
 @pytest.mark.parametrize("name", GIANTS)
-def test_giants_are_refused(name: str, decoder: Decoder) -> None:
+def test_oversized_images_are_refused(name: str, decoder: Decoder) -> None:
     with pytest.raises(TooLarge, match="at most 1,000,000 in all"):
         check(GIANTS[name], decoder=decoder)
 
@@ -193,17 +193,17 @@ def test_giants_are_refused(name: str, decoder: Decoder) -> None:
         webp_canvas(5_001, 1),
     ],
 )
-def test_a_side_is_limited(data: bytes) -> None:
+def test_the_length_of_a_side_is_limited(data: bytes) -> None:
     with pytest.raises(TooLarge, match=r"5001.*a side may have at most 5,000"):
         check(data)
 
 
-def test_the_limits_themselves_are_allowed() -> None:
+def test_images_at_the_limits_are_accepted() -> None:
     for width, height in ((1_000, 1_000), (5_000, 200), (1, 5_000)):
         check(png(width, height))
 
 
-def test_the_size_of_an_avif_is_that_of_its_stream_where_its_box_says_less() -> None:
+def test_the_size_of_an_avif_is_at_least_that_of_its_stream() -> None:
     data = encode(noise((1_200, 1_000)), "AVIF", speed=10)
     place = data.index(b"ispe") + 8
     data = data[:place] + struct.pack(">II", 7, 5) + data[place + 8 :]
@@ -211,7 +211,7 @@ def test_the_size_of_an_avif_is_that_of_its_stream_where_its_box_says_less() -> 
         check(data, decoder="pillow")
 
 
-def test_a_frame_header_that_is_too_short_is_no_frame() -> None:
+def test_a_truncated_frame_header_is_ignored() -> None:
     place = PROGRESSIVE.index(b"\xff\xc2") + 2
     assert read_header(PROGRESSIVE[:place] + b"\0\3" + PROGRESSIVE[place + 2 :]) is None
 
@@ -223,7 +223,7 @@ def test_an_image_without_pixels_is_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", [gif((1_000, 100), 11), webp_canvas(1_000, 100, frames=11)])
-def test_tensorflow_decodes_all_frames_and_pillow_one(data: bytes) -> None:
+def test_all_frames_count_for_tensorflow_and_one_for_pillow(data: bytes) -> None:
     check(data, decoder="pillow")
     with pytest.raises(TooLarge, match="11 frames of 1000 x 100"):
         check(data, decoder="tensorflow")
@@ -234,7 +234,7 @@ def test_the_number_of_frames_is_limited() -> None:
         check(gif((1, 1), 20_000))
 
 
-def test_tensorflow_inflates_text_and_pillow_is_given_none() -> None:
+def test_metadata_counts_only_for_tensorflow() -> None:
     data = png(8, 8, extra=chunk(b"zTXt", b"k\0\0" + bytes(8_000)) * 5, rows=8)
     check(data, decoder="pillow")
     with pytest.raises(TooLarge, match="compressed text"):
@@ -255,7 +255,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_a_file_of_countless_parts_is_refused(name: str) -> None:
+def test_a_file_with_too_many_parts_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"more than|more tables|too many blocks|at most"):
         check(PARTS[name], decoder="pillow")
 
@@ -265,7 +265,7 @@ def test_a_file_of_countless_parts_is_refused(name: str) -> None:
     prefix=st.sampled_from([b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"RIFF\0\0\0\0WEBP", b""]),
     data=st.binary(max_size=400),
 )
-def test_any_bytes_are_read_without_failing(prefix: bytes, data: bytes) -> None:
+def test_any_bytes_are_read_without_an_error(prefix: bytes, data: bytes) -> None:
     header = read_header(prefix + data)
     if header is not None:
         assert header.width >= 0
@@ -279,7 +279,7 @@ def test_any_bytes_are_read_without_failing(prefix: bytes, data: bytes) -> None:
     changes=st.lists(st.tuples(st.integers(0, 300), st.binary(max_size=6)), max_size=5),
     kept=st.floats(0, 1),
 )
-def test_damaged_files_are_read_without_failing(whole: bytes, changes: list[tuple[int, bytes]], kept: float) -> None:
+def test_damaged_files_are_read_without_an_error(whole: bytes, changes: list[tuple[int, bytes]], kept: float) -> None:
     for place, content in changes:
         whole = whole[:place] + content + whole[place + len(content) :]
     header = read_header(whole[: round(len(whole) * kept)])
@@ -302,7 +302,7 @@ def test_damaged_files_are_read_without_failing(whole: bytes, changes: list[tupl
     ],
     ids=["fill bytes", "stuffed bytes", "restarts", "comments", "chunks", "blocks", "gif frames", "webp frames"],
 )
-def test_eight_megabytes_of_parts_are_read_at_once(data: bytes) -> None:
+def test_headers_with_many_parts_are_read_quickly(data: bytes) -> None:
     started_s = time.perf_counter()
     read_header(data)
     assert time.perf_counter() - started_s < 2

@@ -19,7 +19,7 @@ from serving.request_context import RequestContext, current_request
 
 
 class Doubler:
-    """Doubles floats, row by row; notes the rows of each call, and stays in a call while `gate` is closed."""
+    """Doubles floats; records the rows of each call, and blocks while `gate` is cleared."""
 
     def __init__(self, *, by_row: bool = True) -> None:
         number = TensorSpec("x", "DT_FLOAT", (None, None), "x:0")
@@ -30,7 +30,7 @@ class Doubler:
             "whole": Signature("whole", "predict", {"x": word}, {"y": word}),
         }
         self.calls: list[int] = []
-        self.threads: list[int] = []  # that the calls were made in
+        self.threads: list[int] = []  # thread of each call
         self.takes_s = 0.0
         self.gate = threading.Event()
         self.gate.set()
@@ -62,70 +62,70 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def together(batcher: Batcher, model: Doubler, requests: list[tuple[str, dict[str, np.ndarray]]]) -> list[Any]:
-    """Hold the model with one call, let all the requests queue up behind it, and return their results or errors."""
+def predict_together(batcher: Batcher, model: Doubler, requests: list[tuple[str, dict[str, np.ndarray]]]) -> list[Any]:
+    """Block the model with one call, queue all requests behind it, and return their outputs or errors."""
     model.gate.clear()
     before = len(model.calls)
 
-    def ask(signature: str, inputs: dict[str, np.ndarray]) -> Any:
+    def predict(signature: str, inputs: dict[str, np.ndarray]) -> Any:
         try:
             return batcher.predict(signature, inputs)["y"].ravel().tolist()
         except Exception as error:
             return error
 
     with ThreadPoolExecutor(len(requests) + 1) as pool:
-        first = pool.submit(ask, "double", rows(0))
+        first = pool.submit(predict, "double", rows(0))
         wait_until(lambda: len(model.calls) > before)
-        answers = []
+        futures = []
         for queued, (signature, inputs) in enumerate(requests, start=1):
-            answers.append(pool.submit(ask, signature, inputs))
-            wait_until(lambda queued=queued: len(batcher._short.queue) == queued or answers[-1].done())
+            futures.append(pool.submit(predict, signature, inputs))
+            wait_until(lambda queued=queued: len(batcher._short.queue) == queued or futures[-1].done())
         model.gate.set()
         assert first.result() == [0]
-        return [answer.result() for answer in answers]
+        return [future.result() for future in futures]
 
 
-def test_a_lone_request_does_not_wait_for_company() -> None:
+def test_a_single_request_is_not_delayed_by_batching() -> None:
     model = Doubler()
     assert batch(model).predict("double", rows(1, 2))["y"].tolist() == [[2], [4]]
     assert model.calls == [2]
 
 
-def test_short_calls_are_made_by_whoever_asks_once_they_are_known_to_be_short() -> None:
+def test_short_calls_run_inline_after_the_first_measurement() -> None:
     model = Doubler()
     batcher = batch(model)
     for _ in range(20):
         assert batcher.predict("double", rows(1))["y"].tolist() == [[2]]
-        wait_until(lambda: batcher._short.calls == 0)  # else the next would come while the thread still looks for it
+        wait_until(lambda: batcher._short.calls == 0)  # otherwise the worker thread may take the next request
     assert model.threads[0] != threading.get_ident()
     assert model.threads.count(threading.get_ident()) > 10
-    # What is known of a signature and a shape says nothing of others.
+    # The time of a signature and shape does not apply to others.
     batcher.predict("negate", rows(1))
     assert model.threads[-1] != threading.get_ident()
 
 
-def test_who_asks_alone_is_heard_by_another_thread_now_and_then_and_company_always(
+def test_every_nth_uncontended_call_runs_in_a_worker_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("serving.inference.batcher.SHORT_CALL_S", 60.0)  # any call is short
     model = Doubler()
     batcher = batch(model)
 
-    def ask(times: int) -> list[int]:
-        """Return which of so many calls are not made by whoever asks."""
+    def predict(times: int) -> list[int]:
+        """Return the indices of the calls that run in a worker thread."""
         before = len(model.threads)
         for _ in range(times):
             batcher.predict("double", rows(1))
             wait_until(lambda: batcher._short.calls == 0)
         return [call for call, thread in enumerate(model.threads[before:]) if thread != threading.get_ident()]
 
-    assert ask(2 * LISTEN_EVERY + 1) == [0, LISTEN_EVERY, 2 * LISTEN_EVERY]
-    together(batcher, model, [("double", rows(1))])
+    assert predict(2 * LISTEN_EVERY + 1) == [0, LISTEN_EVERY, 2 * LISTEN_EVERY]
+    predict_together(batcher, model, [("double", rows(1))])
     wait_until(lambda: batcher._short.calls == 0)
-    assert ask(LISTEN_EVERY + 2) == list(range(LISTEN_EVERY))
+    assert predict(LISTEN_EVERY + 2) == list(range(LISTEN_EVERY))
 
 
-def test_longer_calls_never_keep_whoever_asks() -> None:
+def test_long_calls_never_run_inline() -> None:
     model = Doubler()
     model.takes_s = 0.002
     batcher = batch(model)
@@ -134,65 +134,65 @@ def test_longer_calls_never_keep_whoever_asks() -> None:
     assert threading.get_ident() not in model.threads
 
 
-def test_those_who_wait_share_one_call() -> None:
+def test_queued_requests_share_one_call() -> None:
     model = Doubler()
-    answers = together(batch(model), model, [("double", rows(1)), ("double", rows(2, 3)), ("double", rows(4))])
-    assert answers == [[2], [4, 6], [8]]
+    futures = predict_together(batch(model), model, [("double", rows(1)), ("double", rows(2, 3)), ("double", rows(4))])
+    assert futures == [[2], [4, 6], [8]]
     assert model.calls == [1, 4]
 
 
-def test_a_call_has_at_most_so_many_rows() -> None:
+def test_a_call_has_at_most_max_batch_rows() -> None:
     model = Doubler()
-    answers = together(batch(model), model, [("double", rows(*[i] * 3)) for i in range(5)])
-    assert answers == [[2 * i] * 3 for i in range(5)]
+    futures = predict_together(batch(model), model, [("double", rows(*[i] * 3)) for i in range(5)])
+    assert futures == [[2 * i] * 3 for i in range(5)]
     assert model.calls == [1, 6, 6, 3]
 
 
-def test_another_signature_or_shape_is_another_call() -> None:
+def test_signatures_and_shapes_are_batched_separately() -> None:
     model = Doubler()
     wide = {"x": np.ones((1, 2), np.float32)}
-    answers = together(batch(model), model, [("double", rows(1)), ("negate", rows(2)), ("double", wide)])
-    assert answers == [[2], [-2], [2, 2]]
+    futures = predict_together(batch(model), model, [("double", rows(1)), ("negate", rows(2)), ("double", wide)])
+    assert futures == [[2], [-2], [2, 2]]
     assert model.calls == [1, 1, 1, 1]
 
 
-def test_an_error_is_only_for_the_request_that_caused_it() -> None:
+def test_a_faulty_request_does_not_fail_its_batch() -> None:
     model = Doubler()
-    good, bad, other = together(batch(model), model, [("double", rows(v)) for v in (1, 13, 3)])
+    good, bad, other = predict_together(batch(model), model, [("double", rows(v)) for v in (1, 13, 3)])
     assert (good, other) == ([2], [6])
     assert isinstance(bad, ModelFailed)
     assert bad.status == 409
 
 
-def test_a_model_that_does_not_answer_row_by_row_is_asked_for_each_alone() -> None:
+def test_requests_run_one_by_one_if_the_output_rows_differ_from_the_input_rows() -> None:
     model = Doubler(by_row=False)
-    assert together(batch(model), model, [("double", rows(1)), ("double", rows(2))]) == [[2], [4]]
+    assert predict_together(batch(model), model, [("double", rows(1)), ("double", rows(2))]) == [[2], [4]]
 
 
-def test_a_signature_without_a_batch_axis_is_called_as_it_is() -> None:
+def test_a_signature_without_a_batch_axis_is_not_batched() -> None:
     model = Doubler()
     assert batch(model).predict("whole", {"x": np.ones(2, np.float32)})["y"].tolist() == [2, 2]
 
 
-def test_a_big_request_is_cut_and_put_together_again() -> None:
+def test_a_large_request_is_split_and_its_outputs_concatenated() -> None:
     model = Doubler()
     values = list(range(20))
-    answer = batch(model).predict("double", rows(*[v + 20 for v in values]))["y"].ravel().tolist()
-    assert answer == [2 * (v + 20) for v in values]
+    future = batch(model).predict("double", rows(*[v + 20 for v in values]))["y"].ravel().tolist()
+    assert future == [2 * (v + 20) for v in values]
     assert model.calls == [8, 8, 4]
 
 
-def test_beyond_the_queue_requests_are_refused_at_once() -> None:
+def test_requests_are_refused_while_the_queue_is_full() -> None:
     model = Doubler()
-    answers = together(batch(model, max_queued_rows=3), model, [("double", rows(v)) for v in (1, 2, 3, 4)])
-    assert answers[:3] == [[2], [4], [6]]
-    assert isinstance(answers[3], Overloaded)
-    assert (answers[3].code, answers[3].status) == ("UNAVAILABLE", 503)
+    futures = predict_together(batch(model, max_queued_rows=3), model, [("double", rows(v)) for v in (1, 2, 3, 4)])
+    assert futures[:3] == [[2], [4], [6]]
+    assert isinstance(futures[3], Overloaded)
+    assert (futures[3].code, futures[3].status) == ("UNAVAILABLE", 503)
 
 
 @pytest.mark.parametrize("signature", ["double", "negate"])
-def test_a_request_with_more_rows_than_the_queue_holds_is_taken_while_others_wait(signature: str) -> None:
-    """It may be split (double), or not, as its rows influence each other (negate)."""
+def test_a_request_with_more_rows_than_the_queue_limit_is_accepted(signature: str) -> None:
+    """The request may be split (double) or not (negate: its rows influence each other)."""
     model = Doubler()
     batcher = Batcher(
         model,
@@ -218,7 +218,7 @@ def test_a_request_with_more_rows_than_the_queue_holds_is_taken_while_others_wai
         assert [len(future.result()["y"]) for future in small] == [9, 2]
 
 
-def test_who_has_no_time_left_leaves_the_queue() -> None:
+def test_a_request_leaves_the_queue_at_its_deadline() -> None:
     model = Doubler()
     batcher = batch(model)
     model.gate.clear()
@@ -234,102 +234,102 @@ def test_who_has_no_time_left_leaves_the_queue() -> None:
     assert batcher.predict("double", rows(5))["y"].tolist() == [[10]]
 
 
-def test_full_batches_are_called_side_by_side() -> None:
+def test_full_batches_run_concurrently() -> None:
     model = Doubler()
     batcher = batch(model, concurrency=2)
     model.gate.clear()
     with ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(batcher.predict, "double", rows(*[v] * 8)) for v in (1, 2)]
+        futures = [pool.submit(batcher.predict, "double", rows(*[v] * 8)) for v in (1, 2)]
         wait_until(lambda: len(model.calls) == 2)
         model.gate.set()
-        assert [answer.result()["y"].tolist() for answer in answers] == [[[2]] * 8, [[4]] * 8]
+        assert [future.result()["y"].tolist() for future in futures] == [[[2]] * 8, [[4]] * 8]
 
 
-def test_long_calls_run_side_by_side_with_few_rows_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_calls_run_concurrently_with_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.inference.batcher.LONG_CALL_S", 0.0)  # any call is long
     model = Doubler()
     batcher = batch(model, concurrency=2)
     batcher.predict("double", rows(1))
     model.gate.clear()
     with ThreadPoolExecutor(2) as pool:
-        answers = []
+        futures = []
         for calls, value in enumerate((1, 2), start=2):
-            answers.append(pool.submit(batcher.predict, "double", rows(value)))
+            futures.append(pool.submit(batcher.predict, "double", rows(value)))
             wait_until(lambda calls=calls: len(model.calls) == calls)
         model.gate.set()
-        assert [answer.result()["y"].tolist() for answer in answers] == [[[2]], [[4]]]
+        assert [future.result()["y"].tolist() for future in futures] == [[[2]], [[4]]]
 
 
-def test_who_has_gone_is_not_predicted_for() -> None:
+def test_a_request_is_dropped_after_a_client_disconnect() -> None:
     model = Doubler()
     batcher = batch(model)
     model.gate.clear()
 
-    def ask_and_go() -> None:
+    def predict_disconnected() -> None:
         current_request.set(RequestContext(client_disconnected=lambda: True))
         batcher.predict("double", rows(2))
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(batcher.predict, "double", rows(1))
         wait_until(lambda: bool(model.calls))
-        gone = pool.submit(ask_and_go)
+        disconnected = pool.submit(predict_disconnected)
         wait_until(lambda: bool(batcher._short.queue))
         model.gate.set()
         assert first.result()["y"].tolist() == [[2]]
         with pytest.raises(ModelFailed, match="client disconnected"):
-            gone.result()
+            disconnected.result()
     assert model.calls == [1]
 
 
-def test_nothing_is_mixed_up_or_lost_under_load() -> None:
+def test_every_request_gets_its_own_outputs_under_load() -> None:
     model = Doubler()
     batcher = batch(model, max_queued_rows=10_000)
 
-    def ask(seed: int) -> bool:
+    def predict(seed: int) -> bool:
         values = np.random.default_rng(seed).integers(100, 1_000_000, (seed % 11 + 1, 1)).astype(np.float32)
         return bool((batcher.predict("double", {"x": values})["y"] == 2 * values).all())
 
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(ask, range(3_000)))
+        assert all(pool.map(predict, range(3_000)))
     assert not batcher._short.queue
     assert batcher._short.queued_rows == batcher._short.calls == batcher._long.calls == 0
     assert max(model.calls) <= 8
 
 
-def test_a_call_that_does_not_come_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_liveness_reports_a_hanging_call(monkeypatch: pytest.MonkeyPatch) -> None:
     model, liveness = Doubler(), Liveness()
     batcher = batch(model, liveness=liveness)
     model.gate.clear()
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(batcher.predict, "double", rows(1))
+        future = pool.submit(batcher.predict, "double", rows(1))
         wait_until(lambda: bool(model.calls))
         assert liveness.problem is None
         monkeypatch.setattr("serving.inference.liveness.STALLED_S", 0.0)
-        assert "has not come back" in str(liveness.problem)
+        assert "has not returned" in str(liveness.problem)
         model.gate.set()
-        answer.result()
+        future.result()
     assert liveness.problem is None
 
 
-def test_a_thread_that_must_not_end_is_missed() -> None:
+def test_liveness_reports_an_exited_thread() -> None:
     liveness = Liveness()
-    thread = threading.Thread(target=lambda: None, name="follower")
+    thread = threading.Thread(target=lambda: None, name="poller")
     thread.start()
     liveness.watch_thread(thread)
     thread.join()
-    assert liveness.problem == "the thread follower has ended"
+    assert liveness.problem == "the thread poller has exited"
 
 
 # Long requests
 
 
 class Hold:
-    """Holds a model's calls, and lets them go on one by one."""
+    """Blocks a model's calls, and releases them one by one."""
 
     def __init__(self, model: Doubler) -> None:
         self.model = model
         self._calls = threading.Semaphore(0)
-        self.seen: list[float] = []  # the first value of each call, in order of their beginnings
+        self.seen: list[float] = []  # the first value of each call, in order of their start
         self._predict = model.predict
         model.predict = self._hold  # type: ignore[method-assign]
 
@@ -338,7 +338,7 @@ class Hold:
         assert self._calls.acquire(timeout=60)
         return self._predict(signature, inputs, **rest)
 
-    def let_go(self, calls: int = 1) -> None:
+    def release(self, calls: int = 1) -> None:
         self._calls.release(calls)
 
     def wait_for(self, calls: int) -> None:
@@ -349,18 +349,18 @@ def many(value: float, count: int) -> dict[str, np.ndarray]:
     return {"x": np.full((count, 1), value, np.float32)}
 
 
-def test_a_long_request_does_not_hold_up_short_ones() -> None:
+def test_a_long_request_does_not_delay_short_ones() -> None:
     model = Doubler()
     batcher = batch(model)
     slow = threading.Event()
     predict = model.predict
 
-    def stay_in_long_calls(signature: str, inputs: Mapping[str, np.ndarray], **rest: Any) -> dict[str, np.ndarray]:
+    def block_long_calls(signature: str, inputs: Mapping[str, np.ndarray], **rest: Any) -> dict[str, np.ndarray]:
         if (inputs["x"] == 50).all():
             assert slow.wait(60)
         return predict(signature, inputs, **rest)
 
-    model.predict = stay_in_long_calls  # type: ignore[method-assign]
+    model.predict = block_long_calls  # type: ignore[method-assign]
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(batcher.predict, "double", many(50, 64))
         wait_until(lambda: batcher._long.calls == 1)
@@ -371,7 +371,7 @@ def test_a_long_request_does_not_hold_up_short_ones() -> None:
         assert (long.result()["y"] == 100).all()
 
 
-def test_long_requests_take_turns() -> None:
+def test_long_requests_alternate() -> None:
     model = Doubler()
     batcher = batch(model)
     hold = Hold(model)
@@ -381,32 +381,32 @@ def test_long_requests_take_turns() -> None:
         second = pool.submit(batcher.predict, "double", many(2, 32))
         wait_until(lambda: len(batcher._long.queue) == 1)
         for calls in range(2, 9):
-            hold.let_go()
+            hold.release()
             hold.wait_for(calls)
-            # Whose part it was comes back with the next part, or with its whole result.
+            # The request of the finished part queues its next part, or is done.
             wait_until(lambda: len(batcher._long.queue) == 1 or first.done())
-        hold.let_go()
+        hold.release()
         assert (first.result()["y"] == 2).all()
         assert (second.result()["y"] == 4).all()
     assert hold.seen == [1, 2, 1, 2, 1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_after_a_part_that_failed_no_more_are_run(concurrency: int) -> None:
+def test_parts_after_a_failed_part_are_not_run(concurrency: int) -> None:
     model = Doubler()
     batcher = batch(model, concurrency=concurrency)
     inputs = rows(*range(100, 500))
     inputs["x"][9] = 13  # in the second part of fifty
     with pytest.raises(ModelFailed, match="13 is not to be doubled"):
         batcher.predict("double", inputs)
-    # Of several that run side by side, those that had begun end.
+    # Calls that were already running finish.
     assert len(model.calls) <= 2 + batcher._long.max_calls
     assert not batcher._long.queue
     wait_until(lambda: batcher._long.calls == 0)
     assert batcher._long.queued_rows == 0
 
 
-def test_the_parts_of_a_long_request_come_back_in_their_order() -> None:
+def test_outputs_of_parts_keep_their_order() -> None:
     model = Doubler()
     batcher = batch(model, concurrency=4, max_queued_rows=10)
     values = np.arange(1_000, dtype=np.float32)[:, None] + 20
@@ -414,18 +414,20 @@ def test_the_parts_of_a_long_request_come_back_in_their_order() -> None:
     assert max(model.calls) == 8
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
+def test_a_request_that_cannot_meet_its_deadline_is_refused_at_once() -> None:
     model = Doubler()
     model.takes_s = 0.05
     batcher = batch(model, max_batch_rows=1)
-    batcher.predict("double", rows(1))  # from which it knows what a row takes
+    batcher.predict("double", rows(1))  # measures the time per row
     model.takes_s = 0.0
     model.gate.clear()
     with ThreadPoolExecutor(70) as pool:
         waiting = [pool.submit(batcher.predict, "double", rows(0)) for _ in range(61)]
         wait_until(lambda: batcher._short.queued_rows == 60)  # about three seconds
         started_s = time.monotonic()
-        with pytest.raises(Overloaded, match="61 rows wait for the model, so this request would take about") as error:
+        with pytest.raises(
+            Overloaded, match="61 rows are queued or running, so this request would take about"
+        ) as error:
             batcher.predict("double", rows(2), deadline_s=started_s + 1)
         assert time.monotonic() - started_s < 0.5
         assert error.value.retry_after_s is not None
@@ -438,17 +440,17 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
             future.result()
 
 
-def test_a_deadline_is_no_reason_to_refuse_where_nobody_waits() -> None:
-    # The estimate may be wrong, and would be for ever if nothing was let through.
+def test_an_empty_queue_accepts_any_deadline() -> None:
+    # A wrong estimate can only be corrected by another call.
     model = Doubler()
     batcher = batch(model)
     batcher._short.done_rows, batcher._short.done_s = 1.0, 1_000.0
-    answer = batcher.predict("double", rows(1), deadline_s=time.monotonic() + 5)
-    assert answer["y"].tolist() == [[2]]
+    future = batcher.predict("double", rows(1), deadline_s=time.monotonic() + 5)
+    assert future["y"].tolist() == [[2]]
     assert batcher._short.row_s < 1_000.0
 
 
-def test_a_long_request_that_cannot_be_finished_behind_others_is_refused() -> None:
+def test_a_long_request_that_cannot_meet_its_deadline_behind_others_is_refused() -> None:
     model = Doubler()
     model.takes_s = 0.02
     batcher = batch(model, max_queued_rows=10_000)
@@ -458,7 +460,7 @@ def test_a_long_request_that_cannot_be_finished_behind_others_is_refused() -> No
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(batcher.predict, "double", many(value, 1_000)) for value in range(1, 4)]
         wait_until(lambda: len(batcher._long.queue) == 2)
-        # 3,000 rows of 2.5 ms wait; one that takes a second itself cannot be finished within two.
+        # 3,000 rows of 2.5 ms are queued, so a request of one second cannot meet a deadline of two seconds.
         late = pool.submit(batcher.predict, "double", many(9, 400), deadline_s=time.monotonic() + 2)
         try:
             wait_until(lambda: late.done() or len(batcher._long.queue) == 3)
@@ -471,7 +473,7 @@ def test_a_long_request_that_cannot_be_finished_behind_others_is_refused() -> No
 
 
 def batch_slowly(model: Doubler, *, unbatched: Sequence[str] = (), **limits: int) -> Batcher:
-    """Batch, with requests that hold the number 7 taking long to decode."""
+    """Batch; requests that contain the number 7 count as slow to decode."""
     settings = {"max_batch_rows": 8, "max_queued_rows": 100, "concurrency": 1, **limits}
     return Batcher(
         model,
@@ -482,7 +484,7 @@ def batch_slowly(model: Doubler, *, unbatched: Sequence[str] = (), **limits: int
     )
 
 
-def test_slow_requests_use_the_other_lane() -> None:
+def test_slowly_decoded_requests_use_the_long_lane() -> None:
     model = Doubler()
     batcher = batch_slowly(model)
     hold = Hold(model)
@@ -494,37 +496,37 @@ def test_slow_requests_use_the_other_lane() -> None:
         hold.wait_for(2)
         assert hold.seen == [7, 1]
         assert (batcher._long.calls, batcher._short.calls) == (1, 1)
-        hold.let_go(2)
+        hold.release(2)
         assert slow.result()["y"].tolist() == [[14]]
         assert quick.result()["y"].tolist() == [[2]]
 
 
-def test_requests_in_the_lane_for_long_ones_share_no_call() -> None:
+def test_requests_in_the_long_lane_are_not_batched() -> None:
     model = Doubler()
     batcher = batch_slowly(model)
     model.gate.clear()
     with ThreadPoolExecutor(3) as pool:
-        answers = [pool.submit(batcher.predict, "double", rows(7)) for _ in range(3)]
+        futures = [pool.submit(batcher.predict, "double", rows(7)) for _ in range(3)]
         wait_until(lambda: len(batcher._long.queue) == 2)
         model.gate.set()
-        assert [answer.result()["y"].tolist() for answer in answers] == [[[14]]] * 3
+        assert [future.result()["y"].tolist() for future in futures] == [[[14]]] * 3
     assert model.calls == [1, 1, 1]
 
 
-def test_a_signature_whose_rows_influence_each_other_is_neither_gathered_nor_split() -> None:
+def test_a_signature_whose_rows_influence_each_other_is_neither_batched_nor_split() -> None:
     model = Doubler()
     batcher = batch_slowly(model, unbatched=["double"])
-    answers = together(batcher, model, [("double", rows(1)), ("double", rows(2, 3)), ("negate", rows(4))])
-    assert answers == [[2], [4, 6], [-4]]
+    futures = predict_together(batcher, model, [("double", rows(1)), ("double", rows(2, 3)), ("negate", rows(4))])
+    assert futures == [[2], [4, 6], [-4]]
     assert model.calls == [1, 1, 2, 1]
     assert (batcher.predict("double", many(3, 20))["y"] == 6).all()
     assert model.calls[4:] == [20]
-    # The others of the model are.
+    # The model's other signatures are batched and split.
     assert (batcher.predict("negate", many(3, 20))["y"] == -3).all()
     assert model.calls[5:] == [8, 8, 4]
 
 
-def test_a_model_without_a_batch_axis_runs_in_its_batchers_threads() -> None:
+def test_every_batcher_has_its_own_threads() -> None:
     slow_model, model = Doubler(), Doubler()
     slow_batcher, batcher = batch(slow_model, concurrency=2), batch(model, concurrency=2)
     slow_model.gate.clear()
@@ -532,7 +534,7 @@ def test_a_model_without_a_batch_axis_runs_in_its_batchers_threads() -> None:
     with ThreadPoolExecutor(20) as pool:
         held = [pool.submit(slow_batcher.predict, "whole", word) for _ in range(20)]
         wait_until(lambda: bool(slow_model.calls))
-        # All calls of the slow model are taken; the other one has its own.
+        # All threads of the slow model are busy; the other model has its own.
         assert batcher.predict("whole", word)["y"].tolist() == [2, 2]
         assert batcher.predict("double", many(1, 20))["y"].shape == (20, 1)
         assert not any(future.done() for future in held)
@@ -541,7 +543,7 @@ def test_a_model_without_a_batch_axis_runs_in_its_batchers_threads() -> None:
     assert set(slow_model.threads).isdisjoint({threading.get_ident()})
 
 
-def test_calls_without_a_batch_axis_run_side_by_side_once_they_are_known_to_be_long() -> None:
+def test_long_calls_without_a_batch_axis_run_concurrently() -> None:
     model = Doubler()
     batcher = batch(model, concurrency=2)
     word = {"x": np.ones(2, np.float32)}
@@ -549,15 +551,15 @@ def test_calls_without_a_batch_axis_run_side_by_side_once_they_are_known_to_be_l
     batcher.predict("whole", word)
     model.gate.clear()
     with ThreadPoolExecutor(3) as pool:
-        answers = [pool.submit(batcher.predict, "whole", word) for _ in range(3)]
+        futures = [pool.submit(batcher.predict, "whole", word) for _ in range(3)]
         wait_until(lambda: len(model.calls) == 3)
         time.sleep(0.02)
         assert len(model.calls) == 3  # two beside the first call, and no more
         model.gate.set()
-        assert [answer.result()["y"].tolist() for answer in answers] == [[2, 2]] * 3
+        assert [future.result()["y"].tolist() for future in futures] == [[2, 2]] * 3
 
 
-def test_the_threads_of_a_batcher_that_is_no_longer_used_end() -> None:
+def test_the_threads_of_an_unused_batcher_exit() -> None:
     model = Doubler()
     batcher = batch(model, concurrency=2)
     batcher.predict("double", many(1, 64))

@@ -1,4 +1,4 @@
-"""Versions with SHA-256 sums: one whose files differ from them is reported and not served."""
+"""Checksums: a version whose files differ from its checksums is reported and not served."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ FILES = (
 
 @pytest.fixture
 def summed(colours: Path, tmp_path: Path) -> Path:
-    """A version with sums of its files."""
+    """A version with checksums."""
     version = shutil.copytree(colours, tmp_path / "summed")
     write_checksums(version)
     return version
 
 
 def problem_of(models_dir: Path, version: Path) -> tuple[str, str]:
-    """Serve a version beside a good model; return its error's code and message."""
+    """Serve a version and a valid model; return the version's error code and message."""
     (models_dir / "alpha").mkdir()
     version.rename(models_dir / "alpha" / "1")
     repository = LocalRepository(ModelsFolder(models_dir))
@@ -49,7 +49,7 @@ def problem_of(models_dir: Path, version: Path) -> tuple[str, str]:
     return status.error_code, status.error_message
 
 
-def test_unaltered_files_are_served_and_others_may_be_added(models_dir: Path, summed: Path) -> None:
+def test_unaltered_files_are_served_and_unlisted_files_are_allowed(models_dir: Path, summed: Path) -> None:
     (summed / "assets.extra" / "notes.txt").write_text("added later")
     assert problem_of(models_dir, summed) == ("OK", "")
 
@@ -61,7 +61,7 @@ def test_one_flipped_bit_is_reported_with_the_file(models_dir: Path, summed: Pat
     (summed / name).write_bytes(content)
     code, message = problem_of(models_dir, summed)
     assert code == "DATA_LOSS"
-    assert f"is not as it was exported: {name} has been altered" in message
+    assert f"differs from its export: {name} has been altered" in message
 
 
 @pytest.mark.timeout(60)
@@ -80,7 +80,7 @@ def test_one_flipped_bit_is_reported_with_the_file(models_dir: Path, summed: Pat
         (lambda version: (version / SUMS_FILE).write_text(f"{'0' * 63}  x\n"), "line 1 of "),
     ],
 )
-def test_missing_files_and_damaged_sums_are_reported(
+def test_missing_files_and_damaged_checksums_are_reported(
     models_dir: Path, summed: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(summed)
@@ -94,7 +94,7 @@ def replace(path: Path, make: Callable[[Path], object]) -> None:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Holds the verification of every version of `colours` until it is set, as files of many gigabytes would."""
+    """Blocks the verification of `colours` until set, like files of many gigabytes."""
     gate = threading.Event()
     verify = checksums.verify_checksums
 
@@ -107,10 +107,10 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return gate
 
 
-def test_a_long_verification_delays_no_other_model(models_dir: Path, summed: Path, gate: threading.Event) -> None:
+def test_a_long_verification_does_not_delay_other_models(models_dir: Path, summed: Path, gate: threading.Event) -> None:
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
-    threading.Thread(target=repository.watch, args=(0.05,), daemon=True).start()
+    threading.Thread(target=repository.poll_forever, args=(0.05,), daemon=True).start()
     publish(summed, models_dir, 11)
     wait_until(lambda: 11 in states(repository))
     publish(summed, models_dir, 1, name="other")
@@ -120,7 +120,7 @@ def test_a_long_verification_delays_no_other_model(models_dir: Path, summed: Pat
     wait_until(lambda: repository.resolve("colours").version == 11)
 
 
-def test_at_the_start_others_answer_while_one_is_verified(
+def test_other_models_are_available_during_a_verification_at_startup(
     models_dir: Path, summed: Path, gate: threading.Event
 ) -> None:
     publish(summed, models_dir, 11)
@@ -136,27 +136,27 @@ def test_at_the_start_others_answer_while_one_is_verified(
     assert 10 not in states(repository)
 
 
-def test_what_is_altered_after_loading_is_reported_and_repaired(models_dir: Path, summed: Path) -> None:
+def test_files_altered_after_loading_are_reported_until_repaired(models_dir: Path, summed: Path) -> None:
     version = publish(summed, models_dir, 11)
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
     info, good = version / "assets.extra" / "model.json", (summed / "assets.extra" / "model.json").read_text()
     info.write_text('{"class_names": ["a", "b", "c"]}')
-    repository.update()
+    repository.poll()
     status = repository.versions("colours")[0]
     assert (status.state, status.warnings) == ("AVAILABLE", ("model_info",))
     assert "assets.extra/model.json has been altered" in status.error_message
     info.write_text(good)
-    repository.update()
+    repository.poll()
     assert repository.versions("colours")[0].warnings == ()
 
 
-def test_an_altered_version_replaces_none_and_is_served_once_repaired(models_dir: Path, summed: Path) -> None:
+def test_an_altered_version_is_loaded_once_repaired(models_dir: Path, summed: Path) -> None:
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
     (summed / "saved_model.pb").write_bytes(b"x" + (summed / "saved_model.pb").read_bytes())
     version = publish(summed, models_dir, 11)
-    threading.Thread(target=repository.watch, args=(0.05,), daemon=True).start()
+    threading.Thread(target=repository.poll_forever, args=(0.05,), daemon=True).start()
     wait_until(lambda: states(repository).get(11) == "END")
     assert repository.resolve("colours").version == 10
     (version / "saved_model.pb").write_bytes((summed / "saved_model.pb").read_bytes()[1:])

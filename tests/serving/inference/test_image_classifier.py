@@ -1,4 +1,4 @@
-"""Which models are image classifiers, and the names of their classes."""
+"""Detection of image classifiers, and their class names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OUTPUTS = (
 )
 
 
-def test_the_image_size_is_that_of_the_signature() -> None:
+def test_the_image_size_is_read_from_the_signature() -> None:
     assert image_size(DescribedPredictor(signature_of(IMAGES, *OUTPUTS)), model="m") == (20, 30)
 
 
@@ -53,19 +53,19 @@ def test_the_image_size_is_that_of_the_signature() -> None:
     ],
 )
 def test_a_model_with_another_input_is_refused(images: TensorSpec) -> None:
-    with pytest.raises(InvalidRequest, match="does not take pictures"):
+    with pytest.raises(InvalidRequest, match="is not an image classifier"):
         image_size(DescribedPredictor(signature_of(images, *OUTPUTS)), model="m")
 
 
 @pytest.mark.parametrize("missing", range(3))
 def test_a_model_without_one_of_the_outputs_is_refused(missing: int) -> None:
     outputs = OUTPUTS[:missing] + OUTPUTS[missing + 1 :]
-    with pytest.raises(InvalidRequest, match="does not take pictures"):
+    with pytest.raises(InvalidRequest, match="is not an image classifier"):
         image_size(DescribedPredictor(signature_of(IMAGES, *outputs)), model="m")
 
 
 def test_a_model_without_signatures_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="does not take pictures"):
+    with pytest.raises(InvalidRequest, match="is not an image classifier"):
         image_size(DescribedPredictor({}), model="m")
 
 
@@ -73,8 +73,6 @@ def test_a_model_without_signatures_is_refused() -> None:
     ("names", "expected"),
     [(("a", "b"), ["a", "b"]), (("a", "b", "c"), ["0", "1"]), ((), ["0", "1"])],
 )
-def test_the_class_names_of_the_model_info_are_used_if_they_are_as_many(
-    names: tuple[str, ...], expected: list[str]
-) -> None:
+def test_class_names_are_used_if_their_number_matches(names: tuple[str, ...], expected: list[str]) -> None:
     version = ModelVersion("m", 1, DescribedPredictor({}), ModelInfo(names))
     assert class_names(version, count=2) == expected

@@ -1,4 +1,4 @@
-"""The models folder followed: what appears, changes, breaks and vanishes while the repository serves."""
+"""Hot reload: versions that are added, changed, damaged and deleted while the repository serves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGE = {"images": np.zeros((1, 32, 32, 3), np.uint8)}
 
 @pytest.fixture
 def repository(models_dir: Path) -> LocalRepository:
-    """`colours` version 10 of 2 and 10, loaded; looked at again only when told to."""
+    """`colours` with versions 2 and 10, of which 10 is loaded; polled only explicitly."""
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
     return repository
@@ -29,7 +29,7 @@ def repository(models_dir: Path) -> LocalRepository:
 
 @pytest.fixture
 def watched(repository: LocalRepository) -> Iterator[LocalRepository]:
-    threading.Thread(target=repository.watch, args=(0.05,), daemon=True).start()
+    threading.Thread(target=repository.poll_forever, args=(0.05,), daemon=True).start()
     return repository
 
 
@@ -50,9 +50,7 @@ def wait_until(condition: object) -> None:
         time.sleep(0.02)
 
 
-def test_a_new_version_takes_the_place_of_the_old_one(
-    watched: LocalRepository, models_dir: Path, colours: Path
-) -> None:
+def test_a_new_version_replaces_the_old_one(watched: LocalRepository, models_dir: Path, colours: Path) -> None:
     publish(colours, models_dir, 11)
     wait_until(lambda: watched.resolve("colours").version == 11)
     wait_until(lambda: states(watched) == {11: "AVAILABLE", 10: "END"})
@@ -60,7 +58,7 @@ def test_a_new_version_takes_the_place_of_the_old_one(
         watched.resolve("colours", version=10)
 
 
-def test_the_old_version_answers_until_its_last_request_is_done(
+def test_an_old_version_is_unloaded_after_its_last_in_flight_request(
     watched: LocalRepository, models_dir: Path, colours: Path
 ) -> None:
     held = watched.resolve("colours")
@@ -73,71 +71,71 @@ def test_the_old_version_answers_until_its_last_request_is_done(
     wait_until(lambda: states(watched)[10] == "END")
 
 
-def test_a_broken_version_replaces_nothing_and_is_retried_when_its_files_change(
+def test_a_broken_version_is_retried_when_its_files_change(
     repository: LocalRepository, models_dir: Path, colours: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = models_dir / "colours" / "11"
     broken.mkdir()
     (broken / "saved_model.pb").write_bytes(b"\xff garbage")
-    repository.update()
-    repository.update()
+    repository.poll()
+    repository.poll()
     assert states(repository) == {11: "END", 10: "AVAILABLE"}
     status = repository.versions("colours")[0]
     assert (status.error_code, "as binary proto" in status.error_message) == ("DATA_LOSS", True)
-    assert caplog.text.count("version 11 is not served") == 1  # not at every look
+    assert caplog.text.count("version 11 is not served") == 1  # not at every poll
     assert repository.ready
     shutil.rmtree(broken)
     shutil.copytree(colours, broken)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 11
     assert repository.versions("colours")[0].error_message == ""
 
 
-def test_a_broken_version_does_not_hold_up_the_next(
+def test_a_broken_version_does_not_block_the_next_one(
     repository: LocalRepository, models_dir: Path, colours: Path
 ) -> None:
     (models_dir / "colours" / "11").mkdir()
     publish(colours, models_dir, 12)
     (models_dir / "colours" / "13").mkdir()
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 12
 
 
-def test_the_version_before_comes_back_when_the_newest_is_removed(
+def test_the_previous_version_is_loaded_when_the_newest_is_removed(
     repository: LocalRepository, models_dir: Path
 ) -> None:
     shutil.rmtree(models_dir / "colours" / "10")
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 2
 
 
-def test_models_come_and_go(repository: LocalRepository, models_dir: Path, colours: Path, adder: Path) -> None:
+def test_models_are_loaded_and_unloaded_with_their_folders(
+    repository: LocalRepository, models_dir: Path, colours: Path, adder: Path
+) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
-    repository.update()
+    repository.poll()
     assert repository.names() == ["adder", "colours"]
     shutil.rmtree(models_dir / "colours")
-    repository.update()
+    repository.poll()
     assert (repository.names(), repository.all_names(), repository.ready) == (["adder"], ["adder"], True)
     with pytest.raises(ModelNotFound):
         repository.resolve("colours")
     shutil.rmtree(models_dir / "adder")
-    repository.update()
-    assert (repository.ready, repository.not_ready_because) == (False, "there is no model to answer with")
+    repository.poll()
+    assert (repository.ready, repository.not_ready_because) == (False, "no model is available")
     publish(colours, models_dir, 1, name="again")
-    repository.update()
+    repository.poll()
     assert (repository.names(), repository.ready) == (["again"], True)
 
 
-def test_a_broken_model_that_comes_later_does_not_take_the_others_out_of_use(
-    repository: LocalRepository, models_dir: Path
-) -> None:
+def test_a_broken_model_added_later_does_not_affect_others(repository: LocalRepository, models_dir: Path) -> None:
     (models_dir / "broken" / "1").mkdir(parents=True)
-    repository.update()
+    repository.poll()
     assert repository.ready
     assert states(repository, "broken") == {1: "END"}
 
 
-def test_a_folder_that_cannot_be_read_changes_nothing(models_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_folder_changes_nothing(models_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, fails = ModelsFolder(models_dir), False
 
     def configs() -> list[ModelConfig]:
@@ -148,7 +146,7 @@ def test_a_folder_that_cannot_be_read_changes_nothing(models_dir: Path, caplog: 
     repository = LocalRepository(configs)
     repository.load()
     fails = True
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
     assert "stale file handle" in caplog.text
 
@@ -166,7 +164,7 @@ def config(models_dir: Path, policy: VersionPolicy = VersionPolicy(), **labels: 
         (VersionPolicy(latest=None, specific=frozenset({2, 9, 77})), {9, 2}),
     ],
 )
-def test_the_policy_chooses_the_versions(
+def test_the_version_policy_selects_the_versions(
     models_dir: Path, colours: Path, policy: VersionPolicy, served: set[int]
 ) -> None:
     publish(colours, models_dir, 9)
@@ -176,7 +174,7 @@ def test_the_policy_chooses_the_versions(
     assert repository.resolve("m").version == max(served)
 
 
-def test_the_latest_two_are_the_latest_two_that_load(models_dir: Path, colours: Path) -> None:
+def test_the_latest_policy_skips_versions_that_fail_to_load(models_dir: Path, colours: Path) -> None:
     publish(colours, models_dir, 9)
     (models_dir / "colours" / "11").mkdir()
     repository = LocalRepository(lambda: [config(models_dir, VersionPolicy(latest=2))])
@@ -184,7 +182,7 @@ def test_the_latest_two_are_the_latest_two_that_load(models_dir: Path, colours: 
     assert states(repository, "m") == {11: "END", 10: "AVAILABLE", 9: "AVAILABLE"}
 
 
-def test_labels_are_names_of_versions(models_dir: Path) -> None:
+def test_a_label_resolves_to_its_version(models_dir: Path) -> None:
     both = VersionPolicy(latest=None)
     repository = LocalRepository(lambda: [config(models_dir, both, stable=2, canary=10)])
     repository.load()
@@ -201,12 +199,12 @@ def test_labels_are_names_of_versions(models_dir: Path) -> None:
         repository.reload([config(models_dir, both, stable=3)])
 
 
-def test_a_label_for_nothing_is_refused_at_the_start(models_dir: Path) -> None:
+def test_a_label_of_a_missing_version_is_refused_at_startup(models_dir: Path) -> None:
     with pytest.raises(StartupError, match="label stable to version 2"):
         LocalRepository(lambda: [config(models_dir, stable=2)]).load()
 
 
-def test_a_reload_serves_exactly_its_models(repository: LocalRepository, models_dir: Path, adder: Path) -> None:
+def test_a_reload_replaces_the_served_models(repository: LocalRepository, models_dir: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir.parent / "elsewhere" / "5")
     repository.reload([ModelConfig("sum", models_dir.parent / "elsewhere")])
     assert repository.all_names() == ["sum"]
@@ -221,8 +219,8 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_memory_returns_after_each_swap(watched: LocalRepository, models_dir: Path, colours: Path) -> None:
-    """Also held for 50 swaps of an exported CIFAR-10 model, by hand."""
+def test_memory_is_freed_after_each_version_swap(watched: LocalRepository, models_dir: Path, colours: Path) -> None:
+    """Manually verified for 50 swaps of an exported CIFAR-10 model."""
     levels = []
     for version in range(11, 27):
         newest = publish(colours, models_dir, version)

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's model config, from a file."""
+"""TensorFlow Serving's model config file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write(path: Path, *models: str) -> Path:
     return path
 
 
-def test_a_file_is_read(tmp_path: Path) -> None:
+def test_a_config_file_is_read(tmp_path: Path) -> None:
     file = write(
         tmp_path / "models.config",
         'name: "a" base_path: "/m/a" model_platform: "tensorflow"',
@@ -40,11 +40,14 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("model_config_list {", "not a ModelServerConfig in text format"),
         ("", "Only ModelConfigList"),
         ('model_config_list { config { name: "a" base_path: "m" } }', "absolute base_path, got 'm'"),
-        ('model_config_list { config { name: "a/b" base_path: "/m" } }', "a name without / and :"),
-        ('model_config_list { config { name: "a" base_path: "/m" model_platform: "torch" } }', "'torch' is not served"),
+        ('model_config_list { config { name: "a/b" base_path: "/m" } }', "a model name without / and :"),
+        (
+            'model_config_list { config { name: "a" base_path: "/m" model_platform: "torch" } }',
+            "expected the platform 'tensorflow', got 'torch'",
+        ),
         (
             'model_config_list { config { name: "a" base_path: "/m" model_version_policy { specific {} } } }',
-            "names no version",
+            "lists no versions",
         ),
         (
             'model_config_list { config { name: "a" base_path: "/m" version_labels { key: "" value: 1 } } }',
@@ -52,7 +55,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told(tmp_path: Path, text: str, problem: str) -> None:
+def test_an_invalid_config_file_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     file = tmp_path / "models.config"
     file.write_text(text)
     with pytest.raises(StartupError) as refused:
@@ -61,7 +64,7 @@ def test_a_file_that_cannot_be_used_is_told(tmp_path: Path, text: str, problem: 
     assert str(file) in str(refused.value)
 
 
-def test_the_service_serves_what_the_file_says(
+def test_the_service_serves_the_models_of_the_config_file(
     tmp_path: Path, models_dir: Path, start_server: Callable[..., Server]
 ) -> None:
     file = write(
@@ -77,7 +80,7 @@ def test_the_service_serves_what_the_file_says(
     assert httpx.get(server.url + "/v1/models/colours").status_code == 404
 
 
-def test_a_file_that_cannot_be_used_ends_the_service(tmp_path: Path, start_server: Callable[..., Server]) -> None:
+def test_an_invalid_config_file_ends_the_service(tmp_path: Path, start_server: Callable[..., Server]) -> None:
     file = write(tmp_path / "models.config", 'name: "m" base_path: "relative"')
     server = start_server(tmp_path / "none", "--model-config-file", str(file))
     assert server.process.wait(timeout=60) == 1

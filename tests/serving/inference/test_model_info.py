@@ -1,4 +1,4 @@
-"""What is read of model.json, whatever is in it."""
+"""Reading of valid and invalid model.json files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def read(version: Path, text: bytes | str) -> tuple[ModelInfo, str]:
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     info, problem = read_model_info(version)
-    orjson.dumps(asdict(info))  # what is read can be sent
+    orjson.dumps(asdict(info))  # can be sent as JSON
     return info, problem
 
 
-def test_what_is_shown_is_read(tmp_path: Path) -> None:
+def test_the_known_fields_are_read(tmp_path: Path) -> None:
     whole = {"class_names": ["a", "b"], "dataset": {"name": "paint", "hash": 1}, "test": {"accuracy": 1}, "seed": [0]}
     assert read(tmp_path, json.dumps(whole)) == (ModelInfo(("a", "b"), "paint", 1.0), "")
     assert read(tmp_path, "{}") == (ModelInfo(), "")
     assert read(tmp_path, '{"class_names": null, "dataset": null, "test": {"accuracy": null}}') == (ModelInfo(), "")
 
 
-def test_without_a_file_there_is_nothing_to_report(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_an_error(tmp_path: Path) -> None:
     assert read_model_info(tmp_path) == (ModelInfo(), "")
 
 
@@ -52,7 +52,7 @@ def test_without_a_file_there_is_nothing_to_report(tmp_path: Path) -> None:
     ],
     ids=lambda text: repr(text[:12]),
 )
-def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, text: bytes) -> None:
+def test_an_invalid_file_is_reported(tmp_path: Path, text: bytes) -> None:
     info, problem = read(tmp_path, text)
     assert info == ModelInfo()
     assert str(tmp_path / "assets.extra" / "model.json") in problem
@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, text: bytes) -> 
         ),
     ],
 )
-def test_a_field_of_another_type_is_reported_and_the_others_are_read(
+def test_an_invalid_field_is_reported_and_the_others_are_read(
     tmp_path: Path, field: str, value: Any, problem: str
 ) -> None:
     good = {"class_names": ["a"], "dataset": {"name": "paint"}, "test": {"accuracy": 0.5}}
@@ -102,7 +102,7 @@ def test_lone_surrogates_are_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_file_that_is_no_regular_one_is_reported_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_reported_and_does_not_block(tmp_path: Path) -> None:
     file = tmp_path / "assets.extra" / "model.json"
     file.mkdir(parents=True)
     assert "is not a regular file" in read_model_info(tmp_path)[1]

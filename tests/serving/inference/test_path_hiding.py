@@ -1,4 +1,4 @@
-"""Messages for responses name no paths of the server's disk."""
+"""Error messages in responses do not contain paths of the server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.serving.conftest import picture
         ("('/opt/x/a.py', '/opt/x')", "('a.py', 'x')"),
         ("in file:///srv/x/y", "in file://y"),
         ("no folder /srv/x/", "no folder x"),
-        # What is no path
+        # Not a path
         (
             "send it to http://127.0.0.1:8501/v1/models/m:predict",
             "send it to http://127.0.0.1:8501/v1/models/m:predict",
@@ -41,7 +41,7 @@ def test_absolute_paths_are_shortened_to_their_last_name(text: str, shown: str) 
 
 
 @pytest.mark.parametrize("is_absolute", [True, False])
-def test_known_folders_are_named_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_absolute: bool) -> None:
+def test_known_folders_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_absolute: bool) -> None:
     (tmp_path / "real models").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real models")
     monkeypatch.chdir(tmp_path)
@@ -55,12 +55,14 @@ def test_known_folders_are_named_otherwise(tmp_path: Path, monkeypatch: pytest.M
     assert hide_paths("links and a/link", {folder: "m"}) == "links and a/link"
 
 
-def test_an_error_of_the_models_kernels_names_no_path(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_kernel_does_not_contain_paths(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
 
-    from serving.inference.saved_model import _answer_for
+    from serving.inference.saved_model import _to_serving_error
 
-    error = _answer_for(tf.errors.NotFoundError(None, None, "/srv/secret/assets/vocab.txt; No such file or directory"))
+    error = _to_serving_error(
+        tf.errors.NotFoundError(None, None, "/srv/secret/assets/vocab.txt; No such file or directory")
+    )
     assert (str(error), error.code) == ("vocab.txt; No such file or directory", "NOT_FOUND")
 
     def fail(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""The service in front of another server process that does the inference over gRPC."""
+"""The service with a remote backend in another process, over gRPC."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.serving.conftest import Server, picture
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path) -> Iterator[Server]:
-    """The server that has the models."""
+    """The remote server."""
     folder = tmp_path_factory.mktemp("behind")
     shutil.copytree(colours, folder / "models" / "colours" / "7")
     shutil.copytree(adder, folder / "models" / "adder" / "1")
@@ -35,7 +35,7 @@ def behind(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path)
 
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory, behind: Server) -> Iterator[Server]:
-    """The service in front; it has no models folder."""
+    """The service with the remote backend; it has no models folder."""
     folder = tmp_path_factory.mktemp("front")
     remote = ("--remote", f"127.0.0.1:{behind.grpc_port}", "--remote-model", "colours", "--remote-model", "adder")
     server = Server(folder / "none", folder / "log", *remote)
@@ -44,14 +44,14 @@ def front(tmp_path_factory: pytest.TempPathFactory, behind: Server) -> Iterator[
     assert server.stop() == 0
 
 
-def test_an_upload_is_answered_as_by_the_server_behind(front: Server, behind: Server) -> None:
-    answers = [
+def test_an_upload_gives_the_predictions_of_the_remote_server(front: Server, behind: Server) -> None:
+    responses = [
         httpx.post(server.url + "/predict?model=colours", content=picture("red"), headers={"Content-Type": "image/png"})
         for server in (front, behind)
     ]
-    assert [answer.status_code for answer in answers] == [200, 200]
-    assert answers[0].json()["model"] == answers[1].json()["model"] == {"name": "colours", "version": 7}
-    ours, theirs = (answer.json()["predictions"][0] for answer in answers)
+    assert [response.status_code for response in responses] == [200, 200]
+    assert responses[0].json()["model"] == responses[1].json()["model"] == {"name": "colours", "version": 7}
+    ours, theirs = (response.json()["predictions"][0] for response in responses)
     assert ours["label"] == theirs["label"] == "red"
     assert list(ours["probabilities"].values()) == pytest.approx(list(theirs["probabilities"].values()), abs=1e-6)
 
@@ -80,12 +80,14 @@ def test_an_upload_is_answered_as_by_the_server_behind(front: Server, behind: Se
         ),
     ],
 )
-def test_the_rest_api_is_the_same(front: Server, behind: Server, method: str, path: str, body: bytes | None) -> None:
+def test_the_rest_api_equals_that_of_the_remote_server(
+    front: Server, behind: Server, method: str, path: str, body: bytes | None
+) -> None:
     ours, theirs = (httpx.request(method, server.url + path, content=body) for server in (front, behind))
     assert (ours.status_code, ours.json()) == (theirs.status_code, theirs.json())
 
 
-def test_it_is_not_ready_while_the_server_behind_is_away(
+def test_the_service_is_not_ready_while_the_remote_server_is_unreachable(
     start_server: Callable[..., Server], models_dir: Path, tmp_path: Path
 ) -> None:
     behind = start_server(models_dir)
@@ -97,21 +99,21 @@ def test_it_is_not_ready_while_the_server_behind_is_away(
     front.wait_for("/readyz", 503)
     assert "cannot be reached" in httpx.get(front.url + "/readyz").json()["reason"]
     assert httpx.get(front.url + "/healthz").status_code == 200
-    answer = httpx.post(front.url + "/predict", content=picture("red"), headers={"Content-Type": "image/png"})
-    assert answer.status_code in (404, 503)
+    response = httpx.post(front.url + "/predict", content=picture("red"), headers={"Content-Type": "image/png"})
+    assert response.status_code in (404, 503)
     assert front.stop() == 0
 
 
-def test_without_names_and_without_a_folder_it_does_not_start(
+def test_startup_fails_without_model_names_and_models_folder(
     start_server: Callable[..., Server], tmp_path: Path
 ) -> None:
     server = start_server(tmp_path / "none", "--remote", "127.0.0.1:1")
     assert server.process.wait(timeout=60) == 1
-    assert "name each with --remote-model" in server.log
+    assert "name each model with --remote-model" in server.log
 
 
 class Scripted(prediction_service_pb2_grpc.PredictionServiceServicer):
-    """Answers every Predict with the next status of a list."""
+    """Responds to every Predict with the next status of a list."""
 
     def __init__(self, *codes: grpc.StatusCode) -> None:
         self.codes = list(codes)
@@ -123,7 +125,7 @@ class Scripted(prediction_service_pb2_grpc.PredictionServiceServicer):
 
 
 @pytest.fixture
-def ask() -> Iterator[Callable[..., Scripted]]:
+def send() -> Iterator[Callable[..., Scripted]]:
     server = grpc.server(futures.ThreadPoolExecutor(2))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -131,14 +133,14 @@ def ask() -> Iterator[Callable[..., Scripted]]:
     spec = TensorSpec("x", "DT_FLOAT", (None,), "x:0")
     signature = Signature("serving_default", "predict", {"x": spec}, {"x": spec})
 
-    def ask(scripted: Scripted, deadline_s: float | None = None) -> Scripted:
+    def send(scripted: Scripted, deadline_s: float | None = None) -> Scripted:
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(scripted, server)
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
         predictor = RemotePredictor(stub, "m", 1, {"serving_default": signature}, address="somewhere:8500")
         predictor.predict("serving_default", {"x": np.zeros(1, np.float32)}, deadline_s=deadline_s)
         return scripted
 
-    yield ask
+    yield send
     channel.close()
     server.stop(None)
 
@@ -153,43 +155,43 @@ def ask() -> Iterator[Callable[..., Scripted]]:
         (grpc.StatusCode.INTERNAL, ModelFailed, 500),
     ],
 )
-def test_statuses_become_those_of_http_and_are_not_asked_for_twice(
-    ask: Callable[..., Scripted], code: grpc.StatusCode, error: type[Exception], status: int
+def test_grpc_codes_are_mapped_to_http_statuses_without_retries(
+    send: Callable[..., Scripted], code: grpc.StatusCode, error: type[Exception], status: int
 ) -> None:
     scripted = Scripted(code, code)
     with pytest.raises(error) as raised:
-        ask(scripted)
+        send(scripted)
     assert raised.value.status == status  # type: ignore[attr-defined]
     assert len(scripted.codes) == 1
 
 
-def test_only_what_was_not_taken_is_sent_again(ask: Callable[..., Scripted]) -> None:
+def test_only_unavailable_is_retried(send: Callable[..., Scripted]) -> None:
     unavailable = grpc.StatusCode.UNAVAILABLE
     scripted = Scripted(unavailable, unavailable, grpc.StatusCode.INTERNAL, unavailable)
     with pytest.raises(ModelFailed, match="as scripted") as raised:
-        ask(scripted)
+        send(scripted)
     assert (raised.value.status, scripted.codes) == (500, [unavailable])
 
 
-def test_after_three_attempts_it_is_unavailable(ask: Callable[..., Scripted]) -> None:
+def test_three_failed_attempts_give_unavailable(send: Callable[..., Scripted]) -> None:
     scripted = Scripted(*[grpc.StatusCode.UNAVAILABLE] * 4)
     with pytest.raises(ModelFailed, match="somewhere:8500 cannot be reached") as raised:
-        ask(scripted)
+        send(scripted)
     assert (raised.value.status, len(scripted.codes)) == (503, 1)
 
 
-def test_the_deadline_is_passed_on(ask: Callable[..., Scripted]) -> None:
+def test_the_deadline_is_sent_to_the_remote_server(send: Callable[..., Scripted]) -> None:
     scripted = Scripted(grpc.StatusCode.INTERNAL, grpc.StatusCode.INTERNAL)
     with pytest.raises(ModelFailed):
-        ask(scripted, time.monotonic() + 5)
+        send(scripted, time.monotonic() + 5)
     with pytest.raises(ModelFailed):
-        ask(scripted)
+        send(scripted)
     assert 3 < scripted.remaining_s[0] <= 6
     assert 25 < scripted.remaining_s[1] <= 31
 
 
-def test_the_classes_keep_their_names(tmp_path: Path, start_server: Callable[..., Server]) -> None:
-    """Over gRPC they come from the signature `labels`, for the card stays on the other server's disk."""
+def test_class_names_are_read_from_the_remote_model(tmp_path: Path, start_server: Callable[..., Server]) -> None:
+    """The names come from the signature `labels`, because model.json is not available over gRPC."""
     import tensorflow as tf
 
     class Labelled(tf.Module):

@@ -1,4 +1,4 @@
-"""The service in front of a server that cannot be reached, takes few rows at a time, or responds with nonsense."""
+"""The service with a remote server that is unreachable, has a maximum batch size, or sends invalid responses."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def leave(message: Any) -> None:
 
 
 class Backend(prediction_service_pb2_grpc.PredictionServiceServicer, model_service_pb2_grpc.ModelServiceServicer):
-    """A gRPC server with the model `m` (x float32 (n, 2) to y = 2 x, k int64 (n,)) and, at will, other answers."""
+    """A gRPC server with the model `m` (x float32 (n, 2) to y = 2 x, k int64 (n,)) and editable responses."""
 
     def __init__(self) -> None:
         self.limit = 10**9
         self.rows: list[int] = []
-        self.edit_reply: Callable[[Any], None] = leave
+        self.edit_response: Callable[[Any], None] = leave
         self.edit_metadata: Callable[[Any], None] = leave
         self.edit_status: Callable[[Any], None] = leave
         self.refusal: str | None = None
@@ -60,11 +60,11 @@ class Backend(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
     def GetModelStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
         if request.model_spec.name == "missing":
             context.abort(grpc.StatusCode.NOT_FOUND, "Could not find any versions of model missing")
-        reply = get_model_status_pb2.GetModelStatusResponse()
-        reply.model_version_status.add(version=1, state=get_model_status_pb2.ModelVersionStatus.AVAILABLE)
+        response = get_model_status_pb2.GetModelStatusResponse()
+        response.model_version_status.add(version=1, state=get_model_status_pb2.ModelVersionStatus.AVAILABLE)
         if request.model_spec.name == "m":
-            self.edit_status(reply.model_version_status[0])
-        return reply
+            self.edit_status(response.model_version_status[0])
+        return response
 
     def GetModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         described = get_model_metadata_pb2.SignatureDefMap()
@@ -81,9 +81,9 @@ class Backend(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
                 tensors[name].tensor_shape.dim.add().size = size
         if request.model_spec.name == "m":
             self.edit_metadata(definition)
-        reply = get_model_metadata_pb2.GetModelMetadataResponse()
-        reply.metadata["signature_def"].Pack(described)
-        return reply
+        response = get_model_metadata_pb2.GetModelMetadataResponse()
+        response.metadata["signature_def"].Pack(described)
+        return response
 
     def Predict(self, request: Any, context: Any) -> Any:  # noqa: N802
         x = tf.make_ndarray(request.inputs["x"])
@@ -93,11 +93,11 @@ class Backend(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
         if len(x) > self.limit:
             message = f"Task size {len(x)} is larger than maximum input batch size {self.limit}"
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
-        reply = predict_pb2.PredictResponse()
-        reply.outputs["y"].CopyFrom(tf.make_tensor_proto(2 * x))
-        reply.outputs["k"].CopyFrom(tf.make_tensor_proto(np.arange(len(x), dtype=np.int64)))
-        self.edit_reply(reply)
-        return reply
+        response = predict_pb2.PredictResponse()
+        response.outputs["y"].CopyFrom(tf.make_tensor_proto(2 * x))
+        response.outputs["k"].CopyFrom(tf.make_tensor_proto(np.arange(len(x), dtype=np.int64)))
+        self.edit_response(response)
+        return response
 
 
 @pytest.fixture
@@ -118,28 +118,28 @@ def app(backend: Backend) -> Flask:
     return app
 
 
-def ask(client: FlaskClient, rows: int = 1, model: str = "m") -> TestResponse:
+def predict(client: FlaskClient, rows: int = 1, model: str = "m") -> TestResponse:
     x = [[float(i), 0.5] for i in range(rows)]
     return client.post(f"/v1/models/{model}:predict", json={"inputs": x})
 
 
 @pytest.mark.parametrize("limit", [64, 7, 1])
-def test_more_rows_than_the_server_takes_are_sent_in_parts(app: Flask, backend: Backend, limit: int) -> None:
+def test_requests_above_the_maximum_batch_size_are_split(app: Flask, backend: Backend, limit: int) -> None:
     backend.limit = limit
     for rows in (limit, limit + 1, 3 * limit + 2):
-        answer = ask(app.test_client(), rows).json
-        assert answer is not None
-        assert answer["outputs"]["y"] == [[2.0 * i, 1.0] for i in range(rows)]
-    assert [rows for rows in backend.rows if rows > limit] == [limit + 1]  # the limit is remembered
+        response = predict(app.test_client(), rows).json
+        assert response is not None
+        assert response["outputs"]["y"] == [[2.0 * i, 1.0] for i in range(rows)]
+    assert [rows for rows in backend.rows if rows > limit] == [limit + 1]  # the client stores the limit
     assert backend.rows[2:4] == ([limit, 1] if limit > 1 else [1, 1])
 
 
-def test_a_limit_that_becomes_smaller_is_learned(app: Flask, backend: Backend) -> None:
+def test_a_reduced_maximum_batch_size_is_detected(app: Flask, backend: Backend) -> None:
     for limit in (8, 3):
         backend.limit = limit
-        answer = ask(app.test_client(), 20).json
-        assert answer is not None
-        assert len(answer["outputs"]["y"]) == 20
+        response = predict(app.test_client(), 20).json
+        assert response is not None
+        assert len(response["outputs"]["y"]) == 20
     assert app.test_client().post("/v2/models/m/infer", json=v2_request(10)).status_code == 200
 
 
@@ -147,7 +147,7 @@ def v2_request(rows: int) -> dict[str, Any]:
     return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, 2], "data": [1.0] * 2 * rows}]}
 
 
-def test_outputs_that_cannot_be_joined_are_refused(backend: Backend) -> None:
+def test_outputs_that_cannot_be_concatenated_are_refused(backend: Backend) -> None:
     def without_rows(definition: Any) -> None:
         for name, array in (("y", np.float32(1)), ("k", np.int64(1))):
             definition.outputs[name].tensor_shape.Clear()
@@ -155,14 +155,14 @@ def test_outputs_that_cannot_be_joined_are_refused(backend: Backend) -> None:
 
     edits: list[Callable[[Any], None]] = []
     backend.edit_metadata = without_rows
-    backend.edit_reply = lambda reply: [edit(reply) for edit in edits] and None
+    backend.edit_response = lambda response: [edit(response) for edit in edits] and None
     backend.limit = 4
     app = make_remote_app(backend.address)
     app.inference.repository.load()
-    assert ask(app.test_client(), 4).json == {"outputs": {"y": 1.0, "k": 1}}
+    assert predict(app.test_client(), 4).json == {"outputs": {"y": 1.0, "k": 1}}
     for _ in range(2):
-        answer = ask(app.test_client(), 5)
-        assert (answer.status_code, "send fewer" in (answer.json or {})["error"]) == (400, True)
+        response = predict(app.test_client(), 5)
+        assert (response.status_code, "send at most 4 rows" in (response.json or {})["error"]) == (400, True)
 
 
 @pytest.mark.parametrize(
@@ -173,28 +173,28 @@ def test_outputs_that_cannot_be_joined_are_refused(backend: Backend) -> None:
         "the image is larger than maximum size",
     ],
 )
-def test_other_refusals_are_passed_on(app: Flask, backend: Backend, refusal: str) -> None:
+def test_other_errors_are_passed_on(app: Flask, backend: Backend, refusal: str) -> None:
     backend.refusal = refusal
-    answer = ask(app.test_client(), 4)
-    assert (answer.status_code, answer.json) == (400, {"error": refusal})
+    response = predict(app.test_client(), 4)
+    assert (response.status_code, response.json) == (400, {"error": refusal})
     assert backend.rows == [4]
 
 
 def set_output(name: str, array: Any) -> Callable[[Any], None]:
-    def edit(reply: Any) -> None:
-        reply.outputs[name].CopyFrom(tf.make_tensor_proto(array))
+    def edit(response: Any) -> None:
+        response.outputs[name].CopyFrom(tf.make_tensor_proto(array))
 
     return edit
 
 
 def edit_tensor(edit: Callable[[Any], None]) -> Callable[[Any], None]:
-    return lambda reply: edit(reply.outputs["y"])
+    return lambda response: edit(response.outputs["y"])
 
 
 INVALID: dict[str, Callable[[Any], None]] = {
-    "no outputs": lambda reply: reply.outputs.clear(),
-    "an output missing": lambda reply: reply.outputs.pop("k"),
-    "an output of another name": lambda reply: (reply.outputs.pop("k"), set_output("z", [1])(reply)),
+    "no outputs": lambda response: response.outputs.clear(),
+    "an output missing": lambda response: response.outputs.pop("k"),
+    "an output of another name": lambda response: (response.outputs.pop("k"), set_output("z", [1])(response)),
     "another dtype": set_output("y", np.zeros((2, 2), np.int32)),
     "strings": set_output("y", [[b"a", b"b"], [b"c", b"d"]]),
     "too few rows": set_output("y", np.zeros((1, 2), np.float32)),
@@ -216,22 +216,22 @@ INVALID: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("case", INVALID)
 def test_an_invalid_response_is_502(app: Flask, backend: Backend, case: str) -> None:
-    backend.edit_reply = INVALID[case]
+    backend.edit_response = INVALID[case]
     client = app.test_client()
-    for answer in (ask(client, 2), client.post("/v2/models/m/infer", json=v2_request(2))):
-        assert answer.status_code == 502, answer.text
-        assert f"TensorFlow Serving at {backend.address} cannot be used" in (answer.json or {})["error"]
-        assert "Retry-After" not in answer.headers
-    backend.edit_reply = leave
-    assert ask(client, 2).status_code == 200
+    for response in (predict(client, 2), client.post("/v2/models/m/infer", json=v2_request(2))):
+        assert response.status_code == 502, response.text
+        assert f"invalid response from TensorFlow Serving at {backend.address}" in (response.json or {})["error"]
+        assert "Retry-After" not in response.headers
+    backend.edit_response = leave
+    assert predict(client, 2).status_code == 200
 
 
-def test_outputs_that_were_not_announced_are_left_out(app: Flask, backend: Backend) -> None:
-    backend.edit_reply = set_output("z", [1])
-    assert (ask(app.test_client(), 2).json or {})["outputs"].keys() == {"y", "k"}
+def test_undeclared_outputs_are_dropped(app: Flask, backend: Backend) -> None:
+    backend.edit_response = set_output("z", [1])
+    assert (predict(app.test_client(), 2).json or {})["outputs"].keys() == {"y", "k"}
 
 
-def test_a_response_that_is_no_message_is_502(app: Flask, backend: Backend) -> None:
+def test_an_unparsable_response_is_502(app: Flask, backend: Backend) -> None:
     def garbage(request: bytes, context: Any) -> bytes:  # noqa: ARG001
         return b"\xff\xff\xff"
 
@@ -242,8 +242,8 @@ def test_a_response_that_is_no_message_is_502(app: Flask, backend: Backend) -> N
     assert server.add_insecure_port(backend.address) == backend.port
     server.start()
     try:
-        answer = ask(app.test_client())
-        assert (answer.status_code, "cannot be parsed" in (answer.json or {})["error"]) == (502, True)
+        response = predict(app.test_client())
+        assert (response.status_code, "cannot be parsed" in (response.json or {})["error"]) == (502, True)
     finally:
         server.stop(None).wait()
 
@@ -268,7 +268,7 @@ def set_unknown_code(status: Any) -> None:
         lambda backend: setattr(backend, "edit_status", set_unknown_code),
     ],
 )
-def test_a_model_described_with_nonsense_is_502_and_leaves_the_others_in_use(
+def test_an_invalid_model_description_is_502_and_does_not_affect_others(
     backend: Backend, edit: Callable[[Backend], None]
 ) -> None:
     edit(backend)
@@ -278,18 +278,18 @@ def test_a_model_described_with_nonsense_is_502_and_leaves_the_others_in_use(
     client = app.test_client()
     for page in ("/readyz", "/metrics", "/models.json", "/", "/v1/models/n"):
         assert client.get(page).status_code == 200
-    assert ask(client, model="n").status_code == 200
-    assert ask(client, model="missing").status_code == 404
-    answer = ask(client)
-    assert (answer.status_code, "cannot be used" in (answer.json or {})["error"]) == (502, True)
+    assert predict(client, model="n").status_code == 200
+    assert predict(client, model="missing").status_code == 404
+    response = predict(client)
+    assert (response.status_code, "invalid response" in (response.json or {})["error"]) == (502, True)
     problems = {model["name"]: model["problem"] for model in client.get("/models.json").json or []}
-    assert "cannot be used" in problems["m"]
+    assert "invalid response" in problems["m"]
 
 
-def every_way(client: FlaskClient) -> dict[str, TestResponse]:
+def send_every_request(client: FlaskClient) -> dict[str, TestResponse]:
     form = {"image": (io.BytesIO(picture("red")), "a.png")}
     return {
-        "predict": ask(client),
+        "predict": predict(client),
         "version": client.post("/v1/models/m/versions/1:predict", json={"instances": [[1.0, 2.0]]}),
         "classify": client.post("/v1/models/m:classify", json={"examples": [{"x": 1.0}]}),
         "metadata": client.get("/v1/models/m/metadata"),
@@ -302,9 +302,9 @@ def every_way(client: FlaskClient) -> dict[str, TestResponse]:
 
 
 def assert_unreachable(client: FlaskClient) -> None:
-    for way, answer in every_way(client).items():
-        assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "1"), way
-        assert "cannot be reached" in (answer.json or {})["error"], way
+    for name, response in send_every_request(client).items():
+        assert (response.status_code, response.headers.get("Retry-After")) == (503, "1"), name
+        assert "cannot be reached" in (response.json or {})["error"], name
     assert client.get("/readyz").status_code == 503
     assert "cannot be reached" in (client.get("/readyz").json or {})["reason"]
     for page in ("/metrics", "/models.json", "/", "/healthz"):
@@ -312,37 +312,37 @@ def assert_unreachable(client: FlaskClient) -> None:
     assert client.get("/v1/models/nobody").status_code == 404
 
 
-def test_an_unreachable_server_is_503_from_the_start() -> None:
+def test_an_unreachable_server_is_503_from_startup() -> None:
     app = make_remote_app(f"127.0.0.1:{free_ports(1)[0]}")
     repository = app.inference.repository
     client = app.test_client()
-    for way, answer in every_way(client).items():
-        assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "1"), way
+    for name, response in send_every_request(client).items():
+        assert (response.status_code, response.headers.get("Retry-After")) == (503, "1"), name
     repository.load()
     for _ in range(2):
         assert_unreachable(client)
-        repository.update()
+        repository.poll()
 
 
-def test_a_server_that_goes_away_is_503_before_and_after_that_is_noticed(app: Flask, backend: Backend) -> None:
+def test_a_stopped_server_is_503_before_and_after_the_next_poll(app: Flask, backend: Backend) -> None:
     client = app.test_client()
-    assert ask(client).status_code == 200
+    assert predict(client).status_code == 200
     backend.stop()
-    answer = ask(client)
-    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    response = predict(client)
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
     for _ in range(2):
-        app.inference.repository.update()
+        app.inference.repository.poll()
         assert_unreachable(client)
 
 
-def test_the_process_says_so_over_both_protocols(start_server: Callable[..., Server], tmp_path: Path) -> None:
+def test_both_protocols_report_an_unreachable_server(start_server: Callable[..., Server], tmp_path: Path) -> None:
     remote = ("--remote", f"127.0.0.1:{free_ports(1)[0]}", "--remote-model", "m", "--poll-interval-s", "0.2")
     server = start_server(tmp_path / "none", *remote)
     server.wait_for("/readyz", 503)
     server.wait_until(lambda: "not ready: m: TensorFlow Serving at" in server.log)
     for _ in range(3):
-        answer = httpx.post(server.url + "/v1/models/m:predict", json={"instances": [1]})
-        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        response = httpx.post(server.url + "/v1/models/m:predict", json={"instances": [1]})
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         request = predict_pb2.PredictRequest()
         request.model_spec.name = "m"

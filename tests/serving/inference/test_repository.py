@@ -28,7 +28,7 @@ def break_version(models_dir: Path, name: str, version: int) -> None:
     (models_dir / name / str(version) / "saved_model.pb").write_bytes(b"\xff garbage")
 
 
-def test_integer_folders_are_versions_and_nothing_else_is(models_dir: Path) -> None:
+def test_only_folders_with_integer_names_are_versions(models_dir: Path) -> None:
     for name in ("007", ".11.partial", ".12", "13.tmp", "-1", "1e3", "²", str(2**63)):
         (models_dir / "colours" / name).mkdir()
     (models_dir / "colours" / "99").write_text("a file")
@@ -38,14 +38,14 @@ def test_integer_folders_are_versions_and_nothing_else_is(models_dir: Path) -> N
     assert [config.name for config in ModelsFolder(models_dir)()] == ["colours"]
 
 
-def test_of_two_folders_with_one_number_the_last_by_name_is_served_and_that_logged_once(
+def test_folders_with_the_same_number_are_logged_once_and_the_last_is_served(
     models_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("0010", "010"):  # empty: they could not be loaded
+    for name in ("0010", "010"):  # empty, so they cannot be loaded
         (models_dir / "colours" / name).mkdir()
     repository = load(models_dir)
     for _ in range(3):
-        repository.update()
+        repository.poll()
     assert repository.resolve("colours").version == 10
     assert find_versions(models_dir / "colours")[10].name == "10"
     assert caplog.text.count("are the same version") == 1
@@ -78,7 +78,7 @@ def test_an_error_also_has_the_message_of_tensorflow_serving(models_dir: Path) -
         repository.versions("m")
 
 
-def test_a_broken_newest_version_leaves_the_one_before_it_serving(
+def test_a_broken_newest_version_leaves_the_previous_one_available(
     models_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     break_version(models_dir, "colours", 10)
@@ -92,7 +92,7 @@ def test_a_broken_newest_version_leaves_the_one_before_it_serving(
     assert "colours version 10 is not served" in caplog.text
 
 
-def test_one_broken_model_of_several_leaves_the_others_serving(models_dir: Path, adder: Path) -> None:
+def test_a_broken_model_leaves_the_others_available(models_dir: Path, adder: Path) -> None:
     shutil.copytree(adder, models_dir / "adder" / "1")
     for version in (2, 10):
         break_version(models_dir, "colours", version)
@@ -106,27 +106,27 @@ def test_one_broken_model_of_several_leaves_the_others_serving(models_dir: Path,
     assert repository.resolve("adder").version == 1
 
 
-def test_without_a_single_good_model_it_is_not_ready_until_one_is_mended(models_dir: Path, colours: Path) -> None:
+def test_without_an_available_model_the_repository_is_not_ready(models_dir: Path, colours: Path) -> None:
     for version in (2, 10):
         break_version(models_dir, "colours", version)
     repository = load(models_dir)
     assert not repository.ready
     assert "colours: Can't parse" in str(repository.not_ready_because)
     shutil.copy(colours / "saved_model.pb", models_dir / "colours" / "10")
-    repository.update()
+    repository.poll()
     assert repository.ready
 
 
-def test_a_required_model_has_to_be_available(models_dir: Path, adder: Path) -> None:
+def test_a_required_model_must_be_available(models_dir: Path, adder: Path) -> None:
     repository = LocalRepository(ModelsFolder(models_dir), required=["colours", "adder"])
     assert repository.not_ready_because == "loading adder, colours"
     repository.load()
     assert repository.not_ready_because == "adder: no version to serve"
     shutil.copytree(adder, models_dir / "adder" / "1")
-    repository.update()
+    repository.poll()
     assert repository.ready
     shutil.rmtree(models_dir / "colours")
-    repository.update()
+    repository.poll()
     assert "colours: " in str(repository.not_ready_because)
 
 
@@ -136,26 +136,26 @@ def test_a_required_model_has_to_be_available(models_dir: Path, adder: Path) -> 
         ("nowhere", "there is no models folder"),
         ("file", "is not a folder"),
         ("file/models", "there is no models folder"),
-        ("models/colours", "the folder above"),
+        ("models/colours", "name its parent folder"),
     ],
 )
-def test_what_cannot_be_a_models_folder_is_refused_at_once(models_dir: Path, folder: str, message: str) -> None:
+def test_an_invalid_models_folder_is_refused_at_startup(models_dir: Path, folder: str, message: str) -> None:
     (models_dir.parent / "file").touch()
     with pytest.raises(StartupError, match=message):
         ModelsFolder(models_dir.parent / folder)
 
 
-def test_an_empty_models_folder_is_waited_for(tmp_path: Path, colours: Path) -> None:
+def test_an_empty_models_folder_is_polled(tmp_path: Path, colours: Path) -> None:
     (tmp_path / "name" / "no-version").mkdir(parents=True)
     repository = load(tmp_path)
     assert (repository.all_names(), repository.ready) == ([], False)
-    assert repository.not_ready_because == "there is no model to answer with"
+    assert repository.not_ready_because == "no model is available"
     shutil.copytree(colours, tmp_path / "name" / "1")
-    repository.update()
+    repository.poll()
     assert (repository.all_names(), repository.ready) == (["name"], True)
 
 
-def test_nothing_is_answered_until_the_warm_up_is_done(models_dir: Path) -> None:
+def test_a_version_is_not_available_before_its_warm_up(models_dir: Path) -> None:
     entered, leave = threading.Event(), threading.Event()
 
     class Hesitant(SavedModelPredictor):
@@ -207,11 +207,11 @@ def test_the_number_of_warm_up_records_is_logged(models_dir: Path, caplog: pytes
     assert "2 warm-up records replayed" in caplog.text
     (models_dir / "colours" / "10" / "assets.extra" / "tf_serving_warmup_requests").unlink()
     load(models_dir)
-    assert "no warm-up records to replay" in caplog.text
+    assert "without warm-up records" in caplog.text
 
 
 @pytest.mark.parametrize("text", [None, b"{", b"\xff", b"[1]", b""])
-def test_a_model_is_served_whatever_its_model_info(models_dir: Path, text: bytes | None) -> None:
+def test_an_invalid_model_info_does_not_prevent_serving(models_dir: Path, text: bytes | None) -> None:
     file = models_dir / "colours" / "10" / "assets.extra" / "model.json"
     file.unlink()
     if text is not None:

@@ -1,4 +1,4 @@
-"""When a version that failed is loaded again, and what counts as a change of its files."""
+"""Retries of failed versions, and the stamps that detect changes of their files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def test_the_delay_doubles_up_to_a_limit_while_nothing_changes(clock: Clock) -> None:
+def test_the_backoff_doubles_up_to_a_limit(clock: Clock) -> None:
     retries, stamp = Retries(), frozenset({("a", 1)})
     delay_s = FIRST_DELAY_S
     for _ in range(20):
@@ -42,7 +42,7 @@ def test_the_delay_doubles_up_to_a_limit_while_nothing_changes(clock: Clock) -> 
     assert delay_s == LONGEST_DELAY_S
 
 
-def test_a_change_is_tried_at_once_and_begins_anew(clock: Clock) -> None:
+def test_a_change_is_retried_at_once_and_resets_the_backoff(clock: Clock) -> None:
     retries, stamp = Retries(), frozenset({("a", 1)})
     for _ in range(5):
         retries.record_failure(KEY, stamp)
@@ -54,7 +54,7 @@ def test_a_change_is_tried_at_once_and_begins_anew(clock: Clock) -> None:
     assert retries.is_due(KEY, other)
 
 
-def test_what_is_gone_is_forgotten(clock: Clock) -> None:  # noqa: ARG001
+def test_deleted_versions_are_removed(clock: Clock) -> None:  # noqa: ARG001
     retries, stamp = Retries(), frozenset({("a", 1)})
     for key in (KEY, ("m", 2), ("other", 1)):
         retries.record_failure(key, stamp)
@@ -66,7 +66,7 @@ def test_what_is_gone_is_forgotten(clock: Clock) -> None:  # noqa: ARG001
 
 @pytest.fixture
 def version(tmp_path: Path) -> Path:
-    """A version with a file, a folder, and links to both kinds."""
+    """A version with a file, a folder, and links to a file and a folder."""
     version = tmp_path / "1"
     (version / "variables").mkdir(parents=True)
     (version / "file").write_text("abc")
@@ -106,20 +106,20 @@ def replace_target(version: Path) -> None:
         replace_target,
     ],
 )
-def test_every_change_is_seen(version: Path, change: Callable[[Path], object]) -> None:
+def test_every_change_alters_the_stamp(version: Path, change: Callable[[Path], object]) -> None:
     before = read_stamp(version)
     assert read_stamp(version) == before
     change(version)
     assert read_stamp(version) != before
 
 
-def test_a_link_to_a_large_tree_is_not_followed_for_ever(tmp_path: Path) -> None:
+def test_a_stamp_of_a_large_tree_is_limited(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "root").symlink_to("/")
     assert len(read_stamp(tmp_path / "1")) <= MAX_ENTRIES
 
 
-def test_the_target_of_a_link_is_mended(models_dir: Path, tmp_path: Path) -> None:
+def test_a_repaired_link_target_is_retried(models_dir: Path, tmp_path: Path) -> None:
     target = tmp_path / "volume"
     (models_dir / "colours" / "10").rename(target)
     data = target / "variables" / "variables.data-00000-of-00001"
@@ -132,11 +132,11 @@ def test_the_target_of_a_link_is_mended(models_dir: Path, tmp_path: Path) -> Non
     repository.load()
     assert repository.resolve("colours").version == 2
     data.write_bytes(whole)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
 
 
-def test_a_fault_outside_of_the_files_is_tried_again(
+def test_a_failure_without_file_changes_is_retried(
     models_dir: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     from serving.inference.saved_model import SavedModelPredictor
@@ -154,14 +154,14 @@ def test_a_fault_outside_of_the_files_is_tried_again(
     repository = LocalRepository(ModelsFolder(models_dir), load_predictor=load)
     repository.load()
     for _ in range(5):
-        repository.update()
-    assert attempts == 2  # of the two versions once
+        repository.poll()
+    assert attempts == 2  # one per version
     clock.now_s += FIRST_DELAY_S
-    repository.update()
-    repository.update()
+    repository.poll()
+    repository.poll()
     assert attempts == 4
     assert caplog.text.count("colours version 10 is not served") == 1
     memory = True
     clock.now_s += 2 * FIRST_DELAY_S
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10

@@ -1,4 +1,4 @@
-"""Models whose rows influence each other are found when they are loaded, and never batched."""
+"""Models whose rows influence each other are detected at load and not batched."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def find(path: Path) -> frozenset[str]:
 
 
 def normalize(x: tf.Tensor) -> tf.Tensor:
-    """As a batch normalization in training mode does."""
+    """Batch normalization in training mode."""
     mean, variance = tf.nn.moments(x, [0])
     return (x - mean) / tf.sqrt(variance + 1e-3)
 
@@ -103,12 +103,12 @@ INDEPENDENT = {
 
 
 @pytest.mark.parametrize("case", DEPENDENT)
-def test_rows_that_influence_each_other_are_found(tmp_path: Path, case: str) -> None:
+def test_dependent_rows_are_found(tmp_path: Path, case: str) -> None:
     assert find(save(tmp_path / "1", *DEPENDENT[case])) == {"serving_default"}
 
 
 @pytest.mark.parametrize("case", INDEPENDENT)
-def test_rows_that_do_not_are_batched(tmp_path: Path, case: str) -> None:
+def test_independent_rows_are_batched(tmp_path: Path, case: str) -> None:
     assert find(save(tmp_path / "1", *INDEPENDENT[case])) == frozenset()
 
 
@@ -116,7 +116,7 @@ def test_exported_classifiers_are_batched(colours: Path, adder: Path) -> None:
     assert find(colours) == find(adder) == frozenset()
 
 
-def test_only_the_signature_concerned_is_named(tmp_path: Path) -> None:
+def test_only_the_dependent_signature_is_returned(tmp_path: Path) -> None:
     module = tf.Module()
     signatures = {
         "serving_default": tf.function(lambda x: {"y": 2 * x}, input_signature=[spec(2)]),
@@ -126,7 +126,7 @@ def test_only_the_signature_concerned_is_named(tmp_path: Path) -> None:
     assert find(tmp_path) == {"normalized"}
 
 
-def test_the_warm_up_records_are_examples_where_none_can_be_made(tmp_path: Path) -> None:
+def test_warm_up_records_are_used_as_examples(tmp_path: Path) -> None:
     save(tmp_path, lambda x: normalize(parse(x)), spec(dtype=STRING, name="images"))
     assert find(tmp_path) == frozenset()
     examples = [
@@ -138,7 +138,7 @@ def test_the_warm_up_records_are_examples_where_none_can_be_made(tmp_path: Path)
 
 
 @pytest.mark.timeout(60)
-def test_a_model_that_does_not_return_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, colours: Path) -> None:
+def test_the_check_has_a_time_limit(monkeypatch: pytest.MonkeyPatch, colours: Path) -> None:
     monkeypatch.setattr(row_independence, "TIME_LIMIT_S", 0.2)
     leave = threading.Event()
 
@@ -151,7 +151,7 @@ def test_a_model_that_does_not_return_is_not_waited_for(monkeypatch: pytest.Monk
     leave.set()
 
 
-def test_such_a_model_is_served_without_batching_and_reported(
+def test_a_model_with_dependent_rows_is_not_batched_and_reported(
     tmp_path: Path, colours: Path, start_server: Callable[..., Server]
 ) -> None:
     models_dir = tmp_path / "models"
@@ -160,17 +160,17 @@ def test_such_a_model_is_served_without_batching_and_reported(
     server = start_server(models_dir)
     server.wait_for("/readyz")
 
-    def ask(number: int) -> Any:
+    def predict(number: int) -> Any:
         with httpx.Client() as client:
             url = server.url + "/v1/models/coupled:predict"
             return [client.post(url, json={"instances": [[number, number]]}).json() for _ in range(25)]
 
     with ThreadPoolExecutor(8) as pool:
-        answers = [answer for answers in pool.map(ask, range(8)) for answer in answers]
-    assert answers == [{"predictions": [[0.0, 0.0]]}] * 200
-    rows = [[float(i), 0.0] for i in range(100)]  # more than a batch: not cut either
-    answer = httpx.post(server.url + "/v1/models/coupled:predict", json={"instances": rows}).json()
-    assert answer["predictions"][0] == [-49.5, 0.0]
+        responses = [response for responses in pool.map(predict, range(8)) for response in responses]
+    assert responses == [{"predictions": [[0.0, 0.0]]}] * 200
+    rows = [[float(i), 0.0] for i in range(100)]  # more than the maximum batch size: not split either
+    response = httpx.post(server.url + "/v1/models/coupled:predict", json={"instances": rows}).json()
+    assert response["predictions"][0] == [-49.5, 0.0]
 
     metrics = httpx.get(server.url + "/metrics").text
     assert 'serving_model_version_warning{kind="dependent_rows",model="coupled",version="1"} 1.0' in metrics

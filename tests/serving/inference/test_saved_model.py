@@ -26,7 +26,7 @@ def adding(adder: Path) -> SavedModelPredictor:
     return SavedModelPredictor(adder)
 
 
-def test_signatures_are_those_of_the_saved_model(classifier: SavedModelPredictor) -> None:
+def test_signatures_are_read_from_the_saved_model(classifier: SavedModelPredictor) -> None:
     signature = classifier.signatures["serving_default"]
     assert signature.method_name == "tensorflow/serving/predict"
     assert signature.inputs == {
@@ -40,7 +40,7 @@ def test_signatures_are_those_of_the_saved_model(classifier: SavedModelPredictor
     assert classifier.signatures["image_bytes"].inputs["image_bytes"].dtype == "DT_STRING"
 
 
-def test_every_output_comes_back_as_an_array_of_its_dtype(classifier: SavedModelPredictor) -> None:
+def test_every_output_is_an_array_of_its_dtype(classifier: SavedModelPredictor) -> None:
     images = np.zeros((2, 32, 32, 3), np.uint8)
     images[0, ..., 1] = 200
     images[1, ..., 2] = 200
@@ -51,7 +51,7 @@ def test_every_output_comes_back_as_an_array_of_its_dtype(classifier: SavedModel
     assert outputs["label"].tolist() == [b"green", b"blue"]
 
 
-def test_strings_go_in_and_come_out_as_bytes(classifier: SavedModelPredictor, adding: SavedModelPredictor) -> None:
+def test_strings_are_passed_as_bytes(classifier: SavedModelPredictor, adding: SavedModelPredictor) -> None:
     files = np.array([picture("red"), picture("blue", (50, 20), "JPEG")], dtype=object)
     assert classifier.predict("image_bytes", {"image_bytes": files})["class_id"].tolist() == [0, 2]
     shouted = adding.predict("shout", {"text": np.array(b"a\0b", dtype=object)})["shouted"]
@@ -103,7 +103,7 @@ def test_inputs_of_different_lengths_are_refused(adding: SavedModelPredictor) ->
         adding.predict("serving_default", {"a": images(1, 2, dtype=np.float32), "b": images(2, 2, dtype=np.float32)})
 
 
-def test_a_refusal_inside_the_graph_is_told_in_one_line(
+def test_an_error_inside_the_graph_is_reported_in_one_line(
     classifier: SavedModelPredictor, adding: SavedModelPredictor
 ) -> None:
     with pytest.raises(InvalidRequest) as refused:
@@ -113,8 +113,8 @@ def test_a_refusal_inside_the_graph_is_told_in_one_line(
         adding.predict("shout", {"text": np.array(b"", dtype=object)})
 
 
-def test_a_foreign_convolution_is_never_shown_a_wrong_rank(tmp_path: Path) -> None:
-    # Without a check in its graph this model ends the process, not the call, on an input of rank 2.
+def test_a_wrong_rank_never_reaches_a_convolution(tmp_path: Path) -> None:
+    # The model does not check its input: a convolution of an input of rank 2 would abort the process.
     model = tf.Module()
     model.kernel = tf.Variable(tf.ones((3, 3, 3, 1)))
 
@@ -131,19 +131,19 @@ def test_a_foreign_convolution_is_never_shown_a_wrong_rank(tmp_path: Path) -> No
     assert outputs["y"].shape == (2, 1, 7, 1)
 
 
-def test_threads_get_each_their_own_answer(classifier: SavedModelPredictor) -> None:
-    def ask(seed: int) -> bool:
+def test_concurrent_calls_get_their_own_outputs(classifier: SavedModelPredictor) -> None:
+    def predict(seed: int) -> bool:
         channels = np.random.default_rng(seed).integers(0, 3, size=1 + seed % 5)
         batch = np.zeros((len(channels), 32, 32, 3), np.uint8)
         batch[np.arange(len(channels)), ..., channels] = 255
         return classifier.predict("serving_default", {"images": batch})["class_id"].tolist() == channels.tolist()
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(ask, range(200)))
+        assert all(pool.map(predict, range(200)))
 
 
 def save_with_two_graphs(path: Path, tags: list[list[str]]) -> Path:
-    """Write a SavedModel with a graph for each set of tags: the first multiplies by ten, the second adds ten."""
+    """Write a SavedModel with one graph per tag set: the first multiplies by ten, the second adds ten."""
     v1 = tf.compat.v1
     info = v1.saved_model.build_tensor_info
     builder = v1.saved_model.builder.SavedModelBuilder(str(path))
@@ -159,7 +159,7 @@ def save_with_two_graphs(path: Path, tags: list[list[str]]) -> Path:
     return path
 
 
-def test_of_several_graphs_the_one_for_serving_and_nothing_else_is_used(tmp_path: Path) -> None:
+def test_the_graph_with_the_single_tag_serve_is_used(tmp_path: Path) -> None:
     predictor = SavedModelPredictor(save_with_two_graphs(tmp_path / "1", [["serve", "gpu"], ["serve"]]))
     x = np.array([1, 2], np.float32)
     assert predictor.predict("serving_default", {"x": x})["y"].tolist() == [11, 12]
@@ -182,7 +182,7 @@ def test_a_saved_model_in_text_format_is_read(tmp_path: Path, adder: Path) -> No
         assert refused.value.code == "DATA_LOSS"
 
 
-def test_a_message_of_a_kernel_is_kept_where_it_quotes_bytes_that_are_no_utf8(tmp_path: Path) -> None:
+def test_an_error_that_quotes_invalid_utf8_keeps_its_message(tmp_path: Path) -> None:
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, "examples")])
     def parse(examples: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"x": tf.io.parse_example(examples, {"x": tf.io.FixedLenFeature([2], tf.float32)})["x"]}
@@ -208,6 +208,6 @@ def test_folders_without_a_loadable_model_are_refused(tmp_path: Path, colours: P
     assert code_of(tmp_path) == "DATA_LOSS"
     (tmp_path / "saved_model.pb").write_bytes(b"")
     assert code_of(tmp_path) == "NOT_FOUND"
-    # The graph without its variables: TensorFlow itself finds out.
+    # The graph without its variables: TensorFlow reports the error.
     (tmp_path / "saved_model.pb").write_bytes((colours / "saved_model.pb").read_bytes())
     assert code_of(tmp_path) in {"NOT_FOUND", "UNKNOWN"}

@@ -1,4 +1,4 @@
-"""InferenceService: versions, validation and limits, without a server and without a protocol."""
+"""InferenceService: versions, validation and limits, without a server or a protocol."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_a_request_runs_on_the_version_that_was_resolved(service: InferenceServi
 
 
 @pytest.mark.parametrize("version", ["99999999999999999999", "-1", "x", "1.5", ""])
-def test_what_is_not_a_version_number_gets_one_message(service: InferenceService, version: str) -> None:
+def test_an_invalid_version_number_is_refused(service: InferenceService, version: str) -> None:
     with pytest.raises(InvalidRequest, match="the version must be a whole number from 0 to 9223372036854775807, not"):
         service.resolve("colours", version=version)
     with pytest.raises(InvalidRequest, match="the version must be a whole number"):
         service.status("colours", version)
 
 
-def test_a_model_or_version_that_is_not_there_is_explained(service: InferenceService) -> None:
+def test_a_missing_model_or_version_is_reported(service: InferenceService) -> None:
     with pytest.raises(ModelNotFound, match="there is no version 3 of model colours; available: 7") as missing:
         service.resolve("colours", version=3)
     assert str(missing.value.tensorflow_serving) == "Servable not found for request: Specific(colours, 3)"
@@ -64,7 +64,7 @@ def test_a_model_or_version_that_is_not_there_is_explained(service: InferenceSer
         {"images": IMAGES[:, :31]},
     ],
 )
-def test_inputs_that_do_not_fit_are_refused_before_the_model(
+def test_invalid_inputs_are_refused_before_the_model_call(
     service: InferenceService, inputs: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service.resolve("colours").predictor, "predict", lambda *_, **__: pytest.fail("was called"))
@@ -74,7 +74,7 @@ def test_inputs_that_do_not_fit_are_refused_before_the_model(
 
 def test_more_rows_than_the_limit_are_refused(service: InferenceService) -> None:
     small = InferenceService(service.repository, max_rows=1)
-    with pytest.raises(TooLarge, match="the request has 2 rows, and at most 1 are taken"):
+    with pytest.raises(TooLarge, match="the request has 2 rows; at most 1 are allowed"):
         predict(small, {"images": IMAGES})
 
 
@@ -86,7 +86,7 @@ def past_deadline() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("past_deadline")
-def test_the_deadline_of_the_current_request_is_kept(service: InferenceService) -> None:
+def test_the_deadline_of_the_current_request_is_used(service: InferenceService) -> None:
     with pytest.raises(ModelFailed) as passed:
         predict(service, {"images": IMAGES})
     assert passed.value.code == "DEADLINE_EXCEEDED"

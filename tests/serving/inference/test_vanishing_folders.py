@@ -1,4 +1,4 @@
-"""The models folder, or a model's base path, vanishes while it is served, and comes back."""
+"""The models folder or a model's base path becomes unreadable while it is served, and readable again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WAYS = [(hide, show), (replace_by_file, bring_back_for_file), (replace_by_loop, 
 
 @pytest.mark.parametrize(("vanish", "come_back"), WAYS)
 @pytest.mark.parametrize("source", ["models folder", "base path"])
-def test_what_is_loaded_stays_served_and_the_folder_is_reported(
+def test_versions_of_an_unreadable_folder_stay_available(
     models_dir: Path,
     colours: Path,
     source: str,
@@ -66,7 +66,7 @@ def test_what_is_loaded_stays_served_and_the_folder_is_reported(
     caplog.clear()
     vanish(folder)
     for _ in range(3):
-        repository.update()
+        repository.poll()
     assert repository.resolve("colours").predictor.predict("serving_default", IMAGE)["class_id"].shape == (1,)
     assert repository.ready
     client = app.test_client()
@@ -85,45 +85,45 @@ def test_what_is_loaded_stays_served_and_the_folder_is_reported(
     assert caplog.text.count(str(folder)) == 1  # not at every poll
 
     come_back(folder)
-    repository.update()
-    assert caplog.text.count(f"{folder} can be read again") == 1
+    repository.poll()
+    assert caplog.text.count(f"{folder} is readable again") == 1
     assert repository.versions("colours")[0].error_message == ""
     assert (client.get("/readyz").json or {})["problems"] == []
     shutil.copytree(colours, models_dir / "colours" / "11")
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 11
 
 
-def test_a_model_whose_link_leads_nowhere_stays_served(models_dir: Path) -> None:
+def test_a_model_with_a_broken_link_stays_available(models_dir: Path) -> None:
     target = models_dir.parent / "volume"
     (models_dir / "colours").rename(target)
     (models_dir / "colours").symlink_to(target)
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
     hide(target)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
     assert "colours does not exist" in repository.versions("colours")[0].error_message
     show(target)
     shutil.rmtree(target / "10")
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 2
 
 
-def test_a_version_whose_link_leads_nowhere_stays_served(models_dir: Path) -> None:
+def test_a_version_with_a_broken_link_stays_available(models_dir: Path) -> None:
     target = models_dir.parent / "volume"
     (models_dir / "colours" / "10").rename(target)
     (models_dir / "colours" / "10").symlink_to(target)
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
     hide(target)
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
 
 
 @pytest.fixture
 def volume() -> Iterator[Path]:
-    """A folder on another volume than the other folders of the tests."""
+    """A folder on another volume than the tests' other folders."""
     if not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev:
         pytest.skip("there is no second volume")
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
@@ -132,10 +132,10 @@ def volume() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("mounted", ["models", "models/colours"])
-def test_an_unmounted_volume_leaves_an_empty_folder(
+def test_versions_of_an_unmounted_volume_stay_available(
     models_dir: Path, volume: Path, colours: Path, mounted: str, tmp_path: Path
 ) -> None:
-    """A link stands for the mount: to unmount it leaves an empty folder on the volume below."""
+    """A link simulates the mount: after unmounting, it points to an empty folder on the parent volume."""
     mount = tmp_path / mounted
     shutil.rmtree(mount)
     inside = volume / "colours" if mounted == "models" else volume
@@ -146,15 +146,15 @@ def test_an_unmounted_volume_leaves_an_empty_folder(
     repository.load()
     mount.unlink()
     mount.mkdir()
-    repository.update()
+    repository.poll()
     assert repository.resolve("colours").version == 10
-    assert "not mounted any more" in repository.versions("colours")[0].error_message
+    assert "no longer mounted" in repository.versions("colours")[0].error_message
     mount.rmdir()
     mount.symlink_to(volume)
-    repository.update()
+    repository.poll()
     assert repository.versions("colours")[0].error_message == ""
-    shutil.rmtree(inside / "10")  # on the volume itself: that is meant
-    repository.update()
+    shutil.rmtree(inside / "10")  # on the mounted volume: an intended deletion
+    repository.poll()
     assert repository.names() == []
 
 
@@ -163,7 +163,7 @@ def test_a_model_deleted_from_an_intact_folder_is_unloaded(models_dir: Path, add
     repository = LocalRepository(ModelsFolder(models_dir))
     repository.load()
     shutil.rmtree(models_dir / "colours")
-    repository.update()
+    repository.poll()
     assert (repository.names(), repository.folder_problems) == (["adder"], ())
 
 
@@ -172,21 +172,23 @@ def test_a_base_path_without_versions_unloads_its_model(models_dir: Path) -> Non
     repository.load()
     for version in ("2", "10"):
         shutil.rmtree(models_dir / "colours" / version)
-    repository.update()
+    repository.poll()
     assert (repository.names(), repository.folder_problems) == ([], ())
 
 
-def test_a_base_path_may_come_later(models_dir: Path) -> None:
+def test_a_base_path_may_be_created_later(models_dir: Path) -> None:
     hide(models_dir)
     repository = LocalRepository(lambda: [ModelConfig("m", models_dir / "colours")])
     repository.load()
     assert "m: no version to serve: the folder of model m does not exist" in str(repository.not_ready_because)
     show(models_dir)
-    repository.update()
+    repository.poll()
     assert repository.ready
 
 
-def test_the_process_serves_on_without_its_models_folder(models_dir: Path, start_server: Callable[..., Server]) -> None:
+def test_the_process_keeps_serving_without_its_models_folder(
+    models_dir: Path, start_server: Callable[..., Server]
+) -> None:
     server = start_server(models_dir, "--poll-interval-s", "0.05")
     server.wait_for("/readyz")
     hide(models_dir)
@@ -196,6 +198,6 @@ def test_the_process_serves_on_without_its_models_folder(models_dir: Path, start
         assert httpx.post(server.url + "/predict", **image).status_code == 200
     assert httpx.get(server.url + "/readyz").status_code == 200
     show(models_dir)
-    server.wait_until(lambda: f"{models_dir} can be read again" in server.log)
+    server.wait_until(lambda: f"{models_dir} is readable again" in server.log)
     assert server.log.count("does not exist") == 1
     assert server.stop() == 0

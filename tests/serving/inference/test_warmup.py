@@ -27,18 +27,18 @@ class CountingPredictor(SavedModelPredictor):
         return super().predict(signature, inputs)
 
 
-def test_every_record_is_sent_to_the_model(version: Path) -> None:
+def test_every_warm_up_record_is_replayed(version: Path) -> None:
     predictor = CountingPredictor(version)
     assert replay_warmup_records(version, predictor) == 2
     assert predictor.rows == [1, 3]
 
 
-def test_a_model_without_records_is_left_alone(version: Path) -> None:
+def test_warm_up_records_are_optional(version: Path) -> None:
     (version / WARMUP_FILE).unlink()
     assert replay_warmup_records(version, SavedModelPredictor(version)) == 0
 
 
-def test_default_values_stand_for_the_inputs_that_a_record_leaves_out(tmp_path: Path) -> None:
+def test_defaults_replace_omitted_inputs(tmp_path: Path) -> None:
     path = save_multiplier(tmp_path / "1")
     write_warmup_records(path, [np.ones(2, np.float32)], name="x")
     predictor = SavedModelPredictor(path)
@@ -53,7 +53,7 @@ def refusal(version: Path) -> ModelLoadError:
     return refused.value
 
 
-def test_a_record_that_the_model_refuses_fails_the_load(version: Path) -> None:
+def test_a_rejected_record_fails_the_load(version: Path) -> None:
     good, bad = np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 31, 32, 3), np.uint8)
     write_warmup_records(version, [good, bad])
     assert "warm-up record 1" in str(refusal(version))
@@ -62,7 +62,7 @@ def test_a_record_that_the_model_refuses_fails_the_load(version: Path) -> None:
     assert '"nope" not found' in str(refusal(version))
 
 
-def test_more_records_than_tensorflow_serving_takes_fail_the_load(version: Path) -> None:
+def test_too_many_records_fail_the_load(version: Path) -> None:
     write_warmup_records(version, [np.zeros((1, 32, 32, 3), np.uint8)] * (MAX_RECORDS + 1))
     assert f"more than {MAX_RECORDS:,}".replace(",", "") in str(refusal(version)).replace(",", "")
 

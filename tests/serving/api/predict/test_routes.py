@@ -326,5 +326,5 @@ def test_without_model_info_class_names_are_numbers(two_models: FlaskClient) -> 
 
 def test_a_model_of_other_inputs_refers_to_predict(two_models: FlaskClient) -> None:
     error = read(send_body(two_models, RED, "?model=adder"), 400)["error"]
-    assert "does not take pictures" in error
+    assert "is not an image classifier" in error
     assert "/v1/models/adder:predict" in error

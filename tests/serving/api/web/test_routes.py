@@ -93,7 +93,7 @@ def test_models_that_cannot_classify_images_have_a_problem(models_dir: Path, add
     app.inference.repository.load()
     takes_none, takes_some = client.get("/models.json").json or []
     assert (takes_none["name"], takes_none["available"], takes_none["loading"]) == ("adder", True, False)
-    assert "does not take pictures" in takes_none["problem"]
+    assert "is not an image classifier" in takes_none["problem"]
     assert (takes_some["name"], takes_some["version"], takes_some["problem"]) == ("colours", 10, None)
 
 
