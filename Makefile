@@ -34,11 +34,12 @@ GRPC_PORT ?= 8500
 URL ?=
 GRPC ?=
 IMAGE ?=
+MODEL ?=
 # A variable as one word of the shell, whatever is in it: a path may have spaces, quotes and dollar signs.
 quoted = '$(subst ','\'',$(value $(1)))'
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check format lock clean
+.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check format screenshots lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -72,9 +73,10 @@ serve: $(INSTALLED)  ## serve the newest version of every model: MODELS= HOST= P
 tfserving:  ## TensorFlow Serving's container on the exported models, the service in front (needs docker): MODELS=
 	@models=$(call quoted,MODELS); case "$$models" in /*) ;; *) models="$$PWD/$$models";; esac; MODELS="$$models" deploy/tfserving.sh
 
-predict: $(INSTALLED)  ## ask the running service: IMAGE=file-or-folder
+predict: $(INSTALLED)  ## classify with the running service: IMAGE=file-or-folder MODEL=
 	@test -n $(call quoted,IMAGE) || { echo "error: name a picture or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
-	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) -- $(call quoted,IMAGE)
+	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) $(if $(MODEL),--model $(call quoted,MODEL)) \
+		-- $(call quoted,IMAGE)
 
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
 	@$(BIN)/python -m pytest
@@ -111,6 +113,9 @@ check: $(INSTALLED)  ## lint, format and types
 format: $(INSTALLED)  ## put the code into the one format
 	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format .
+
+screenshots: $(INSTALLED)  ## the README's screenshots, taken again (needs chromium and chromedriver)
+	@$(BIN)/python -m scripts.screenshots
 
 lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
 	@uv pip compile $(LOCK) --all-extras pyproject.toml -o requirements.lock
