@@ -81,6 +81,9 @@ predict: $(INSTALLED)  ## classify with the running service: IMAGE=file-or-folde
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
 	@$(BIN)/python -m pytest
 
+test-fast: $(INSTALLED)  ## the unit tests, in under a minute
+	@$(BIN)/python -m pytest -m "not slow" $(FAST_TESTS)
+
 test-tfserving: $(INSTALLED)  ## the recorded exchanges against any running TensorFlow Serving: URL=http://... GRPC=host:port
 	@test -n "$(URL)$(GRPC)" || { echo "error: name the server: make test-tfserving URL=http://127.0.0.1:8501 GRPC=127.0.0.1:8500" >&2; exit 2; }
 	@$(if $(URL),TFSERVING_URL=$(URL) $(BIN)/python -m pytest tests/contract/test_golden_exchanges.py)

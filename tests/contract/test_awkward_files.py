@@ -103,7 +103,8 @@ SIDEWAYS = {
 
 def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     alpha = alpha[..., None].astype(float)
-    return np.round((colour * alpha + 255 * (255 - alpha)) / 255).astype(np.uint8)
+    blended: np.ndarray = np.round((colour * alpha + 255 * (255 - alpha)) / 255)
+    return blended.astype(np.uint8)
 
 
 ALPHA = np.asarray(Image.linear_gradient("L").resize((SIDE, SIDE)))

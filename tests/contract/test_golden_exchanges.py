@@ -10,6 +10,7 @@ import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -114,7 +115,7 @@ def targets(tmp_path_factory):
     if url := os.environ.get("TFSERVING_URL"):
         address = urlsplit(url)
         is_real = httpx.get(url + "/healthz").status_code != 200
-        target = Target(address.hostname, address.port or 80, is_real)
+        target = Target(address.hostname or "127.0.0.1", address.port or 80, is_real)
         yield {"default": target, "config-file": target}
         return
     folder = tmp_path_factory.mktemp("golden")
@@ -157,12 +158,12 @@ def send(target, request, *, responses=1):
     """Send a recorded request; return the responses, of which a raw one may have several."""
     if "raw" in request:
         raw = request["raw"]
-        with socket.create_connection((target.host, target.port), timeout=60) as connection:
-            connection.sendall(base64.b64decode(raw["base64"]) if isinstance(raw, dict) else raw.encode())
-            pipeline = Pipeline(connection)
+        with socket.create_connection((target.host, target.port), timeout=60) as sock:
+            sock.sendall(base64.b64decode(raw["base64"]) if isinstance(raw, dict) else raw.encode())
+            pipeline = Pipeline(sock)
             received = []
             for _ in range(responses):
-                response = http.client.HTTPResponse(pipeline, method="POST")
+                response = http.client.HTTPResponse(pipeline, method="POST")  # type: ignore[arg-type]
                 response.begin()
                 received.append(read_response(response))
             return received
@@ -289,7 +290,7 @@ def test_the_lists_of_differences_name_exchanges():
 
 def test_a_real_server_can_answer_all_that_it_is_sent():
     """In one configuration: the same request was never recorded with different responses."""
-    recorded = {}
+    recorded: dict[str, Any] = {}
     for exchange in filter(is_for_real_server, EXCHANGES):
         response = exchange["response"]
         key = json.dumps(exchange["request"], sort_keys=True)

@@ -429,8 +429,8 @@ def test_the_process_serves_the_good_model_beside_every_fault(
         for number, (fault, _) in enumerate(ALL.values()):
             names.append(f"{prefix}{number}")
             add_faulty(models_dir, colours, fault, names[-1])
-        folder = os.fsencode(models_dir / prefix) + b"\xe9"
-        shutil.copytree(os.fsencode(colours), folder + b"/1")
+        folder = os.fsdecode(os.fsencode(models_dir / prefix) + b"\xe9")
+        shutil.copytree(colours, f"{folder}/1")
         names.append(prefix + r"\xe9")
         return names
 
@@ -441,7 +441,7 @@ def test_the_process_serves_the_good_model_beside_every_fault(
     publish(colours, models_dir, 11)
     server.wait_until(lambda: "colours version 11 is available" in server.log)
     server.wait_until(lambda: r"b\xe9 version 1 is not served" in server.log)
-    image = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
+    image: dict[str, Any] = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
     reply = httpx.post(server.url + "/predict?model=colours", **image).json()
     assert (reply["model"]["version"], reply["predictions"][0]["label"]) == (11, "blue")
     for page in PAGES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx
@@ -89,9 +89,11 @@ def test_the_records_are_replayed_once_when_they_arrive(models_dir: Path, colour
     calls: list[int] = []
 
     class Counted(SavedModelPredictor):
-        def predict(self, signature: str, inputs: dict[str, np.ndarray], **_: object) -> dict[str, np.ndarray]:
+        def predict(
+            self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
+        ) -> dict[str, np.ndarray]:
             calls.append(len(inputs["images"]))
-            return super().predict(signature, inputs)
+            return super().predict(signature, inputs, deadline_s=deadline_s)
 
     extra = models_dir / "colours" / "10" / "assets.extra"
     shutil.rmtree(extra)
@@ -156,7 +158,8 @@ def test_the_classes_are_named_by_the_signature_where_there_is_no_info(tmp_path:
     repository.load()
 
     def class_names() -> list[str]:
-        return (app.test_client().get("/models.json").json or [])[0]["class_names"]
+        (model,) = app.test_client().get("/models.json").json or []
+        return list(model["class_names"])
 
     assert class_names() == ["ham", "eggs"]
     (version / "assets.extra").mkdir()

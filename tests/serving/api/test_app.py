@@ -55,7 +55,7 @@ def is_answered_well(response: object) -> bool:
         body = response.get_json()  # type: ignore[attr-defined]
         assert isinstance(body["error"], str)
         assert "Traceback" not in body["error"]
-    return 200 <= status < 300 or 400 <= status < 500 or status == 503
+    return bool(200 <= status < 300 or 400 <= status < 500 or status == 503)
 
 
 @given(

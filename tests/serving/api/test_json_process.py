@@ -191,9 +191,11 @@ def test_binary_tensors_behind_a_large_document_come_back_whole(process: JsonPro
 
 def test_millions_of_values_come_back_whole(process: JsonProcess) -> None:
     numbers = process.parse(read_predict, v1({"instances": [list(range(400_000))] * 2}), SIGNATURES, MAX_ROWS)
+    assert numbers
     assert (numbers.inputs["x"] == np.arange(400_000, dtype=np.float32)).all()
     values = [str(number % 1_000) * (number % 3) for number in range(400_000)]
     read = process.parse(read_predict, strings(*values), SIGNATURES, MAX_ROWS)
+    assert read
     assert read.inputs["s"].tolist() == [value.encode() for value in values]
 
 
@@ -244,6 +246,7 @@ def context() -> Iterator[Callable[..., None]]:
 
 def assert_works(process: JsonProcess) -> None:
     read = process.parse(read_predict, V1_DOCUMENTS["numbers"] + PADDING, SIGNATURES, MAX_ROWS)
+    assert read
     assert read.inputs["x"].tolist() == [[1, 2.5], [3, -4]]
 
 

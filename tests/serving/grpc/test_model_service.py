@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_a_configuration_that_cannot_be_served_says_why(own: tuple[Server, Any],
         ({"name": "m", "path": "relative"}, "absolute base_path"),
         (colours, "stands there twice"),
     ):
-        code, details = refusal(lambda model=model: reload(stubs, colours, model))
+        code, details = refusal(partial(reload, stubs, colours, model))
         assert (code, problem in details) == ("INVALID_ARGUMENT", True)
     empty = model_management_pb2.ReloadConfigRequest()
     code, details = refusal(lambda: stubs.models.HandleReloadConfigRequest(empty))

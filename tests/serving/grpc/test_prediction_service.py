@@ -89,7 +89,7 @@ def test_encoded_pictures(stubs: Any) -> None:
 
 
 def test_several_inputs_and_strings(stubs: Any) -> None:
-    numbers = ask("adder", a=np.float32([[1, 2]]), b=np.float32([[10, 20]]))
+    numbers = ask("adder", a=np.array([[1, 2]], np.float32), b=np.array([[10, 20]], np.float32))
     assert list(stubs.prediction.Predict(numbers, timeout=60).outputs["sum"].float_val) == [11, 22]
     shouted = stubs.prediction.Predict(ask("adder", "shout", text="hello"), timeout=60).outputs["shouted"]
     assert (list(shouted.string_val), len(shouted.tensor_shape.dim)) == ([b"HELLO"], 0)

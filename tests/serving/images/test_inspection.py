@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -175,7 +176,7 @@ class Ways:
 
     def v2_binary(self, data: bytes) -> int:
         binary = struct.pack("<I", len(data)) + data
-        tensor = {"name": "image_bytes", "shape": [1], "datatype": "BYTES"}
+        tensor: dict[str, Any] = {"name": "image_bytes", "shape": [1], "datatype": "BYTES"}
         tensor |= {"parameters": {"binary_data_size": len(binary)}}
         head = json.dumps({"inputs": [tensor], "parameters": {"signature_name": "image_bytes"}}).encode()
         return self.http.post(

@@ -49,7 +49,13 @@ class Doubler:
 
 
 def batch(model: Doubler, liveness: Liveness | None = None, **limits: int) -> Batcher:
-    settings = {"max_batch_rows": 8, "max_queued_rows": 100, "max_request_rows": 1_000, "concurrency": 1, **limits}
+    settings: dict[str, Any] = {
+        "max_batch_rows": 8,
+        "max_queued_rows": 100,
+        "max_request_rows": 1_000,
+        "concurrency": 1,
+        **limits,
+    }
     return Batcher(model, liveness=liveness or Liveness(), **settings)
 
 
@@ -79,7 +85,8 @@ def together(batcher: Batcher, model: Doubler, requests: list[tuple[str, dict[st
         answers = []
         for queued, (signature, inputs) in enumerate(requests, start=1):
             answers.append(pool.submit(ask, signature, inputs))
-            wait_until(lambda queued=queued: len(batcher._short.queue) == queued or answers[-1].done())
+            while not (len(batcher._short.queue) == queued or answers[-1].done()):
+                time.sleep(0.001)
         model.gate.set()
         assert first.result() == [0]
         return [answer.result() for answer in answers]
@@ -265,7 +272,8 @@ def test_long_calls_run_side_by_side_with_few_rows_each(monkeypatch: pytest.Monk
         answers = []
         for calls, value in enumerate((1, 2), start=2):
             answers.append(pool.submit(batcher.predict, "double", rows(value)))
-            wait_until(lambda calls=calls: len(model.calls) == calls)
+            while len(model.calls) != calls:
+                time.sleep(0.001)
         model.gate.set()
         assert [answer.result()["y"].tolist() for answer in answers] == [[[2]], [[4]]]
 
@@ -489,7 +497,13 @@ def test_a_long_request_that_cannot_be_finished_behind_others_is_refused() -> No
 
 def batch_slowly(model: Doubler, *, unbatched: Sequence[str] = (), **limits: int) -> Batcher:
     """Batch, with requests that hold the number 7 taking long to decode."""
-    settings = {"max_batch_rows": 8, "max_queued_rows": 100, "max_request_rows": 1_000, "concurrency": 1, **limits}
+    settings: dict[str, Any] = {
+        "max_batch_rows": 8,
+        "max_queued_rows": 100,
+        "max_request_rows": 1_000,
+        "concurrency": 1,
+        **limits,
+    }
     return Batcher(
         model,
         liveness=Liveness(),

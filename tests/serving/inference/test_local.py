@@ -6,7 +6,6 @@ import gc
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ def repository(models_dir: Path) -> LocalRepository:
 
 
 @pytest.fixture
-def watched(repository: LocalRepository) -> Iterator[LocalRepository]:
+def watched(repository: LocalRepository) -> LocalRepository:
     threading.Thread(target=repository.watch, args=(0.05,), daemon=True).start()
     return repository
 

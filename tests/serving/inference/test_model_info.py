@@ -59,6 +59,12 @@ def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, text: bytes) -> 
     assert str(tmp_path / "assets.extra" / "model.json") in info.problem
 
 
+NO_OBJECTS: list[Any] = ["paint", 1, ["name"], True]
+NO_STRINGS: list[Any] = [1, [], {}, True]
+NO_TESTS: list[Any] = [0.5, [0.5], "high"]
+NO_ACCURACIES: list[Any] = ["high", True, [], -0.1, 1.1, 10**400, float("nan"), float("inf")]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [
@@ -77,13 +83,10 @@ def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, text: bytes) -> 
                 [1, "1"],
             )
         ),
-        *(("dataset", value, "dataset must be an object") for value in ("paint", 1, ["name"], True)),
-        *(("dataset", {"name": value}, "dataset.name must") for value in (1, [], {}, True)),
-        *(("test", value, "test must be an object") for value in (0.5, [0.5], "high")),
-        *(
-            ("test", {"accuracy": value}, "test.accuracy must")
-            for value in ("high", True, [], -0.1, 1.1, 10**400, float("nan"), float("inf"))
-        ),
+        *(("dataset", value, "dataset must be an object") for value in NO_OBJECTS),
+        *(("dataset", {"name": value}, "dataset.name must") for value in NO_STRINGS),
+        *(("test", value, "test must be an object") for value in NO_TESTS),
+        *(("test", {"accuracy": value}, "test.accuracy must") for value in NO_ACCURACIES),
     ],
 )
 def test_a_field_of_another_type_is_reported_and_the_others_are_read(

@@ -155,7 +155,12 @@ def test_outputs_that_cannot_be_joined_are_refused(backend: Backend) -> None:
 
     edits: list[Callable[[Any], None]] = []
     backend.edit_metadata = without_rows
-    backend.edit_reply = lambda reply: [edit(reply) for edit in edits] and None
+
+    def apply_edits(reply: Any) -> None:
+        for edit in edits:
+            edit(reply)
+
+    backend.edit_reply = apply_edits
     backend.limit = 4
     app = make_app(backend.address)
     app.extensions["repository"].load()
@@ -191,10 +196,15 @@ def edit_tensor(edit: Callable[[Any], None]) -> Callable[[Any], None]:
     return lambda reply: edit(reply.outputs["y"])
 
 
+def rename_output(reply: Any) -> None:
+    reply.outputs.pop("k")
+    set_output("z", [1])(reply)
+
+
 INVALID: dict[str, Callable[[Any], None]] = {
     "no outputs": lambda reply: reply.outputs.clear(),
     "an output missing": lambda reply: reply.outputs.pop("k"),
-    "an output of another name": lambda reply: (reply.outputs.pop("k"), set_output("z", [1])(reply)),
+    "an output of another name": rename_output,
     "another dtype": set_output("y", np.zeros((2, 2), np.int32)),
     "strings": set_output("y", [[b"a", b"b"], [b"c", b"d"]]),
     "too few rows": set_output("y", np.zeros((1, 2), np.float32)),

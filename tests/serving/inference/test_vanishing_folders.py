@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -191,7 +192,7 @@ def test_the_process_serves_on_without_its_models_folder(models_dir: Path, start
     server.wait_for("/readyz")
     hide(models_dir)
     server.wait_until(lambda: f"{models_dir} does not exist" in server.log)
-    image = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
+    image: dict[str, Any] = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
     for _ in range(20):
         assert httpx.post(server.url + "/predict", **image).status_code == 200
     assert httpx.get(server.url + "/readyz").status_code == 200

@@ -9,6 +9,7 @@ import shutil
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,8 @@ def test_each_output_chooses_its_form(client: FlaskClient) -> None:
 
 
 def test_no_outputs_means_all(client: FlaskClient) -> None:
-    for outputs in ([], None):
+    choices: list[Any] = [[], None]
+    for outputs in choices:
         reply = answer(post(client, "colours", {"inputs": [images()], "outputs": outputs}))
         assert [output["name"] for output in reply["outputs"]] == ["class_id", "label", "probabilities"]
 
@@ -345,8 +347,10 @@ def test_a_compressed_body_stays_within_a_limit(client: FlaskClient) -> None:
 
 
 def test_an_encoding_that_is_not_read(client: FlaskClient) -> None:
-    assert 'Content-Encoding "br" is not read' in error(post(client, "adder", SUM, **{"Content-Encoding": "br"}), 415)
-    assert post(client, "adder", SUM, **{"Content-Encoding": "identity"}).status_code == 200
+    assert 'Content-Encoding "br" is not read' in error(
+        post(client, "adder", SUM, b"", **{"Content-Encoding": "br"}), 415
+    )
+    assert post(client, "adder", SUM, b"", **{"Content-Encoding": "identity"}).status_code == 200
 
 
 def test_pixels_may_be_whole_floats(client: FlaskClient) -> None:
@@ -484,14 +488,16 @@ def test_bytes_behind_json_that_wants_none(client: FlaskClient) -> None:
 
 @pytest.mark.parametrize("header", ["", "x", "-1", "1e3", " ", "²", "+5", "9" * 5000])
 def test_the_header_is_a_length(client: FlaskClient, header: str) -> None:
-    response = post(client, "adder", SUM, **{LENGTH: header.encode().decode("latin-1")})
+    response = post(client, "adder", SUM, b"", **{LENGTH: header.encode().decode("latin-1")})
     assert "must be a number of bytes" in error(response)
 
 
 def test_the_header_stays_within_the_body(client: FlaskClient) -> None:
     text = json.dumps(SUM).encode()
-    assert f"but the body has {len(text)} bytes" in error(post(client, "adder", text, **{LENGTH: str(len(text) + 1)}))
-    assert post(client, "adder", text, **{LENGTH: str(len(text))}).status_code == 200
+    assert f"but the body has {len(text)} bytes" in error(
+        post(client, "adder", text, b"", **{LENGTH: str(len(text) + 1)})
+    )
+    assert post(client, "adder", text, b"", **{LENGTH: str(len(text))}).status_code == 200
 
 
 def test_requests_are_counted_by_model(app: Flask) -> None:
@@ -562,7 +568,8 @@ def test_no_request_is_the_services_fault(
 ) -> None:
     body = document + tail
     if truly:
-        body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(encoding, bytes)(body)
+        compressors: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
+        body = compressors.get(encoding, bytes)(body)
     environ: dict[str, Any] = {
         "CONTENT_LENGTH": str(len(body)),
         "wsgi.input": io.BytesIO(body),

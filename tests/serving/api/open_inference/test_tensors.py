@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import orjson
@@ -225,7 +226,8 @@ def test_json_is_flat_and_each_float_keeps_its_own_digits():
 
 def test_what_is_quoted_stays_short():
     assert quote("a" * 10_000) == '"' + "a" * 60 + '"...'
-    assert [quote(value) for value in (None, 1.5, True, {}, [1, 2])] == [
+    values: list[Any] = [None, 1.5, True, {}, [1, 2]]
+    assert [quote(value) for value in values] == [
         "null",
         "1.5",
         "true",

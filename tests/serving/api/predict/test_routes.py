@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -70,7 +71,7 @@ def test_probabilities_are_those_of_the_model_to_the_last_bit(app: Flask, client
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     expected = predictor.predict("serving_default", {"images": image})["probabilities"][0]
     (prediction,) = answer(send_body(client, encode(Image.fromarray(image[0]))))["predictions"]
-    np.testing.assert_array_equal(np.float32(list(prediction["probabilities"].values())), expected)
+    np.testing.assert_array_equal(np.array(list(prediction["probabilities"].values()), np.float32), expected)
 
 
 def test_files_are_answered_in_the_order_sent_whatever_their_fields(client: FlaskClient) -> None:
@@ -352,6 +353,11 @@ def signature_of(images: TensorSpec, *outputs: TensorSpec) -> dict[str, Signatur
 class DescribedPredictor:
     def __init__(self, signatures: dict[str, Signature]) -> None:
         self.signatures = signatures
+
+    def predict(
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
+        raise NotImplementedError
 
 
 PICTURES = TensorSpec("images", "DT_UINT8", (None, 20, 30, 3), "x:0")

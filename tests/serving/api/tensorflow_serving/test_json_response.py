@@ -36,7 +36,7 @@ def test_they_have_them_beside_what_is_not_finite_too() -> None:
     assert reply(as_rows=True, y=np.array(values, np.float32), z=np.zeros((5, 1), np.float32)).startswith(
         b'{"predictions":[{"y":0.1,"z":[0.0]},{"y":NaN,"z":[0.0]}'
     )
-    assert reply(y=np.float32(np.nan)[...]) == b'{"outputs":NaN}'
+    assert reply(y=np.array(np.nan, np.float32)) == b'{"outputs":NaN}'
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64])
@@ -77,7 +77,7 @@ def test_rows_of_several_outputs_are_objects() -> None:
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
-        ({"s": np.float32(1)[...]}, "Tensor name: s has no shape information "),
+        ({"s": np.array(1, np.float32)}, "Tensor name: s has no shape information "),
         ({"s": np.zeros((0, 3), np.float32)}, "Tensor name: s has invalid batch size: 0"),
         ({"a": np.zeros(2), "b": np.zeros(3)}, "Tensor name: b has inconsistent batch size: 3 expecting: 2"),
     ],
