@@ -17,6 +17,8 @@ from serving.api.tensorflow_serving.routes import read_predict
 from serving.errors import ServingError
 from tests.serving.api.test_json_process import MAX_ROWS, SIGNATURES
 
+pytestmark = pytest.mark.slow
+
 MB = 1024 * 1024
 # The process holds the body twice: as it was read, and as the parser takes it.
 BODY_COPIES = 2

@@ -28,6 +28,8 @@ from serving.inference.signatures import Signature, TensorSpec
 from serving.memory import MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).parents[3]
 PADDING = b" " * (LARGE_JSON_BYTES + 1)
 MAX_ROWS = 1_000_000

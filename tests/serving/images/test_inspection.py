@@ -33,6 +33,8 @@ from tests.serving import saved_models
 from tests.serving.conftest import Server, picture
 from tests.serving.image_files import bmp, chunk, gif, jpeg_of_scans, png, webp_canvas
 
+pytestmark = pytest.mark.slow
+
 LIMITS = ImageLimits(max_pixels=1_000_000, max_side=5_000)
 
 

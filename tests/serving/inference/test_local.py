@@ -15,6 +15,8 @@ from serving.errors import InvalidRequest, ModelFailed, ModelNotFound, StartupEr
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelConfig, ModelsFolder, VersionPolicy
 
+pytestmark = pytest.mark.slow
+
 IMAGE = {"images": np.zeros((1, 32, 32, 3), np.uint8)}
 
 

@@ -18,6 +18,8 @@ from serving.inference.model_config import ModelConfig, ModelsFolder
 from serving.settings import Settings
 from tests.serving.conftest import Server, picture
 
+pytestmark = pytest.mark.slow
+
 IMAGE = {"images": np.zeros((1, 32, 32, 3), np.uint8)}
 
 
