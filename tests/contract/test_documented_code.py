@@ -6,6 +6,7 @@ The first word of a block's info string is its language. A `sh` or `python` bloc
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -21,10 +23,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tests.contract.conftest import Served
-from tests.serving.conftest import free_ports
+from tests.serving.conftest import free_ports, picture
 
 PROJECT = Path(__file__).parents[2]
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))]
 MAX_README_WORDS = 900
 LANGUAGES = {"", "sh", "python", "json", "mermaid"}
 TIMEOUT_S = 120
@@ -168,7 +170,7 @@ def test_documented_make_commands_exist(page: str) -> None:
         assert named <= {*variables, "BEFORE", "PYTHON"}, command
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
 def test_links_lead_to_files_and_headings(page: str) -> None:
     folder = (PROJECT / page).parent
     text = re.sub(r"^```.*?^```$", "", (PROJECT / page).read_text(), flags=re.M | re.S)
@@ -189,6 +191,39 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
         assert not anchor or anchor in headings, f"{page}: {path}#{anchor}"
 
 
+def describe(value: Any) -> Any:
+    """Return the keys of a JSON document, of the first element of each list, and the types of its values."""
+    if isinstance(value, dict):
+        return {key: describe(child) for key, child in value.items() if key != "probabilities"}
+    if isinstance(value, list):
+        return [describe(child) for child in value[:1]]
+    return type(value)
+
+
+def read_json_blocks(page: str) -> list[Any]:
+    return [json.loads(block.code) for block in read_blocks(page) if block.language == "json"]
+
+
+def test_documented_responses_have_the_fields_of_real_ones(shapes: Served) -> None:
+    predicted, refused = read_json_blocks("docs/predict.md")
+    url = shapes.server.url + "/predict"
+    image = httpx.post(url, files={"image": ("hexagon-1.png", picture("red"))})
+    assert describe(image.json()) == describe(predicted)
+    assert describe(predicted) == describe(read_json_blocks("docs/getting-started.md")[0])
+    both = {"image": ("notes.png", b"Remember the milk"), "other": ("red.png", picture("red"))}
+    assert httpx.post(url, files=both).json() == refused
+    (readiness,) = read_json_blocks("docs/operations.md")
+    assert describe(httpx.get(shapes.server.url + "/readyz").json()) == describe(readiness)
+
+
+def test_documented_metrics_exist(shapes: Served) -> None:
+    text = (PROJECT / "docs" / "operations.md").read_text()
+    documented = set(re.findall(r"`((?:serving_|:tensorflow:)[a-z_:]+)`", text))
+    page = httpx.get(shapes.server.url + "/metrics").text
+    existing = set(re.findall(r"^# HELP ([a-z_:]+) ", page, re.MULTILINE))
+    assert documented == {name for name in existing if name.startswith(("serving_", ":tensorflow:"))}
+
+
 def test_the_readme_is_short() -> None:
     assert len((PROJECT / "README.md").read_text().split()) <= MAX_README_WORDS
 
@@ -201,7 +236,7 @@ def test_screenshots_are_small(name: str) -> None:
         assert image.width >= 1_000
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_documented_paths_exist(page: str) -> None:
     text = (PROJECT / page).read_text()
     packages = "training|serving|client|image_formats|tests|benchmarks|deploy|docs|scripts"

@@ -61,6 +61,7 @@ def test_a_file_that_cannot_be_used_is_told(tmp_path: Path, text: str, problem: 
     assert str(file) in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_service_serves_what_the_file_says(
     tmp_path: Path, models_dir: Path, start_server: Callable[..., Server]
 ) -> None:

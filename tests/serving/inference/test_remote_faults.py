@@ -345,6 +345,7 @@ def test_a_server_that_goes_away_is_503_before_and_after_that_is_noticed(app: Fl
         assert_unreachable(client)
 
 
+@pytest.mark.slow
 def test_the_process_says_so_over_both_protocols(start_server: Callable[..., Server], tmp_path: Path) -> None:
     remote = ("--remote", f"127.0.0.1:{free_ports(1)[0]}", "--remote-model", "m", "--poll-interval-s", "0.2")
     server = start_server(tmp_path / "none", *remote)
