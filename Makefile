@@ -34,11 +34,15 @@ GRPC_PORT ?= 8500
 URL ?=
 GRPC ?=
 IMAGE ?=
+MODEL ?=
+# Folders of unit tests; the marker `slow` takes out those of their modules that start processes or measure.
+FAST_TESTS := $(wildcard tests/client tests/training/data \
+	tests/serving/api tests/serving/images tests/serving/inference)
 # A variable as one word of the shell, whatever is in it: a path may have spaces, quotes and dollar signs.
 quoted = '$(subst ','\'',$(value $(1)))'
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help install demo train serve tfserving predict test test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check format lock clean
+.PHONY: help install demo train serve tfserving predict test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check coverage format screenshots lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -72,12 +76,20 @@ serve: $(INSTALLED)  ## serve the newest version of every model: MODELS= HOST= P
 tfserving:  ## TensorFlow Serving's container on the exported models, the service in front (needs docker): MODELS=
 	@models=$(call quoted,MODELS); case "$$models" in /*) ;; *) models="$$PWD/$$models";; esac; MODELS="$$models" deploy/tfserving.sh
 
-predict: $(INSTALLED)  ## ask the running service: IMAGE=file-or-folder
+predict: $(INSTALLED)  ## classify with the running service: IMAGE=file-or-folder MODEL=
 	@test -n $(call quoted,IMAGE) || { echo "error: name a picture or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
-	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) -- $(call quoted,IMAGE)
+	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) $(if $(MODEL),--model $(call quoted,MODEL)) \
+		-- $(call quoted,IMAGE)
 
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
 	@$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)  ## the unit tests that are quick, in under a minute
+	@$(BIN)/python -m pytest -m "not slow" $(FAST_TESTS)
+
+coverage: $(INSTALLED)  ## lines and branches that the fast tests run
+	@$(BIN)/python -m coverage run -m pytest -q -m "not slow" $(FAST_TESTS)
+	@$(BIN)/python -m coverage report
 
 test-tfserving: $(INSTALLED)  ## the recorded exchanges against any running TensorFlow Serving: URL=http://... GRPC=host:port
 	@test -n "$(URL)$(GRPC)" || { echo "error: name the server: make test-tfserving URL=http://127.0.0.1:8501 GRPC=127.0.0.1:8500" >&2; exit 2; }
@@ -112,10 +124,13 @@ format: $(INSTALLED)  ## put the code into the one format
 	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format .
 
+screenshots: $(INSTALLED)  ## the README's screenshots, taken again (needs chromium and chromedriver)
+	@$(BIN)/python -m scripts.screenshots
+
 lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
 	@uv pip compile $(LOCK) --all-extras pyproject.toml -o requirements.lock
 	@uv pip compile $(LOCK) --extra serving --constraint requirements.lock pyproject.toml -o requirements-serving.lock
 
 clean:  ## remove .venv and caches; runs/ and models/ stay
 	@if $(OWNS_VENV); then rm -rf .venv; else echo ".venv was not made by make, so it stays"; fi
-	rm -rf .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

@@ -1,1 +1,1 @@
-"""Programs that measure: each prints the figures that the README quotes."""
+"""Programs that measure: each prints figures of docs/benchmarks.md."""

@@ -164,7 +164,8 @@ def make_message(
 ) -> bytes:
     """Make a PredictRequest."""
     spec = prediction_pb2.ModelSpec(name=model, signature_name=signature)
-    return prediction_pb2.PredictRequest(model_spec=spec, inputs={input_name: tensor}).SerializeToString()
+    request = prediction_pb2.PredictRequest(model_spec=spec, inputs={input_name: tensor})
+    return bytes(request.SerializeToString())
 
 
 @cache

@@ -56,6 +56,11 @@ def test_paths_may_hold_any_characters(project: Path) -> None:
     assert make(project, "predict", f"IMAGE={AWKWARD}")[-1] == AWKWARD
 
 
+def test_the_model_to_query_is_handed_on(project: Path) -> None:
+    assert options(make(project, "predict", "IMAGE=cat.png", "MODEL=pets"))["--model"] == "pets"
+    assert "--model" not in make(project, "predict", "IMAGE=cat.png")
+
+
 def test_the_container_is_given_an_absolute_path(project: Path) -> None:
     script = project / "deploy" / "tfserving.sh"
     script.parent.mkdir()

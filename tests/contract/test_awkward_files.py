@@ -121,7 +121,8 @@ def test_much_compressed_text_is_refused_only_where_it_would_be_inflated():
 
 def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     alpha = alpha[..., None].astype(float)
-    return np.round((colour * alpha + 255 * (255 - alpha)) / 255).astype(np.uint8)
+    blended: np.ndarray = np.round((colour * alpha + 255 * (255 - alpha)) / 255)
+    return blended.astype(np.uint8)
 
 
 ALPHA = np.asarray(Image.linear_gradient("L").resize((SIDE, SIDE)))

@@ -11,6 +11,7 @@ import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -146,7 +147,7 @@ def targets(tmp_path_factory):
     if url := os.environ.get("TFSERVING_URL"):
         address = urlsplit(url)
         is_real = httpx.get(url + "/healthz").status_code != 200
-        target = Target(address.hostname, address.port or 80, is_real)
+        target = Target(address.hostname or "127.0.0.1", address.port or 80, is_real)
         yield {"default": target, "config-file": target}
         return
     folder = tmp_path_factory.mktemp("golden")
@@ -189,12 +190,12 @@ def send(target, request, *, responses=1):
     """Send a recorded request; returns the responses, several for a pipelined raw request."""
     if "raw" in request:
         raw = request["raw"]
-        with socket.create_connection((target.host, target.port), timeout=60) as connection:
-            connection.sendall(base64.b64decode(raw["base64"]) if isinstance(raw, dict) else raw.encode())
-            pipeline = Pipeline(connection)
+        with socket.create_connection((target.host, target.port), timeout=60) as sock:
+            sock.sendall(base64.b64decode(raw["base64"]) if isinstance(raw, dict) else raw.encode())
+            pipeline = Pipeline(sock)
             received = []
             for _ in range(responses):
-                response = http.client.HTTPResponse(pipeline, method="POST")
+                response = http.client.HTTPResponse(pipeline, method="POST")  # type: ignore[arg-type]
                 response.begin()
                 received.append(read_response(response))
             return received
@@ -339,7 +340,7 @@ def test_every_difference_has_a_row_in_the_documentation():
 
 def test_exchanges_for_the_real_server_are_consistent():
     """The same request was never recorded with different responses."""
-    recorded = {}
+    recorded: dict[str, Any] = {}
     for exchange in filter(is_for_real_server, EXCHANGES):
         response = exchange["response"]
         key = json.dumps(exchange["request"], sort_keys=True)

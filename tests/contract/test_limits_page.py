@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from client.__main__ import main as client
 from image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving.__main__ import main
 from serving.api import compression, json_cost, json_process
@@ -19,6 +20,7 @@ from serving.images.decode_cost import decode_cost
 from serving.memory import BODIES_SHARE, SMALL_SHARE, MemoryBudget
 from serving.process_memory import SAFETY_SHARE
 from serving.settings import Settings
+from training.__main__ import main as training
 
 PROJECT = Path(__file__).parents[2]
 PAGE = (PROJECT / "docs" / "limits.md").read_text()
@@ -76,12 +78,22 @@ def test_each_row_has_the_default_and_the_option(limit: str, default: str, optio
     assert re.findall(r"--[a-z-]+", cells[2]) == ([option] if option else []), row
 
 
-def test_every_option_in_the_docs_exists() -> None:
-    options = {option for parameter in main.params for option in parameter.opts}
-    # TensorFlow Serving's options have underscores.
+def test_every_option_that_a_page_names_exists() -> None:
+    commands = [main, *training.commands.values(), *client.commands.values()]
+    options = {option for each in commands for given in each.params for option in (*given.opts, *given.secondary_opts)}
+    # TensorFlow Serving's have underscores. `--way` is an option of a benchmark, `--help` of all.
+    options |= {"--way", "--help"}
     for page in (PROJECT / "docs").glob("*.md"):
         named = set(re.findall(r"`(--[a-z-]+)(?![a-z_-])", page.read_text()))
         assert named <= options, page.name
+
+
+def test_every_option_has_a_page() -> None:
+    pages = "".join((PROJECT / "docs" / name).read_text() for name in ("commands.md", "limits.md"))
+    for command in (main, *training.commands.values(), *client.commands.values()):
+        for parameter in command.params:
+            for option in (*parameter.opts, *parameter.secondary_opts):
+                assert not option.startswith("--") or f"`{option}`" in pages, option
 
 
 def test_every_limit_option_is_documented() -> None:

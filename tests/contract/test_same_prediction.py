@@ -104,7 +104,7 @@ AWKWARD = {
     "png turned by a LONG": png_with(
         chunk(b"tEXt", b"k\0" + bytes(300_000)), chunk(b"eXIf", exif(4)), file=encoded(transparent(SMALL), "PNG")
     ),
-    "png transparent colour": png_with(chunk(b"tRNS", struct.pack(">3H", *SMALL.getpixel((16, 16)))), file=SMALL_PNG),
+    "png transparent colour": png_with(chunk(b"tRNS", struct.pack(">3H", *np.asarray(SMALL)[16, 16])), file=SMALL_PNG),
     "jpeg turned by a LONG after fill bytes": jpeg_with(b"\xff" * 7 + app1(exif(4)), file=SMALL_JPEG),
     "jpeg turned behind 650 KB": jpeg_with(*[segment(0xE2, bytes(65_000))] * 10, app1(exif()), file=SMALL_JPEG),
 }

@@ -197,11 +197,14 @@ def test_every_flag_and_variable_exists() -> None:
 
 
 def test_every_path_exists() -> None:
-    for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE):
-        for source in line.split()[:-1]:
-            assert (PROJECT / source).exists()
+    copied = {
+        source
+        for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE)
+        for source in line.split()[:-1]
+    }
+    assert all((PROJECT / source).exists() for source in copied)
     allowed = {line[1:] for line in (PROJECT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert allowed == {"requirements-serving.lock", "serving"}
+    assert allowed == copied == {"requirements-serving.lock", "serving", "image_formats"}
     service = COMPOSE["services"]["service"]
     assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
     mounts = COMPOSE["services"]["tensorflow-serving"]["volumes"]

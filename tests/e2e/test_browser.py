@@ -221,7 +221,7 @@ def test_each_image_gets_a_card_with_its_label_and_bars(page: Page, tmp_path: Pa
         assert [round(page.stroke(bar)) for bar in bars] == [100, 0, 0]
         assert "colours, version 4" in text(card, ".timing")
         assert "32 \N{MULTIPLICATION SIGN} 32" in text(card, ".sent figcaption")
-    assert "3 pictures classified" in page.element("#announcement").get_attribute("textContent")
+    assert "3 pictures classified" in str(page.element("#announcement").get_attribute("textContent"))
 
 
 def test_the_resized_image_equals_pillows(page: Page, tmp_path: Path) -> None:

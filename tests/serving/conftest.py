@@ -16,9 +16,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from flask import Flask
 from flask.testing import FlaskClient
 from PIL import Image
+
+from serving.api.flask_app import ServingApp
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -53,7 +54,7 @@ def models_dir(tmp_path: Path, colours: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def app(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> Flask:
+def app(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> ServingApp:
     """The app with one model, `colours` version 7, loaded. Not to be changed."""
     models_dir = tmp_path_factory.mktemp("models")
     shutil.copytree(colours, models_dir / "colours" / "7")
@@ -63,7 +64,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> Flask:
 
 
 @pytest.fixture
-def client(app: Flask) -> FlaskClient:
+def client(app: ServingApp) -> FlaskClient:
     return app.test_client()
 
 

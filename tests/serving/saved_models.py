@@ -49,7 +49,9 @@ class ColourClassifier(tf.Module):
             return tf.cast(tf.round(tf.image.resize(image, self._size, antialias=True)), tf.uint8)
 
         image_bytes = tf.ensure_shape(image_bytes, (None,))
-        return self.classify(tf.map_fn(decode, image_bytes, fn_output_signature=tf.uint8))
+        images = tf.map_fn(decode, image_bytes, fn_output_signature=tf.uint8)
+        outputs: dict[str, tf.Tensor] = self.classify(images)
+        return outputs
 
 
 def save_colour_classifier(

@@ -152,7 +152,7 @@ def test_short_requests_are_interleaved_with_a_long_one(by_row: Service) -> None
         started_s = time.monotonic()
         long = pool.submit(predict, by_row, [[1.0]] * 800)  # about four seconds, in parts of 64 rows
         time.sleep(0.3)
-        delays_s = []
+        delays_s: list[float] = []
         while not long.done() and len(delays_s) < 3:
             sent_s = time.monotonic()
             assert predict(by_row, [[2.0]]).json() == {"predictions": [2.0]}

@@ -16,11 +16,11 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from flask import Flask
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
 from serving.api.app import make_app
+from serving.api.flask_app import ServingApp
 from serving.errors import ModelFailed
 from serving.grpc.model_service import ModelService
 from serving.inference.local import LocalRepository
@@ -128,7 +128,7 @@ def grpc_status(repository: Any, name: str) -> Any:
     return ModelService(InferenceService(repository, max_rows=1)).get_model_status(request).model_version_status
 
 
-def assert_pages(app: Flask) -> None:
+def assert_pages(app: ServingApp) -> None:
     """Every page is available, and neither pages nor errors contain paths of the server."""
     client = app.test_client()
     hidden = str(app.settings.models_dir.parent)
@@ -465,8 +465,8 @@ def test_the_process_serves_a_valid_model_beside_every_faulty_one(
         for number, (fault, _) in enumerate(ALL.values()):
             names.append(f"{prefix}{number}")
             add_faulty(models_dir, colours, fault, names[-1])
-        folder = os.fsencode(models_dir / prefix) + b"\xe9"
-        shutil.copytree(os.fsencode(colours), folder + b"/1")
+        folder = os.fsdecode(os.fsencode(models_dir / prefix) + b"\xe9")
+        shutil.copytree(colours, f"{folder}/1")
         names.append(prefix + r"\xe9")
         return names
 
@@ -477,7 +477,7 @@ def test_the_process_serves_a_valid_model_beside_every_faulty_one(
     publish(colours, models_dir, 11)
     server.wait_until(lambda: "colours version 11 is available" in server.log)
     server.wait_until(lambda: r"b\xe9 version 1 is not served" in server.log)
-    image = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
+    image: dict[str, Any] = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
     reply = httpx.post(server.url + "/predict?model=colours", **image).json()
     assert (reply["model"]["version"], reply["predictions"][0]["label"]) == (11, "blue")
     for page in PAGES:

@@ -24,7 +24,7 @@ from tests.serving.conftest import PROJECT, Server, picture
 from tests.serving.saved_models import save_colour_classifier, write_warmup_records
 
 StartServer = Callable[..., Server]
-IMAGE = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
+IMAGE: dict[str, Any] = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
 
 
 @pytest.fixture
@@ -100,16 +100,15 @@ def test_the_service_starts_where_the_system_does_not_tell_which_cores_it_may_us
     models_dir: Path, start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on macOS; the commands of training and the client, too."""
-    from tests.serving import conftest
 
-    real = conftest.subprocess.Popen
+    real = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> Any:
         assert command[1:3] == ["-m", "serving"]
         return real([command[0], "-c", WITHOUT_AFFINITY, *command[3:]], **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(conftest.subprocess, "Popen", start)
+        patched.setattr("tests.serving.conftest.subprocess.Popen", start)
         server = start_server(models_dir)
     server.wait_for("/readyz")
     assert httpx.post(server.url + "/predict", **IMAGE).json()["predictions"][0]["label"] == "blue"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import uvloop
@@ -312,6 +313,10 @@ def make_loop(request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEv
     return make
 
 
+def ends_with(order: list[str], name: str) -> bool:
+    return order[-1:] == [name]
+
+
 async def until(condition: Callable[[], bool]) -> None:
     end_s = in_s(PATIENCE_S)
     while not condition():
@@ -342,7 +347,7 @@ def test_greenlets_threads_and_coroutines_share_one_queue(make_loop: Callable[[]
         await until(lambda: len(pool._queue) == 3)
         held.release()
         for name in ("greenlet", "thread", "coroutine"):
-            await until(lambda name=name: order[-1:] == [name])
+            await until(partial(ends_with, order, name))
             assert pool.used == 60
             mine[name].release()
         await task

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flask import Flask
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.api.app import make_app
+from serving.api.flask_app import ServingApp
 from serving.memory import RequestMemory
 from serving.metrics import Metrics
 from serving.settings import Settings
@@ -20,7 +20,7 @@ from tests.serving.conftest import picture
 
 
 @pytest.fixture
-def fresh(models_dir: Path) -> Flask:
+def fresh(models_dir: Path) -> ServingApp:
     """A new app, whose counters start at zero."""
     app = make_app(Settings(models_dir=models_dir))
     app.inference.repository.load()
@@ -43,7 +43,7 @@ def value(samples: dict[tuple[str, tuple[tuple[str, str], ...]], float], name: s
     return samples.get((name, tuple(sorted(labels.items()))), 0)
 
 
-def test_requests_images_and_durations_are_counted(fresh: Flask) -> None:
+def test_requests_images_and_durations_are_counted(fresh: ServingApp) -> None:
     client = fresh.test_client()
     files = [(picture(colour, size=(40, 30)), f"{colour}.png") for colour in ("red", "blue", "lime")]
     data = {f"f{i}": (BytesIO(data), name) for i, (data, name) in enumerate(files)}
@@ -66,7 +66,7 @@ def test_requests_images_and_durations_are_counted(fresh: Flask) -> None:
     assert not any("invented" in str(labels) or "/no/such" in str(labels) for _, labels in samples)
 
 
-def test_png_files_of_the_input_size_are_decoded_by_the_model(fresh: Flask) -> None:
+def test_png_files_of_the_input_size_are_decoded_by_the_model(fresh: ServingApp) -> None:
     client = fresh.test_client()
     calls = "serving_predict_seconds_count"
     exact, other, jpeg = picture("red"), picture("red", size=(40, 30)), picture("red", kind="JPEG")
@@ -81,7 +81,7 @@ def test_png_files_of_the_input_size_are_decoded_by_the_model(fresh: Flask) -> N
         assert value(read(client), calls, model="colours", signature="image_bytes") == expected
 
 
-def test_the_states_of_the_versions_are_exported(fresh: Flask) -> None:
+def test_the_states_of_the_versions_are_exported(fresh: ServingApp) -> None:
     samples = read(fresh.test_client())
     assert value(samples, "serving_ready") == 1
     assert value(samples, "serving_warmup_records", model="colours", version="10") == 2
@@ -90,7 +90,7 @@ def test_the_states_of_the_versions_are_exported(fresh: Flask) -> None:
     assert value(samples, "process_resident_memory_bytes") > 0
 
 
-def test_each_app_has_its_own_metrics(fresh: Flask, client: FlaskClient) -> None:
+def test_each_app_has_its_own_metrics(fresh: ServingApp, client: FlaskClient) -> None:
     before = read(client)
     fresh.test_client().post("/predict", data=b"", content_type="image/png")
     labels = {"route": "/predict", "model": "colours", "status": "400"}
@@ -98,7 +98,7 @@ def test_each_app_has_its_own_metrics(fresh: Flask, client: FlaskClient) -> None
     assert value(read(client), "serving_requests_total", **labels) == value(before, "serving_requests_total", **labels)
 
 
-def test_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: Flask) -> None:
+def test_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: ServingApp) -> None:
     client = fresh.test_client()
     image = np.zeros((1, 32, 32, 3), int).tolist()
     assert client.post("/v1/models/colours:predict", json={"instances": image}).status_code == 200
@@ -117,7 +117,7 @@ def test_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: Flask
     assert 0 < value(samples, ":tensorflow:serving:request_latency_sum", **latency) < seconds * 1e6
 
 
-def test_only_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: Flask) -> None:
+def test_only_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: ServingApp) -> None:
     client = fresh.test_client()
     image = np.zeros((1, 32, 32, 3), int).tolist()
     assert client.get("/v1/models/colours:predict").status_code == 400  # not a predict call
@@ -128,7 +128,7 @@ def test_only_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: 
     assert lines == [f'{name}"INVALID_ARGUMENT"}} 1', f'{name}"OK"}} 1']
 
 
-def test_model_names_are_escaped(fresh: Flask) -> None:
+def test_model_names_are_escaped(fresh: ServingApp) -> None:
     fresh.metrics.observe_tfs_predict(model='a"b\\c', code="OK", seconds=0.001, api="REST")
     text = fresh.test_client().get("/metrics").text
     assert ':tensorflow:serving:request_count{model_name="a\\"b\\\\c",status="OK"} 1\n' in text
@@ -166,7 +166,8 @@ def test_concurrent_scrapes_share_the_next_rendering(monkeypatch: pytest.MonkeyP
         first = threads.submit(metrics.render)
         assert began.wait(10)
         others = [threads.submit(metrics.render) for _ in range(19)]
-        while not (metrics._page and len(metrics._page._done_callbacks) == len(others)):
+        # The callbacks of a Future are in no stub.
+        while not (metrics._page and len(metrics._page._done_callbacks) == len(others)):  # type: ignore[attr-defined]
             time.sleep(0.001)
         metrics.observe_request(route="/b", model="", status=200, seconds=0.1)
         finish.set()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import httpx
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 import tensorflow as tf
 
 from serving.api.app import make_app
+from serving.inference.batcher import Batcher
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
+from serving.inference.repository import ModelRepository
 from serving.inference.saved_model import SavedModelPredictor
 from serving.settings import Settings
 from tests.serving.conftest import Server
@@ -57,7 +60,7 @@ def test_a_version_becomes_available_once_its_copy_is_complete(models_dir: Path,
     assert poll() == (10, "END", 0)
     (version / "variables" / "variables.data-00000-of-00001").write_bytes(data)
     assert poll() == (11, "AVAILABLE", 0)
-    assert repository.resolve("colours").card is None
+    assert repository.resolve("colours").info.class_names == ()
 
     held = repository.resolve("colours").predictor
     (version / "assets.extra").mkdir()
@@ -68,7 +71,7 @@ def test_a_version_becomes_available_once_its_copy_is_complete(models_dir: Path,
     assert "not valid JSON" in repository.versions("colours")[0].error_message
     info.write_text(json.dumps(INFO))
     assert poll() == (11, "AVAILABLE", 0)
-    assert repository.resolve("colours").card == INFO
+    assert repository.resolve("colours").info.class_names == ("red", "green", "blue")
     assert repository.versions("colours")[0].error_message == ""
     warmup = "assets.extra/tf_serving_warmup_requests"
     (version / warmup).write_bytes((colours / warmup).read_bytes()[:-5])
@@ -81,7 +84,7 @@ def test_a_version_becomes_available_once_its_copy_is_complete(models_dir: Path,
     shutil.copy(colours / warmup, version / warmup)
     assert poll() == (11, "AVAILABLE", 2)
     assert repository.versions("colours")[0].error_message == ""
-    assert repository.resolve("colours").card == {"class_names": ["a", "b", "c"]}
+    assert repository.resolve("colours").info.class_names == ("a", "b", "c")
     assert repository.resolve("colours").predictor is held
 
 
@@ -89,9 +92,11 @@ def test_warmup_records_are_replayed_once_when_they_arrive(models_dir: Path, col
     calls: list[int] = []
 
     class Counted(SavedModelPredictor):
-        def predict(self, signature: str, inputs: dict[str, np.ndarray], **_: object) -> dict[str, np.ndarray]:
+        def predict(
+            self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
+        ) -> dict[str, np.ndarray]:
             calls.append(len(inputs["images"]))
-            return super().predict(signature, inputs)
+            return super().predict(signature, inputs, deadline_s=deadline_s)
 
     extra = models_dir / "colours" / "10" / "assets.extra"
     shutil.rmtree(extra)
@@ -103,6 +108,10 @@ def test_warmup_records_are_replayed_once_when_they_arrive(models_dir: Path, col
         repository.poll()
     assert calls == [1, 3]
     assert repository.versions("colours")[0].warmup_records == 2
+
+
+def batched(repository: ModelRepository) -> set[str]:
+    return cast(Batcher, repository.resolve("coupled").predictor)._batched
 
 
 def test_late_warmup_records_disable_batching_of_dependent_rows(tmp_path: Path) -> None:
@@ -119,13 +128,13 @@ def test_late_warmup_records_disable_batching_of_dependent_rows(tmp_path: Path) 
     repository = app.inference.repository
     repository.load()
     assert repository.versions("coupled")[0].warnings == ()
-    assert "serving_default" in repository.resolve("coupled").predictor._batched
+    assert "serving_default" in batched(repository)
     values = [tf.train.Feature(float_list={"value": [float(i)]}) for i in range(3)]
     examples = [tf.train.Example(features=tf.train.Features(feature={"v": value})) for value in values]
     write_warmup_records(version, [tf.constant([example.SerializeToString() for example in examples])])
     repository.poll()
     assert repository.versions("coupled")[0].warnings == ("dependent_rows",)
-    assert repository.resolve("coupled").predictor._batched == set()
+    assert batched(repository) == set()
     assert repository.versions("coupled")[0].state == "AVAILABLE"
 
 
@@ -156,7 +165,8 @@ def test_class_names_fall_back_to_the_labels_signature(tmp_path: Path) -> None:
     repository.load()
 
     def class_names() -> list[str]:
-        return (app.test_client().get("/models.json").json or [])[0]["class_names"]
+        (model,) = app.test_client().get("/models.json").json or []
+        return list(model["class_names"])
 
     assert class_names() == ["ham", "eggs"]
     (version / "assets.extra").mkdir()

@@ -7,13 +7,13 @@ import sys
 
 import numpy as np
 import pytest
-from flask import Flask
 from flask.testing import FlaskClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 
+from serving.api.flask_app import ServingApp
 from serving.errors import InvalidRequest, ModelFailed, NotReady, Overloaded
 from tests.serving.conftest import PROJECT, encode, picture
 
@@ -55,7 +55,7 @@ def is_success_or_client_error(response: object) -> bool:
         body = response.get_json()  # type: ignore[attr-defined]
         assert isinstance(body["error"], str)
         assert "Traceback" not in body["error"]
-    return 200 <= status < 300 or 400 <= status < 500 or status == 503
+    return bool(200 <= status < 300 or 400 <= status < 500 or status == 503)
 
 
 @given(
@@ -66,7 +66,9 @@ def is_success_or_client_error(response: object) -> bool:
     body=st.binary(max_size=300) | st.sampled_from([GOOD, FORM, JSON]),
 )
 @settings(max_examples=400, deadline=None, derandomize=True)
-def test_no_request_causes_a_server_error(app: Flask, method: str, path: str, content_type: str, body: bytes) -> None:
+def test_no_request_causes_a_server_error(
+    app: ServingApp, method: str, path: str, content_type: str, body: bytes
+) -> None:
     # As a WSGI server would pass it: the test client corrects some of its arguments.
     path, _, query = path.partition("?")
     response = app.test_client().open(
@@ -91,7 +93,7 @@ def test_no_request_causes_a_server_error(app: Flask, method: str, path: str, co
 )
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_no_damaged_request_causes_a_server_error(
-    app: Flask, whole: tuple[bytes, str], path: str, cut: float, insert: bytes, skip: int
+    app: ServingApp, whole: tuple[bytes, str], path: str, cut: float, insert: bytes, skip: int
 ) -> None:
     data, content_type = whole
     place = int(cut * len(data))
@@ -111,7 +113,7 @@ def test_errors_are_json(client: FlaskClient) -> None:
 
 
 def test_an_internal_error_is_logged_and_hides_its_details(
-    app: Flask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    app: ServingApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     repository = app.inference.repository
 
@@ -126,7 +128,7 @@ def test_an_internal_error_is_logged_and_hides_its_details(
     assert "POST /predict" in caplog.text
 
 
-def test_a_model_error_keeps_its_status(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_error_keeps_its_status(app: ServingApp, monkeypatch: pytest.MonkeyPatch) -> None:
     version = app.inference.repository.resolve("colours")
 
     def run_out(*_: object, **__: object) -> None:
@@ -153,7 +155,7 @@ def test_a_model_error_keeps_its_status(app: Flask, monkeypatch: pytest.MonkeyPa
     ids=repr,
 )
 def test_every_503_and_429_has_retry_after(
-    app: Flask, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: tuple[int, str | None]
+    app: ServingApp, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: tuple[int, str | None]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -164,7 +166,7 @@ def test_every_503_and_429_has_retry_after(
         assert (response.status_code, response.headers.get("Retry-After")) == expected, path
 
 
-def test_json_is_exact_for_float32(app: Flask) -> None:
+def test_json_is_exact_for_float32(app: ServingApp) -> None:
     values = np.random.default_rng(0).random(1000, dtype=np.float32)
     with app.app_context():
         text = app.json.dumps({"list": list(values), "array": values, "nan": np.float32("nan")})

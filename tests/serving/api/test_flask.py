@@ -100,7 +100,7 @@ def test_a_users_blueprint_works(app: Flask) -> None:
         return {"first": request.get_data().decode(), "second": request.get_data(as_text=True)}
 
     @blueprint.get("/<language>/secret")
-    def secret() -> None:
+    def secret() -> str:
         abort(403)
 
     app.register_blueprint(blueprint)
@@ -142,7 +142,7 @@ def test_urls_have_the_host_and_the_mount_path(app: Flask) -> None:
         return url_for("there", _external=True)
 
     @app.get("/here")
-    def here() -> object:
+    def here() -> Any:
         return redirect(url_for("there"))
 
     client = Client(DispatcherMiddleware(app, {"/mounted": app}))

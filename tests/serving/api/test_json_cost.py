@@ -17,6 +17,8 @@ from serving.api.tensorflow_serving.predict import parse as parse_predict
 from serving.errors import ServingError
 from tests.serving.api.test_json_process import MAX_ROWS, SIGNATURES
 
+pytestmark = pytest.mark.slow
+
 MB = 1024 * 1024
 # The subprocess holds the body twice: as read from the pipe, and as bytes for the parser.
 BODY_COPIES = 2

@@ -30,6 +30,8 @@ from serving.inference.signatures import Signature, TensorSpec
 from serving.memory import MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).parents[3]
 PADDING = b" " * (LARGE_JSON_BYTES + 1)
 MAX_ROWS = 1_000_000
@@ -193,9 +195,11 @@ def test_binary_tensors_after_a_large_document_are_returned_intact(process: Json
 
 def test_large_arrays_are_returned_intact(process: JsonProcess) -> None:
     numbers = process.parse(parse_predict, v1({"instances": [list(range(400_000))] * 2}), SIGNATURES, MAX_ROWS)
+    assert numbers
     assert (numbers.inputs["x"] == np.arange(400_000, dtype=np.float32)).all()
     values = [str(number % 1_000) * (number % 3) for number in range(400_000)]
     read = process.parse(parse_predict, strings(*values), SIGNATURES, MAX_ROWS)
+    assert read
     assert read.inputs["s"].tolist() == [value.encode() for value in values]
 
 
@@ -246,6 +250,7 @@ def context() -> Iterator[Callable[..., None]]:
 
 def assert_works(process: JsonProcess) -> None:
     read = process.parse(parse_predict, V1_DOCUMENTS["numbers"] + PADDING, SIGNATURES, MAX_ROWS)
+    assert read
     assert read.inputs["x"].tolist() == [[1, 2.5], [3, -4]]
 
 

@@ -4,10 +4,10 @@ import shutil
 import threading
 from pathlib import Path
 
-from flask import Flask
 from flask.testing import FlaskClient
 
 from serving.api.app import make_app
+from serving.api.flask_app import ServingApp
 from serving.settings import Settings
 
 
@@ -59,7 +59,7 @@ def test_a_model_that_failed_to_load_is_reported_and_others_stay_ready(models_di
     assert "colours: Can't parse" in (response.json or {})["reason"]
 
 
-def test_a_process_that_needs_a_restart_is_503(app: Flask) -> None:
+def test_a_process_that_needs_a_restart_is_503(app: ServingApp) -> None:
     client, liveness = app.test_client(), app.liveness
     assert (client.get("/healthz").status_code, client.get("/v2/health/live").status_code) == (200, 200)
     thread = threading.Thread(target=lambda: None, name="predictor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_an_invalid_configuration_returns_the_reason(own: tuple[Server, Any], mo
         ({"name": "m", "path": "relative"}, "absolute base_path"),
         (colours, "is repeated"),
     ):
-        code, details = refusal(lambda model=model: reload(stubs, colours, model))
+        code, details = refusal(partial(reload, stubs, colours, model))
         assert (code, problem in details) == ("INVALID_ARGUMENT", True)
     empty = model_management_pb2.ReloadConfigRequest()
     code, details = refusal(lambda: stubs.models.HandleReloadConfigRequest(empty))

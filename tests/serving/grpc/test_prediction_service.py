@@ -14,7 +14,6 @@ import httpx
 import numpy as np
 import pytest
 import tensorflow as tf
-from flask import Flask
 from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
     classification_pb2,
@@ -26,6 +25,7 @@ from tensorflow_serving.apis import (
 )
 
 from serving.api.app import make_app
+from serving.api.flask_app import ServingApp
 from serving.errors import InvalidRequest
 from serving.greenlets import SMALL_BYTES
 from serving.grpc.prediction_service import PredictionService
@@ -91,7 +91,7 @@ def test_encoded_images(stubs: Any) -> None:
 
 
 def test_several_inputs_and_strings(stubs: Any) -> None:
-    numbers = make_request("adder", a=np.float32([[1, 2]]), b=np.float32([[10, 20]]))
+    numbers = make_request("adder", a=np.array([[1, 2]], np.float32), b=np.array([[10, 20]], np.float32))
     assert list(stubs.prediction.Predict(numbers, timeout=60).outputs["sum"].float_val) == [11, 22]
     shouted = stubs.prediction.Predict(make_request("adder", "shout", text="hello"), timeout=60).outputs["shouted"]
     assert (list(shouted.string_val), len(shouted.tensor_shape.dim)) == ([b"HELLO"], 0)
@@ -125,7 +125,7 @@ def test_model_spec_selects_the_version(stubs: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def multiplier(tmp_path_factory: pytest.TempPathFactory) -> Flask:
+def multiplier(tmp_path_factory: pytest.TempPathFactory) -> ServingApp:
     models_dir = tmp_path_factory.mktemp("models")
     save_multiplier(models_dir / "multiplier" / "1")
     app = make_app(Settings(models_dir=models_dir, max_rows=10))
@@ -133,12 +133,12 @@ def multiplier(tmp_path_factory: pytest.TempPathFactory) -> Flask:
     return app
 
 
-def multiply(app: Flask, **inputs: Any) -> Any:
+def multiply(app: ServingApp, **inputs: Any) -> Any:
     service = PredictionService(app.inference, Metrics(), max_bytes=1_000)
     return service.predict(make_request("multiplier", **inputs))
 
 
-def test_missing_inputs_use_their_default_values(multiplier: Flask) -> None:
+def test_missing_inputs_use_their_default_values(multiplier: ServingApp) -> None:
     x = np.array([1, 2], np.float32)
     assert list(multiply(multiplier, x=x).outputs["y"].float_val) == [3, 6]
     assert list(multiply(multiplier, x=x, k=np.float32(2)).outputs["y"].float_val) == [2, 4]
@@ -171,13 +171,13 @@ def test_missing_inputs_use_their_default_values(multiplier: Flask) -> None:
         ),
     ],
 )
-def test_default_values_do_not_hide_wrong_inputs(multiplier: Flask, names: tuple[str, ...], message: str) -> None:
+def test_default_values_do_not_hide_wrong_inputs(multiplier: ServingApp, names: tuple[str, ...], message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         multiply(multiplier, **dict.fromkeys(names, np.float32(1)))
     assert str(refused.value) == message
 
 
-def test_metadata_contains_the_default_values(multiplier: Flask) -> None:
+def test_metadata_contains_the_default_values(multiplier: ServingApp) -> None:
     described = multiplier.test_client().get("/v1/models/multiplier/metadata").json
     assert described is not None
     defaults = described["metadata"]["signature_def"]["signature_def"]["serving_default"]["defaults"]

@@ -15,6 +15,8 @@ from serving.images.decode_cost import decode_cost, is_quick
 from tests.serving.conftest import PROJECT
 from tests.serving.image_files import bmp, chunk, encode, gif, jpeg_of_scans, noise, png
 
+pytestmark = pytest.mark.slow
+
 SIZE = (4_000, 3_000)  # 12 megapixels
 FRAMES = [noise((500, 400), seed=seed) for seed in range(60)]
 TURNED = Image.Exif()

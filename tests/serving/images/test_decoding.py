@@ -91,7 +91,8 @@ def read(data: bytes, *, size: tuple[int, int] = (HEIGHT, WIDTH), max_image_pixe
 @pytest.mark.parametrize("data", TENSORFLOW_READS_TOO.values(), ids=TENSORFLOW_READS_TOO.keys())
 def test_pixels_equal_those_of_the_graph(data: bytes) -> None:
     image = read(data)
-    assert (image.dtype, image.shape) == (np.uint8, (HEIGHT, WIDTH, 3))
+    assert image.dtype == np.uint8
+    assert image.shape == (HEIGHT, WIDTH, 3)
     np.testing.assert_array_equal(image, decode_images(tf.constant([data]), height=HEIGHT, width=WIDTH)[0])
 
 

@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -31,6 +32,8 @@ from serving.inference.signatures import Signature
 from tests.serving import saved_models
 from tests.serving.conftest import Server, picture
 from tests.serving.image_files import bmp, chunk, gif, jpeg_of_scans, png, webp_canvas
+
+pytestmark = pytest.mark.slow
 
 LIMITS = ImageLimits(max_pixels=1_000_000, max_side=5_000)
 
@@ -177,7 +180,7 @@ class ImageSender:
 
     def v2_binary(self, data: bytes) -> int:
         binary = struct.pack("<I", len(data)) + data
-        tensor = {"name": "image_bytes", "shape": [1], "datatype": "BYTES"}
+        tensor: dict[str, Any] = {"name": "image_bytes", "shape": [1], "datatype": "BYTES"}
         tensor |= {"parameters": {"binary_data_size": len(binary)}}
         head = json.dumps({"inputs": [tensor], "parameters": {"signature_name": "image_bytes"}}).encode()
         return self.http.post(

@@ -288,6 +288,7 @@ def test_damaged_files_are_read_without_an_error(whole: bytes, changes: list[tup
             check_image(header, LIMITS, decoder="tensorflow")
 
 
+@pytest.mark.slow  # measures, and takes longer where coverage is measured
 @pytest.mark.parametrize(
     "data",
     [

@@ -49,7 +49,7 @@ class Doubler:
 
 
 def batch(model: Doubler, liveness: Liveness | None = None, **limits: int) -> Batcher:
-    settings = {"max_batch_rows": 8, "max_queued_rows": 100, "concurrency": 1, **limits}
+    settings: dict[str, Any] = {"max_batch_rows": 8, "max_queued_rows": 100, "concurrency": 1, **limits}
     return Batcher(model, liveness=liveness or Liveness(), **settings)
 
 
@@ -79,7 +79,8 @@ def predict_together(batcher: Batcher, model: Doubler, requests: list[tuple[str,
         futures = []
         for queued, (signature, inputs) in enumerate(requests, start=1):
             futures.append(pool.submit(predict, signature, inputs))
-            wait_until(lambda queued=queued: len(batcher._short.queue) == queued or futures[-1].done())
+            while not (len(batcher._short.queue) == queued or futures[-1].done()):
+                time.sleep(0.001)
         model.gate.set()
         assert first.result() == [0]
         return [future.result() for future in futures]
@@ -255,7 +256,8 @@ def test_long_calls_run_concurrently_with_few_rows(monkeypatch: pytest.MonkeyPat
         futures = []
         for calls, value in enumerate((1, 2), start=2):
             futures.append(pool.submit(batcher.predict, "double", rows(value)))
-            wait_until(lambda calls=calls: len(model.calls) == calls)
+            while len(model.calls) != calls:
+                time.sleep(0.001)
         model.gate.set()
         assert [future.result()["y"].tolist() for future in futures] == [[[2]], [[4]]]
 
@@ -474,7 +476,7 @@ def test_a_long_request_that_cannot_meet_its_deadline_behind_others_is_refused()
 
 def batch_slowly(model: Doubler, *, unbatched: Sequence[str] = (), **limits: int) -> Batcher:
     """Batch; requests that contain the number 7 count as slow to decode."""
-    settings = {"max_batch_rows": 8, "max_queued_rows": 100, "concurrency": 1, **limits}
+    settings: dict[str, Any] = {"max_batch_rows": 8, "max_queued_rows": 100, "concurrency": 1, **limits}
     return Batcher(
         model,
         liveness=Liveness(),

@@ -6,7 +6,6 @@ import gc
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,8 @@ import pytest
 from serving.errors import InvalidRequest, ModelFailed, ModelNotFound, StartupError
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelConfig, ModelsFolder, VersionPolicy
+
+pytestmark = pytest.mark.slow
 
 IMAGE = {"images": np.zeros((1, 32, 32, 3), np.uint8)}
 
@@ -28,7 +29,7 @@ def repository(models_dir: Path) -> LocalRepository:
 
 
 @pytest.fixture
-def watched(repository: LocalRepository) -> Iterator[LocalRepository]:
+def watched(repository: LocalRepository) -> LocalRepository:
     threading.Thread(target=repository.poll_forever, args=(0.05,), daemon=True).start()
     return repository
 

@@ -64,6 +64,7 @@ def test_an_invalid_config_file_is_refused(tmp_path: Path, text: str, problem: s
     assert str(file) in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_service_serves_the_models_of_the_config_file(
     tmp_path: Path, models_dir: Path, start_server: Callable[..., Server]
 ) -> None:

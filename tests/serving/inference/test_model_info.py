@@ -58,6 +58,12 @@ def test_an_invalid_file_is_reported(tmp_path: Path, text: bytes) -> None:
     assert str(tmp_path / "assets.extra" / "model.json") in problem
 
 
+NO_OBJECTS: list[Any] = ["paint", 1, ["name"], True]
+NO_STRINGS: list[Any] = [1, [], {}, True]
+NO_TESTS: list[Any] = [0.5, [0.5], "high"]
+NO_ACCURACIES: list[Any] = ["high", True, [], -0.1, 1.1, 10**400, float("nan"), float("inf")]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [
@@ -76,13 +82,10 @@ def test_an_invalid_file_is_reported(tmp_path: Path, text: bytes) -> None:
                 [1, "1"],
             )
         ),
-        *(("dataset", value, "dataset must be an object") for value in ("paint", 1, ["name"], True)),
-        *(("dataset", {"name": value}, "dataset.name must") for value in (1, [], {}, True)),
-        *(("test", value, "test must be an object") for value in (0.5, [0.5], "high")),
-        *(
-            ("test", {"accuracy": value}, "test.accuracy must")
-            for value in ("high", True, [], -0.1, 1.1, 10**400, float("nan"), float("inf"))
-        ),
+        *(("dataset", value, "dataset must be an object") for value in NO_OBJECTS),
+        *(("dataset", {"name": value}, "dataset.name must") for value in NO_STRINGS),
+        *(("test", value, "test must be an object") for value in NO_TESTS),
+        *(("test", {"accuracy": value}, "test.accuracy must") for value in NO_ACCURACIES),
     ],
 )
 def test_an_invalid_field_is_reported_and_the_others_are_read(
@@ -90,7 +93,7 @@ def test_an_invalid_field_is_reported_and_the_others_are_read(
 ) -> None:
     good = {"class_names": ["a"], "dataset": {"name": "paint"}, "test": {"accuracy": 0.5}}
     info, found = read(tmp_path, json.dumps(good | {field: value}))
-    expected = {"class_names": ("a",), "dataset": "paint", "test_accuracy": 0.5}
+    expected: dict[str, Any] = {"class_names": ("a",), "dataset": "paint", "test_accuracy": 0.5}
     del expected["test_accuracy" if field == "test" else field]
     assert info == ModelInfo(**expected)
     assert problem in found

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from flask import Flask
 
+from serving.api.flask_app import ServingApp
 from serving.errors import ServingError
 from serving.inference.path_hiding import hide_paths
 from tests.serving.conftest import picture
@@ -55,7 +55,7 @@ def test_known_folders_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert hide_paths("links and a/link", {folder: "m"}) == "links and a/link"
 
 
-def test_an_error_of_a_kernel_does_not_contain_paths(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_kernel_does_not_contain_paths(app: ServingApp, monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
 
     from serving.inference.saved_model import _to_serving_error

@@ -20,6 +20,8 @@ from serving.inference.remote import RemotePredictor, RemoteRepository
 from serving.inference.signatures import Signature, TensorSpec
 from tests.serving.conftest import Server, picture
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path) -> Iterator[Server]:

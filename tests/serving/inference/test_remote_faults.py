@@ -13,7 +13,6 @@ import httpx
 import numpy as np
 import pytest
 import tensorflow as tf
-from flask import Flask
 from flask.testing import FlaskClient
 from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import (
@@ -26,6 +25,7 @@ from tensorflow_serving.apis import (
 from werkzeug.test import TestResponse
 
 from serving.api.app import make_app
+from serving.api.flask_app import ServingApp
 from serving.settings import Settings
 from tests.serving.conftest import Server, free_ports, picture
 
@@ -107,12 +107,12 @@ def backend() -> Iterator[Backend]:
     backend.stop()
 
 
-def make_remote_app(address: str, *models: str) -> Flask:
+def make_remote_app(address: str, *models: str) -> ServingApp:
     return make_app(Settings(models_dir=Path("unused"), remote=address, remote_models=models or ("m",)))
 
 
 @pytest.fixture
-def app(backend: Backend) -> Flask:
+def app(backend: Backend) -> ServingApp:
     app = make_remote_app(backend.address)
     app.inference.repository.load()
     return app
@@ -124,7 +124,7 @@ def predict(client: FlaskClient, rows: int = 1, model: str = "m") -> TestRespons
 
 
 @pytest.mark.parametrize("limit", [64, 7, 1])
-def test_requests_above_the_maximum_batch_size_are_split(app: Flask, backend: Backend, limit: int) -> None:
+def test_requests_above_the_maximum_batch_size_are_split(app: ServingApp, backend: Backend, limit: int) -> None:
     backend.limit = limit
     for rows in (limit, limit + 1, 3 * limit + 2):
         response = predict(app.test_client(), rows).json
@@ -134,7 +134,7 @@ def test_requests_above_the_maximum_batch_size_are_split(app: Flask, backend: Ba
     assert backend.rows[2:4] == ([limit, 1] if limit > 1 else [1, 1])
 
 
-def test_a_reduced_maximum_batch_size_is_detected(app: Flask, backend: Backend) -> None:
+def test_a_reduced_maximum_batch_size_is_detected(app: ServingApp, backend: Backend) -> None:
     for limit in (8, 3):
         backend.limit = limit
         response = predict(app.test_client(), 20).json
@@ -155,7 +155,12 @@ def test_outputs_that_cannot_be_concatenated_are_refused(backend: Backend) -> No
 
     edits: list[Callable[[Any], None]] = []
     backend.edit_metadata = without_rows
-    backend.edit_response = lambda response: [edit(response) for edit in edits] and None
+
+    def apply_edits(response: Any) -> None:
+        for edit in edits:
+            edit(response)
+
+    backend.edit_response = apply_edits
     backend.limit = 4
     app = make_remote_app(backend.address)
     app.inference.repository.load()
@@ -173,7 +178,7 @@ def test_outputs_that_cannot_be_concatenated_are_refused(backend: Backend) -> No
         "the image is larger than maximum size",
     ],
 )
-def test_other_errors_are_passed_on(app: Flask, backend: Backend, refusal: str) -> None:
+def test_other_errors_are_passed_on(app: ServingApp, backend: Backend, refusal: str) -> None:
     backend.refusal = refusal
     response = predict(app.test_client(), 4)
     assert (response.status_code, response.json) == (400, {"error": refusal})
@@ -191,10 +196,15 @@ def edit_tensor(edit: Callable[[Any], None]) -> Callable[[Any], None]:
     return lambda response: edit(response.outputs["y"])
 
 
+def rename_output(reply: Any) -> None:
+    reply.outputs.pop("k")
+    set_output("z", [1])(reply)
+
+
 INVALID: dict[str, Callable[[Any], None]] = {
     "no outputs": lambda response: response.outputs.clear(),
     "an output missing": lambda response: response.outputs.pop("k"),
-    "an output of another name": lambda response: (response.outputs.pop("k"), set_output("z", [1])(response)),
+    "an output of another name": rename_output,
     "another dtype": set_output("y", np.zeros((2, 2), np.int32)),
     "strings": set_output("y", [[b"a", b"b"], [b"c", b"d"]]),
     "too few rows": set_output("y", np.zeros((1, 2), np.float32)),
@@ -215,7 +225,7 @@ INVALID: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_an_invalid_response_is_502(app: Flask, backend: Backend, case: str) -> None:
+def test_an_invalid_response_is_502(app: ServingApp, backend: Backend, case: str) -> None:
     backend.edit_response = INVALID[case]
     client = app.test_client()
     for response in (predict(client, 2), client.post("/v2/models/m/infer", json=v2_request(2))):
@@ -226,12 +236,12 @@ def test_an_invalid_response_is_502(app: Flask, backend: Backend, case: str) -> 
     assert predict(client, 2).status_code == 200
 
 
-def test_undeclared_outputs_are_dropped(app: Flask, backend: Backend) -> None:
+def test_undeclared_outputs_are_dropped(app: ServingApp, backend: Backend) -> None:
     backend.edit_response = set_output("z", [1])
     assert (predict(app.test_client(), 2).json or {})["outputs"].keys() == {"y", "k"}
 
 
-def test_an_unparsable_response_is_502(app: Flask, backend: Backend) -> None:
+def test_an_unparsable_response_is_502(app: ServingApp, backend: Backend) -> None:
     def garbage(request: bytes, context: Any) -> bytes:  # noqa: ARG001
         return b"\xff\xff\xff"
 
@@ -324,7 +334,7 @@ def test_an_unreachable_server_is_503_from_startup() -> None:
         repository.poll()
 
 
-def test_a_stopped_server_is_503_before_and_after_the_next_poll(app: Flask, backend: Backend) -> None:
+def test_a_stopped_server_is_503_before_and_after_the_next_poll(app: ServingApp, backend: Backend) -> None:
     client = app.test_client()
     assert predict(client).status_code == 200
     backend.stop()
@@ -335,6 +345,7 @@ def test_a_stopped_server_is_503_before_and_after_the_next_poll(app: Flask, back
         assert_unreachable(client)
 
 
+@pytest.mark.slow
 def test_both_protocols_report_an_unreachable_server(start_server: Callable[..., Server], tmp_path: Path) -> None:
     remote = ("--remote", f"127.0.0.1:{free_ports(1)[0]}", "--remote-model", "m", "--poll-interval-s", "0.2")
     server = start_server(tmp_path / "none", *remote)

@@ -20,6 +20,8 @@ from serving.inference.saved_model import SavedModelPredictor
 from tests.serving.conftest import Server
 from tests.serving.saved_models import write_warmup_records
 
+pytestmark = pytest.mark.slow
+
 FLOAT, STRING = tf.float32, tf.string
 
 

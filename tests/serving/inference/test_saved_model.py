@@ -136,7 +136,8 @@ def test_concurrent_calls_get_their_own_outputs(classifier: SavedModelPredictor)
         channels = np.random.default_rng(seed).integers(0, 3, size=1 + seed % 5)
         batch = np.zeros((len(channels), 32, 32, 3), np.uint8)
         batch[np.arange(len(channels)), ..., channels] = 255
-        return classifier.predict("serving_default", {"images": batch})["class_id"].tolist() == channels.tolist()
+        class_ids = classifier.predict("serving_default", {"images": batch})["class_id"]
+        return bool(np.array_equal(class_ids, channels))
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(predict, range(200)))

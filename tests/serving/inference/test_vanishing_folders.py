@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,6 +17,8 @@ from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelConfig, ModelsFolder
 from serving.settings import Settings
 from tests.serving.conftest import Server, picture
+
+pytestmark = pytest.mark.slow
 
 IMAGE = {"images": np.zeros((1, 32, 32, 3), np.uint8)}
 
@@ -193,7 +196,7 @@ def test_the_process_keeps_serving_without_its_models_folder(
     server.wait_for("/readyz")
     hide(models_dir)
     server.wait_until(lambda: f"{models_dir} does not exist" in server.log)
-    image = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
+    image: dict[str, Any] = {"content": picture("blue"), "headers": {"Content-Type": "image/png"}}
     for _ in range(20):
         assert httpx.post(server.url + "/predict", **image).status_code == 200
     assert httpx.get(server.url + "/readyz").status_code == 200

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ def version(tmp_path: Path, colours: Path) -> Path:
 class CountingPredictor(SavedModelPredictor):
     rows: list[int]
 
-    def predict(self, signature: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def predict(
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
         self.rows = [*getattr(self, "rows", []), len(inputs["images"])]
-        return super().predict(signature, inputs)
+        return super().predict(signature, inputs, deadline_s=deadline_s)
 
 
 def test_every_warm_up_record_is_replayed(version: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_large_outputs_are_written_like_small_ones_in_slices(monkeypatch: pytest
     text = orjson.dumps(expected, option=orjson.OPT_SERIALIZE_NUMPY)
     sizes = []
 
-    def dumps(*args: object, **kwargs: object) -> bytes:
+    def dumps(*args: Any, **kwargs: Any) -> bytes:
         sizes.append(len(written := original(*args, **kwargs)))
         return written
 

@@ -9,19 +9,20 @@ import shutil
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from flask import Flask
 from flask.testing import FlaskClient
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
 from serving.api.app import make_app
+from serving.api.flask_app import ServingApp
 from serving.api.open_inference.parsing import parse as parse_infer
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
@@ -70,7 +71,7 @@ def save_echo(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path) -> Flask:
+def app(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path) -> ServingApp:
     """The app with `colours` version 7, `adder` version 1 and `echo` version 1."""
     models_dir = tmp_path_factory.mktemp("models")
     shutil.copytree(colours, models_dir / "colours" / "7")
@@ -86,7 +87,7 @@ def images(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in tensor.items() if value is not ...}
 
 
-def post(client: FlaskClient, model: str, document: Any, binary: bytes = b"", **headers: str) -> TestResponse:
+def post(client: FlaskClient, model: str, document: Any, binary: Any = b"", **headers: Any) -> TestResponse:
     """Post an inference request; with binary data, the header has the length of the JSON."""
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     if binary:
@@ -264,7 +265,8 @@ def test_each_output_may_be_binary_or_json(client: FlaskClient) -> None:
 
 
 def test_a_request_without_outputs_gets_all(client: FlaskClient) -> None:
-    for outputs in ([], None):
+    choices: list[Any] = [[], None]
+    for outputs in choices:
         response = read(post(client, "colours", {"inputs": [images()], "outputs": outputs}))
         assert [output["name"] for output in response["outputs"]] == ["class_id", "label", "probabilities"]
 
@@ -366,7 +368,8 @@ def test_an_image_model_takes_what_clients_of_the_protocol_send(client: FlaskCli
     tensor = images(data=data, parameters=None)
     request = {"id": "29b2b3d4-7d1f", "inputs": [tensor], "parameters": None, "outputs": None}
     sent = {"Content-Type": "application/json", "Accept": "application/json"}
-    for document in (request, {"id": request["id"], "inputs": [images(data=data)], "parameters": {}, "outputs": []}):
+    short: dict[str, Any] = {"id": request["id"], "inputs": [images(data=data)], "parameters": {}, "outputs": []}
+    for document in (request, short):
         reply = read(post(client, "colours", document, **sent))
         assert (reply["id"], reply["model_name"], reply["model_version"]) == (request["id"], "colours", "7")
         outputs = {output["name"]: output["data"] for output in reply["outputs"]}
@@ -505,11 +508,13 @@ def test_a_header_that_is_not_a_length_is_refused(client: FlaskClient, header: s
 
 def test_a_header_length_beyond_the_body_is_refused(client: FlaskClient) -> None:
     text = json.dumps(SUM).encode()
-    assert f"but the body has {len(text)} bytes" in error(post(client, "adder", text, **{LENGTH: str(len(text) + 1)}))
-    assert post(client, "adder", text, **{LENGTH: str(len(text))}).status_code == 200
+    assert f"but the body has {len(text)} bytes" in error(
+        post(client, "adder", text, b"", **{LENGTH: str(len(text) + 1)})
+    )
+    assert post(client, "adder", text, b"", **{LENGTH: str(len(text))}).status_code == 200
 
 
-def test_requests_are_counted_by_model(app: Flask) -> None:
+def test_requests_are_counted_by_model(app: ServingApp) -> None:
     client = app.test_client()
     post(client, "adder", SUM)
     post(client, "adder", {})
@@ -573,11 +578,12 @@ REQUESTS = almost(
 @example(document=json.dumps(SUM).encode(), tail=b"", header=None, encoding="gzip", is_compressed=True)
 @settings(max_examples=500, deadline=None, derandomize=True)
 def test_no_request_causes_a_server_error(
-    app: Flask, document: bytes, tail: bytes, header: str | None, encoding: str, is_compressed: bool
+    app: ServingApp, document: bytes, tail: bytes, header: str | None, encoding: str, is_compressed: bool
 ) -> None:
     body = document + tail
     if is_compressed:
-        body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(encoding, bytes)(body)
+        compressors: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
+        body = compressors.get(encoding, bytes)(body)
     environ: dict[str, Any] = {
         "CONTENT_LENGTH": str(len(body)),
         "wsgi.input": io.BytesIO(body),

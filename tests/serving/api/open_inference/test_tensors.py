@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import orjson
@@ -219,7 +220,8 @@ def test_json_outputs_are_flat_with_the_digits_of_their_dtype():
 
 def test_quoted_values_are_short():
     assert quote("a" * 10_000) == '"' + "a" * 60 + '"...'
-    assert [quote(value) for value in (None, 1.5, True, {}, [1, 2])] == [
+    values: list[Any] = [None, 1.5, True, {}, [1, 2]]
+    assert [quote(value) for value in values] == [
         "null",
         "1.5",
         "true",

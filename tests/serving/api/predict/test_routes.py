@@ -9,12 +9,12 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from flask import Flask
 from flask.testing import FlaskClient
 from PIL import Image
 from werkzeug.test import TestResponse, create_environ, run_wsgi_app
 
 from serving.api.app import make_app
+from serving.api.flask_app import ServingApp
 from serving.settings import Settings
 from tests.serving.conftest import encode, picture
 
@@ -62,12 +62,12 @@ def test_one_image_as_a_raw_body(client: FlaskClient) -> None:
     assert all(value >= 0 for value in body["timing_ms"].values())
 
 
-def test_probabilities_equal_the_models_exactly(app: Flask, client: FlaskClient) -> None:
+def test_probabilities_equal_the_models_exactly(app: ServingApp, client: FlaskClient) -> None:
     predictor = app.inference.repository.resolve("colours").predictor
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     expected = predictor.predict("serving_default", {"images": image})["probabilities"][0]
     (prediction,) = read(send_body(client, encode(Image.fromarray(image[0]))))["predictions"]
-    np.testing.assert_array_equal(np.float32(list(prediction["probabilities"].values())), expected)
+    np.testing.assert_array_equal(np.array(list(prediction["probabilities"].values()), np.float32), expected)
 
 
 def test_predictions_are_in_the_order_of_the_files(client: FlaskClient) -> None:
@@ -178,7 +178,7 @@ class Endless(io.RawIOBase):
         return len(buffer)
 
 
-def send_stream(app: Flask, body: Endless, *, kind: str, length: int | None) -> str:
+def send_stream(app: ServingApp, body: Endless, *, kind: str, length: int | None) -> str:
     """Post a body whose length the server may not know; returns the status."""
     environ = create_environ("/predict", method="POST", content_type=kind)
     environ.update({"wsgi.input": body, "wsgi.input_terminated": True})
@@ -188,7 +188,7 @@ def send_stream(app: Flask, body: Endless, *, kind: str, length: int | None) -> 
 
 
 @pytest.mark.parametrize("kind", ["image/png", "multipart/form-data; boundary=x"])
-def test_a_body_is_not_read_beyond_the_limit(app: Flask, kind: str) -> None:
+def test_a_body_is_not_read_beyond_the_limit(app: ServingApp, kind: str) -> None:
     announced, unannounced = Endless(), Endless()
     assert send_stream(app, announced, kind=kind, length=10**12).startswith("413")
     assert announced.read_bytes == 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -156,5 +157,6 @@ def test_a_value_nested_too_deep_to_quote_is_an_invalid_request() -> None:
 
 
 def test_types_have_rapidjsons_names() -> None:
-    names = [type_name(value) for value in (None, True, False, {}, [], "x", 1, 1.5)]
+    values: list[Any] = [None, True, False, {}, [], "x", 1, 1.5]
+    names = [type_name(value) for value in values]
     assert names == ["Null", "True", "False", "Object", "Array", "String", "Number", "Number"]

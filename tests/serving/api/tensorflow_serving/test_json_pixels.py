@@ -28,7 +28,8 @@ def test_pixels_take_the_fast_path(rows: int, key: str, separators: tuple[str, s
     read = read_pixels(b" " + body + b"\n", SPEC)
     assert read is not None
     np.testing.assert_array_equal(read[0], images)
-    assert (read[0].dtype, read[1]) == (np.uint8, key == "instances")
+    assert read[0].dtype == np.uint8
+    assert read[1] == (key == "instances")
 
 
 GOOD = "[[[1,2,3],[4,5,6]]]"

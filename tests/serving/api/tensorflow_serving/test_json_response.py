@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import orjson
@@ -46,7 +47,7 @@ def test_nan_and_infinities_do_not_change_the_digits_of_other_floats() -> None:
     assert encode(as_rows=True, y=np.array(values, np.float32), z=np.zeros((5, 1), np.float32)).startswith(
         b'{"predictions":[{"y":0.1,"z":[0.0]},{"y":NaN,"z":[0.0]}'
     )
-    assert encode(y=np.float32(np.nan)[...]) == b'{"outputs":NaN}'
+    assert encode(y=np.array(np.nan, np.float32)) == b'{"outputs":NaN}'
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64])
@@ -87,7 +88,7 @@ def test_rows_of_several_outputs_are_objects() -> None:
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
-        ({"s": np.float32(1)[...]}, "Tensor name: s has no shape information "),
+        ({"s": np.array(1, np.float32)}, "Tensor name: s has no shape information "),
         ({"s": np.zeros((0, 3), np.float32)}, "Tensor name: s has invalid batch size: 0"),
         ({"a": np.zeros(2), "b": np.zeros(3)}, "Tensor name: b has inconsistent batch size: 3 expecting: 2"),
     ],
@@ -130,7 +131,7 @@ def test_large_outputs_beside_nan_and_strings_that_are_not_utf8() -> None:
 def test_orjson_writes_at_most_a_slice_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
-    def dumps(*args: object, **kwargs: object) -> bytes:
+    def dumps(*args: Any, **kwargs: Any) -> bytes:
         sizes.append(len(text := original(*args, **kwargs)))
         return text
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
@@ -33,7 +34,7 @@ COLOURS = {
 }
 
 
-def models_in(page: TestResponse) -> object:
+def models_in(page: TestResponse) -> Any:
     """Return the models that are embedded in the page."""
     found = re.search(r'<script id="models" type="application/json">(.*?)</script>', page.text, re.DOTALL)
     assert found
@@ -78,7 +79,7 @@ def test_class_names_are_escaped(models_dir: Path) -> None:
     app = make_app(Settings(models_dir=models_dir))
     app.inference.repository.load()
     page = app.test_client().get("/")
-    (model,) = models_in(page)  # type: ignore[misc]
+    (model,) = models_in(page)
     assert model["class_names"] == names
     assert "alert(1)</script>" not in page.text
 
