@@ -42,6 +42,9 @@ FAST_TESTS := $(wildcard tests/client tests/training/data \
 quoted = '$(subst ','\'',$(value $(1)))'
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
+# Tests that measure time or memory, or fill all cores: run alone. All others run two at a time.
+TIMED_TESTS := tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
+
 .PHONY: help install demo train serve tfserving predict test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check coverage format screenshots lock clean
 
 help:  ## list these commands
@@ -82,7 +85,10 @@ predict: $(INSTALLED)  ## classify with the running service: IMAGE=file-or-folde
 		-- $(call quoted,IMAGE)
 
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
-	@$(BIN)/python -m pytest
+	@failed=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(TIMED_TESTS)) || failed=1; \
+	$(BIN)/python -m pytest $(TIMED_TESTS) || failed=1; \
+	exit $$failed
 
 test-fast: $(INSTALLED)  ## the unit tests that are quick, in under a minute
 	@$(BIN)/python -m pytest -m "not slow" $(FAST_TESTS)
