@@ -8,14 +8,16 @@ import pickle
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import client as client_package
-from client import Client, Failure, ImageRejected, Prediction, batches, find_images
+from client import Client, Failure, ImageRejected, ImageSource, Prediction, batches, find_images
 from tests.client.conftest import pixels_of, png_of, write_png
 from tests.client.service import COLOURS, Service, respond
 
@@ -91,7 +93,7 @@ def test_top_returns_the_most_probable_labels_first() -> None:
 
 def test_every_form_of_an_image_is_accepted(service: Service, tmp_path: Path) -> None:
     path = write_png(tmp_path / "photo.png", "green")
-    forms = [
+    forms: list[ImageSource] = [
         str(path),
         path,
         png_of("green"),
@@ -149,17 +151,17 @@ def test_no_images_send_no_request(service: Service) -> None:
 
 
 def test_predict_iter_yields_before_all_images_are_read(service: Service) -> None:
-    given = []
+    given: list[str] = []
 
-    def endless():
+    def endless() -> Iterator[bytes]:
         while True:
             given.append(COLOURS[len(given) % 3])
             yield png_of(given[-1])
 
     with Client(service.url, batch_size=4) as client:
         results = client.predict_iter(endless())
-        labels = [next(results).label for _ in range(10)]
-    assert labels == given[:10]
+        outcomes = [next(results) for _ in range(10)]
+    assert [outcome.label for outcome in outcomes if isinstance(outcome, Prediction)] == given[:10]
     assert len(given) <= 25  # three more batches, and the image that ended the last one
 
 
@@ -191,7 +193,7 @@ def test_unreadable_image_does_not_affect_the_others(service: Service, images: l
     text.write_text("not an image")
     empty = tmp_path / "empty.png"
     empty.touch()
-    given = [images[0], text, tmp_path / "missing.png", images[1], empty, b"neither", images[2]]
+    given: list[ImageSource] = [images[0], text, tmp_path / "missing.png", images[1], empty, b"neither", images[2]]
     with Client(service.url) as client:
         outcomes = list(client.predict_iter(given))
     assert [getattr(outcome, "label", None) for outcome in outcomes] == ["red", None, None, "green", None, None, "blue"]
@@ -264,7 +266,7 @@ def test_413_of_a_proxy_is_quoted(service: Service) -> None:
 
 
 @pytest.mark.parametrize("given", [3, None, io.BytesIO(b"x"), [3], [b"x", None], {"cat.png": 1}.values()])
-def test_other_types_raise_a_type_error(service: Service, given: object) -> None:
+def test_other_types_raise_a_type_error(service: Service, given: Any) -> None:
     with Client(service.url) as client, pytest.raises(TypeError, match=r"uint8 array \(height, width, 3\)"):
         client.predict(given)
     assert service.received == []
@@ -279,7 +281,7 @@ def test_other_types_raise_a_type_error(service: Service, given: object) -> None
         ({"retries": -1}, "retries must be at least 0, not -1"),
     ],
 )
-def test_arguments_out_of_range_raise_a_value_error(options: dict[str, float], message: str) -> None:
+def test_arguments_out_of_range_raise_a_value_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Client("http://127.0.0.1:8501", **options)
 
@@ -297,7 +299,7 @@ def test_folder_of_images_is_streamed(service: Service, tmp_path: Path) -> None:
         write_png(tmp_path / name, colour)
     (tmp_path / "b" / "readme.txt").write_text("no image")
     with Client(service.url) as client:
-        predictions = list(client.predict_iter(find_images(tmp_path)))
-    found = [Path(prediction.file or "").relative_to(tmp_path).as_posix() for prediction in predictions]
+        outcomes = list(client.predict_iter(find_images(tmp_path)))
+    found = [Path(outcome.file or "").relative_to(tmp_path).as_posix() for outcome in outcomes]
     assert found == ["top.png", "a/z.png", "b/10.png", "b/2.PNG"]
-    assert [prediction.label for prediction in predictions] == ["red", "blue", "red", "green"]
+    assert [outcome.label for outcome in outcomes if isinstance(outcome, Prediction)] == ["red", "blue", "red", "green"]

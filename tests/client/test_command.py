@@ -14,6 +14,7 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -54,7 +55,7 @@ WITH_CTRL_C = (
 
 
 def start(
-    service: Service, *arguments: object, module: tuple[str, ...] = ("-m", "client"), **options: object
+    service: Service, *arguments: object, module: tuple[str, ...] = ("-m", "client"), **options: Any
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *module, "predict", "--url", service.url, *map(str, arguments)],

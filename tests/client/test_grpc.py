@@ -22,7 +22,9 @@ from client import (
     Failure,
     GrpcClient,
     ImageRejected,
+    ImageSource,
     ModelNotFound,
+    Prediction,
     RequestRejected,
     RequestTimedOut,
     ServerBusy,
@@ -75,7 +77,7 @@ def test_predictions_are_in_order(grpc_service: GrpcService, images: list[Path],
 
 
 def test_every_form_of_an_image_is_accepted(grpc_service: GrpcService) -> None:
-    forms = [png_of("green"), pixels_of("green"), Image.fromarray(pixels_of("green"))]
+    forms: list[ImageSource] = [png_of("green"), pixels_of("green"), Image.fromarray(pixels_of("green"))]
     encoded = [encode("green", kind) for kind in ("JPEG", "WEBP", "BMP", "GIF")]
     with GrpcClient(grpc_service.address, model="m") as client:
         assert [p.label for p in client.predict([*forms, *encoded])] == ["green"] * 7
@@ -326,7 +328,11 @@ def test_tensors_are_those_of_tensorflow() -> None:
         values = tf.make_ndarray(tensor_pb2.TensorProto.FromString(ours.SerializeToString()))
         assert values.dtype == expected.dtype
         np.testing.assert_array_equal(values, expected)
-    for expected in (np.float32([[0.5, -1e-9], [1, 2]]), np.int64([-1, 2**62]), np.float32([7])):
+    for expected in (
+        np.array([[0.5, -1e-9], [1, 2]], np.float32),
+        np.array([-1, 2**62], np.int64),
+        np.array([7], np.float32),
+    ):
         theirs = tf.make_tensor_proto(expected)
         values = tensors.read_numbers(prediction_pb2.Tensor.FromString(theirs.SerializeToString()))
         assert values.dtype == expected.dtype
@@ -343,6 +349,7 @@ def test_pixels_of_the_models_size_are_sent_without_encoding(grpc_service: GrpcS
         results = client.predict_iter(given)
         first = next(results)
         given[:] = 0  # the caller may reuse the array
+        assert isinstance(first, Prediction)
         assert first.label == "red"
     with GrpcClient(grpc_service.address, model="m", batch_size=2) as client:
         again = client.predict(np.stack([pixels_of(colour) for colour in ("red", "blue", "green")]))

@@ -38,6 +38,7 @@ def test_the_examples_in_the_docstrings_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for function in (training.train, training.evaluate, training.export):
+        assert function.__doc__
         example = doctest.DocTestParser().get_doctest(function.__doc__, names, function.__name__, None, None)
         runner = doctest.DocTestRunner()
         assert example.examples

@@ -15,10 +15,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from training import trainer
 from training.__main__ import run_command_line
 from training.checkpoints import read_best_state
 from training.errors import RunError, StorageFullError, TrainingError
+from training.models import build_model
 from training.run_dir import RunDir
 from training.shell_command import format_command
 
@@ -136,10 +136,13 @@ def test_other_data_is_rejected_even_if_dataset_json_is_lost(run, pictures, tmp_
 
 def test_unverifiable_data_of_an_earlier_version_is_logged(run, monkeypatch, caplog):
     (run / "dataset.json").unlink()
-    monkeypatch.setattr(
-        "training.trainer.read_best_state",
-        lambda folder: dataclasses.replace(read_best_state(folder), content_hash=None),
-    )
+
+    def read_without_hash(folder):
+        state = read_best_state(folder)
+        assert state
+        return dataclasses.replace(state, content_hash=None)
+
+    monkeypatch.setattr("training.trainer.read_best_state", read_without_hash)
     assert call("evaluate", run) == 0
     assert "dataset.json is lost: cannot check that" in caplog.text
 
@@ -178,6 +181,7 @@ def test_an_export_falls_back_to_the_latest_checkpoint_and_deletes_nothing(run, 
 def test_an_export_of_a_run_that_another_process_is_training_disturbs_nothing(run, tmp_path):
     command = [sys.executable, "-m", "training", "train", "--resume", str(run), "--epochs", "9999", "--no-export"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as training:
+        assert training.stderr
         try:
             assert any(line.startswith("epoch    5/9999") for line in training.stderr), training.wait()
             # In the first epochs nearly every one is the best so far: its checkpoint is replaced while it is read.
@@ -191,7 +195,9 @@ def test_an_export_of_a_run_that_another_process_is_training_disturbs_nothing(ru
             training.kill()
     assert call("evaluate", run) == 0
     info = json.loads((tmp_path / "models" / "pets" / "1" / "assets.extra" / "model.json").read_text())
-    assert 3 <= info["best_epoch"] <= read_best_state(run / "checkpoints").history[-1].epoch
+    best = read_best_state(run / "checkpoints")
+    assert best
+    assert 3 <= info["best_epoch"] <= best.history[-1].epoch
 
 
 def test_lost_checkpoints_are_an_error(run, capfd):
@@ -203,9 +209,18 @@ def test_lost_checkpoints_are_an_error(run, capfd):
 
 def test_train_and_export_build_the_network_twice_and_read_the_config_once(run, tmp_path, monkeypatch):
     calls = []
-    build, read = trainer.build_model, RunDir.read_config
-    monkeypatch.setattr(trainer, "build_model", lambda *args, **kwargs: calls.append("build") or build(*args, **kwargs))
-    monkeypatch.setattr(RunDir, "read_config", lambda run: calls.append("read") or read(run))
+    read = RunDir.read_config
+
+    def build_and_count(*args, **kwargs):
+        calls.append("build")
+        return build_model(*args, **kwargs)
+
+    def read_and_count(run):
+        calls.append("read")
+        return read(run)
+
+    monkeypatch.setattr("training.trainer.build_model", build_and_count)
+    monkeypatch.setattr(RunDir, "read_config", read_and_count)
     assert call("train", "--resume", run, "--models-dir", tmp_path / "models", "--name", "pets") == 0
     assert calls == ["read", "build", "build"]  # to train, and to evaluate and export
 
@@ -238,10 +253,12 @@ def test_runs_that_cannot_be_numbered_are_told_as_well(pictures, tmp_path, capfd
 def test_the_help_lists_the_exit_codes_of_the_errors(capfd):
     assert call("--help") == 0
     listed = re.search(r"Exit codes: (.*?)\.\n", capfd.readouterr().out, re.DOTALL)
+    assert listed
     codes = {int(code) for code in re.findall(r"(?:^|; )(\d+)\s", " ".join(listed[1].split()))}
     error_classes = [TrainingError, *descendants(TrainingError)]
     assert StorageFullError in error_classes
     assert codes == {0, 2, 130} | {error.exit_code for error in error_classes}
+    assert TrainingError.__doc__
     for error in error_classes:  # the table in the docstring of their base
         assert re.search(rf"\b{error.__name__} +{error.exit_code}\b", TrainingError.__doc__)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import memory, preflight
+from training import memory
 from training.config import TrainingConfig
 from training.data import Dataset, Split
 from training.data.image_folder import load_image_folder
@@ -124,7 +124,7 @@ def test_too_little_disk_space_error_has_the_numbers(tmp_path, monkeypatch):
     run, models = tmp_path / "runs" / "r", tmp_path / "models"
 
     def check(free, models_dir):
-        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
         check_free_space(TrainingConfig(), dataset(), run_folder=run, models_dir=models_dir)
 
     # A checkpoint of 32x32 pixels has 1.3 MB; the report has 4 MiB; the export is as large as the weights twice.

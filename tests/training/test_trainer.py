@@ -107,6 +107,7 @@ def test_killed_and_resumed_run_is_bit_identical(undisturbed, pictures, tmp_path
     with subprocess.Popen(
         train_arguments(pictures, run, *WAYS[way]), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
+        assert process.stderr
         for line in process.stderr:
             if line.startswith("epoch 2/4"):
                 process.kill()
@@ -134,6 +135,7 @@ def test_run_killed_ten_times_is_bit_identical(undisturbed, pictures, tmp_path):
             # Every other kill waits for the first epoch of this process, so that the run gets on; a moment later it is
             # training, validating, saving, or already evaluating.
             if kills % 2:
+                assert process.stderr
                 for line in process.stderr:
                     if line.startswith("epoch"):
                         break
@@ -184,6 +186,7 @@ def test_interrupted_run_keeps_its_best_and_prints_the_resume_command(pictures, 
         train_arguments(pictures, run), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
         output = ""
+        assert process.stderr
         for line in process.stderr:
             output += line
             if line.startswith("epoch 1/4"):
@@ -222,6 +225,7 @@ def test_a_full_disk_keeps_the_best_and_has_its_own_exit_code(pictures, small_di
         train_arguments(pictures, run), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
         output = ""
+        assert process.stderr
         for line in process.stderr:
             output += line
             if line.startswith("epoch 1/4"):

@@ -162,6 +162,7 @@ def test_download_is_cached_for_the_next_run(tmp_path, nowhere, monkeypatch):
     sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", archive.parent]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout
         port = server.stdout.readline().split(" port ")[1].split()[0]
         url = f"http://127.0.0.1:{port}/cifar-10-python.tar.gz"
         try:
@@ -177,8 +178,10 @@ def test_url_and_checksum_match_keras():
     """Read from Keras's own source, which nothing here imports."""
     import importlib.util
 
-    package = importlib.util.find_spec("keras").submodule_search_locations[0]
-    source = (Path(package) / "src" / "datasets" / "cifar10.py").read_text()
+    spec = importlib.util.find_spec("keras")
+    assert spec
+    assert spec.submodule_search_locations
+    source = (Path(spec.submodule_search_locations[0]) / "src" / "datasets" / "cifar10.py").read_text()
     assert URL in source
     assert SHA256 in source
 
@@ -205,6 +208,7 @@ def test_error_without_network_lists_sources_and_alternatives(tmp_path):
 
 @needs_real
 def test_real_data_is_equal_in_all_formats():
+    assert REAL
     batches = load_cifar10(Path(REAL) / "cifar-10-batches-py", seed=0)
     for split, count in ((batches.train, 50_000), (batches.test, 10_000)):
         assert split.images.shape == (count, 32, 32, 3)

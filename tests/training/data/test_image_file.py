@@ -142,4 +142,5 @@ def test_damaged_file_is_read_or_raises_dataset_error(data):
         image = read_image(io.BytesIO(content), image_size=(8, 8))
     except DatasetError:
         return
-    assert (image.shape, image.dtype) == ((8, 8, 3), np.uint8)
+    assert image.shape == (8, 8, 3)
+    assert image.dtype == np.uint8

@@ -24,6 +24,11 @@ def save(path, *, size=(32, 32), colour=(200, 30, 60)):
     Image.new("RGB", size, colour).save(path)
 
 
+def remove(*folders):
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
 def make_classes(folder, *, classes=("cat", "dog"), count=4, size=(32, 32)):
     """One level of folders, by class; every picture has a colour of its own."""
     for number, name in enumerate(classes):
@@ -345,9 +350,9 @@ def test_an_archive_made_on_a_mac_has_one_image_folder(tmp_path):
         (lambda f: [(f / s / "fox").mkdir() for s in ("train", "test")], "train has no images in the class 'fox'"),
         (lambda f: [p.unlink() for p in (f / "test" / "dog").iterdir()], "test has no images in the class 'dog'"),
         (lambda f: [(f / s / f"c{n}").mkdir() for s in ("train", "test") for n in range(9)], "'c4' and 4 more"),
-        (lambda f: (shutil.rmtree(f / "test"), save(f / "test" / "0.png")), "test are directly in it"),
+        (lambda f: (remove(f / "test"), save(f / "test" / "0.png")), "test are directly in it"),
         (lambda f: shutil.rmtree(f / "test"), "has train/ but no test/"),
-        (lambda f: [shutil.rmtree(f / s / "dog") for s in ("train", "test")], "has one class folder"),
+        (lambda f: remove(f / "train" / "dog", f / "test" / "dog"), "has one class folder"),
         (lambda f: (f / "train" / "cat" / "gone.png").symlink_to("nowhere"), "gone.png is not a regular file"),
         (lambda f: os.mkfifo(f / "train" / "cat" / "pipe.png"), "pipe.png is not a regular file"),
         (
@@ -355,8 +360,8 @@ def test_an_archive_made_on_a_mac_has_one_image_folder(tmp_path):
             "class 'dog': 1; at least 2 are needed",
         ),
         (shutil.rmtree, "cannot be read as a folder: No such file"),
-        (lambda f: [shutil.rmtree(f / s) for s in ("train", "test")], "is not an image folder and contains none"),
-        (lambda f: [shutil.rmtree(f), f.write_bytes(b"")], "is an empty file: name a folder"),
+        (lambda f: remove(f / "train", f / "test"), "is not an image folder and contains none"),
+        (lambda f: (remove(f), f.write_bytes(b"")), "is an empty file: name a folder"),
     ],
 )
 def test_errors_name_file_or_class(tmp_path, change, message):
@@ -423,8 +428,8 @@ def test_progress_is_shown_on_terminals_only(tmp_path):
     assert (done.stdout, done.stderr) == ("", "")
     controller, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, env=environment, check=True)
+    on_terminal = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, env=environment, check=True)
     os.close(terminal)
-    assert done.stdout == b""
+    assert on_terminal.stdout == b""
     assert b"reading" in os.read(controller, 10_000)
     os.close(controller)

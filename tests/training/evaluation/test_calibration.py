@@ -48,7 +48,7 @@ def test_fitted_temperature_minimizes_the_loss():
 
 
 def test_temperature_stays_within_bounds():
-    sure, labels = np.float32([[1, 0], [0, 1]]), np.array([0, 1])
+    sure, labels = np.array([[1, 0], [0, 1]], np.float32), np.array([0, 1])
     assert fit_temperature(sure, labels) == pytest.approx(MIN_TEMPERATURE)
     assert fit_temperature(sure, labels[::-1]) == pytest.approx(MAX_TEMPERATURE)
 
@@ -56,7 +56,7 @@ def test_temperature_stays_within_bounds():
 def test_a_temperature_of_1_changes_nothing():
     probabilities, _ = make_predictions(1.0, count=100)
     np.testing.assert_allclose(apply_temperature(probabilities, 1.0), probabilities, atol=1e-7)
-    assert np.isfinite(apply_temperature(np.float32([[1, 0, 0]]), 3.0)).all()
+    assert np.isfinite(apply_temperature(np.array([[1, 0, 0]], np.float32), 3.0)).all()
 
 
 def test_predictions_are_averaged_as_logits():

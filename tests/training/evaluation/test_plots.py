@@ -130,7 +130,8 @@ def test_reductions_of_the_learning_rate_are_lines_unless_they_come_every_epoch(
     figure = plot_curves(HISTORIES[name], quantity="loss", best_epoch=best.epoch)
     assert [text for text, _ in written(figure) if text.startswith("learning")] == ([label] if label else [])
     (axes,) = figure.axes
-    vertical = [line for line in axes.lines if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 1]
+    abscissas = [np.asarray(line.get_xdata()) for line in axes.lines]
+    vertical = [xs for xs in abscissas if len(xs) == 2 and xs[0] == xs[1]]
     assert len(vertical) == lines
 
 
@@ -186,7 +187,7 @@ def test_samples_are_correct_predictions_and_the_most_confident_errors():
     # Each picture is of one grey, which tells which it is.
     images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 8, 8, 3))
     figure = plot_samples(images, labels, probabilities, ("cat", "dog"))
-    shown = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
+    shown = [int(np.asarray(axes.images[0].get_array())[0, 0, 0]) for axes in figure.axes]
     assert len(shown) == 32
     assert not is_wrong[shown[:16]].any()
     assert shown[16:] == np.flatnonzero(is_wrong)[::-1][:16].tolist()

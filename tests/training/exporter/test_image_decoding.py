@@ -70,11 +70,10 @@ SAME_SIZE = {
 
 @pytest.mark.parametrize("name", SAME_SIZE)
 def test_files_of_the_model_s_size_decode_bit_identically_to_pillow(decode, name):
-    by_pillow = Image.open(io.BytesIO(SAME_SIZE[name]))
+    by_pillow: Image.Image = Image.open(io.BytesIO(SAME_SIZE[name]))
     if by_pillow.has_transparency_data:
         by_pillow = Image.alpha_composite(Image.new("RGBA", by_pillow.size, "white"), by_pillow.convert("RGBA"))
-    by_pillow = np.asarray(by_pillow.convert("RGB"))
-    np.testing.assert_array_equal(decode([SAME_SIZE[name]])[0], by_pillow)
+    np.testing.assert_array_equal(decode([SAME_SIZE[name]])[0], np.asarray(by_pillow.convert("RGB")))
 
 
 def test_16_bit_samples_keep_their_high_byte(decode):

@@ -258,6 +258,7 @@ def test_killed_export_leaves_no_incomplete_version(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         ) as process:
+            assert process.stdout
             assert process.stdout.readline()
             time.sleep(rng.uniform(0.5, 4))
             process.send_signal(signal.SIGKILL)

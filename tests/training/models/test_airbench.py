@@ -211,12 +211,14 @@ def test_every_setting_of_a_preset_affects_training(changed, dataset, tmp_path, 
     """Two runs of a preset give the same weights, and others where anything in the preset is changed between them."""
     config = TrainingConfig.fill_in(variant="airbench", epochs=1, batch_size=50)
     small = dataclasses.replace(PRESETS["quick"], blocks=(Block(16, 1, "VALID"),) * 2 + (Block(16, 2, "SAME"),))
-    weights = []
+    weights: list[list[np.ndarray]] = []
     for preset in (small, dataclasses.replace(small, **changed)):
         monkeypatch.setitem(PRESETS, "quick", preset)
         run = RunDir.create(tmp_path / str(len(weights)), config)
         train_and_evaluate(run, dataset)
         weights.append(load_best_model(run).model.get_weights())
     shapes = [[weight.shape for weight in of_run] for of_run in weights]
-    same = shapes[0] == shapes[1] and all(np.allclose(*pair, atol=1e-3) for pair in zip(*weights, strict=True))
+    same = shapes[0] == shapes[1] and all(
+        np.allclose(one, other, atol=1e-3) for one, other in zip(*weights, strict=True)
+    )
     assert same == (not changed)

@@ -73,7 +73,7 @@ def test_other_image_sizes_and_class_counts_work(variant, shape):
 def test_raw_pixels_are_rescaled_inside(variant):
     model = build_model(variant, (32, 32, 3), classes=10, conv_activation="relu")
     rescaling = next(layer for layer in model.layers if isinstance(layer, keras.layers.Rescaling))
-    np.testing.assert_allclose(rescaling(np.uint8([[0, 51, 255]])), [[0, 0.2, 1]], rtol=1e-6)
+    np.testing.assert_allclose(rescaling(np.array([[0, 51, 255]], np.uint8)), np.array([[0, 0.2, 1]]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("variant", "smallest"), [("sequential", 22), ("subclass", 22), ("airbench", 15)])
