@@ -16,7 +16,6 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
-    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.core import GaugeMetricFamily
@@ -47,9 +46,6 @@ TFS_STATUS = {
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
-
-# The `_created` gauge of every counter would double the size of the page.
-disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:

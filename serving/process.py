@@ -1,4 +1,4 @@
-"""Effects on the whole process: standard streams, logging, TensorFlow's environment, and the exit.
+"""Effects on the whole process: standard streams, logging, metrics, TensorFlow's environment, and the exit.
 
 Only the command line and `serve` apply them; importing a module changes nothing.
 """
@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 from typing import NoReturn, TextIO
+
+from prometheus_client import disable_created_metrics
 
 from serving.http.protocol import access_logger
 
@@ -44,6 +46,11 @@ def log_requests_to(stream: TextIO) -> None:
     access_logger.addHandler(handler)
     access_logger.setLevel(logging.INFO)
     access_logger.propagate = False
+
+
+def configure_metrics() -> None:
+    """Leave out prometheus_client's `_created` gauge of every counter, which would double the size of the page."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 def configure_tensorflow() -> None:

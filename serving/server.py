@@ -21,7 +21,7 @@ from serving.http.server import listen, run_http_server
 from serving.inference.backends import name_remote_models
 from serving.inference.model_config import ModelsFolder
 from serving.memory import TRIM_BYTES, MemoryBudget
-from serving.process import SWITCH_INTERVAL_S, exit_process
+from serving.process import SWITCH_INTERVAL_S, configure_metrics, exit_process
 from serving.process_memory import keep_freed_memory, return_freed_memory
 from serving.settings import Settings
 
@@ -93,6 +93,7 @@ class _ServerRun:
     def run(self) -> None:
         app, settings = self._app, self._settings
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        configure_metrics()
         names = ", ".join(app.inference.repository.all_names())
         logger.info(
             "listening on http://%s:%d%s, %s",
