@@ -38,7 +38,7 @@ def make_error(rpc_error: Any, *, target: str, timeout_s: float) -> ClientError:
         case grpc.StatusCode.FAILED_PRECONDITION:
             error = RequestRejected(
                 f"{target} rejected the request: {details}; the client needs an image classifier with the signature "
-                "image_bytes, as `python -m training` exports it"
+                "image_bytes, as exports of this project have it"
             )
         case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
             error = RequestRejected(f"{target} denied access ({details}); pass a channel with valid credentials")

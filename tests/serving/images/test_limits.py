@@ -304,6 +304,6 @@ def test_damaged_files_are_read_without_an_error(whole: bytes, changes: list[tup
     ids=["fill bytes", "stuffed bytes", "restarts", "comments", "chunks", "blocks", "gif frames", "webp frames"],
 )
 def test_headers_with_many_parts_are_read_quickly(data: bytes) -> None:
-    started_s = time.perf_counter()
+    started_s = time.thread_time()  # of this thread, whatever else runs
     read_header(data)
-    assert time.perf_counter() - started_s < 2
+    assert time.thread_time() - started_s < 2
