@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from image_formats import __version__
 
 if TYPE_CHECKING:
-    from serving.api.app import create_app
+    from serving.app import create_app
     from serving.errors import StartupError
     from serving.server import serve
     from serving.server_process import Server
@@ -20,7 +20,7 @@ _MODULES = {
     "Server": "serving.server_process",
     "Settings": "serving.settings",
     "StartupError": "serving.errors",
-    "create_app": "serving.api.app",
+    "create_app": "serving.app",
     "serve": "serving.server",
 }
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from serving.api.app import make_app
 from serving.api.flask_app import URGENT_PATHS, ServingApp
+from serving.app import make_app
 from serving.errors import StartupError
 from serving.http.protocol import SharedState
 from serving.http.server import listen, run_http_server

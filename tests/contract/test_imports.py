@@ -36,7 +36,7 @@ def test_no_module_imports_a_forbidden_package(package):
 
 
 def test_the_http_server_imports_neither_flask_nor_settings():
-    forbidden = {"flask", "werkzeug", "serving.api.app", "serving.settings", "serving.api", "serving.grpc"}
+    forbidden = {"flask", "werkzeug", "serving.app", "serving.settings", "serving.api", "serving.grpc"}
     paths = [path for path in (PROJECT / "serving" / "http").glob("*.py") if path.stem != "__init__"]
     assert {"server", "protocol", "parser", "wsgi"} <= {path.stem for path in paths}
     names = {name for path in paths for name in imported(path, in_full=True)}
@@ -52,7 +52,7 @@ def test_the_http_server_imports_neither_flask_nor_settings():
     [
         ("client", "client, client.__main__, client.grpc", {"tensorflow", "keras"}),
         ("training", "training.config, training.data, training.__main__", {"tensorflow", "keras"}),
-        ("serving", "serving.api.app, serving.__main__", {"tensorflow", "keras", "training"}),
+        ("serving", "serving.app, serving.__main__", {"tensorflow", "keras", "training"}),
     ],
 )
 def test_importing_a_package_loads_no_heavy_library(package, modules, forbidden):

@@ -24,7 +24,7 @@ from serving.api.flask_app import ServingApp
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks import memory_cgroup
-from serving.api.app import make_app
+from serving.app import make_app
 from serving.settings import Settings
 from tests.serving import saved_models
 

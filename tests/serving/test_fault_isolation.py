@@ -19,8 +19,8 @@ import pytest
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
-from serving.api.app import make_app
 from serving.api.flask_app import ServingApp
+from serving.app import make_app
 from serving.errors import ModelFailed
 from serving.grpc.model_service import ModelService
 from serving.inference.local import LocalRepository

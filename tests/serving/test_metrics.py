@@ -11,8 +11,8 @@ import pytest
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.api.app import make_app
 from serving.api.flask_app import ServingApp
+from serving.app import make_app
 from serving.memory import RequestMemory
 from serving.metrics import Metrics
 from serving.settings import Settings

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 import serving
+from serving import app as app_module
 from serving import server_process
-from serving.api import app as app_module
 from tests.serving.conftest import PROJECT, free_ports, picture
 
 

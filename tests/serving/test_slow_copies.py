@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from serving.api.app import make_app
+from serving.app import make_app
 from serving.inference.batcher import Batcher
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder

@@ -10,7 +10,7 @@ from flask import Blueprint, Flask, Response, abort, g, redirect, request, reque
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import Client
 
-from serving.api.app import make_app
+from serving.app import make_app
 from serving.settings import Settings
 
 

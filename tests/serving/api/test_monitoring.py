@@ -6,8 +6,8 @@ from pathlib import Path
 
 from flask.testing import FlaskClient
 
-from serving.api.app import make_app
 from serving.api.flask_app import ServingApp
+from serving.app import make_app
 from serving.settings import Settings
 
 

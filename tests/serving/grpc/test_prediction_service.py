@@ -24,8 +24,8 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from serving.api.app import make_app
 from serving.api.flask_app import ServingApp
+from serving.app import make_app
 from serving.errors import InvalidRequest
 from serving.greenlets import SMALL_BYTES
 from serving.grpc.prediction_service import PredictionService

@@ -24,8 +24,8 @@ from tensorflow_serving.apis import (
 )
 from werkzeug.test import TestResponse
 
-from serving.api.app import make_app
 from serving.api.flask_app import ServingApp
+from serving.app import make_app
 from serving.settings import Settings
 from tests.serving.conftest import Server, free_ports, picture
 

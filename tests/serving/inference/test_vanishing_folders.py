@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.api.app import make_app
+from serving.app import make_app
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelConfig, ModelsFolder
 from serving.settings import Settings

@@ -21,9 +21,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
-from serving.api.app import make_app
 from serving.api.flask_app import ServingApp
 from serving.api.open_inference.parsing import parse as parse_infer
+from serving.app import make_app
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
 from serving.settings import Settings

@@ -13,8 +13,8 @@ from flask.testing import FlaskClient
 from PIL import Image
 from werkzeug.test import TestResponse, create_environ, run_wsgi_app
 
-from serving.api.app import make_app
 from serving.api.flask_app import ServingApp
+from serving.app import make_app
 from serving.settings import Settings
 from tests.serving.conftest import encode, picture
 

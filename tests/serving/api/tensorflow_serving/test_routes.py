@@ -10,7 +10,7 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 
-from serving.api.app import make_app
+from serving.app import make_app
 from serving.settings import Settings
 from tests.serving.conftest import PROJECT
 

@@ -10,7 +10,7 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from serving.api.app import make_app
+from serving.app import make_app
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
 from serving.inference.saved_model import SavedModelPredictor

@@ -177,7 +177,7 @@ def test_json_is_exact_for_float32(app: ServingApp) -> None:
 
 
 def test_the_app_does_not_import_tensorflow() -> None:
-    code = "import sys, serving.__main__, serving.api.app; sys.exit('tensorflow' in sys.modules)"
+    code = "import sys, serving.__main__, serving.app; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""`make_app()`: the service's objects, the blueprint of each protocol, and the JSON of every error."""
+"""`create_app()`: the objects of the service, the blueprint of each protocol, and the JSON of every error."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from serving.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def create_app(models: str | Path = "models", **options: Any) -> ServingApp:
+def create_app(models: str | Path | Settings = "models", **options: Any) -> ServingApp:
     """Make the service as a WSGI application, ready to serve: `gunicorn "serving:create_app()"`.
 
     The first request loads the models, in the process that serves it, and waits for them; health checks do not wait.
     It is a Flask app: hooks, blueprints, error handlers and the test client work as Flask documents them.
 
     Args:
-        models: the folder: `<name>/<version>/saved_model.pb`. New versions replace old ones while it runs.
+        models: the folder: `<name>/<version>/saved_model.pb`, or all settings. New versions replace old ones while it
+            runs.
         options: other settings by their names in `serving.Settings`, such as `max_batch_size`. Those of ports and of
             connections have no effect here.
 
@@ -46,7 +47,7 @@ def create_app(models: str | Path = "models", **options: Any) -> ServingApp:
         >>> client.get("/v1/models/colours").json["model_version_status"][0]["state"]
         'AVAILABLE'
     """
-    app = make_app(Settings(models_dir=Path(models), **options))
+    app = make_app(models if isinstance(models, Settings) else Settings(models_dir=Path(models), **options))
     app.loads_models = True
     return app
 
