@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.api.nested_lists import flatten
 from serving.errors import InvalidRequest
 from serving.inference.signatures import NUMPY_DTYPES, TensorSpec
 from serving.quoting import quote
@@ -86,8 +87,10 @@ def decode_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarr
         raise InvalidRequest(f"input {spec.name}: {datatype.name} cannot be sent as JSON; send it as binary data")
     if type(data) is not list:
         raise InvalidRequest(f"input {spec.name}: data must be a list, not {quote(data)}")
-    elements, sizes = _flatten(data, spec)
-    types = set(map(type, elements))
+    flat = flatten(data)
+    if flat is None:
+        raise InvalidRequest(f"input {spec.name}: lists at one level of data differ in length")
+    elements, sizes, types = flat
     if float in types and datatype.json_types == _WHOLE[0]:
         elements = list(map(_to_whole, elements))
         types = set(map(type, elements))
@@ -154,18 +157,6 @@ def encode_binary(array: np.ndarray, spec: TensorSpec) -> tuple[Any, int]:
         return joined, len(joined)
     flat = np.ascontiguousarray(array.ravel(), datatype_of(spec).dtype)
     return flat, flat.nbytes
-
-
-def _flatten(data: list[Any], spec: TensorSpec) -> tuple[list[Any], tuple[int, ...]]:
-    """Return the elements of nested lists, and their shape; flattens level by level with C functions."""
-    sizes = [len(data)]
-    while data and type(data[0]) is list and set(map(type, data)) == {list}:
-        lengths = set(map(len, data))
-        if len(lengths) > 1:
-            raise InvalidRequest(f"input {spec.name}: lists at one level of data differ in length")
-        sizes.append(lengths.pop())
-        data = list(chain.from_iterable(data))
-    return data, tuple(sizes)
 
 
 def _to_whole(element: Any) -> Any:

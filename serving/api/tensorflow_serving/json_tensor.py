@@ -9,11 +9,11 @@ One intended difference: TensorFlow Serving silently wraps integers out of their
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from serving.api.nested_lists import flatten
 from serving.api.tensorflow_serving.json_element import JSON_TYPES, decode_element, decode_string, is_base64
 from serving.api.tensorflow_serving.json_quoting import quote_document, quote_json, replace_surrogates
 from serving.errors import InvalidRequest
@@ -139,15 +139,11 @@ def _convert(value: Any, spec: TensorSpec) -> np.ndarray | None:
     dtype = spec.numpy_dtype
     if dtype is None or dtype.kind not in JSON_TYPES:
         return None
-    shape: list[int] = []
-    elements = [value]
-    while (types := set(map(type, elements))) == {list}:
-        sizes = set(map(len, elements))
-        if len(sizes) != 1 or len(shape) == _MAX_ARRAY_DIMENSIONS:
-            return None
-        shape.append(sizes.pop())
-        elements = list(chain.from_iterable(elements))
-    if not types <= JSON_TYPES[dtype.kind]:
+    flat = flatten(value)
+    if flat is None:
+        return None
+    elements, shape, types = flat
+    if not types <= JSON_TYPES[dtype.kind] or len(shape) > _MAX_ARRAY_DIMENSIONS:
         return None
     try:
         return _array_of(elements, dtype).reshape(shape)

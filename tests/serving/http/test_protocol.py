@@ -292,7 +292,7 @@ def test_a_client_disconnect_during_an_upload_releases_its_memory() -> None:
 def test_check_raises_after_a_client_disconnect_or_the_deadline() -> None:
     RequestContext().check()
     RequestContext(deadline_s=time.monotonic() + 60, client_disconnected=lambda: False).check()
-    with pytest.raises(ModelFailed, match="deadline passed") as late:
+    with pytest.raises(ModelFailed, match="deadline exceeded") as late:
         RequestContext(deadline_s=time.monotonic() - 1).check()
     assert late.value.status == 504
     with pytest.raises(ModelFailed, match="client disconnected") as cancelled:
