@@ -93,7 +93,7 @@ def take_page(browser: Chrome, url: str, pictures: list[Path]) -> bytes:
     browser.get(url + "/")
     browser.find_element(By.ID, "file-choice").send_keys("\n".join(map(str, pictures)))
     WebDriverWait(browser, 30).until(
-        lambda _: len(browser.find_elements(By.CSS_SELECTOR, '.card[data-state="answered"]')) == len(pictures)
+        lambda _: len(browser.find_elements(By.CSS_SELECTOR, '.card[data-state="classified"]')) == len(pictures)
     )
     return browser.get_screenshot_as_png()
 
