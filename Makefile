@@ -42,8 +42,8 @@ FAST_TESTS := $(wildcard tests/client tests/training/data \
 quoted = '$(subst ','\'',$(value $(1)))'
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# Tests that measure time or memory, or fill all cores: run alone. All others run two at a time.
-TIMED_TESTS := tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
+# Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
+TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
 
 .PHONY: help install demo train serve tfserving predict test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check coverage format screenshots lock clean
 

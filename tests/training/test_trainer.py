@@ -183,13 +183,13 @@ def test_export_of_a_past_run(undisturbed, tmp_path):
 def test_interrupted_run_keeps_its_best_and_prints_the_resume_command(pictures, tmp_path, signal_number):
     run = tmp_path / "run"
     with subprocess.Popen(
-        train_arguments(pictures, run), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as process:
+        train_arguments(pictures, run, "--epochs", "9999"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:  # so many epochs that it has not ended before the signal
         output = ""
         assert process.stderr
         for line in process.stderr:
             output += line
-            if line.startswith("epoch 1/4"):
+            if line.startswith("epoch    1/9999"):
                 process.send_signal(signal_number)
         assert process.wait() == 130
     assert "Traceback" not in output
