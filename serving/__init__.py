@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Server", "Settings", "StartupError", "__version__", "create_app", "serve"]
 
-
 _MODULES = {
     "Server": "serving.server_process",
     "Settings": "serving.settings",
@@ -26,7 +25,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: importing the package, for its `errors` say, stays quick."""
+    """Import a public name on first use, so that importing one module does not import the whole service."""
     from importlib import import_module
 
     if name not in _MODULES:

@@ -85,7 +85,7 @@ class ServingApp(Flask):
         self.liveness = liveness
         self.memory = memory
         self.watcher = ModelWatcher(inference.repository, memory, liveness, poll_interval_s=settings.poll_interval_s)
-        self.loads_models = False  # when the first request comes; else whoever runs the app starts the watcher
+        self.loads_models = False  # True: the first request starts the watcher; False: the server does
         self.json_process = JsonProcess()
         self.json = OrjsonProvider(self)
         self.url_map.merge_slashes = False  # `//host/path` is not found, and never a redirect

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
+
+from tests.contract.test_imports import imported
 
 PROJECT = Path(__file__).parents[2]
 API = PROJECT / "serving" / "api"
@@ -37,23 +38,14 @@ FORBIDDEN = {
 COMMAND_LINES = ("serving.__main__", "training.__main__", "client.__main__")
 
 
-def imports(path: Path) -> set[str]:
-    """Return the full names that a module imports, inside functions too."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
 def find_forbidden(folder: Path, forbidden: tuple[str, ...]) -> dict[str, set[str]]:
     paths = [path for path in folder.rglob("*.py") if path.stem != "__init__"]
     assert paths
     found = {
         str(path.relative_to(PROJECT)): {
-            name for name in imports(path) if any(f"{name}.".startswith(f"{root}.") for root in forbidden)
+            name
+            for name in imported(path, in_full=True)
+            if any(f"{name}.".startswith(f"{root}.") for root in forbidden)
         }
         for path in paths
     }
@@ -77,5 +69,5 @@ def test_no_module_imports_a_command_line(package: str) -> None:
 def test_parsing_and_rendering_need_no_flask() -> None:
     """A protocol's parse and render are pure functions, to be tested without a server."""
     for path in [*API.glob("*/parsing.py"), *API.glob("*/rendering.py"), API / "tensorflow_serving" / "predict.py"]:
-        names = imports(path)
+        names = imported(path, in_full=True)
         assert not {name for name in names if name.split(".")[0] == "flask" or "flask_app" in name}, path

@@ -101,7 +101,7 @@ def _predict(call: re.Match[str]) -> Response:
     if signatures is not None and len(body) <= LARGE_JSON_BYTES:
         parsed = run_sized(len(body), predict.parse_pixels, body, signatures)
     if parsed is None:
-        max_rows = current_app.settings.max_rows
+        max_rows = current_app.inference.max_rows
         parsed = current_app.json_process.parse(predict.parse, body, signatures, max_rows)
     if problem:
         raise problem
