@@ -7,7 +7,7 @@ python=.venv/bin/python
 url=http://127.0.0.1:$port
 pictures=runs/demo-pictures
 
-printf '\n== Train on drawn shapes, judge, export\n'
+printf '\n== Train on drawn shapes, evaluate, export\n'
 $python -m training train --dataset shapes --epochs 8 --batch-size 32
 
 printf '\n== Serve it\n'
