@@ -109,16 +109,11 @@ class Soak:
         )
 
 
-# Not the message of 8,750 rows: beside large photos, the batcher estimates that its rows take as long as photos do, and
-# sheds the requests that are queued behind it.
-SOAK_ATTACKS = [name for name in ATTACKS if name != "grpc_message_of_26_mb"]
-
-
 def draw_groups(at_once: int, seed: int) -> Iterator[list[str]]:
     """Return groups of attacks, for ever: every attack once in each round, and an empty group behind each round."""
     generator = random.Random(seed)
     while True:
-        names = list(SOAK_ATTACKS)
+        names = list(ATTACKS)
         generator.shuffle(names)
         yield from (names[start : start + at_once] for start in range(0, len(names), at_once))
         yield []
@@ -236,7 +231,7 @@ def main(
         with Service(folder / "models", service_log, *options, cgroup=cgroup) as service, HostileProcess() as hostile:
             server = Server(service.url, service.grpc_address, MODEL, "slow", "unbatched", "wide")
             click.echo("making the requests ...", err=True)
-            hostile.prepare(SOAK_ATTACKS, server)
+            hostile.prepare(list(ATTACKS), server)
             probe = ProbeProcess(
                 service.url, service.grpc_address, model=MODEL, kinds=KINDS, log=folder / "probe", expect=""
             )

@@ -70,6 +70,20 @@ class _Request:
 
 
 @dataclass(eq=False, slots=True)
+class _Load:
+    """The requests of one key in a lane: how many rows are pending, and how long a row takes."""
+
+    pending_rows: int = 0  # of admitted requests without a result
+    # Exponentially decayed sums over the calls, for the throughput.
+    done_rows: float = 0.0
+    done_s: float = 0.0
+
+    def estimate_s(self, rows: int) -> float:
+        """Return the time that these rows take, by recent calls; 0 if there was none."""
+        return rows * self.done_s / self.done_rows if self.done_rows else 0.0
+
+
+@dataclass(eq=False, slots=True)
 class _Lane:
     """A queue with its own worker threads."""
 
@@ -78,21 +92,25 @@ class _Lane:
     queue: deque[_Request] = field(default_factory=deque)
     queued_rows: int = 0
     calls: int = 0  # running model calls
-    pending_rows: int = 0  # of admitted requests without a result
-    # Exponentially decayed sums over the calls, for the throughput.
-    done_rows: float = 0.0
-    done_s: float = 0.0
-    last_end_s: float = 0.0
+    # By key: a row of raw pixels takes a hundredth of the time of a photo that has to be decoded.
+    loads: dict[_GroupKey, _Load] = field(default_factory=dict)
+    last_end_s: float = 0.0  # of a model call
 
-    @property
-    def row_s(self) -> float:
-        """Recent time per row; 0 if unknown."""
-        return self.done_s / self.done_rows if self.done_rows else 0.0
+    def load(self, key: _GroupKey) -> _Load:
+        """Return the load of a key. If there are too many, those without pending rows are forgotten."""
+        if key not in self.loads and len(self.loads) >= MAX_SHAPES:
+            self.loads = {other: load for other, load in self.loads.items() if load.pending_rows}
+        return self.loads.setdefault(key, _Load())
 
-    def record_call(self, rows: int, started_s: float, ended_s: float) -> None:
+    def pending_s(self) -> float:
+        """Return the time that all pending requests take."""
+        return sum(load.estimate_s(load.pending_rows) for load in self.loads.values())
+
+    def record_call(self, key: _GroupKey, rows: int, started_s: float, ended_s: float) -> None:
         """Record the time of a call. Time that overlaps with another call counts once."""
-        self.done_rows = 0.9 * self.done_rows + rows
-        self.done_s = 0.9 * self.done_s + max(0.0, ended_s - max(started_s, self.last_end_s))
+        load = self.load(key)
+        load.done_rows = 0.9 * load.done_rows + rows
+        load.done_s = 0.9 * load.done_s + max(0.0, ended_s - max(started_s, self.last_end_s))
         self.last_end_s = max(self.last_end_s, ended_s)
 
 
@@ -160,22 +178,22 @@ class Batcher:
         is_long = is_long or (rows > FEW_ROWS and rows * self._row_s.get(key, 0.0) > LONG_REQUEST_S)
         lane = self._long if is_long else self._short
         request = _Request(key, inputs, rows, is_unbatched, deadline_s, current_request.get().client_disconnected)
-        self._admit(lane, rows, deadline_s)
+        self._admit(lane, key, rows, deadline_s)
         try:
             self._enqueue(lane, request)
             return self._wait(lane, request)
         finally:
-            self._release(lane, rows)
+            self._release(lane, key, rows)
 
     def _predict_in_parts(
         self, key: _GroupKey, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
     ) -> dict[str, np.ndarray]:
         """Process a request that exceeds the maximum batch size."""
-        self._admit(self._long, rows, deadline_s)
+        self._admit(self._long, key, rows, deadline_s)
         try:
             outputs = list(self._run_parts(self._long, self._split(key, inputs, rows, deadline_s)))
         finally:
-            self._release(self._long, rows)
+            self._release(self._long, key, rows)
         return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
 
     def _split(
@@ -212,35 +230,41 @@ class Batcher:
                     other.waiter.wait()  # it is already being processed
             raise
 
-    def _admit(self, lane: _Lane, rows: int, deadline_s: float | None) -> None:
+    def _admit(self, lane: _Lane, key: _GroupKey, rows: int, deadline_s: float | None) -> None:
         """Load shedding: refuse a request if the queue is full or its deadline cannot be met.
 
         The queue limit ignores the rows of the request itself, so large requests are not refused before small ones.
         """
         with self._lock:
+            load = lane.load(key)
             if lane.queued_rows >= self._max_queued_rows:
                 raise Overloaded(
                     f"the queue of the model is full: {lane.queued_rows} rows are queued, the limit is "
                     f"{self._max_queued_rows}; try again later",
-                    retry_after_s=max(1, round(lane.queued_rows * lane.row_s)),
+                    retry_after_s=max(1, round(lane.pending_s())),
                 )
-            estimate_rows = lane.pending_rows + rows
-            if estimate_rows > self._max_batch_rows:  # later requests may fill up its batch
-                estimate_rows = math.ceil(estimate_rows / self._max_batch_rows) * self._max_batch_rows
-            estimate_s = ESTIMATE_MARGIN * estimate_rows * lane.row_s
+            pending_s = lane.pending_s()
+            own_rows = 0  # a wrong estimate can only be corrected by another call with this key
+            if load.pending_rows:  # later requests may fill up its batch
+                own_rows = load.pending_rows + rows
+                if own_rows > self._max_batch_rows:
+                    own_rows = math.ceil(own_rows / self._max_batch_rows) * self._max_batch_rows
+            others_s = pending_s - load.estimate_s(load.pending_rows)
+            estimate_s = ESTIMATE_MARGIN * (others_s + load.estimate_s(own_rows))
             late_s = 0.0 if deadline_s is None else estimate_s - (deadline_s - time.monotonic())
-            if lane.pending_rows and late_s > 0:
+            if pending_s and late_s > 0:
+                pending_rows = sum(load.pending_rows for load in lane.loads.values())
                 raise Overloaded(
-                    f"{lane.pending_rows} rows are queued or running, so this request would take about "
+                    f"{pending_rows} rows are queued or running, so this request would take about "
                     f"{estimate_s:.1f} s and miss its deadline by {late_s:.1f} s; try again later",
                     retry_after_s=max(1, math.ceil(late_s)),
                 )
-            lane.pending_rows += rows
+            load.pending_rows += rows
 
-    def _release(self, lane: _Lane, rows: int) -> None:
+    def _release(self, lane: _Lane, key: _GroupKey, rows: int) -> None:
         """Subtract the rows of an admitted request that has its result."""
         with self._lock:
-            lane.pending_rows -= rows
+            lane.loads[key].pending_rows -= rows
 
     def _enqueue(self, lane: _Lane, request: _Request) -> None:
         with self._lock:
@@ -321,7 +345,7 @@ class Batcher:
         call_s, rows = time.perf_counter() - started_s, sum(request.rows for request in requests)
         row_s = call_s / rows
         with self._lock:
-            lane.record_call(rows, started_s, started_s + call_s)
+            lane.record_call(requests[0].key, rows, started_s, started_s + call_s)
         if lane is self._short:
             # Scaled down for a large batch: the model is not slower because it has many clients.
             self._few_rows_s = call_s * FEW_ROWS / max(FEW_ROWS, rows)

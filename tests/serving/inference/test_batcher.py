@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from serving.errors import ModelFailed, Overloaded
-from serving.inference.batcher import LISTEN_EVERY, Batcher
+from serving.inference.batcher import LISTEN_EVERY, MAX_SHAPES, Batcher
 from serving.inference.liveness import Liveness
 from serving.inference.signatures import Signature, TensorSpec
 from serving.request_context import RequestContext, current_request
@@ -60,6 +60,10 @@ def rows(*values: float) -> dict[str, np.ndarray]:
 def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         time.sleep(0.001)
+
+
+def count_pending(lane: Any) -> int:
+    return sum(load.pending_rows for load in lane.loads.values())
 
 
 def predict_together(batcher: Batcher, model: Doubler, requests: list[tuple[str, dict[str, np.ndarray]]]) -> list[Any]:
@@ -210,9 +214,9 @@ def test_a_request_with_more_rows_than_the_queue_limit_is_accepted(signature: st
         small = [pool.submit(batcher.predict, signature, rows(*values[:9]))]
         wait_until(lambda: bool(model.calls))
         small.append(pool.submit(batcher.predict, signature, rows(*values[:2])))
-        wait_until(lambda: lane.pending_rows + batcher._short.queued_rows >= 9)
+        wait_until(lambda: count_pending(lane) + batcher._short.queued_rows >= 9)
         large = pool.submit(batcher.predict, signature, rows(*values))
-        wait_until(lambda: lane.pending_rows >= 59 or large.done())
+        wait_until(lambda: count_pending(lane) >= 59 or large.done())
         model.gate.set()
         factor = 2 if signature == "double" else -1
         assert large.result()["y"].ravel().tolist() == [factor * value for value in values]
@@ -442,14 +446,67 @@ def test_a_request_that_cannot_meet_its_deadline_is_refused_at_once() -> None:
             future.result()
 
 
+def key(signature: str, inputs: Mapping[str, np.ndarray]) -> Any:
+    return signature, (("x", inputs["x"].shape[1:]),)
+
+
+def set_row_s(lane: Any, signature: str, row_s: float) -> None:
+    """Make the batcher believe that a row takes this long."""
+    load = lane.load(key(signature, rows(1)))
+    load.done_rows, load.done_s = 1.0, row_s
+
+
 def test_an_empty_queue_accepts_any_deadline() -> None:
     # A wrong estimate can only be corrected by another call.
     model = Doubler()
     batcher = batch(model)
-    batcher._short.done_rows, batcher._short.done_s = 1.0, 1_000.0
+    set_row_s(batcher._short, "double", 1_000)
     future = batcher.predict("double", rows(1), deadline_s=time.monotonic() + 5)
     assert future["y"].tolist() == [[2]]
-    assert batcher._short.row_s < 1_000.0
+    assert batcher._short.load(key("double", rows(1))).estimate_s(1) < 1_000
+
+
+def test_a_wrong_estimate_is_corrected_while_requests_of_another_kind_are_pending() -> None:
+    model = Doubler()
+    batcher = batch(model)
+    set_row_s(batcher._short, "negate", 1_000)
+    model.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(batcher.predict, "double", rows(1))
+        wait_until(lambda: bool(model.calls))
+        wrong = pool.submit(batcher.predict, "negate", rows(1), deadline_s=time.monotonic() + 60)
+        wait_until(lambda: batcher._short.queued_rows == 1 or wrong.done())
+        model.gate.set()
+        assert wrong.result()["y"].tolist() == [[-1]]
+        assert other.result()["y"].tolist() == [[2]]
+    assert batcher._short.load(key("negate", rows(1))).estimate_s(1) < 1_000
+
+
+def test_fast_rows_beside_slow_ones_do_not_count_as_slow() -> None:
+    """A message with many rows of raw pixels beside photos must not shed the requests queued behind it."""
+    model = Doubler()
+    batcher = batch(model, max_queued_rows=10_000)
+    set_row_s(batcher._long, "double", 0.0002)  # pixels
+    set_row_s(batcher._long, "negate", 0.02)  # photos
+    model.gate.clear()
+    with ThreadPoolExecutor(3) as pool:
+        pixels = pool.submit(batcher.predict, "double", many(1, 8_000))  # 1.6 s, and 160 s by the rate of photos
+        wait_until(lambda: bool(model.calls))
+        photos = pool.submit(batcher.predict, "negate", many(2, 48), deadline_s=time.monotonic() + 30)
+        wait_until(lambda: len(batcher._long.queue) >= 1 or photos.done())
+        late = pool.submit(batcher.predict, "negate", many(3, 2_000), deadline_s=time.monotonic() + 30)
+        with pytest.raises(Overloaded, match="8048 rows are queued or running, so this request would take about 53"):
+            late.result()
+        model.gate.set()
+        assert (photos.result()["y"] == -2).all()
+        assert (pixels.result()["y"] == 2).all()
+
+
+def test_loads_of_many_shapes_are_bounded() -> None:
+    batcher = batch(Doubler())
+    for width in range(1, 200):
+        batcher.predict("double", {"x": np.ones((1, width), np.float32)})
+    assert len(batcher._short.loads) <= MAX_SHAPES
 
 
 def test_a_long_request_that_cannot_meet_its_deadline_behind_others_is_refused() -> None:
