@@ -71,16 +71,21 @@ class _Request:
 
 @dataclass(eq=False, slots=True)
 class _Load:
-    """The requests of one key in a lane: how many rows are pending, and how long a row takes."""
+    """The requests of one key in a lane: the rows that are pending, and how long a row takes."""
 
-    pending_rows: int = 0  # of admitted requests without a result
+    pending_rows: int = 0  # of admitted requests without a result, in one part
+    split_rows: list[int] = field(default_factory=list)  # of each admitted request that is processed in parts
     # Exponentially decayed sums over the calls, for the throughput.
     done_rows: float = 0.0
     done_s: float = 0.0
 
-    def estimate_s(self, rows: int) -> float:
+    def estimate_s(self, rows: float) -> float:
         """Return the time that these rows take, by recent calls; 0 if there was none."""
         return rows * self.done_s / self.done_rows if self.done_rows else 0.0
+
+    def rows_before(self, own_rows: float) -> float:
+        """Return the rows that are processed before a request with `own_rows` ends: parts of requests alternate."""
+        return self.pending_rows + sum(min(rows, own_rows) for rows in self.split_rows)
 
 
 @dataclass(eq=False, slots=True)
@@ -99,12 +104,12 @@ class _Lane:
     def load(self, key: _GroupKey) -> _Load:
         """Return the load of a key. If there are too many, those without pending rows are forgotten."""
         if key not in self.loads and len(self.loads) >= MAX_SHAPES:
-            self.loads = {other: load for other, load in self.loads.items() if load.pending_rows}
+            self.loads = {other: load for other, load in self.loads.items() if load.pending_rows or load.split_rows}
         return self.loads.setdefault(key, _Load())
 
-    def pending_s(self) -> float:
-        """Return the time that all pending requests take."""
-        return sum(load.estimate_s(load.pending_rows) for load in self.loads.values())
+    def estimate_s(self, own_rows: float = math.inf) -> float:
+        """Return the time that the pending requests take, or as much of it as passes before a request of `own_rows`."""
+        return sum(load.estimate_s(load.rows_before(own_rows)) for load in self.loads.values())
 
     def record_call(self, key: _GroupKey, rows: int, started_s: float, ended_s: float) -> None:
         """Record the time of a call. Time that overlaps with another call counts once."""
@@ -172,11 +177,11 @@ class Batcher:
         rows = count_rows(described, inputs)
         is_long = self._inspect(described, inputs)
         key = (signature, tuple([(name, inputs[name].shape[1:]) for name in described.inputs]))
-        is_unbatched = signature not in self._batched
-        if rows > self._max_batch_rows and not is_unbatched:
+        if self._is_split(key, rows):
             return self._predict_in_parts(key, inputs, rows, deadline_s)
         is_long = is_long or (rows > FEW_ROWS and rows * self._row_s.get(key, 0.0) > LONG_REQUEST_S)
         lane = self._long if is_long else self._short
+        is_unbatched = signature not in self._batched
         request = _Request(key, inputs, rows, is_unbatched, deadline_s, current_request.get().client_disconnected)
         self._admit(lane, key, rows, deadline_s)
         try:
@@ -184,6 +189,9 @@ class Batcher:
             return self._wait(lane, request)
         finally:
             self._release(lane, key, rows)
+
+    def _is_split(self, key: _GroupKey, rows: int) -> bool:
+        return rows > self._max_batch_rows and key[0] in self._batched
 
     def _predict_in_parts(
         self, key: _GroupKey, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
@@ -241,30 +249,41 @@ class Batcher:
                 raise Overloaded(
                     f"the queue of the model is full: {lane.queued_rows} rows are queued, the limit is "
                     f"{self._max_queued_rows}; try again later",
-                    retry_after_s=max(1, round(lane.pending_s())),
+                    retry_after_s=max(1, round(lane.estimate_s())),
                 )
-            pending_s = lane.pending_s()
-            own_rows = 0  # a wrong estimate can only be corrected by another call with this key
-            if load.pending_rows:  # later requests may fill up its batch
-                own_rows = load.pending_rows + rows
-                if own_rows > self._max_batch_rows:
-                    own_rows = math.ceil(own_rows / self._max_batch_rows) * self._max_batch_rows
-            others_s = pending_s - load.estimate_s(load.pending_rows)
-            estimate_s = ESTIMATE_MARGIN * (others_s + load.estimate_s(own_rows))
+            estimate_s = ESTIMATE_MARGIN * self._estimate_s(lane, load, rows)
             late_s = 0.0 if deadline_s is None else estimate_s - (deadline_s - time.monotonic())
-            if pending_s and late_s > 0:
-                pending_rows = sum(load.pending_rows for load in lane.loads.values())
+            if estimate_s and late_s > 0:
+                pending_rows = sum(load.rows_before(math.inf) for load in lane.loads.values())
                 raise Overloaded(
                     f"{pending_rows} rows are queued or running, so this request would take about "
                     f"{estimate_s:.1f} s and miss its deadline by {late_s:.1f} s; try again later",
                     retry_after_s=max(1, math.ceil(late_s)),
                 )
-            load.pending_rows += rows
+            if self._is_split(key, rows):
+                load.split_rows.append(rows)
+            else:
+                load.pending_rows += rows
+
+    def _estimate_s(self, lane: _Lane, load: _Load, rows: int) -> float:
+        """Return the time until a request has its result; 0 if nothing is pending."""
+        before = load.rows_before(rows)
+        if not before:
+            # Its own rows do not count: a wrong estimate can only be corrected by another call with its key.
+            return lane.estimate_s(rows)
+        total = before + rows
+        if total > self._max_batch_rows:  # later requests may fill up its batch
+            total = math.ceil(total / self._max_batch_rows) * self._max_batch_rows
+        return lane.estimate_s(rows) + load.estimate_s(total - before)
 
     def _release(self, lane: _Lane, key: _GroupKey, rows: int) -> None:
         """Subtract the rows of an admitted request that has its result."""
         with self._lock:
-            lane.loads[key].pending_rows -= rows
+            load = lane.loads[key]
+            if self._is_split(key, rows):
+                load.split_rows.remove(rows)
+            else:
+                load.pending_rows -= rows
 
     def _enqueue(self, lane: _Lane, request: _Request) -> None:
         with self._lock:

@@ -63,7 +63,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def count_pending(lane: Any) -> int:
-    return sum(load.pending_rows for load in lane.loads.values())
+    return sum(load.pending_rows + sum(load.split_rows) for load in lane.loads.values())
 
 
 def predict_together(batcher: Batcher, model: Doubler, requests: list[tuple[str, dict[str, np.ndarray]]]) -> list[Any]:
@@ -483,23 +483,39 @@ def test_a_wrong_estimate_is_corrected_while_requests_of_another_kind_are_pendin
 
 
 def test_fast_rows_beside_slow_ones_do_not_count_as_slow() -> None:
-    """A message with many rows of raw pixels beside photos must not shed the requests queued behind it."""
+    """Requests with many rows of raw pixels beside photos must not shed the requests queued behind them."""
     model = Doubler()
-    batcher = batch(model, max_queued_rows=10_000)
+    batcher = batch(model, max_batch_rows=64, max_queued_rows=10_000)
     set_row_s(batcher._long, "double", 0.0002)  # pixels
     set_row_s(batcher._long, "negate", 0.02)  # photos
     model.gate.clear()
-    with ThreadPoolExecutor(3) as pool:
-        pixels = pool.submit(batcher.predict, "double", many(1, 8_000))  # 1.6 s, and 160 s by the rate of photos
-        wait_until(lambda: bool(model.calls))
-        photos = pool.submit(batcher.predict, "negate", many(2, 48), deadline_s=time.monotonic() + 30)
-        wait_until(lambda: len(batcher._long.queue) >= 1 or photos.done())
-        late = pool.submit(batcher.predict, "negate", many(3, 2_000), deadline_s=time.monotonic() + 30)
-        with pytest.raises(Overloaded, match="8048 rows are queued or running, so this request would take about 53"):
-            late.result()
+    with ThreadPoolExecutor(4) as pool:
+        pixels = [pool.submit(batcher.predict, "double", many(1, 8_000)) for _ in range(2)]
+        wait_until(lambda: count_pending(batcher._long) == 16_000)  # 3.2 s, and 320 s at the rate of photos
+        photos = pool.submit(batcher.predict, "negate", many(2, 1_000), deadline_s=time.monotonic() + 30)
+        wait_until(lambda: count_pending(batcher._long) == 17_000 or photos.done())
+        with pytest.raises(Overloaded, match="17000 rows are queued or running, so this request would take about 51"):
+            batcher.predict("negate", many(3, 1_000), deadline_s=time.monotonic() + 30)
         model.gate.set()
         assert (photos.result()["y"] == -2).all()
-        assert (pixels.result()["y"] == 2).all()
+        assert all((future.result()["y"] == 2).all() for future in pixels)
+
+
+def test_a_short_request_waits_for_a_part_of_a_long_one_only() -> None:
+    model = Doubler()
+    batcher = batch(model, max_batch_rows=64, max_queued_rows=10_000)
+    set_row_s(batcher._long, "double", 0.01)
+    model.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(batcher.predict, "double", many(1, 8_000))  # 80 s
+        wait_until(lambda: bool(model.calls))
+        short = pool.submit(batcher.predict, "double", many(2, 100), deadline_s=time.monotonic() + 30)
+        wait_until(lambda: count_pending(batcher._long) == 8_100 or short.done())
+        with pytest.raises(Overloaded, match="8100 rows are queued or running"):
+            batcher.predict("double", many(3, 4_000), deadline_s=time.monotonic() + 30)
+        model.gate.set()
+        assert (short.result()["y"] == 4).all()
+        assert (long.result()["y"] == 2).all()
 
 
 def test_loads_of_many_shapes_are_bounded() -> None:
