@@ -18,21 +18,23 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import click
+import keras
 import numpy as np
 import tensorflow as tf
 
 from serving.inference.saved_model import SavedModelPredictor
 from training.config import TrainingConfig
-from training.exporter.publish import publish_model, with_softmax
+from training.exporter.publish import publish_model
 from training.models import RECIPES, build_model
+from training.models.folding import compute_logits
 
 SHAPE, CLASSES = (32, 32, 3), tuple("abcdefghij")
 BATCHES = (1, 8, 64)
 Call = Callable[[np.ndarray], object]
 
 
-def export(variant: str, folder: Path) -> dict[str, Call]:
-    """Save a network in both ways; return how to call each."""
+def draw_network(variant: str) -> keras.Model:
+    """Build a network with random weights."""
     model = build_model(variant, SHAPE, classes=len(CLASSES))
     rng = np.random.default_rng(0)
     for weight in model.trainable_weights:
@@ -43,15 +45,26 @@ def export(variant: str, folder: Path) -> dict[str, Call]:
         model.adapt(images)
         for _ in range(10):
             model(images, training=True)  # gives the batch norms means and variances
-    lean = publish_model(
-        model,
-        folded=with_softmax(RECIPES[variant].fold(model, TrainingConfig.fill_in(variant=variant), temperature=1.0)),
+    return model
+
+
+def publish(model: keras.Model, variant: str, folder: Path, *, name: str) -> Path:
+    """Export a network without training it."""
+    return publish_model(
+        RECIPES[variant].fold(model, TrainingConfig.fill_in(variant=variant), temperature=1.0),
+        lambda images: compute_logits(model, tf.constant(images)).numpy(),
         models_dir=folder,
-        name=variant,
+        name=name,
         class_names=CLASSES,
         input_shape=SHAPE,
         metadata={},
     )
+
+
+def export(variant: str, folder: Path) -> dict[str, Call]:
+    """Save a network in both ways; return how to call each."""
+    model = draw_network(variant)
+    lean = publish(model, variant, folder, name=variant)
     plain = folder / f"{variant}-plain"
     model.export(plain, verbose=False, input_signature=[tf.TensorSpec((None, *SHAPE), tf.uint8, "images")])
     calls = {}

@@ -223,11 +223,8 @@ def install_peers() -> None:
 def export_article_model(models: Path) -> Path:
     """Export the article's network, its weights drawn at random: speed does not depend on them."""
     program = (
-        "import sys; from pathlib import Path; from training.exporter.publish import publish_model; "
-        "from training.models import build_model; "
-        "model = build_model('sequential', (32, 32, 3), classes=10, conv_activation='relu'); "
-        f"publish_model(model, models_dir=Path(sys.argv[1]), name='{MODEL}', metadata={{}}, input_shape=(32, 32, 3), "
-        "class_names=tuple('abcdefghij'))"
+        "import sys; from pathlib import Path; from benchmarks.lean import draw_network, publish; "
+        f"publish(draw_network('sequential'), 'sequential', Path(sys.argv[1]), name='{MODEL}')"
     )
     subprocess.run([sys.executable, "-c", program, str(models)], check=True, cwd=PROJECT, capture_output=True)
     return models / MODEL / "1"

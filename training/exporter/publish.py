@@ -7,7 +7,6 @@ assets.extra/SHA256SUMS    checksums of all other files, verified by the service
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 from pathlib import Path
@@ -18,11 +17,11 @@ import tensorflow as tf
 
 from training.errors import RunError
 from training.exporter.checksums import write_checksums
-from training.exporter.comparison import to_logits
 from training.exporter.saved_model import write_extra_assets, write_saved_model
-from training.exporter.verify import ExpectedLogits, verify_folded, verify_saved_model
+from training.exporter.verify import ExpectedLogits, verify_graph, verify_saved_model
 from training.exporter.versions import next_version
-from training.models.folding import compute_logits, freeze
+from training.models.folding import compute_logits
+from training.models.inference_graph import InferenceGraph
 from training.preflight import check_model_name
 from training.run_dir import RunDir
 from training.shell_command import format_command
@@ -75,18 +74,19 @@ def export_run(
         "libraries": {library: library_version(library) for library in ("tensorflow", "keras", "numpy")},
     }
     temperature = metrics["temperature"]
-    compute = tf.function(_average_flips(lambda images: compute_logits(model, images), mirror), reduce_retracing=True)
+    trained = InferenceGraph(lambda images: compute_logits(model, images), tf.identity)
+    graph = config.recipe.fold(model, config, temperature=temperature)
+    if mirror:
+        trained, graph = trained.average_flips(), graph.average_flips()
+    compute = tf.function(trained.logits, reduce_retracing=True)
 
-    def logits(images: np.ndarray) -> np.ndarray:
+    def expected(images: np.ndarray) -> np.ndarray:
         calibrated: np.ndarray = compute(tf.constant(images)).numpy().astype(np.float64) / temperature
         return calibrated
 
-    folded = _average_flips(config.recipe.fold(model, config, temperature=temperature), mirror)
-    verify_folded(folded, logits, input_shape=dataset.input_shape)
     return publish_model(
-        model,
-        folded=with_softmax(folded),
-        logits=logits,
+        graph,
+        expected,
         models_dir=models_dir,
         name=name or dataset.name,
         class_names=dataset.class_names,
@@ -96,26 +96,23 @@ def export_run(
 
 
 def publish_model(
-    model: Callable[[tf.Tensor], tf.Tensor],
+    graph: InferenceGraph,
+    expected: ExpectedLogits,
     *,
-    folded: Callable[[tf.Tensor], tf.Tensor] | None = None,
-    logits: ExpectedLogits | None = None,
     models_dir: Path,
     name: str,
     class_names: tuple[str, ...],
     input_shape: tuple[int, int, int],
     metadata: dict[str, Any],
 ) -> Path:
-    """Export any image classifier as the next version of `models_dir/name`.
+    """Export an image classifier as the next version of `models_dir/name`.
 
     Args:
-        model: any Keras model, or function: uint8 (n, height, width, 3) in, probabilities float32 (n, classes) out.
-        folded: the same without variables, which is exported; by default `model` with its variables made constants.
-        logits: expected logits; by default the logarithms of `model`'s probabilities, which cannot tell apart
-            probabilities that are rounded to 0.
+        graph: what is exported.
+        expected: the logits that it must have.
         models_dir: the folder of all models.
         name: of the model: letters, digits, `.`, `_` and `-`.
-        class_names: a label for each column of the probabilities.
+        class_names: a label for each class.
         input_shape: (height, width, 3).
         metadata: more fields of model.json, besides name, version, time, class names and input shape.
 
@@ -123,14 +120,13 @@ def publish_model(
         The folder of the new version.
 
     Raises:
-        ExportError: the name is invalid, or the exported model's outputs differ from those of `model`.
+        ExportError: the name is invalid, or the outputs differ from the expected ones; nothing was published.
     """
     check_model_name(name)
+    verify_graph(graph, expected, input_shape=input_shape)
     full = explain_full_storage(models_dir, "Nothing was published: free some space, then export again")
     with full, next_version(models_dir / name) as (version, partial):
-        write_saved_model(
-            folded or freeze(model, input_shape), partial, class_names=class_names, input_shape=input_shape
-        )
+        write_saved_model(graph, partial, class_names=class_names, input_shape=input_shape)
         own = {
             "name": name,
             "version": version,
@@ -139,15 +135,9 @@ def publish_model(
             "input_shape": input_shape,
         }
         write_extra_assets(partial, name=name, input_shape=input_shape, metadata={**own, **metadata, **own})
-        expected = logits or (lambda images: to_logits(np.asarray(model(tf.constant(images)))))
         verify_saved_model(partial, expected, class_names=class_names, input_shape=input_shape)
         write_checksums(partial)
     return models_dir / name / str(version)
-
-
-def with_softmax(logits: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return the function from images to probabilities."""
-    return lambda images: tf.nn.softmax(logits(images))
 
 
 def _read_metrics(run: RunDir, evaluation: dict[str, Any], split: str, *, best_epoch: int) -> dict[str, Any]:
@@ -181,15 +171,3 @@ def _read_metrics(run: RunDir, evaluation: dict[str, Any], split: str, *, best_e
         format_command("evaluate", run.path),
     )
     return {"temperature": 1.0}
-
-
-def _average_flips(logits: Callable[[tf.Tensor], tf.Tensor], mirror: bool) -> Callable[[tf.Tensor], tf.Tensor]:
-    """With `mirror`, return the mean of the logits of each image and of its horizontal flip."""
-    if not mirror:
-        return logits
-
-    def average(images: tf.Tensor) -> tf.Tensor:
-        original, flipped = tf.split(logits(tf.concat([images, tf.reverse(images, [2])], axis=0)), 2)
-        return (original + flipped) / 2
-
-    return average

@@ -8,7 +8,6 @@ assets.extra/tf_serving_warmup_requests    replayed by a server when it loads th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from training.exporter.image_decoding import decode_images
+from training.models.inference_graph import InferenceGraph
 
 _WARMUP_BATCH_SIZES = (1, 8, 64)
 
 
 def write_saved_model(
-    probabilities: Callable[[tf.Tensor], tf.Tensor],
+    graph: InferenceGraph,
     folder: Path,
     *,
     class_names: tuple[str, ...],
@@ -31,7 +31,7 @@ def write_saved_model(
     """Write a SavedModel with the signatures `serving_default`, `image_bytes` and `labels`.
 
     Args:
-        probabilities: uint8 (n, height, width, 3) to float32 (n, classes), without variables.
+        graph: the classifier.
         folder: of the SavedModel.
         class_names: a label for each class.
         input_shape: (height, width, 3).
@@ -39,7 +39,7 @@ def write_saved_model(
     height, width, channels = input_shape
 
     def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        outputs = probabilities(images)
+        outputs = tf.nn.softmax(graph.logits(images))
         class_id = tf.argmax(outputs, axis=1, output_type=tf.int64)
         return {
             "probabilities": tf.identity(outputs, "probabilities"),

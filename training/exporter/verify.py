@@ -18,6 +18,7 @@ import tensorflow as tf
 from training.errors import ExportError
 from training.exporter.comparison import compare_logits, compare_outputs
 from training.exporter.saved_model import example_images, example_inputs
+from training.models.inference_graph import InferenceGraph
 
 BATCH_SIZES = (1, 3, 64)
 
@@ -26,20 +27,18 @@ _Outputs = dict[str, np.ndarray] | Exception
 _Case = tuple[str, str, np.ndarray]  # signature, input name, batch
 
 
-def verify_folded(
-    folded: Callable[[tf.Tensor], tf.Tensor], expected: ExpectedLogits, *, input_shape: tuple[int, int, int]
-) -> None:
-    """Compare the logits of a folded network with those of the trained model.
+def verify_graph(graph: InferenceGraph, expected: ExpectedLogits, *, input_shape: tuple[int, int, int]) -> None:
+    """Compare the logits of the graph that is exported with those of the trained model.
 
-    ExpectedLogits, not probabilities: probabilities of 0 and 1 would hide errors of the folding.
+    Logits, not probabilities: probabilities of 0 and 1 would hide errors of the folding.
 
     Raises:
         ExportError: they differ.
     """
-    compute = tf.function(folded, reduce_retracing=True)
+    compute = tf.function(graph.logits, reduce_retracing=True)
     for batch_size in BATCH_SIZES:
         images = example_images(batch_size, input_shape)
-        where = f"the folded network, at batch size {batch_size},"
+        where = f"the exported graph, at batch size {batch_size},"
         compare_logits(compute(tf.constant(images)).numpy(), expected(images), where=where)
 
 

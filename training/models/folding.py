@@ -6,23 +6,20 @@ the last layer. `training/exporter/verify.py` compares the outputs with the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import keras
 import numpy as np
 import tensorflow as tf
 
 from training.models.airbench import HEAD_SCALE, Airbench, BatchNorm, Conv, crop_to_odd
+from training.models.inference_graph import InferenceGraph, TensorFunction
 from training.models.sequential import used_size
 
 # Feature maps up to this height are pooled by MaxPoolV2, which TensorFlow never runs with oneDNN. A oneDNN pooling
 # takes 20 us to start: MaxPoolV2 is much faster for one image, and equally fast for 64.
 MAX_EIGEN_ROWS = 16
 
-Logits = Callable[[tf.Tensor], tf.Tensor]  # uint8 (n, height, width, 3) -> float32 (n, classes)
 
-
-def fold_article_network(model: keras.Model, *, conv_activation: str, temperature: float) -> Logits:
+def fold_article_network(model: keras.Model, *, conv_activation: str, temperature: float) -> InferenceGraph:
     """Fold the article's network.
 
     Args:
@@ -37,21 +34,23 @@ def fold_article_network(model: keras.Model, *, conv_activation: str, temperatur
     output = (output[0] / np.float32(temperature), output[1] / np.float32(temperature))
     activation = keras.activations.get(conv_activation)
 
-    def logits(images: tf.Tensor) -> tf.Tensor:
+    def features(images: tf.Tensor) -> tf.Tensor:
         height, width = (used_size(size) for size in images.shape[1:3])
-        features = tf.cast(images[:, :height, :width], tf.float32)
+        result = tf.cast(images[:, :height, :width], tf.float32)
         for kernel, bias in convolutions:
             # In this order TensorFlow fuses convolution, bias and activation.
-            features = activation(tf.nn.bias_add(tf.nn.conv2d(features, kernel, 1, "VALID"), bias))
-            features = _halve(features)
-        features = tf.reshape(features, (-1, hidden[0].shape[0]))
-        features = tf.nn.relu(tf.nn.bias_add(tf.matmul(features, hidden[0]), hidden[1]))
-        return tf.nn.bias_add(tf.matmul(features, output[0]), output[1])
+            result = _halve(activation(tf.nn.bias_add(tf.nn.conv2d(result, kernel, 1, "VALID"), bias)))
+        return result
 
-    return logits
+    def head(features: tf.Tensor) -> tf.Tensor:
+        flat = tf.reshape(features, (-1, hidden[0].shape[0]))
+        units = tf.nn.relu(tf.nn.bias_add(tf.matmul(flat, hidden[0]), hidden[1]))
+        return tf.nn.bias_add(tf.matmul(units, output[0]), output[1])
+
+    return InferenceGraph(features, head)
 
 
-def fold_airbench(model: Airbench, *, temperature: float) -> Logits:
+def fold_airbench(model: Airbench, *, temperature: float) -> InferenceGraph:
     """Fold an airbench network, dividing its logits by `temperature`.
 
     The scale of a batch norm is positive and the same for all pixels, so it can be applied before the pooling.
@@ -61,20 +60,23 @@ def fold_airbench(model: Airbench, *, temperature: float) -> Logits:
         [(*_fold_norm(conv, norm), conv.padding) for conv, norm in zip(block.convs, block.norms, strict=True)]
         for block in (model.block1, model.block2, model.block3)
     ]
-    head = model.head.kernel.numpy() * np.float32(HEAD_SCALE / temperature)
+    head_kernel = model.head.kernel.numpy() * np.float32(HEAD_SCALE / temperature)
 
-    def logits(images: tf.Tensor) -> tf.Tensor:
-        features = tf.nn.conv2d(tf.cast(crop_to_odd(images), tf.float32), whitening_kernel, 1, "VALID")
-        features = tf.nn.relu(tf.nn.bias_add(features, whitening_bias))
+    def features(images: tf.Tensor) -> tf.Tensor:
+        result = tf.nn.conv2d(tf.cast(crop_to_odd(images), tf.float32), whitening_kernel, 1, "VALID")
+        result = tf.nn.relu(tf.nn.bias_add(result, whitening_bias))
         for block in blocks:
             for number, (kernel, bias, padding) in enumerate(block):
-                new = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(features, kernel, 1, padding), bias))
+                new = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(result, kernel, 1, padding), bias))
                 if number == 0:
                     new = _halve(new)
-                features = features + new if number >= 2 else new
-        return tf.matmul(tf.reduce_max(features, axis=(1, 2)), head)
+                result = result + new if number >= 2 else new
+        return result
 
-    return logits
+    def head(features: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(tf.reduce_max(features, axis=(1, 2)), head_kernel)
+
+    return InferenceGraph(features, head)
 
 
 def _halve(features: tf.Tensor) -> tf.Tensor:
@@ -101,10 +103,9 @@ def compute_logits(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
     return tf.matmul(features, output.kernel) + output.bias
 
 
-def freeze(model: Callable[[tf.Tensor], tf.Tensor], input_shape: tuple[int, int, int]) -> Callable[..., tf.Tensor]:
-    """Return a model of uint8 images (n, *input_shape) with its variables converted to constants."""
+def freeze(model: TensorFunction, spec: tf.TensorSpec) -> TensorFunction:
+    """Return a function of one tensor with its variables converted to constants."""
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-    spec = tf.TensorSpec((None, *input_shape), tf.uint8, "images")
-    frozen = convert_variables_to_constants_v2(tf.function(lambda images: model(images)).get_concrete_function(spec))
-    return lambda images: frozen(images)[0]
+    frozen = convert_variables_to_constants_v2(tf.function(lambda tensor: model(tensor)).get_concrete_function(spec))
+    return lambda tensor: frozen(tensor)[0]

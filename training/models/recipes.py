@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import keras
 
     from training.config import TrainingConfig
-    from training.models.folding import Logits
+    from training.models.inference_graph import InferenceGraph
 
 Shape = tuple[int, int, int]  # (height, width, channels) of an image
 
@@ -67,8 +67,8 @@ class Recipe(ABC):
         """Return a new optimizer."""
 
     @abstractmethod
-    def fold(self, model: keras.Model, config: TrainingConfig, *, temperature: float) -> Logits:
-        """Return the inference graph of a trained model: its logits, divided by `temperature`, without variables."""
+    def fold(self, model: keras.Model, config: TrainingConfig, *, temperature: float) -> InferenceGraph:
+        """Return the inference graph of a trained model, with its logits divided by `temperature`."""
 
     @abstractmethod
     def size(self, config: TrainingConfig, input_shape: Shape, *, classes: int) -> NetworkSize:
@@ -108,7 +108,7 @@ class ArticleRecipe(Recipe):
         return keras.optimizers.Adam(config.learning_rate)
 
     @override
-    def fold(self, model: keras.Model, config: TrainingConfig, *, temperature: float) -> Logits:
+    def fold(self, model: keras.Model, config: TrainingConfig, *, temperature: float) -> InferenceGraph:
         from training.models.folding import fold_article_network
 
         return fold_article_network(model, conv_activation=config.conv_activation, temperature=temperature)
@@ -169,7 +169,7 @@ class AirbenchRecipe(Recipe):
         return Muon(LinearDecay(config.learning_rate, steps=config.epochs * steps_per_epoch))
 
     @override
-    def fold(self, model: keras.Model, config: TrainingConfig, *, temperature: float) -> Logits:
+    def fold(self, model: keras.Model, config: TrainingConfig, *, temperature: float) -> InferenceGraph:
         from training.models.folding import fold_airbench
 
         return fold_airbench(model, temperature=temperature)

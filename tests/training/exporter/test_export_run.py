@@ -16,6 +16,7 @@ from training.exporter.comparison import compare_logits
 from training.exporter.publish import export_run
 from training.models import build_model
 from training.models.folding import compute_logits
+from training.models.inference_graph import InferenceGraph
 from training.models.presets import PRESETS
 from training.models.recipes import AirbenchRecipe
 from training.run_dir import RunDir
@@ -81,10 +82,10 @@ def test_folding_error_is_detected_when_all_probabilities_are_0_or_1(trained, tm
 
     def fold_badly(*arguments, **options):
         exact = fold(*arguments, **options)
-        return lambda images: 1.001 * exact(images)
+        return InferenceGraph(exact.features, lambda features: 1.001 * exact.head(features))
 
     monkeypatch.setattr(AirbenchRecipe, "fold", fold_badly)
-    with pytest.raises(ExportError, match="the folded network, at batch size 1, differs from the trained model"):
+    with pytest.raises(ExportError, match="the exported graph, at batch size 1, differs from the trained model"):
         export_run(run, models_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -105,4 +106,4 @@ def test_folded_logits_match_within_rounding_at_200x150_pixels(options):
     for given in (images, noise):
         expected = compute_logits(model, tf.constant(given)).numpy()
         np.testing.assert_allclose(tf.nn.softmax(expected), model(given), atol=1e-6)
-        compare_logits(folded(tf.constant(given)).numpy(), expected, where="folded")
+        compare_logits(folded.logits(tf.constant(given)).numpy(), expected, where="folded")

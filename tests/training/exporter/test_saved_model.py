@@ -6,32 +6,35 @@ import subprocess
 import sys
 import time
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
-from training.config import VARIANTS
+from training.config import VARIANTS, TrainingConfig
 from training.errors import ExportError
+from training.exporter import publish as publish_module
 from training.exporter.publish import publish_model
 from training.exporter.versions import next_version
 from training.models import build_model
+from training.models.folding import compute_logits
+from training.models.inference_graph import InferenceGraph
 
 CLASSES = ("cat", "dog", "größe")  # labels are text, not ASCII
 
 
-def publish(models_dir, *, variant="sequential", model=None, name="pets", **options):
+def publish(models_dir, *, variant="sequential", model=None, name="pets", graph=None, expected=None):
     model = model or build_model(variant, (24, 32, 3), classes=3, conv_activation="relu")
+    config = TrainingConfig.fill_in(variant=variant)
     return publish_model(
-        model,
+        graph or config.recipe.fold(model, config, temperature=1.0),
+        expected or (lambda images: compute_logits(model, tf.constant(images)).numpy()),
         models_dir=models_dir,
         name=name,
         class_names=CLASSES,
         input_shape=(24, 32, 3),
         # These fields of the metadata are replaced.
         metadata={"seed": 7, "class_names": ["a"], "version": 99, "input_shape": [1, 1, 1]},
-        **options,
     )
 
 
@@ -43,7 +46,7 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_export_gives_the_outputs_of_the_model(variant, tmp_path):
     model = build_model(variant, (24, 32, 3), classes=3, conv_activation="relu")
-    loaded = tf.saved_model.load(str(publish(tmp_path, model=model)))
+    loaded = tf.saved_model.load(str(publish(tmp_path, variant=variant, model=model)))
     images = np.random.default_rng(0).integers(0, 256, (5, 24, 32, 3), dtype=np.uint8)
     expected = model(images).numpy()
     files = [tf.io.encode_png(image).numpy() for image in images]
@@ -191,18 +194,26 @@ def test_largest_version_number_is_an_error(tmp_path):
         pass
 
 
-class Moody(keras.layers.Layer):
-    """Returns different outputs each time, so no export of it can be verified."""
-
-    def call(self, images):
-        noise = tf.random.uniform((tf.shape(images)[0], 3))
-        return tf.nn.softmax(noise + tf.reduce_mean(tf.cast(images, tf.float32)))
-
-
 def test_export_with_different_outputs_is_not_published(tmp_path):
-    model = keras.Sequential([keras.Input((24, 32, 3), dtype="uint8"), Moody()])
+    """The outputs change with each call, so no export can be verified."""
+
+    def logits(images):
+        return tf.random.uniform((tf.shape(images)[0], 3)) + tf.reduce_mean(tf.cast(images, tf.float32))
+
+    with pytest.raises(ExportError, match=r"the exported graph, at batch size 1, differs from the trained model"):
+        publish(tmp_path, graph=InferenceGraph(logits, tf.identity), expected=lambda images: logits(images).numpy())
+    assert not (tmp_path / "pets").exists()
+
+
+def test_a_saved_model_with_other_outputs_than_the_graph_is_not_published(tmp_path, monkeypatch):
+    write = publish_module.write_saved_model
+
+    def write_other(graph, *arguments, **options):
+        write(InferenceGraph(graph.features, lambda features: 1.1 * graph.head(features)), *arguments, **options)
+
+    monkeypatch.setattr(publish_module, "write_saved_model", write_other)
     with pytest.raises(ExportError, match=r"serving_default.*at batch size 1 differs from the trained model"):
-        publish(tmp_path, model=model)
+        publish(tmp_path)
     assert [path.name for path in (tmp_path / "pets").iterdir()] == [".last_version"]
 
 
@@ -217,9 +228,8 @@ def test_rounding_differences_of_large_logits_are_accepted(tmp_path, difference,
     exact, rounded = (tf.nn.softmax(channel_logits(images, more)).numpy() for more in (0, difference))
     assert np.abs(exact - rounded).max() > 1e-3  # of the probabilities; the logits are about 400
     expected = {
-        "model": lambda images: tf.nn.softmax(channel_logits(images)),
-        "logits": lambda images: channel_logits(images).numpy(),
-        "folded": lambda images: tf.nn.softmax(channel_logits(images, difference)),
+        "expected": lambda images: channel_logits(images).numpy(),
+        "graph": InferenceGraph(lambda images: channel_logits(images, difference), tf.identity),
     }
     if is_rounding:
         publish(tmp_path, **expected)
@@ -238,14 +248,11 @@ def test_invalid_model_names_are_rejected(tmp_path, name):
 _EXPORT_FOREVER = """
 import sys
 from pathlib import Path
-from training.exporter.publish import publish_model
-from training.models import build_model
+from tests.training.exporter.test_saved_model import publish
 
-model = build_model("sequential", (24, 32, 3), classes=3, conv_activation="relu")
 print("ready", flush=True)
 while True:
-    publish_model(model, models_dir=Path(sys.argv[1]), name="pets", class_names=("a", "b", "c"),
-                  input_shape=(24, 32, 3), metadata={})
+    publish(Path(sys.argv[1]))
 """
 
 
