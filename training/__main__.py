@@ -1,4 +1,4 @@
-"""Command line: `python -m training train | evaluate | export | samples`."""
+"""Command line: `python -m training train | evaluate | export | import | samples`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from training.command_options import FOLDER, ImageSize, models_options
 from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, VARIANTS, TrainingConfig
 from training.data import load_dataset
 from training.errors import RunError, StorageFullError, TrainingError
+from training.importer.command import import_command
 from training.models.presets import PRESETS
 from training.shell_command import format_command
 from training.storage import is_full
@@ -32,18 +34,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = TrainingConfig()
 _INTERRUPTED = 130
-_FOLDER = click.Path(path_type=Path, file_okay=False)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-class _ImageSize(click.ParamType[Any]):
-    name = "HEIGHTxWIDTH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        height, times, width = str(value).partition("x")
-        if not (times and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-            self.fail(f"expected HEIGHTxWIDTH in pixels, such as 32x32; got {value!r}", param, ctx)
-        return int(height), int(width)
 
 
 def _default(name: str) -> str:
@@ -62,16 +53,10 @@ def _choice(name: str, choices: Sequence[str], text: str) -> Callable[[_Command]
 
 def _data_options(command: _Command) -> _Command:
     size = "Resize all images.  [default: their own size; 96x96 if sizes differ or are large]"
-    command = click.option("--image-size", type=_ImageSize(), help=size)(command)
+    command = click.option("--image-size", type=ImageSize(), help=size)(command)
     command = click.option("--data", type=click.Path(path_type=Path), help="Path of the archive or folder.")(command)
     text = "cifar10; shapes (drawn by this program, needs no data); or a folder of images by class."
     return _choice("--dataset", DATASETS, text)(command)
-
-
-def _models_options(command: _Command) -> _Command:
-    text = "The model is exported as MODELS_DIR/NAME/VERSION."
-    command = click.option("--models-dir", type=_FOLDER, default=Path("models"), help=text)(command)
-    return click.option("--name", help="Name of the exported model.  [default: the dataset's]")(command)
 
 
 @click.group(context_settings={"max_content_width": 110, "show_default": True})
@@ -116,15 +101,15 @@ def main() -> None:
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=_DEFAULTS.seed)
 @click.option("--deterministic", is_flag=True, help="Bit-identical results from the same seed; slower.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard logs into the run directory.")
-@click.option("--run", "run_path", type=_FOLDER, help="The run directory.  [default: runs/TIME-DATASET-VARIANT-LOOP]")
+@click.option("--run", "run_path", type=FOLDER, help="The run directory.  [default: runs/TIME-DATASET-VARIANT-LOOP]")
 @click.option(
     "--resume",
-    type=_FOLDER,
+    type=FOLDER,
     help="Continue the run in this directory with its own settings. --epochs sets a new total, --data a new path of "
     "the same data.",
 )
 @click.option("--export/--no-export", default=True, help="Export the best checkpoint.")
-@_models_options
+@models_options("the dataset's")
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -187,7 +172,7 @@ def train(
 
 
 @main.command()
-@click.argument("run_path", metavar="RUN", type=_FOLDER)
+@click.argument("run_path", metavar="RUN", type=FOLDER)
 @click.option("--data", type=click.Path(path_type=Path), help="New path of the same data.")
 @click.option("--mirror", is_flag=True, help="Evaluate with horizontal-flip test-time augmentation too.")
 def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
@@ -206,8 +191,8 @@ def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
 
 
 @main.command()
-@click.argument("run_path", metavar="RUN", type=_FOLDER)
-@_models_options
+@click.argument("run_path", metavar="RUN", type=FOLDER)
+@models_options("the dataset's")
 @click.option(
     "--mirror", is_flag=True, help="Export with horizontal-flip test-time augmentation, at twice the computation."
 )
@@ -218,8 +203,11 @@ def export(run_path: Path, *, models_dir: Path, name: str | None, mirror: bool) 
     _export(RunDir.open(run_path), models_dir=models_dir, name=name, mirror=mirror)
 
 
+main.add_command(import_command)
+
+
 @main.command()
-@click.argument("folder", type=_FOLDER)
+@click.argument("folder", type=FOLDER)
 @_data_options
 @click.option("--per-class", type=click.IntRange(1), default=1, help="Images of each class.")
 def samples(folder: Path, *, per_class: int, **config_values: Any) -> None:
