@@ -135,7 +135,7 @@ def read_model(
         classifier,
         image_input,
         source,
-        images=images and images.choice_part(),
+        images=None if images is None else images.choice_part(),
         input_scale=input_scale,
         color=color,
         tell=tell,

@@ -141,7 +141,7 @@ def _read_signature(function: Any) -> tuple[InputTensor, ...] | None:
     """Return the inputs of a concrete function, or of a `tf.function` with one trace or an input signature."""
     if concrete := getattr(function, "concrete_functions", None):
         function = concrete[0]
-    signature: Any = getattr(function, "structured_input_signature", None) or (getattr(function, "input_signature", ()), {})
+    signature: Any = getattr(function, "structured_input_signature", None) or getattr(function, "input_signature", ())
     specs = [spec for spec in tf.nest.flatten(signature) if isinstance(spec, tf.TensorSpec)]
     if not specs or any(spec.shape.rank is None for spec in specs):
         return None
