@@ -135,7 +135,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, shapes: Served) -> Iterat
     checkout.stop()
 
 
-@pytest.mark.parametrize("page", ["docs/getting-started.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/getting-started.md", "docs/importing.md", "README.md"])
 def test_every_block_of_code_runs(page: str, checkout: Checkout) -> None:
     blocks = [block for block in read_blocks(page) if block.language in ("sh", "python")]
     assert {block.language for block in blocks} == {"sh", "python"}

@@ -35,7 +35,8 @@ def draw(folder, counts=(("bright", BRIGHT), ("dark", DARK)), *, per_class=40, w
     for (name, own), (_, other) in zip(counts, reversed(counts), strict=True):
         (folder / name).mkdir(parents=True)
         for number in range(per_class):
-            red = rng.uniform(*(other if number < wrong else own), (8, 8))
+            low, high = other if number < wrong else own
+            red = rng.uniform(low, high, (8, 8))
             pixels = np.stack([red, rng.random((8, 8)), 1 - red], axis=-1)
             Image.fromarray((255 * pixels).astype(np.uint8)).save(folder / name / f"{number:03}.png")
     return folder
@@ -193,7 +194,5 @@ def test_a_close_second_prints_the_table_and_stops():
 
 
 def test_chance_is_not_a_choice():
-    with pytest.raises(
-        ModelError, match=r"none is clearly more accurate .* than always naming the most frequent"
-    ):
+    with pytest.raises(ModelError, match=r"none is clearly more accurate .* than always naming the most frequent"):
         choose(*evaluate_shares([0.5, 0.45, 0.55, 0.4]))

@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+from typing import Any
 
 import keras
 import numpy as np
@@ -225,7 +226,7 @@ def custom(tmp_path_factory):
     """A model with a class of its own in a module beside it."""
     folder = tmp_path_factory.mktemp("custom")
     (folder / "own.py").write_text(CUSTOM)
-    namespace = {"__name__": "own"}
+    namespace: dict[str, Any] = {"__name__": "own"}
     exec(CUSTOM, namespace)
     convolutional(namespace["Scale"]()).save(folder / "pets.keras")
     convolutional(namespace["Scale"]()).save(folder / "pets.h5")
