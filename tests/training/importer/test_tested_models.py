@@ -46,15 +46,17 @@ def test_a_functional_model_on_0_to_1_with_logits():
 )
 def test_models_of_keras_applications_with_their_own_preprocessing(build, options, module, scale):
     keras.utils.set_random_seed(0)
-    images = make_images(32, 32, count=6)
+    images = make_images(32, 32, count=48)
     inputs = module.preprocess_input(images.astype(np.float32))
     model = adapt(build(weights=None, classes=3, input_shape=(32, 32, 3), **options), inputs)
-    expected = model.predict(inputs, verbose=0)
+    images = images[:6]
+    expected = model.predict(inputs[:6], verbose=0)
     told: dict[str, str] = {}
     imported = read(model, input_scale=scale, told=told)
-    np.testing.assert_allclose(probabilities(imported, images), expected, atol=1e-4)
+    # Fifty layers with random weights amplify the rounding of float32.
+    np.testing.assert_allclose(probabilities(imported, images), expected, atol=1e-3)
     raw = model.predict(images.astype(np.float32) / 99, verbose=0)
-    assert np.abs(raw - expected).max() > 1e-3  # another scale gives other probabilities
+    assert np.abs(raw - expected).max() > 1e-2  # another scale gives other probabilities
     if scale is None:
         assert told["input scale"].startswith("0..255: the model rescales it to ")
     features = imported.graph.features(tf.constant(images))
