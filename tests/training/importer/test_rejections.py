@@ -194,7 +194,10 @@ def multiply(images):
         (
             lambda: multiply,
             {"image_size": (12, 14), "color": "rgb"},
-            ["the function multiply fails on a batch of 12x14 colour, float32 (n, 12, 14, 3): "],
+            [
+                "the function multiply fails on a batch of 12x14 colour, float32 (n, 12, 14, 3): ValueError: ",
+                "Dimensions must be equal, but are 3 and 5",
+            ],
         ),
         (lambda: 3, {}, ["expected a model, its path, or a function of a batch of images; got int"]),
     ],
