@@ -99,11 +99,12 @@ def test_the_report_has_what_a_runs_report_has(imported):
     folder, _ = imported
     run = folder / "runs" / "import-brightness"
     text = (run / "report.md").read_text()
-    assert text.startswith("# photos: ")
+    assert text.startswith("# brightness: ")
     assert "Imported from brightness.keras (Sequential)" in text
     assert "| --input-scale 0..1 --color rgb | " in text
     assert "fitted on 40 other images" in text
     assert "| input scale | 0..1 |" in text
+    assert "| calibration images | 40 |" in text
     assert "## By class" in text
     for plot in ("confusion", "calibration", "samples"):
         assert f"({plot}.png)" in text
