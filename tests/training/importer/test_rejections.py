@@ -254,9 +254,10 @@ def test_code_that_does_not_help_is_named(custom, tmp_path):
     assert "--custom none.py is not a file" in rejection("x.keras", custom=type(tmp_path)("none.py"))
 
 
-def test_a_lambda_layer_is_not_executed(tmp_path):
-    convolutional(layers.Lambda(lambda images: images / 255)).save(tmp_path / "pets.keras")
-    message = rejection(tmp_path / "pets.keras")
+@pytest.mark.parametrize("file", ["pets.keras", "pets.h5"])
+def test_a_lambda_layer_is_not_executed(tmp_path, file):
+    convolutional(layers.Lambda(lambda images: images / 255)).save(tmp_path / file)
+    message = rejection(tmp_path / file)
     assert "contains a Lambda layer, which is Python code inside the file" in message
     assert "Write a layer class instead" in message
 
