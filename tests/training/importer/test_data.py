@@ -222,3 +222,13 @@ def test_confidence_without_accuracy_is_not_better():
 def test_chance_is_not_a_choice():
     with pytest.raises(ModelError, match=r"none is clearly more accurate .* than always naming the most frequent"):
         choose(*evaluate_shares([0.5, 0.45, 0.55, 0.4]))
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "pets").write_text("a plain file")
+    assert call("import", "missing.keras", "--name", "pets") == 1
+    error = explain(capfd)
+    assert "the model cannot be exported into models/pets: models/pets is not a writable folder" in error
+    assert error.endswith("Choose another with --models-dir")

@@ -199,6 +199,7 @@ def multiply(images):
                 "Dimensions must be equal, but are 3 and 5",
             ],
         ),
+        (convolutional, {"color": "RGB"}, ["the colours can be rgb, bgr, grey; got 'RGB'"]),
         (lambda: 3, {}, ["expected a model, its path, or a function of a batch of images; got int"]),
     ],
 )
