@@ -212,11 +212,18 @@ def _execute(path: Path) -> dict[str, Any]:
 def _explain(path: Path, error: Exception, custom: Path | None) -> str:
     text = str(error)
     if "safe_mode" in text:  # Keras names the parameter that would execute the code
+        trust = (
+            "If you trust the file, load it in Python with keras.saving.load_model(..., safe_mode=False), and call "
+            "training.export(model)"
+        )
+        if "TFSMLayer" in text:
+            return (
+                f"{path} contains a TFSMLayer, which loads another SavedModel, and that may contain code. Import the "
+                f"folder of the SavedModel itself. {trust}"
+            )
         return (
             f"{path} contains a Lambda layer, which is Python code inside the file, and code from a model file is not "
-            "executed. Write a layer class instead, save the model again, and give its file with --custom. If you "
-            "trust the file, load it in Python with keras.saving.load_model(..., safe_mode=False), and call "
-            "training.export(model)"
+            f"executed. Write a layer class instead, save the model again, and give its file with --custom. {trust}"
         )
     if unknown := _UNKNOWN_OBJECT.search(text):
         where = f"{custom} does not define it" if custom else "its code is not in the file"

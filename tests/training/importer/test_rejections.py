@@ -263,6 +263,15 @@ def test_a_lambda_layer_is_not_executed(tmp_path, file):
     assert "Write a layer class instead" in message
 
 
+def test_a_tfsm_layer_in_a_file_is_not_loaded(tmp_path):
+    convolutional().export(tmp_path / "inner", verbose=False)
+    inner = layers.TFSMLayer(str(tmp_path / "inner"), call_endpoint="serve")
+    keras.Sequential([keras.Input(INPUT), inner]).save(tmp_path / "outer.keras")
+    message = rejection(tmp_path / "outer.keras")
+    assert "outer.keras contains a TFSMLayer, which loads another SavedModel, and that may contain code" in message
+    assert "Import the folder of the SavedModel itself" in message
+
+
 def test_files_that_are_no_models(tmp_path):
     assert f"{tmp_path / 'a.keras'} does not exist. Give a .keras or .h5 file" in rejection(tmp_path / "a.keras")
     (tmp_path / "notes.keras").write_text("a plain file")
