@@ -20,7 +20,10 @@ from training.errors import ModelError
 _FORMATS = "Give a .keras or .h5 file written by model.save, or a SavedModel's folder written by model.export"
 _HDF5_START = b"\x89HDF\r\n\x1a\n"
 # Keras's messages about classes and functions that it does not know.
-_UNKNOWN_OBJECT = re.compile(r"(?:Could not locate|Unknown) (?:class|function|[\w ]+):? ['\"]([^'\"]+)['\"]")
+_UNKNOWN_OBJECT = re.compile(
+    r"(?:Could not locate|Unknown) [\w ]+:? ['\"](?P<name>[^'\"]+)['\"]"
+    r"|Could not interpret [\w ]+ identifier: (?P<identifier>\S+)"
+)
 
 
 @dataclass(frozen=True)
@@ -226,10 +229,11 @@ def _explain(path: Path, error: Exception, custom: Path | None) -> str:
             f"executed. Write a layer class instead, save the model again, and give its file with --custom. {trust}"
         )
     if unknown := _UNKNOWN_OBJECT.search(text):
+        name = unknown["name"] or unknown["identifier"]
         where = f"{custom} does not define it" if custom else "its code is not in the file"
         return (
-            f"{path} uses {unknown[1]!r}, and {where}. Give the Python file that defines it with --custom module.py; "
-            "the file is executed"
+            f"{path} uses {name!r}, and {where}. Give the Python file that defines it with --custom module.py; the "
+            "file is executed"
         )
     if "No model config found" in text:
         return f"{path} has weights without a model: save the whole model with model.save, not model.save_weights"

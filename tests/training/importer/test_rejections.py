@@ -222,6 +222,9 @@ print("executed")
 class Scale(keras.layers.Layer):
     def call(self, images):
         return images * 2
+
+def scaled_swish(values):
+    return values * keras.ops.sigmoid(1.5 * values)
 """
 
 
@@ -232,15 +235,18 @@ def custom(tmp_path_factory):
     (folder / "own.py").write_text(CUSTOM)
     namespace: dict[str, Any] = {"__name__": "own"}
     exec(CUSTOM, namespace)
-    convolutional(namespace["Scale"]()).save(folder / "pets.keras")
-    convolutional(namespace["Scale"]()).save(folder / "pets.h5")
+    for suffix in ("keras", "h5"):
+        convolutional(namespace["Scale"]()).save(folder / f"pets.{suffix}")
+        convolutional(layers.Conv2D(3, 1, activation=namespace["scaled_swish"])).save(folder / f"function.{suffix}")
     return folder
 
 
-@pytest.mark.parametrize("file", ["pets.keras", "pets.h5"])
-def test_a_custom_layer_needs_its_code(custom, file, capsys):
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize(("stem", "name"), [("pets", "Scale"), ("function", "scaled_swish")])
+def test_custom_layers_and_functions_need_their_code(custom, stem, suffix, name, capsys):
+    file = stem + suffix
     message = rejection(custom / file)
-    assert f"{file} uses 'Scale', and its code is not in the file" in message
+    assert f"{file} uses {name!r}, and its code is not in the file" in message
     assert "Give the Python file that defines it with --custom module.py; the file is executed" in message
     capsys.readouterr()
     assert read(custom / file, custom=custom / "own.py", input_scale="0..1").class_names
