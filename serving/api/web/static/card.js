@@ -41,6 +41,9 @@ export class Card {
   /** Show the prediction, and the image at the model's size. */
   showResult({ model, predictions: [prediction], timing_ms, elapsed_ms }, { width, height }) {
     this.#show({ state: "classified", headline: prediction.label, confidence: percent(prediction.confidence) });
+    const limits = describeLimits(prediction);
+    this.#find(".limits").replaceChildren(...limits);
+    this.#find(".limits").hidden = limits.length === 0;
     const server_ms = timing_ms.decode + timing_ms.predict;
     this.#find(".timing").textContent =
       `${model.name}, version ${model.version}: ${milliseconds(server_ms)} in the service, ` +
@@ -75,6 +78,7 @@ export class Card {
     this.#find(".details").textContent = details;
     this.#find(".details").hidden = details === "";
     this.#find(".retry").hidden = true;
+    this.#find(".limits").hidden = true;
   }
 
   #toggleBars() {
@@ -111,6 +115,35 @@ export class Card {
     this.#find(".seen .size").textContent = "cannot be shown by this browser";
     this.#find(".seen").hidden = false;
   }
+}
+
+/** Say what limits a prediction. Models without a guard have no such fields. */
+function describeLimits({ typicality, is_typical, label_set }) {
+  const limits = [];
+  if (is_typical === false) {
+    limits.push(limit("unlike", "Unlike the training images", `typicality ${percent(typicality)}`));
+  }
+  if (label_set && label_set.length !== 1) {
+    limits.push(limit("plausible", describeSet(label_set), "at the 90% level"));
+  }
+  return limits;
+}
+
+function describeSet(labels) {
+  if (labels.length === 0) {
+    return "No label is certain";
+  }
+  return labels.length > 4 ? `One of ${labels.length} labels` : `${labels.slice(0, -1).join(", ")} or ${labels.at(-1)}`;
+}
+
+function limit(kind, text, note) {
+  const item = document.createElement("li");
+  const detail = document.createElement("span");
+  item.className = kind;
+  detail.className = "note";
+  detail.textContent = note;
+  item.append(text, " ", detail);
+  return item;
 }
 
 function bar(name, share) {
