@@ -13,8 +13,8 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from training.config import VARIANTS, TrainingConfig
 from training.errors import ExportError
-from training.exporter import publish as publish_module
 from training.exporter.publish import publish_model
+from training.exporter.saved_model import write_saved_model
 from training.exporter.versions import next_version
 from training.models import build_model
 from training.models.folding import compute_logits
@@ -206,12 +206,12 @@ def test_export_with_different_outputs_is_not_published(tmp_path):
 
 
 def test_a_saved_model_with_other_outputs_than_the_graph_is_not_published(tmp_path, monkeypatch):
-    write = publish_module.write_saved_model
+    write = write_saved_model
 
     def write_other(graph, *arguments, **options):
         write(InferenceGraph(graph.features, lambda features: 1.1 * graph.head(features)), *arguments, **options)
 
-    monkeypatch.setattr(publish_module, "write_saved_model", write_other)
+    monkeypatch.setattr("training.exporter.publish.write_saved_model", write_other)
     with pytest.raises(ExportError, match=r"serving_default.*at batch size 1 differs from the trained model"):
         publish(tmp_path)
     assert [path.name for path in (tmp_path / "pets").iterdir()] == [".last_version"]
@@ -249,10 +249,13 @@ _EXPORT_FOREVER = """
 import sys
 from pathlib import Path
 from tests.training.exporter.test_saved_model import publish
+from training.models import build_model
 
+model = build_model("sequential", (24, 32, 3), classes=3, conv_activation="relu")
+publish(Path(sys.argv[1]), model=model)
 print("ready", flush=True)
 while True:
-    publish(Path(sys.argv[1]))
+    publish(Path(sys.argv[1]), model=model)
 """
 
 
