@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Iterable
-from types import TracebackType
 from typing import Self
 
 import httpx
 
-from client.batches import Batch, merge_outcomes, read_batches, require_prediction, select_loaded, validate_batch_size
+from client.batches import read_batches, require_success, validate_batch_size
 from client.client import REQUESTS_IN_FLIGHT
 from client.http import AsyncHttpTransport, Auth, Headers, Verify, make_httpx_client
 from client.images import ImageSource
@@ -64,19 +63,9 @@ class AsyncClient:
         self._transport = AsyncHttpTransport(api, http)
 
     async def predict(self, images: ImageSource | Iterable[ImageSource]) -> list[Prediction]:
-        """Classify one or more images; see `Client.predict`.
-
-        Example:
-            >>> import asyncio
-            >>> from client import AsyncClient
-            >>> async def classify_all():
-            ...     async with AsyncClient("http://127.0.0.1:8501") as client:
-            ...         return await asyncio.gather(client.predict("red.png"), client.predict("green.png"))
-            >>> [prediction.label for (prediction,) in asyncio.run(classify_all())]
-            ['red', 'green']
-        """
+        """Classify one or more images; see `Client.predict`."""
         async with contextlib.aclosing(self.predict_iter(images)) as outcomes:
-            return [require_prediction(outcome) async for outcome in outcomes]
+            return [require_success(outcome) async for outcome in outcomes]
 
     def predict_iter(self, images: ImageSource | Iterable[ImageSource]) -> AsyncGenerator[Prediction | Failure, None]:
         """Classify images one batch after the other, for `async for`; see `Client.predict_iter`.
@@ -91,24 +80,10 @@ class AsyncClient:
             2
         """
         batches = read_batches(images, self._batch_size)
-        return map_in_order_async(self._predict_batch, batches, in_flight=REQUESTS_IN_FLIGHT)
-
-    async def _predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
-        loaded = select_loaded(batch)
-        return merge_outcomes(batch, await self._transport.predict_batch(loaded) if loaded else ())
+        return map_in_order_async(self._transport.predict_batch, batches, in_flight=REQUESTS_IN_FLIGHT)
 
     async def status(self) -> ServiceStatus:
-        """Return whether the service is ready, and its models; see `Client.status`.
-
-        Example:
-            >>> import asyncio
-            >>> from client import AsyncClient
-            >>> async def is_ready():
-            ...     async with AsyncClient("http://127.0.0.1:8501") as client:
-            ...         return (await client.status()).ready
-            >>> asyncio.run(is_ready())
-            True
-        """
+        """Return whether the service is ready, and its models; see `Client.status`."""
         return await self._transport.status()
 
     async def aclose(self) -> None:
@@ -118,7 +93,5 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()

@@ -17,19 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 def choose_retry_wait_s(
-    error: ClientError, *, attempt: int, retries: int, deadline_s: float, retry_after: str | None = None
+    error: ClientError, attempt: int, retries: int, deadline_s: float, *, retry_after: str | None = None
 ) -> float:
-    """Return the seconds to wait before the next attempt, or raise the error of the last one.
-
-    Args:
-        error: why attempt number `attempt`, counted from 1, failed.
-        attempt: the number of attempts so far.
-        retries: the maximum number of attempts after the first.
-        deadline_s: when to give up, on the clock of `time.monotonic`.
-        retry_after: the response's `Retry-After` header.
+    """Return the seconds to wait after attempt number `attempt`, counted from 1, failed with `error`.
 
     Raises:
-        ClientError: no retry is left, or the wait would exceed the deadline.
+        ClientError: `error`, if no retry is left, or the wait would exceed the deadline of `time.monotonic`.
     """
     wait_s = choose_wait_s(attempt, retry_after=retry_after)
     if attempt > retries or time.monotonic() + wait_s >= deadline_s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -15,30 +16,23 @@ from client.predictions import Failure, Prediction
 # A batch ends early rather than exceed this size; a larger image is a batch of its own.
 MAX_BATCH_BYTES = 16 * 1024 * 1024
 
-Batch = list[LoadedImage | Failure]
+Batch = Sequence[LoadedImage | Failure]
+Outcome = TypeVar("Outcome", Prediction, LoadedImage)
 
 
 def validate_batch_size(batch_size: int) -> int:
-    """Return the number of images per request.
-
-    Raises:
-        ValueError: it is less than 1.
-    """
+    """Return the number of images per request; raise ValueError if it is less than 1."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     return batch_size
 
 
 def read_batches(images: ImageSource | Iterable[ImageSource], batch_size: int) -> Iterator[Batch]:
-    """Load images and yield them in batches, with a failure in the place of each that cannot be read.
-
-    Raises:
-        TypeError: something given is not an image in any of the accepted forms.
-    """
-    batch: Batch = []
+    """Load images and yield them in batches, with a failure in the place of each that cannot be read."""
+    batch: list[LoadedImage | Failure] = []
     batch_bytes = 0
     for index, source in enumerate(_iterate(images)):
-        item = _load(source, index=index)
+        item = load_image(source, index=index)
         item_bytes = item.size_bytes if isinstance(item, LoadedImage) else 0
         if len(batch) == batch_size or batch_bytes + item_bytes > MAX_BATCH_BYTES:
             yield batch
@@ -49,19 +43,26 @@ def read_batches(images: ImageSource | Iterable[ImageSource], batch_size: int) -
         yield batch
 
 
-def select_loaded(batch: Batch) -> list[LoadedImage]:
-    """Return the images of a batch that can be sent."""
-    return [item for item in batch if isinstance(item, LoadedImage)]
+def separate(batch: Iterable[LoadedImage | Failure]) -> tuple[list[LoadedImage], dict[int, Prediction | Failure]]:
+    """Return the images of a batch, which can be sent, and its failures by index."""
+    images: list[LoadedImage] = []
+    failures: dict[int, Prediction | Failure] = {}
+    for item in batch:
+        if isinstance(item, Failure):
+            failures[item.index] = item
+        else:
+            images.append(item)
+    return images, failures
 
 
-def merge_outcomes(batch: Batch, outcomes: Sequence[Prediction | Failure]) -> list[Prediction | Failure]:
-    """Return an outcome for each item of a batch, given those of the images that were sent."""
-    remaining = iter(outcomes)
-    return [item if isinstance(item, Failure) else next(remaining) for item in batch]
+def halve(images: list[LoadedImage]) -> list[list[LoadedImage]]:
+    """Return both halves of several images, the first half last: it is sent next."""
+    middle = len(images) // 2
+    return [images[middle:], images[:middle]]
 
 
-def require_prediction(outcome: Prediction | Failure) -> Prediction:
-    """Return a prediction, or raise `ImageRejected` for a failure."""
+def require_success(outcome: Outcome | Failure) -> Outcome:
+    """Return a prediction or an image, or raise `ImageRejected` for a failure."""
     if isinstance(outcome, Failure):
         raise ImageRejected(outcome.index, outcome.file, outcome.reason)
     return outcome
@@ -79,10 +80,3 @@ def _iterate(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSourc
             f"or an iterable of these; got {type(images).__name__}"
         )
     return images
-
-
-def _load(source: ImageSource, *, index: int) -> LoadedImage | Failure:
-    try:
-        return load_image(source, index=index)
-    except ImageRejected as error:
-        return Failure(error.index, error.file, error.reason)

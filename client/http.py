@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import httpx
 
+from client.batches import Batch
 from client.errors import ConnectionFailed, RequestTimedOut, UnexpectedResponse
-from client.images import LoadedImage
 from client.options import is_local_host
 from client.predictions import Failure, Prediction, ServiceStatus
 from client.responses import Response
@@ -24,8 +24,6 @@ MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 Headers = Mapping[str, str]
 Auth = httpx.Auth | tuple[str, str] | Callable[[httpx.Request], httpx.Request]
 Verify = ssl.SSLContext | bool
-
-
 HttpxClient = TypeVar("HttpxClient", httpx.Client, httpx.AsyncClient)
 
 
@@ -57,91 +55,71 @@ class HttpTransport:
     """Sends requests with an `httpx.Client`, which it closes."""
 
     def __init__(self, api: RestApi, http: httpx.Client, *, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._api = api
-        self._http = http
-        self._sleep = sleep
+        self._api, self._http, self._sleep = api, http, sleep
+        self.close = http.close
 
-    def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
-        """Classify images; see `Transport`."""
-        return self._run(self._api.predict(images))
+    def predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
+        """Return an outcome for each item of a batch; failures are returned as they are."""
+        return self._run(self._api.predict(batch))
 
     def status(self) -> ServiceStatus:
-        """Return the status of the service; see `Transport`."""
+        """Return the status of the service."""
         return self._run(self._api.get_status())
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
-
     def _run(self, flow: Flow[Result]) -> Result:
-        try:
-            request = next(flow)
-            while True:
-                try:
-                    response = self._send(request)
-                except ConnectionFailed as error:
-                    request = flow.throw(error)
-                else:
-                    request = flow.send(response)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
+        step = next(flow)
+        while isinstance(step, Request):
+            step = flow.send(self._send(step))
+        return step
 
-    def _send(self, request: Request) -> Response:
+    def _send(self, request: Request) -> Response | ConnectionFailed:
         if request.delay_s:
             self._sleep(request.delay_s)
         body = _Body(self._api, request)
-        with _explain_errors(self._api), self._http.stream(**_stream_arguments(request)) as response:
-            for chunk in response.iter_bytes():
-                body.append(chunk)
+        try:
+            with _explain_errors(self._api), self._http.stream(**_stream_arguments(request)) as response:
+                for chunk in response.iter_bytes():
+                    body.append(chunk)
+        except ConnectionFailed as error:
+            return error
         return body.finish(response)
 
 
 class AsyncHttpTransport:
-    """Sends requests with an `httpx.AsyncClient`, which it closes."""
+    """`HttpTransport` for asyncio, with an `httpx.AsyncClient`."""
 
     def __init__(
         self, api: RestApi, http: httpx.AsyncClient, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
-        self._api = api
-        self._http = http
-        self._sleep = sleep
+        self._api, self._http, self._sleep = api, http, sleep
+        self.aclose = http.aclose
 
-    async def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
-        """Classify images; see `Transport`."""
-        return await self._run(self._api.predict(images))
+    async def predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
+        """Return an outcome for each item of a batch; failures are returned as they are."""
+        return await self._run(self._api.predict(batch))
 
     async def status(self) -> ServiceStatus:
-        """Return the status of the service; see `Transport`."""
+        """Return the status of the service."""
         return await self._run(self._api.get_status())
 
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
     async def _run(self, flow: Flow[Result]) -> Result:
-        try:
-            # In a thread: encoding the images of the first request would block the event loop.
-            request = await asyncio.to_thread(next, flow)
-            while True:
-                try:
-                    response = await self._send(request)
-                except ConnectionFailed as error:
-                    request = flow.throw(error)
-                else:
-                    request = flow.send(response)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
+        # In a thread: encoding the images of the first request would block the event loop.
+        step = await asyncio.to_thread(next, flow)
+        while isinstance(step, Request):
+            step = flow.send(await self._send(step))
+        return step
 
-    async def _send(self, request: Request) -> Response:
+    async def _send(self, request: Request) -> Response | ConnectionFailed:
         if request.delay_s:
             await self._sleep(request.delay_s)
         body = _Body(self._api, request)
-        with _explain_errors(self._api):
-            async with self._http.stream(**_stream_arguments(request)) as response:
-                async for chunk in response.aiter_bytes():
-                    body.append(chunk)
+        try:
+            with _explain_errors(self._api):
+                async with self._http.stream(**_stream_arguments(request)) as response:
+                    async for chunk in response.aiter_bytes():
+                        body.append(chunk)
+        except ConnectionFailed as error:
+            return error
         return body.finish(response)
 
 

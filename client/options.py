@@ -11,24 +11,12 @@ DEFAULT_RETRIES = 3
 MAX_VERSION = 2**63 - 1  # model versions are int64
 
 
-def validate_retry_options(timeout_s: float, retries: int) -> None:
-    """Check the timeout and the number of retries.
-
-    Raises:
-        ValueError: one of them is out of range.
-    """
+def validate_options(*, model: str | None, version: int | None, timeout_s: float, retries: int) -> None:
+    """Raise ValueError if an option of a client is out of range."""
     if not (timeout_s > 0 and math.isfinite(timeout_s)):
         raise ValueError(f"timeout_s must be more than 0 seconds, not {timeout_s}")
     if retries < 0:
         raise ValueError(f"retries must be at least 0, not {retries}")
-
-
-def validate_model(model: str | None, version: int | None) -> None:
-    """Check the name and the version of a model.
-
-    Raises:
-        ValueError: the name is empty, or the version is out of range.
-    """
     if model == "":
         raise ValueError("model must not be empty; omit it if the service has only one model")
     if version is not None and not 0 <= version <= MAX_VERSION:

@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import click
@@ -55,10 +54,8 @@ class Output:
         self._bar.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.__exit__(kind, error, traceback)
+    def __exit__(self, *_: object) -> None:
+        self._bar.render_finish()
 
     def write_prediction(self, file: str, prediction: Prediction) -> None:
         """Write the prediction of an image.

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from image_formats.content import EXPECTED
+from image_formats.files import is_image_file, is_system_name
 from training.data.dataset import Dataset, Split
 from training.data.file_kind import describe_file
-from training.data.image_file import is_image_file
 from training.data.image_reading import DEFAULT_SIZE, read_images
 from training.errors import DatasetError
 
@@ -23,8 +23,6 @@ TEST_FRACTION = 0.1  # of a folder without a test split
 LAYOUTS = "train/<class>/* and test/<class>/*, or <class>/*"
 # Names of the folders of a split, case-insensitive.
 _SPLITS = {"train": ("train", "training"), "test": ("test", "testing"), "validation": ("val", "valid", "validation")}
-# Files and folders of file managers and file systems; hidden files are skipped too.
-_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir", "lost+found")
 _SHOWN_AT_MOST = 5
 _SAMPLED_AT_MOST = 1_000  # files that are opened to detect an image folder
 
@@ -239,7 +237,7 @@ def _list(folder: Path) -> list[Path]:
         paths = sorted(folder.iterdir())
     except OSError as error:
         raise DatasetError(f"{folder} cannot be read as a folder: {error.strerror}") from error
-    return [path for path in paths if not path.name.startswith(".") and path.name.lower() not in _LITTER]
+    return [path for path in paths if not is_system_name(path.name)]
 
 
 def _classes(names: Sequence[str]) -> str:

@@ -8,12 +8,15 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from training.data.image_file import MAX_PIXELS, read_image
+from image_formats.decoding import read_rgb
+from image_formats.header import MAX_PIXELS, UnreadableImage
 from training.errors import DatasetError
 from training.memory import available_bytes, require_memory
 
@@ -23,6 +26,31 @@ _DECODING_BYTES = 9 * MAX_PIXELS  # of the largest image: decoded, converted and
 _SHOWN_AT_MOST = 5
 
 logger = logging.getLogger(__name__)
+
+
+def read_image(file: Path | BinaryIO, *, image_size: tuple[int, int] | None) -> np.ndarray:
+    """Read one image, upright and in RGB, with antialiased bilinear resizing: the same pixels as in the exported model.
+
+    Args:
+        file: path or open file, JPEG, PNG, WebP, AVIF, BMP or GIF; the first frame of an animation.
+        image_size: (height, width); `None` keeps the image's size.
+
+    Returns:
+        uint8 (height, width, 3). Transparency is composited over white, grey repeated, 16-bit samples keep their high
+        byte.
+
+    Raises:
+        DatasetError: the file is damaged, not an image, or has more than `MAX_PIXELS` according to its header.
+    """
+    try:
+        image = read_rgb(file.read_bytes() if isinstance(file, Path) else file.read())
+    except UnreadableImage as error:
+        raise DatasetError(f"{file}: {error}") from error
+    except OSError as error:
+        raise DatasetError(f"{file} cannot be read: {error.strerror or error}") from error
+    if image_size is not None and image.size != image_size[::-1]:
+        image = image.resize(image_size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 class _NoCommonSizeError(Exception):
