@@ -8,9 +8,9 @@ from typing import Self
 
 import httpx
 
-from client.batches import read_batches, require_success, validate_batch_size
+from client.batches import Batch, read_batches, require_success, validate_batch_size
 from client.client import REQUESTS_IN_FLIGHT
-from client.http import AsyncHttpTransport, Auth, Headers, Verify, make_httpx_client
+from client.http import Auth, Headers, Verify, make_httpx_client, run_async
 from client.images import ImageSource
 from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
 from client.pipeline import map_in_order_async
@@ -58,9 +58,10 @@ class AsyncClient:
         batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> None:
         self._batch_size = validate_batch_size(batch_size)
-        api = RestApi(url, model=model, version=version, timeout_s=timeout_s, retries=retries)
-        http = make_httpx_client(httpx.AsyncClient, api, headers=headers, auth=auth, verify=verify, transport=transport)
-        self._transport = AsyncHttpTransport(api, http)
+        self._api = RestApi(url, model=model, version=version, timeout_s=timeout_s, retries=retries)
+        self._http = make_httpx_client(
+            httpx.AsyncClient, self._api, headers=headers, auth=auth, verify=verify, transport=transport
+        )
 
     async def predict(self, images: ImageSource | Iterable[ImageSource]) -> list[Prediction]:
         """Classify one or more images; see `Client.predict`."""
@@ -80,15 +81,18 @@ class AsyncClient:
             2
         """
         batches = read_batches(images, self._batch_size)
-        return map_in_order_async(self._transport.predict_batch, batches, in_flight=REQUESTS_IN_FLIGHT)
+        return map_in_order_async(self._predict_batch, batches, in_flight=REQUESTS_IN_FLIGHT)
+
+    async def _predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
+        return await run_async(self._api.predict(batch), self._api, self._http)
 
     async def status(self) -> ServiceStatus:
         """Return whether the service is ready, and its models; see `Client.status`."""
-        return await self._transport.status()
+        return await run_async(self._api.get_status(), self._api, self._http)
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._transport.aclose()
+        await self._http.aclose()
 
     async def __aenter__(self) -> Self:
         return self

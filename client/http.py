@@ -1,4 +1,4 @@
-"""HTTP transports: run the flows of `RestApi` over `httpx.Client` and `httpx.AsyncClient`."""
+"""HTTP transport: runs the flows of `RestApi` over `httpx.Client` or `httpx.AsyncClient`."""
 
 from __future__ import annotations
 
@@ -36,11 +36,7 @@ def make_httpx_client(
     verify: Verify = True,
     transport: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None,
 ) -> HttpxClient:
-    """Return an httpx client with the given options, for the requests of `api`.
-
-    Raises:
-        ValueError: the proxy settings in the environment are invalid.
-    """
+    """Return an httpx client for the requests of `api`; raise ValueError if the environment's proxies are invalid."""
     if transport is None and is_local_host(api.base_url.host):
         # With a transport, httpx ignores the proxies set in the environment.
         transport = (httpx.HTTPTransport if kind is httpx.Client else httpx.AsyncHTTPTransport)(verify=verify)
@@ -69,58 +65,46 @@ class HttpTransport:
     def _run(self, flow: Flow[Result]) -> Result:
         step = next(flow)
         while isinstance(step, Request):
-            step = flow.send(self._send(step))
+            if step.delay_s:
+                self._sleep(step.delay_s)
+            body = _Body(self._api, step)
+            outcome: Response | ConnectionFailed
+            try:
+                with _explain_errors(self._api), self._http.stream(**_stream_arguments(step)) as response:
+                    for chunk in response.iter_bytes():
+                        body.append(chunk)
+                outcome = body.finish(response)
+            except ConnectionFailed as error:
+                outcome = error
+            step = flow.send(outcome)
         return step
 
-    def _send(self, request: Request) -> Response | ConnectionFailed:
-        if request.delay_s:
-            self._sleep(request.delay_s)
-        body = _Body(self._api, request)
+
+async def run_async(
+    flow: Flow[Result],
+    api: RestApi,
+    http: httpx.AsyncClient,
+    *,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> Result:
+    """Run a flow of `api` like `HttpTransport`, without blocking the event loop."""
+    # In a thread: encoding the images of the first request would block the event loop.
+    step = await asyncio.to_thread(next, flow)
+    while isinstance(step, Request):
+        if step.delay_s:
+            await sleep(step.delay_s)
+        body = _Body(api, step)
+        outcome: Response | ConnectionFailed
         try:
-            with _explain_errors(self._api), self._http.stream(**_stream_arguments(request)) as response:
-                for chunk in response.iter_bytes():
-                    body.append(chunk)
-        except ConnectionFailed as error:
-            return error
-        return body.finish(response)
-
-
-class AsyncHttpTransport:
-    """`HttpTransport` for asyncio, with an `httpx.AsyncClient`."""
-
-    def __init__(
-        self, api: RestApi, http: httpx.AsyncClient, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    ) -> None:
-        self._api, self._http, self._sleep = api, http, sleep
-        self.aclose = http.aclose
-
-    async def predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
-        """Return an outcome for each item of a batch; failures are returned as they are."""
-        return await self._run(self._api.predict(batch))
-
-    async def status(self) -> ServiceStatus:
-        """Return the status of the service."""
-        return await self._run(self._api.get_status())
-
-    async def _run(self, flow: Flow[Result]) -> Result:
-        # In a thread: encoding the images of the first request would block the event loop.
-        step = await asyncio.to_thread(next, flow)
-        while isinstance(step, Request):
-            step = flow.send(await self._send(step))
-        return step
-
-    async def _send(self, request: Request) -> Response | ConnectionFailed:
-        if request.delay_s:
-            await self._sleep(request.delay_s)
-        body = _Body(self._api, request)
-        try:
-            with _explain_errors(self._api):
-                async with self._http.stream(**_stream_arguments(request)) as response:
+            with _explain_errors(api):
+                async with http.stream(**_stream_arguments(step)) as response:
                     async for chunk in response.aiter_bytes():
                         body.append(chunk)
+            outcome = body.finish(response)
         except ConnectionFailed as error:
-            return error
-        return body.finish(response)
+            outcome = error
+        step = flow.send(outcome)
+    return step
 
 
 class _Body:
