@@ -34,9 +34,6 @@ def find_image_folders(folder: Path) -> list[Path]:
 
     An image folder has folders `train/<class>/`, or a folder with image files, detected by their content. Several
     folders with images in deeper folders are classes, as for Keras; a single one is searched.
-
-    Raises:
-        DatasetError: the folder is missing or cannot be listed.
     """
     if _is_image_folder(folder):
         return [folder]
@@ -48,11 +45,7 @@ def find_image_folders(folder: Path) -> list[Path]:
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
-    """Return the class names of a folder found by `find_image_folders`, sorted.
-
-    Raises:
-        DatasetError: there are fewer than two, or one is not UTF-8.
-    """
+    """Return the sorted class names of an image folder; raise `DatasetError` if one is not UTF-8, or has no other."""
     by_class = _find_splits(folder)["train"][0] if _has_splits(folder) else folder
     names = tuple(path.name for path in _subfolders(by_class))
     for name in names:
@@ -131,14 +124,11 @@ def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size:
     (test_folder,) = tests
     if not splits["test"]:
         logger.info("%s has no test/, so the images of %s/ are the test images", folder, test_folder.name)
-    read = (train_folder.name, test_folder.name)
-    if others := [path.name for path in _subfolders(folder) if path.name not in read]:
+    train_name, test_name = train_folder.name, test_folder.name
+    if others := [path.name for path in _subfolders(folder) if path.name not in (train_name, test_name)]:
         logger.warning(
-            "of %s, only %s/ and %s/ are read, not %s; the validation images are split off from %s/",
-            folder,
-            *read,
-            _listed(others),
-            train_folder.name,
+            f"of {folder}, only {train_name}/ and {test_name}/ are read, not {_listed(others)}; "
+            f"the validation images are split off from {train_name}/"
         )
     test_classes = [path.name for path in _subfolders(test_folder)]
     if not test_classes and any(map(is_image_file, _list(test_folder))):
@@ -196,7 +186,7 @@ def _shown(path: Path) -> str:
 
 def _is_image_folder(folder: Path) -> bool:
     return _has_splits(folder) or any(
-        is_image_file(path) for subfolder in _subfolders(folder) for path in _list(subfolder)
+        map(is_image_file, itertools.chain.from_iterable(map(_list, _subfolders(folder))))
     )
 
 

@@ -85,11 +85,8 @@ def read_images(
     except _NoCommonSizeError as reason:
         if default_size is None:
             raise DatasetError(str(reason)) from None
-        logger.info(
-            "%s: all are resized to %s; choose another size with --image-size HEIGHTxWIDTH (make: IMAGE_SIZE=)",
-            reason,
-            _text(default_size),
-        )
+        advice = "choose another size with --image-size HEIGHTxWIDTH (make: IMAGE_SIZE=)"
+        logger.info("%s: all are resized to %s; %s", reason, _text(default_size), advice)
     return _read(paths, default_size, folder, largest_side=None)
 
 
@@ -135,26 +132,17 @@ def _decode(
         except DatasetError as error:
             return error
 
+    # One thread per core, as far as their images fit into memory.
+    available, threads = available_bytes(), os.cpu_count() or 1
+    if available is not None:
+        threads = max(1, min(threads, available // _DECODING_BYTES))
     console = Console(stderr=True)
-    pool = ThreadPoolExecutor(_count_threads())
+    pool = ThreadPoolExecutor(threads)
     try:
-        yield from track(
-            pool.map(read, paths),
-            f"reading {folder}",
-            total=len(paths),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        images, title, is_hidden = pool.map(read, paths), f"reading {folder}", not console.is_terminal
+        yield from track(images, title, total=len(paths), console=console, transient=True, disable=is_hidden)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _count_threads() -> int:
-    """Return the number of decoding threads: one per core, as far as their images fit into memory."""
-    available = available_bytes()
-    cores = os.cpu_count() or 1
-    return cores if available is None else max(1, min(cores, available // _DECODING_BYTES))
 
 
 def _allocate(count: int, image: np.ndarray) -> np.ndarray:

@@ -35,14 +35,7 @@ class LoopData:
 
 
 def split_validation(train: Split, *, seed: int) -> tuple[Split, Split]:
-    """Split off a tenth of each class for validation.
-
-    Args:
-        train: the training images, at least two of each class.
-        seed: of the random choice.
-
-    Returns:
-        Training and validation images, in their original order.
+    """Return the images for training and validation, a random tenth of each class; both in their original order.
 
     Raises:
         DatasetError: a class has a single image.
