@@ -128,18 +128,13 @@ class GrpcTransport:
             )
         version = response.model_spec.version.value
         names = self._find_class_names(version, probabilities.shape[1], deadline_s)
-        return {
-            image.index: Prediction(
-                file=image.file,
-                label=label,
-                class_id=int(class_id),
-                confidence=float(row.max()),
-                probabilities=dict(zip(names, row.tolist(), strict=True)),
-                model=self._model,
-                model_version=version,
+        predictions = {}
+        for image, label, class_id, row in zip(images, labels, class_ids.tolist(), probabilities, strict=True):
+            by_label, confidence = dict(zip(names, row.tolist(), strict=True)), float(row.max())
+            predictions[image.index] = Prediction(
+                image.file, label, class_id, confidence, by_label, self._model, version
             )
-            for image, row, class_id, label in zip(images, probabilities, class_ids, labels, strict=True)
-        }
+        return predictions
 
     def _send_files(self, images: Sequence[LoadedImage], deadline_s: float) -> Any:
         tensor = make_tensor(DT_STRING, len(images), string_val=[image.data for image in images])

@@ -12,14 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from client.errors import (
-    ClientError,
-    ModelNotFound,
-    RequestRejected,
-    ServerBusy,
-    ServerFailed,
-    UnexpectedResponse,
-)
+from client.errors import ClientError, ModelNotFound, RequestRejected, ServerBusy, ServerFailed, UnexpectedResponse
 from client.images import LoadedImage
 from client.predictions import Failure, ModelStatus, Prediction, ServiceStatus
 
@@ -87,18 +80,7 @@ def read_predictions(response: Response, images: Sequence[LoadedImage]) -> Itera
                 "confidence": float() | int() as confidence,
                 "probabilities": dict(probabilities),
             } if all(isinstance(probability, (float, int)) for probability in probabilities.values()):
-                yield (
-                    image.index,
-                    Prediction(
-                        file=image.file,
-                        label=label,
-                        class_id=class_id,
-                        confidence=confidence,
-                        probabilities=probabilities,
-                        model=model,
-                        model_version=version,
-                    ),
-                )
+                yield image.index, Prediction(image.file, label, class_id, confidence, probabilities, model, version)
             case _:
                 raise UnexpectedResponse(
                     f"expected label, class_id, confidence and probabilities from {response.url}, got {str(row)[:200]}"

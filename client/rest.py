@@ -53,9 +53,8 @@ class RestApi:
         self.url = str(self.base_url.copy_with(username=None, password=None)).rstrip("/")
         self.timeout_s = timeout_s
         self._retries = retries
-        self._params = {
-            name: str(value) for name, value in (("model", model), ("version", version)) if value is not None
-        }
+        named = {"model": model, "version": version}
+        self._params = {name: str(value) for name, value in named.items() if value is not None}
 
     def predict(self, batch: Batch) -> Flow[list[Prediction | Failure]]:
         """Classify images; yield a prediction or a failure for each, in their order. Failures are passed on.
@@ -95,14 +94,8 @@ class RestApi:
     def _post_images(self, images: Sequence[LoadedImage]) -> Generator[Request, Response | ConnectionFailed, Response]:
         """Post images; retry while the connection fails or the service responds with 503."""
         content, content_type = encode_form(images)
-        request = Request(
-            "POST",
-            "/predict",
-            time.monotonic() + self.timeout_s,
-            params=self._params,
-            headers={"Content-Type": content_type},
-            content=content,
-        )
+        headers, deadline_s = {"Content-Type": content_type}, time.monotonic() + self.timeout_s
+        request = Request("POST", "/predict", deadline_s, params=self._params, headers=headers, content=content)
         attempt = 0
         while True:
             attempt += 1

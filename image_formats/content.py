@@ -13,6 +13,12 @@ HAS_AVIF = bool(features.check("avif"))  # Pillow can be built without it
 SUPPORTED = ("JPEG", "PNG", "WebP", *(["AVIF"] if HAS_AVIF else []), "BMP", "GIF")
 EXPECTED = f"expected {', '.join(SUPPORTED[:-1])} or {SUPPORTED[-1]}"
 
+_READERS = (
+    (jpeg.SIGNATURE, jpeg.read_header),
+    (png.SIGNATURE, png.read_header),
+    (gif.SIGNATURE, gif.read_header),
+    (bmp.SIGNATURE, bmp.read_header),
+)
 _SIGNATURES = {
     "JPEG": (jpeg.SIGNATURE,),
     "PNG": (png.SIGNATURE,),
@@ -30,14 +36,9 @@ def read_header(data: bytes) -> ImageHeader | None:
     Returns:
         The header, or None if the format is not supported or the file ends before the image data. Never raises.
     """
-    if data.startswith(jpeg.SIGNATURE):
-        return jpeg.read_header(data)
-    if data.startswith(png.SIGNATURE):
-        return png.read_header(data)
-    if data.startswith(gif.SIGNATURE):
-        return gif.read_header(data)
-    if data.startswith(bmp.SIGNATURE):
-        return bmp.read_header(data)
+    for signature, read in _READERS:
+        if data.startswith(signature):
+            return read(data)
     if webp.is_webp(data):
         return webp.read_header(data)
     if HAS_AVIF and avif.is_avif(data):

@@ -101,7 +101,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _map_strips(image, _high_byte, mode="L").convert("RGB")
     if image.mode == "CMYK":
-        return _map_strips(image, _cmyk_to_rgb_adobe if "adobe" in image.info else _cmyk_to_rgb, mode="RGB")
+        inversion = 255 if "adobe" in image.info else 0  # Adobe files are inverted, and Pillow has undone that
+        return _map_strips(image, lambda ink: _cmyk_to_rgb(ink ^ inversion), mode="RGB")
     return image.convert("RGB")
 
 
@@ -132,8 +133,7 @@ def _composite_png(image: Image.Image, file: bytes, transparency: bytes) -> Imag
         return _composite(
             image,
             lambda strip, low_strip: _merge(
-                strip,
-                ((np.asarray(strip) != colour >> 8) | (np.asarray(low_strip) != colour & 255)).any(axis=2),
+                strip, ((np.asarray(strip) != colour >> 8) | (np.asarray(low_strip) != colour & 255)).any(axis=2)
             ),
             low,
         )
@@ -182,7 +182,3 @@ def _cmyk_to_rgb(ink: np.ndarray) -> np.ndarray:
     wide = ink.astype(np.uint16)
     rgb: np.ndarray = (wide[..., :3] * wide[..., 3:] // 255).astype(np.uint8)
     return rgb
-
-
-def _cmyk_to_rgb_adobe(ink: np.ndarray) -> np.ndarray:
-    return _cmyk_to_rgb(255 - ink)  # Adobe files are inverted, and Pillow has undone that

@@ -46,15 +46,10 @@ def read_header(data: bytes) -> ImageHeader | None:
             return None
         header = (0,) * 7  # it may follow after MAX_CHUNKS
     width, height, depth, colour_type, *_ = header
+    channels = 4 if colour_type == RGB and is_copied else _CHANNELS.get(colour_type, 4)
+    depth_bytes = 1 if depth <= 8 else 2
     return ImageHeader(
-        "PNG",
-        width,
-        height,
-        len(data),
-        4 if colour_type == RGB and is_copied else _CHANNELS.get(colour_type, 4),
-        sample_bytes=1 if depth <= 8 else 2,
-        metadata_bytes=metadata_bytes,
-        problem=problem,
+        "PNG", width, height, len(data), channels, depth_bytes, metadata_bytes=metadata_bytes, problem=problem
     )
 
 
