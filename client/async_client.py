@@ -8,12 +8,11 @@ from typing import Self
 
 import httpx
 
-from client.batches import Batch, read_batches, require_success, validate_batch_size
+from client.batches import Batch, map_in_order_async, read_batches, require_success, validate_batch_size
 from client.client import REQUESTS_IN_FLIGHT
 from client.http import Auth, Headers, Verify, make_httpx_client, run_async
 from client.images import ImageSource
 from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
-from client.pipeline import map_in_order_async
 from client.predictions import Failure, Prediction, ServiceStatus
 from client.rest import RestApi
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Self
 
 import httpx
 
-from client.batches import read_batches, require_success, validate_batch_size
+from client.batches import map_in_order, read_batches, require_success, validate_batch_size
 from client.http import Auth, Headers, HttpTransport, Verify, make_httpx_client
 from client.images import ImageSource
 from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
-from client.pipeline import map_in_order
 from client.predictions import Failure, Prediction, ServiceStatus
 from client.rest import RestApi
 

@@ -67,11 +67,7 @@ class LoadedImage:
 
 
 def load_image(source: ImageSource, *, index: int) -> LoadedImage | Failure:
-    """Load an image of any form; read it if it is a file.
-
-    Returns:
-        The image, or a failure if the file cannot be read, is empty or too large, or the pixels have another type or
-        shape.
+    """Load an image of any form, or return why its file, bytes or pixels cannot be sent.
 
     Raises:
         TypeError: the source is not an image in any of the accepted forms.
@@ -95,7 +91,10 @@ def load_image(source: ImageSource, *, index: int) -> LoadedImage | Failure:
                 "expected a path, the bytes of an encoded image, a uint8 array (height, width, 3) "
                 f"or a Pillow image; got {type(source).__name__}"
             )
-        _check_size(content)
+        if len(content) == 0:
+            raise UnreadableImage("the image is empty: it has no bytes")
+        if isinstance(content, bytes) and len(content) > MAX_IMAGE_BYTES:
+            raise UnreadableImage(f"the image is larger than {MAX_IMAGE_BYTES:,} bytes, the maximum")
     except UnreadableImage as error:
         return Failure(index, file, str(error))
     return LoadedImage(index=index, file=file, content=content)
@@ -164,13 +163,6 @@ def _read_file(file: str) -> bytes:
         raise UnreadableImage(f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in the name
         raise UnreadableImage(f"invalid file name: {error}") from error
-
-
-def _check_size(content: bytes | np.ndarray[Any, Any]) -> None:
-    if len(content) == 0:
-        raise UnreadableImage("the image is empty: it has no bytes")
-    if isinstance(content, bytes) and len(content) > MAX_IMAGE_BYTES:
-        raise UnreadableImage(f"the image is larger than {MAX_IMAGE_BYTES:,} bytes, the maximum")
 
 
 def _copy_pixels(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

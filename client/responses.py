@@ -1,4 +1,4 @@
-"""Reads the service's responses. Nothing is assumed about them: another server, or a proxy, may have sent them."""
+"""Reads the service's responses. If another server or a proxy has sent them, `UnexpectedResponse` is raised."""
 
 from __future__ import annotations
 
@@ -60,11 +60,7 @@ class Response:
 
 
 def read_predictions(response: Response, images: Sequence[LoadedImage]) -> Iterator[tuple[int, Prediction]]:
-    """Yield the index and the prediction of each image that was sent.
-
-    Raises:
-        UnexpectedResponse: the response is not that of `POST /predict`, or has another number of predictions.
-    """
+    """Yield the index and the prediction of each image that was sent, from the response of `POST /predict`."""
     match response.json:
         case {"model": {"name": str(model), "version": int(version)}, "predictions": list(rows)}:
             pass
@@ -109,11 +105,7 @@ def read_rejections(response: Response, images: Sequence[LoadedImage]) -> list[F
 
 
 def read_status(response: Response) -> ServiceStatus:
-    """Return the status in a response to `GET /readyz`.
-
-    Raises:
-        UnexpectedResponse: the response is not that of this route.
-    """
+    """Return the status in a response to `GET /readyz`."""
     match response.json:
         case {"ready": bool(ready), "models": list(rows)}:
             reason = response.json.get("reason")

@@ -64,17 +64,14 @@ def read_images(
     folder: Path,
     default_size: tuple[int, int] | None = DEFAULT_SIZE,
 ) -> np.ndarray:
-    """Read image files.
+    """Read image files, at least one.
 
     Args:
-        paths: at least one file.
+        paths: in the order of the result, uint8 (n, height, width, 3).
         image_size: (height, width) to resize to; `None` keeps small images of equal size.
         folder: for messages.
         default_size: (height, width) for other images if `image_size` is `None`. If both are, large images are kept,
             and images of different sizes are an error.
-
-    Returns:
-        uint8 (n, height, width, 3), in the order of the paths.
 
     Raises:
         DatasetError: files are damaged, or differ in size.

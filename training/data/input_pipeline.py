@@ -58,12 +58,8 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Return endless shuffled batches of (images uint8 (batch, height, width, 3), labels int64 (batch,)).
 
-    Args:
-        split: the images and labels; each occurs once in an epoch.
-        batch_size: the last batch of an epoch may be smaller.
-        seed: the order is a function of seed and epoch.
-        first_epoch: to begin with, counted from 0.
-        augmentation: flip every image horizontally in every other epoch, and apply these changes.
+    Each image occurs once in an epoch, whose last batch may be smaller. Epochs are counted from 0. With augmentation,
+    every image is also flipped horizontally in every other epoch.
     """
     # Outside the functions below, whose graphs would otherwise contain copies.
     images, labels = tf.constant(split.images), tf.constant(split.labels)
