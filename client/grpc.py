@@ -13,12 +13,11 @@ from typing import Any
 import grpc
 import numpy as np
 
-from client.backoff import choose_retry_wait_s
 from client.batches import Batch, halve, separate
 from client.errors import ConnectionFailed, RequestRejected, ServerBusy, UnexpectedResponse
 from client.grpc_errors import InvalidArgumentError, make_error
 from client.images import LoadedImage, as_jpeg_or_png
-from client.options import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, is_local_host, validate_options
+from client.options import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, choose_retry_wait_s, is_local_host, validate_options
 from client.predictions import Failure, ModelStatus, Prediction, ServiceStatus
 from client.protos import prediction_pb2
 from client.tensors import DT_FLOAT, DT_INT64, DT_STRING, DT_UINT8, make_tensor, read_numbers, read_strings

@@ -14,11 +14,10 @@ from typing import TypeVar
 
 import httpx
 
-from client.backoff import choose_retry_wait_s
 from client.batches import Batch, halve, separate
 from client.errors import ClientError, ConnectionFailed
 from client.images import LoadedImage
-from client.options import validate_options
+from client.options import choose_retry_wait_s, validate_options
 from client.predictions import Failure, Prediction, ServiceStatus
 from client.responses import Response, make_error, read_predictions, read_rejections, read_status
 
