@@ -1,4 +1,4 @@
-"""Reads the service's responses. Nothing is assumed about them: another server, or a proxy, may have sent them."""
+"""Reads the service's responses. If another server or a proxy has sent them, `UnexpectedResponse` is raised."""
 
 from __future__ import annotations
 
@@ -12,14 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from client.errors import (
-    ClientError,
-    ModelNotFound,
-    RequestRejected,
-    ServerBusy,
-    ServerFailed,
-    UnexpectedResponse,
-)
+from client.errors import ClientError, ModelNotFound, RequestRejected, ServerBusy, ServerFailed, UnexpectedResponse
 from client.images import LoadedImage
 from client.predictions import Failure, ModelStatus, Prediction, ServiceStatus
 
@@ -67,11 +60,7 @@ class Response:
 
 
 def read_predictions(response: Response, images: Sequence[LoadedImage]) -> Iterator[tuple[int, Prediction]]:
-    """Yield the index and the prediction of each image that was sent.
-
-    Raises:
-        UnexpectedResponse: the response is not that of `POST /predict`, or has another number of predictions.
-    """
+    """Yield the index and the prediction of each image that was sent, from the response of `POST /predict`."""
     match response.json:
         case {"model": {"name": str(model), "version": int(version)}, "predictions": list(rows)}:
             pass
@@ -87,18 +76,7 @@ def read_predictions(response: Response, images: Sequence[LoadedImage]) -> Itera
                 "confidence": float() | int() as confidence,
                 "probabilities": dict(probabilities),
             } if all(isinstance(probability, (float, int)) for probability in probabilities.values()):
-                yield (
-                    image.index,
-                    Prediction(
-                        file=image.file,
-                        label=label,
-                        class_id=class_id,
-                        confidence=confidence,
-                        probabilities=probabilities,
-                        model=model,
-                        model_version=version,
-                    ),
-                )
+                yield image.index, Prediction(image.file, label, class_id, confidence, probabilities, model, version)
             case _:
                 raise UnexpectedResponse(
                     f"expected label, class_id, confidence and probabilities from {response.url}, got {str(row)[:200]}"
@@ -127,11 +105,7 @@ def read_rejections(response: Response, images: Sequence[LoadedImage]) -> list[F
 
 
 def read_status(response: Response) -> ServiceStatus:
-    """Return the status in a response to `GET /readyz`.
-
-    Raises:
-        UnexpectedResponse: the response is not that of this route.
-    """
+    """Return the status in a response to `GET /readyz`."""
     match response.json:
         case {"ready": bool(ready), "models": list(rows)}:
             reason = response.json.get("reason")

@@ -224,7 +224,7 @@ def export(run_path: Path, *, models_dir: Path, name: str | None, mirror: bool) 
 @click.option("--per-class", type=click.IntRange(1), default=1, help="Images of each class.")
 def samples(folder: Path, *, per_class: int, **config_values: Any) -> None:
     """Write some test images of a dataset into FOLDER, as PNG files named by their class."""
-    from training.data.samples import write_samples
+    from training.data.dataset import write_samples
 
     paths = write_samples(load_dataset(TrainingConfig(**config_values)), folder, per_class=per_class)
     click.echo(f"wrote {len(paths)} images into {folder}")

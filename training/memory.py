@@ -51,12 +51,10 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     `None` if the system does not tell.
     """
     amounts = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        amounts.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = (root / "proc/self/limits").read_text().splitlines()
-        limit = int(next(line for line in lines if line.startswith("Max address space")).split()[3])  # or "unlimited"
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        amounts.append(1024 * int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        limit = int((root / "proc/self/limits").read_text().split("Max address space")[1].split()[0])  # or "unlimited"
         used = int((root / "proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         amounts.append(limit - used)
     with contextlib.suppress(OSError, ValueError):

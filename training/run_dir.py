@@ -74,11 +74,7 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, config: TrainingConfig) -> RunDir:
-        """Create the directory of a new run.
-
-        Raises:
-            RunError: there is a run at `path` already, or the directory cannot be created.
-        """
+        """Create the directory of a new run; raise `RunError` if `path` has a run already, or cannot be created."""
         run = cls(path)
         _make_directory(path)
         with run.lock():
@@ -97,11 +93,7 @@ class RunDir:
 
     @classmethod
     def create_numbered(cls, path: Path, config: TrainingConfig) -> RunDir:
-        """Create the directory of a new run at `path` or, if that exists, at `path`-2, `path`-3 and so on.
-
-        Raises:
-            RunError: the directory cannot be created.
-        """
+        """Like `create`, at `path` or, if that exists, at `path`-2, `path`-3 and so on."""
         _make_directory(path.parent)
         for number in itertools.count(1):
             folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
@@ -113,21 +105,16 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """Open the directory of an existing run.
-
-        Raises:
-            RunError: there is no run at `path`.
-        """
+        """Open the directory of an existing run; raise `RunError` if there is none at `path`."""
         if not (path / "config.json").is_file():
             raise RunError(f"{path} is not a run directory: it has no config.json")
         return cls(path)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Exclude other processes from this run. The lock of a killed process is released by the system.
+        """Exclude other processes from this run; raise `RunError` if one holds the lock.
 
-        Raises:
-            RunError: another process holds the lock.
+        The system releases the lock of a killed process.
         """
         with (self.path / ".lock").open("w") as file:
             try:
@@ -137,11 +124,7 @@ class RunDir:
             yield
 
     def read_config(self) -> TrainingConfig:
-        """Return the config.
-
-        Raises:
-            RunError: config.json is invalid.
-        """
+        """Return the config; raise `RunError` if config.json is invalid."""
         try:
             return TrainingConfig.from_json((self.path / "config.json").read_text())
         except (ValueError, TypeError) as error:
@@ -152,15 +135,7 @@ class RunDir:
         self._write_text("config.json", config.to_json())
 
     def check_config(self, config: TrainingConfig, trained: Mapping[str, Any]) -> None:
-        """Check that a config describes the training that a checkpoint comes from.
-
-        Args:
-            config: of the run now.
-            trained: JSON values of the config that the checkpoint was written with.
-
-        Raises:
-            RunError: a value differs that must not change.
-        """
+        """Raise `RunError` if a value that must not change differs from a checkpoint's config, `trained`, as JSON."""
         if changes := config.changes_from(trained):
             listed = ", ".join(f"{name} is {now!r} and was {then!r}" for name, (now, then) in changes.items())
             raise RunError(
@@ -177,11 +152,7 @@ class RunDir:
         self._write_json("dataset.json", dataclasses.asdict(info))
 
     def read_dataset(self) -> DatasetInfo:
-        """Return the metadata of the run's data.
-
-        Raises:
-            RunError: dataset.json is missing or invalid.
-        """
+        """Return the metadata of the run's data; raise `RunError` if dataset.json is missing or invalid."""
         again = format_command("train", "--resume", self.path)
         missing = f"the run ended before it read its data, or the file was lost. Write it again with: {again}"
         values = self._read_json("dataset.json", missing=missing)
@@ -203,11 +174,7 @@ class RunDir:
         self._write_text("history.csv", text.getvalue())
 
     def read_history(self) -> list[EpochResult]:
-        """Return the epochs in history.csv; an empty list if the file does not exist.
-
-        Raises:
-            RunError: the file is invalid.
-        """
+        """Return the epochs in history.csv, none if it does not exist; raise `RunError` if it is invalid."""
         if not (self.path / "history.csv").exists():
             return []
         try:
@@ -227,11 +194,7 @@ class RunDir:
         self._write_json("evaluation.json", values)
 
     def read_evaluation(self) -> dict[str, Any]:
-        """Return the contents of evaluation.json.
-
-        Raises:
-            RunError: the run has not been evaluated.
-        """
+        """Return the contents of evaluation.json; raise `RunError` if the run has not been evaluated."""
         missing = f"evaluate the run first: {format_command('evaluate', self.path)}"
         return self._read_json("evaluation.json", missing=missing)
 

@@ -7,8 +7,7 @@ from PIL import Image
 
 from image_formats.content import HAS_AVIF, HEAD_BYTES, explain_unreadable, read_header
 from image_formats.decoding import decode_rgb
-from image_formats.errors import UnreadableImage
-from image_formats.header import ImageHeader
+from image_formats.header import ImageHeader, UnreadableImage
 from serving.errors import InvalidRequest
 from serving.greenlets import offload
 from serving.images.decode_cost import is_quick

@@ -321,9 +321,9 @@ def test_constants_are_tensorflow_servings() -> None:
 def test_tensors_are_those_of_tensorflow() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3), np.uint8)
     for ours, expected in (
-        (tensors.make_pixels_tensor(list(pixels)), pixels),
-        (tensors.make_class_ids_tensor(3), np.arange(3)),
-        (tensors.make_files_tensor([b"one", b"two"]), np.array([b"one", b"two"], object)),
+        (tensors.make_tensor(tensors.DT_UINT8, *pixels.shape, tensor_content=pixels.tobytes()), pixels),
+        (tensors.make_tensor(tensors.DT_INT64, 3, int64_val=range(3)), np.arange(3)),
+        (tensors.make_tensor(tensors.DT_STRING, 2, string_val=[b"one", b"two"]), np.array([b"one", b"two"], object)),
     ):
         values = tf.make_ndarray(tensor_pb2.TensorProto.FromString(ours.SerializeToString()))
         assert values.dtype == expected.dtype

@@ -1,12 +1,14 @@
-"""Datasets in memory."""
+"""Datasets in memory, and files of their test images."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,14 @@ class Dataset:
                 digest.update(repr((array.shape, array.dtype.str)).encode())
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+
+def write_samples(dataset: Dataset, folder: Path, *, per_class: int) -> list[Path]:
+    """Write the first `per_class` test images of each class as `folder/<class>-<number>.png`; return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for class_id, name in enumerate(dataset.class_names):
+        for number, row in enumerate(np.flatnonzero(dataset.test.labels == class_id)[:per_class], start=1):
+            paths.append(folder / f"{name}-{number}.png")
+            Image.fromarray(dataset.test.images[row]).save(paths[-1])
+    return paths

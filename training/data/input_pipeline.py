@@ -35,14 +35,7 @@ class LoopData:
 
 
 def split_validation(train: Split, *, seed: int) -> tuple[Split, Split]:
-    """Split off a tenth of each class for validation.
-
-    Args:
-        train: the training images, at least two of each class.
-        seed: of the random choice.
-
-    Returns:
-        Training and validation images, in their original order.
+    """Return the images for training and validation, a random tenth of each class; both in their original order.
 
     Raises:
         DatasetError: a class has a single image.
@@ -65,12 +58,8 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Return endless shuffled batches of (images uint8 (batch, height, width, 3), labels int64 (batch,)).
 
-    Args:
-        split: the images and labels; each occurs once in an epoch.
-        batch_size: the last batch of an epoch may be smaller.
-        seed: the order is a function of seed and epoch.
-        first_epoch: to begin with, counted from 0.
-        augmentation: flip every image horizontally in every other epoch, and apply these changes.
+    Each image occurs once in an epoch, whose last batch may be smaller. Epochs are counted from 0. With augmentation,
+    every image is also flipped horizontally in every other epoch.
     """
     # Outside the functions below, whose graphs would otherwise contain copies.
     images, labels = tf.constant(split.images), tf.constant(split.labels)

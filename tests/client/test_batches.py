@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from client.pipeline import map_in_order
+from client.batches import map_in_order
 
 
 def test_signal_in_another_thread_interrupts_the_main_thread() -> None:

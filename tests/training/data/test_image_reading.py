@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from training.data.image_file import read_image
+from training.data.image_reading import read_image
 from training.errors import DatasetError
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
@@ -97,7 +97,7 @@ def test_resizing_is_antialiased_bilinear():
 @pytest.mark.parametrize("size", [(7001, 7143), (20_000, 20_000)])  # just above the limit; above Pillow's as well
 def test_decompression_bomb_is_rejected_and_named(tmp_path, size):
     Image.new("1", size).save(tmp_path / "bomb.png")
-    with pytest.raises(DatasetError, match=r"bomb\.png has .*pixels; the limit is 50,000,000"):
+    with pytest.raises(DatasetError, match=r"bomb\.png: .*pixels; the maximum is 50,000,000"):
         read_image(tmp_path / "bomb.png", image_size=(32, 32))
 
 
