@@ -122,13 +122,10 @@ class Metrics:
 class _TimedPredictor:
     def __init__(self, inner: Predictor, model: str, seconds: Histogram, rows: Counter, call_rows: Histogram) -> None:
         self._inner = inner
+        self.signatures: Mapping[str, Signature] = inner.signatures
         self._rows = rows.labels(model)
         self._call_rows = call_rows.labels(model)
         self._seconds = cache(partial(seconds.labels, model))
-
-    @property
-    def signatures(self) -> Mapping[str, Signature]:
-        return self._inner.signatures
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
