@@ -53,9 +53,7 @@ def _option(flag: str, text: str, **attributes: Any) -> Callable[[Callable[..., 
 @_option("--rest-port", "Port of the HTTP API and the page.")
 @_option("--grpc-port", "Port of the gRPC API; 0 for none.")
 @_option(
-    "--threads",
-    "Threads that parse and decode large requests.  [default: the number of cores]",
-    show_default=False,
+    "--threads", "Threads that parse and decode large requests.  [default: the number of cores]", show_default=False
 )
 @_option(
     "--concurrency",
@@ -86,8 +84,7 @@ def _option(flag: str, text: str, **attributes: Any) -> Callable[[Callable[..., 
     "passed. The header X-Request-Timeout-S shortens it.",
 )
 @_option(
-    "--max-connections",
-    "Most open HTTP connections; fewer where the limit on open files (ulimit -n) allows fewer.",
+    "--max-connections", "Most open HTTP connections; fewer where the limit on open files (ulimit -n) allows fewer."
 )
 @_option("--max-rows", "Most rows (images) in one request.")
 @_option(

@@ -42,7 +42,13 @@ class TensorSpec:
 
     def fits(self, array: np.ndarray) -> bool:
         """Return True if an array has this dtype and shape."""
-        return array.dtype == self.numpy_dtype and _fits(array.shape, self.shape)
+        expected, shape = self.shape, array.shape
+        if array.dtype != self.numpy_dtype or (expected is not None and len(shape) != len(expected)):
+            return False
+        for want, have in zip(expected or (), shape):  # noqa: B905, SIM110 - strict zip and `all` are slower
+            if want is not None and want != have:
+                return False
+        return True
 
     def __str__(self) -> str:
         """Return dtype and shape: `uint8 (n, 32, 32, 3)`."""
@@ -139,17 +145,6 @@ def _refuse_names(signature: Signature, inputs: Mapping[str, np.ndarray]) -> NoR
         f'signature "{signature.name}" has no input {", ".join(sorted(inputs.keys() - expected.keys()))}; '
         f"it takes {', '.join(f'{name}: {spec}' for name, spec in expected.items())}"
     )
-
-
-def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> bool:
-    if expected is None:
-        return True
-    if len(shape) != len(expected):
-        return False
-    for want, have in zip(expected, shape, strict=True):  # noqa: SIM110 - `all` with a generator is slower
-        if want is not None and want != have:
-            return False
-    return True
 
 
 def _shape_text(shape: tuple[int | None, ...]) -> str:
