@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from serving.api.flask_app import URGENT_PATHS, ServingApp
-from serving.app import make_app
+from serving.app import make_app, name_remote_models
 from serving.errors import StartupError
 from serving.http.protocol import SharedState
 from serving.http.server import listen, run_http_server
-from serving.inference.backends import name_remote_models
 from serving.inference.model_config import ModelsFolder
 from serving.memory import TRIM_BYTES, MemoryBudget
 from serving.process import SWITCH_INTERVAL_S, configure_metrics, exit_process
@@ -127,11 +126,7 @@ class _ServerRun:
             self._grpc_server.stop(grace_s=settings.drain_timeout_s)
 
     def _start_grpc(self) -> None:
-        """Start the gRPC server; it shuts down when the HTTP server begins to.
-
-        Raises:
-            StartupError: the port cannot be listened on.
-        """
+        """Start the gRPC server; it shuts down when the HTTP server begins to. Raises StartupError for the port."""
         app, settings = self._app, self._settings
         if not settings.grpc_port:
             return

@@ -10,8 +10,7 @@ from image_formats.decoding import decode_rgb
 from image_formats.header import ImageHeader, UnreadableImage
 from serving.errors import InvalidRequest
 from serving.greenlets import offload
-from serving.images.decode_cost import is_quick
-from serving.images.limits import ImageLimits, check_image
+from serving.images.limits import ImageLimits, check_image, is_quick
 
 PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow refuses larger images
 
@@ -29,8 +28,8 @@ def read_image(data: bytes, *, size: tuple[int, int], limits: ImageLimits) -> np
         uint8 array of shape (height, width, 3), RGB.
 
     Raises:
-        InvalidRequest: the format is not supported, or the file is damaged or truncated.
-        TooLarge: the header declares a larger image than allowed; nothing is decoded.
+        InvalidRequest: the file is damaged or truncated.
+        InvalidRequest, TooLarge: see `check_file`; nothing is decoded.
     """
     header = check_file(data, limits)
     if is_quick(header):

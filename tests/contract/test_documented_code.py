@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from serving.server_process import free_ports
 from tests.contract.conftest import Served
-from tests.serving.conftest import free_ports, picture
+from tests.serving.conftest import picture
 
 PROJECT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))]

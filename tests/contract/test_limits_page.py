@@ -16,7 +16,7 @@ from serving.api.tensorflow_serving import json_document
 from serving.grpc import receiving
 from serving.http import body_receiver, framing, protocol, request, server
 from serving.images import limits as image_limits
-from serving.images.decode_cost import decode_cost
+from serving.images.limits import decode_cost
 from serving.memory import BODIES_SHARE, SMALL_SHARE, MemoryBudget
 from serving.process_memory import SAFETY_SHARE
 from serving.settings import Settings

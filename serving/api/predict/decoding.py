@@ -11,9 +11,8 @@ from image_formats.png import is_opaque_and_upright
 from serving.api.predict.parsing import UploadedImage
 from serving.errors import InvalidRequest, ServingError, TooLarge, UnreadableImages
 from serving.greenlets import offload, run_sized
-from serving.images.decode_cost import decode_cost, is_quick
 from serving.images.decoding import check_file, read_image
-from serving.images.limits import ImageLimits
+from serving.images.limits import ImageLimits, decode_cost, is_quick
 from serving.metrics import Metrics
 from serving.request_context import current_request
 

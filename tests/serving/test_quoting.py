@@ -9,7 +9,7 @@ import pytest
 
 from serving.api.flask_app import ServingApp
 from serving.errors import ServingError
-from serving.inference.path_hiding import hide_paths
+from serving.quoting import hide_paths
 from tests.serving.conftest import picture
 
 

@@ -1,7 +1,8 @@
-"""Verifies a version's files against the optional checksums of its export, `assets.extra/SHA256SUMS`.
+"""The files of a version: stamps that change with them, retries of failed loads, and verification of checksums.
 
-TensorFlow verifies only the contents of variables: a flipped bit in `saved_model.pb` can change predictions. The file
-has the format of `sha256sum`. Unlisted files, for example warm-up records that were added later, are not verified.
+TensorFlow verifies only the contents of variables: a flipped bit in `saved_model.pb` can change predictions. The
+optional `assets.extra/SHA256SUMS` has the format of `sha256sum`. Unlisted files, for example warm-up records that were
+added later, are not verified.
 """
 
 from __future__ import annotations
@@ -11,16 +12,98 @@ import os
 import re
 import stat
 import threading
+import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from serving.errors import ModelLoadError
-from serving.inference.retries import Stamp
 
+FIRST_DELAY_S = 5.0
+LONGEST_DELAY_S = 300.0
+MAX_ENTRIES = 10_000  # of a stamp: a symbolic link may lead to the whole file system
 SUMS_FILE = Path("assets.extra", "SHA256SUMS")
 MAX_SUMS_BYTES = 16 * 1024 * 1024
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _SHOWN_AT_MOST = 5
+
+Stamp = frozenset[tuple[str | int, ...]]
+_Key = tuple[str, int]  # a model and its version
+
+
+def read_stamp(path: Path) -> Stamp:
+    """Return a value that changes with the contents, names, permissions and link targets under `path`."""
+    stamp: set[tuple[str | int, ...]] = set()
+    seen: set[tuple[int, int]] = set()
+    remaining = [path]
+    while remaining and len(stamp) < MAX_ENTRIES:
+        entry = remaining.pop()
+        try:
+            status = entry.stat()
+            # Unlike mtime, ctime also changes with mode and owner, and cannot be set back.
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            stamp.add((str(entry), status.st_dev, status.st_ino, status.st_mode, status.st_size, *times))
+            inode = (status.st_dev, status.st_ino)
+            if not stat.S_ISDIR(status.st_mode) or inode in seen:  # seen: a link to a parent folder
+                continue
+            seen.add(inode)
+            remaining.extend(entry.iterdir())
+        except OSError as error:  # deleted, unreadable, or a broken link, which may change
+            stamp.add((str(entry), error.errno or 0))
+    return frozenset(stamp)
+
+
+@dataclass
+class _Failure:
+    stamp: Stamp
+    count: int
+    retry_at_s: float  # a `time.monotonic()` timestamp
+
+
+class Retries:
+    """Stores the versions that failed to load, with the stamps of their files."""
+
+    def __init__(self) -> None:
+        self._failures: dict[_Key, _Failure] = {}
+
+    def is_due(self, key: _Key, stamp: Stamp) -> bool:
+        """Return True if a version has not failed yet, its files have changed, or its backoff delay is over."""
+        failure = self._failures.get(key)
+        return failure is None or failure.stamp != stamp or time.monotonic() >= failure.retry_at_s
+
+    def record_failure(self, key: _Key, stamp: Stamp) -> None:
+        """Record a failure. Each failure with unchanged files doubles the delay (exponential backoff)."""
+        failure = self._failures.get(key)
+        count = failure.count if failure is not None and failure.stamp == stamp else 0
+        delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(count, 30))
+        self._failures[key] = _Failure(stamp, count + 1, time.monotonic() + delay_s)
+
+    def forget(self, key: _Key) -> None:
+        """Remove the failures of a version that has been loaded."""
+        self._failures.pop(key, None)
+
+    def forget_missing(self, name: str, found: set[int]) -> None:
+        """Remove the failures of versions that are no longer on disk."""
+        for key in [key for key in self._failures if key[0] == name and key[1] not in found]:
+            del self._failures[key]
+
+
+def read_file(file: Path, *, max_bytes: int) -> bytes:
+    """Read a small file of a version.
+
+    Raises:
+        ModelLoadError: it is missing, unreadable, too large, or not a regular file.
+    """
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would block
+            raise ModelLoadError(f"{file} is not a regular file", code="FAILED_PRECONDITION")
+        with file.open("rb") as stream:
+            content = stream.read(max_bytes + 1)
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {file}: {error.strerror or error}") from error
+    if len(content) > max_bytes:
+        raise ModelLoadError(f"{file} is larger than {max_bytes:,} bytes", code="DATA_LOSS")
+    return content
 
 
 def has_checksums(path: Path) -> bool:
@@ -31,10 +114,7 @@ def has_checksums(path: Path) -> bool:
 class Verification:
     """Verifies a version in a background thread, so that large files do not delay other models.
 
-    Args:
-        path: the version's folder.
-        stamp: the version's `read_stamp` before the verification.
-        notify: called in the background thread when the verification is done.
+    `stamp` is the version's `read_stamp` before the verification; `notify` is called in the thread when it is done.
     """
 
     def __init__(self, path: Path, stamp: Stamp, notify: Callable[[], None]) -> None:
@@ -94,15 +174,7 @@ def verify_checksums(path: Path, *, only: Collection[Path] | None = None) -> Non
 
 def _read_sums(file: Path) -> dict[str, str]:
     """Read the checksum of each file; names are relative to the version's folder."""
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would block
-            raise ModelLoadError(f"{file} is not a regular file", code="FAILED_PRECONDITION")
-        with file.open("rb") as stream:
-            content = stream.read(MAX_SUMS_BYTES + 1)
-    except OSError as error:
-        raise ModelLoadError(f"cannot read {file}: {error.strerror or error}") from error
-    if len(content) > MAX_SUMS_BYTES:
-        raise ModelLoadError(f"{file} is larger than {MAX_SUMS_BYTES:,} bytes", code="DATA_LOSS")
+    content = read_file(file, max_bytes=MAX_SUMS_BYTES)
     sums: dict[str, str] = {}
     for number, line in enumerate(content.decode("utf-8", "replace").split("\n"), 1):
         if not line:
