@@ -63,7 +63,7 @@ class PredictionService:
         for field in request.metadata_field:
             if field != "signature_def":
                 raise InvalidRequest(f"Metadata field {field} is not supported")
-        version = resolve(self._inference, request.model_spec)
+        version = _resolve(self._inference, request.model_spec)
         response = get_model_metadata_pb2.GetModelMetadataResponse()
         response.model_spec.name = version.name
         response.model_spec.version.value = version.version
@@ -73,7 +73,7 @@ class PredictionService:
     def _predict(self, request: Any) -> Any:
         if not request.HasField("model_spec"):
             raise InvalidRequest("Missing ModelSpec")
-        version = resolve(self._inference, request.model_spec)
+        version = _resolve(self._inference, request.model_spec)
         name = request.model_spec.signature_name or DEFAULT_SIGNATURE
         signature = version.predictor.signatures.get(name)
         if signature is None:
@@ -98,13 +98,7 @@ class PredictionService:
         return response
 
 
-def resolve(inference: InferenceService, spec: Any) -> ModelVersion:
-    """Return the model version of a ModelSpec.
-
-    Raises:
-        InvalidRequest: the model name is missing, or no version has the label.
-        ModelNotFound: the model or version does not exist.
-    """
+def _resolve(inference: InferenceService, spec: Any) -> ModelVersion:
     if not spec.name:
         raise InvalidRequest("ModelSpec has no name specified.")
     choice = spec.WhichOneof("version_choice")
