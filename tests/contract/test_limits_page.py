@@ -14,7 +14,7 @@ from serving.api import compression, json_cost, json_process
 from serving.api.predict import parsing
 from serving.api.tensorflow_serving import json_document
 from serving.grpc import receiving
-from serving.http import body_receiver, framing, protocol, request, server
+from serving.http import body_receiver, parser, protocol, request, server
 from serving.images import limits as image_limits
 from serving.images.decode_cost import decode_cost
 from serving.memory import BODIES_SHARE, SMALL_SHARE, MemoryBudget
@@ -51,7 +51,7 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
             None,
         ),
         ("request line and headers", f"{request.MAX_HEAD_BYTES // KIB} KiB", None),
-        ("trailers", f"{framing.MAX_TRAILER_BYTES // KIB} KiB", None),
+        ("trailers", f"{parser.MAX_TRAILER_BYTES // KIB} KiB", None),
         ("time for the headers", f"{protocol.HEAD_TIMEOUT_S:.0f} s", None),
         ("upload rate", f"{body_receiver.UPLOAD_BYTES // KIB} KiB in {body_receiver.UPLOAD_PERIOD_S:.0f} s", None),
         (

@@ -21,7 +21,7 @@ from serving.errors import ModelFailed
 from serving.greenlets import offload
 from serving.http import body_receiver, protocol
 from serving.http.protocol import Connection, SharedState
-from serving.http.server import Acceptor, Server, _no_asgi_app, listen
+from serving.http.server import Acceptor, Server, listen
 from serving.memory import MemoryBudget, RequestMemory, Reservation
 from serving.request_context import RequestContext, current_request
 
@@ -47,7 +47,7 @@ class Service:
         }
         self.shared = SharedState(self._app, self.budget, **settings)
         self.state = ServerState()
-        config = uvicorn.Config(app=_no_asgi_app, ws="none", lifespan="off", log_config=None, access_log=False)
+        config = uvicorn.Config(lambda: None, ws="none", lifespan="off", log_config=None, access_log=False)
         listener = listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.acceptor = Acceptor(listener, lambda: Connection(config, self.state, self.shared))
