@@ -11,7 +11,7 @@ from client.__main__ import main as client
 from image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving.__main__ import main
 from serving.api import compression, json_cost, json_process
-from serving.api.predict import parsing
+from serving.api.predict import messages
 from serving.api.tensorflow_serving import json_document
 from serving.grpc import receiving
 from serving.http import body_receiver, parser, protocol, request, server
@@ -40,7 +40,7 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
         ("levels of nested JSON", f"{json_document.MAX_DEPTH}", None),
         ("rows of a request", f"{Settings.max_rows:,}", "--max-rows"),
         ("images in one form", f"{Settings.max_images}", "--max-images"),
-        ("other fields in one form", f"{parsing.MAX_FORM_FIELDS}", None),
+        ("other fields in one form", f"{messages.MAX_FORM_FIELDS}", None),
         ("pixels of an image", f"{Settings.max_image_pixels:,}", "--max-image-pixels"),
         ("longest side", f"{Settings.max_image_side:,}", "--max-image-side"),
         ("frames of an animation", f"{image_limits.MAX_FRAMES:,}", None),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.api.nested_lists import flatten
+from serving.api.json_arrays import flatten
 from serving.errors import InvalidRequest
 from serving.inference.signatures import NUMPY_DTYPES, TensorSpec
 from serving.quoting import quote

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from image_formats.png import is_opaque_and_upright
-from serving.api.predict.parsing import UploadedImage
+from serving.api.predict.messages import UploadedImage
 from serving.errors import InvalidRequest, ServingError, TooLarge, UnreadableImages
 from serving.greenlets import offload, run_sized
 from serving.images.decode_cost import decode_cost, is_quick

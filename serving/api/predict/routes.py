@@ -7,11 +7,9 @@ import time
 import numpy as np
 from flask import Blueprint, Response, g, request
 
-from serving.api.flask_app import current_app
+from serving.api.flask_app import current_app, encoded_response
 from serving.api.predict.decoding import are_exact_pngs, decode_images
-from serving.api.predict.parsing import UploadedImage, is_form, parse_form, parse_query
-from serving.api.predict.rendering import render
-from serving.api.responses import encoded_response
+from serving.api.predict.messages import UploadedImage, is_form, parse_form, parse_query, render
 from serving.errors import InvalidRequest, ModelNotFound, ModelNotNamed
 from serving.greenlets import SMALL_BYTES, run_sized
 from serving.inference.image_classifier import FILES_SIGNATURE, image_size

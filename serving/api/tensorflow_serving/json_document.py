@@ -17,12 +17,11 @@ from serving.errors import InvalidRequest
 MAX_DEPTH = 300
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ASCII = bytes(code if code < 128 else ord("?") for code in range(256))
-_MAX_KEYS_COUNTED = 64
+_MAX_KEYS_COUNTED = 64  # parsing again is faster than counting more keys
 _BASE64_KEY = b'"b64"'
 _STRING_START = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*"')
 _OBJECT_END = re.compile(rb"[ \t\r\n]*\}")
 _ESCAPED_LETTER = re.compile(rb"\\u00[2-7]")  # may be part of a key
-_CONTROL_CHARACTER = "Invalid encoding in string."
 
 
 def parse_document(body: bytes) -> Any:
@@ -58,9 +57,9 @@ def _may_repeat_keys(document: Any, body: bytes) -> bool:
     if isinstance(instances, list) and instances and isinstance(instances[0], dict):
         for key in instances[0]:
             counts[key] = counts.get(key, 0) + len(instances)
-    if len(counts) > _MAX_KEYS_COUNTED:
-        return True  # parsing again is faster than counting so many keys
-    return any(body.count(b'"%b"' % key.encode()) > count for key, count in counts.items())
+    return len(counts) > _MAX_KEYS_COUNTED or any(
+        body.count(b'"%b"' % key.encode()) > count for key, count in counts.items()
+    )
 
 
 def _has_repeated_base64(body: bytes) -> bool:
@@ -121,7 +120,7 @@ def _parse_as_bytes(text: bytes, skipped: int) -> Any:
 
 
 def _parse_error(what: str, offset: int) -> InvalidRequest:
-    if what == _CONTROL_CHARACTER:  # RapidJSON 1.1, which TensorFlow Serving uses, has another message
+    if what == "Invalid encoding in string.":  # a control character, for which RapidJSON 1.1 has another message
         what = "Invalid escape character in string."
     return InvalidRequest(f"JSON Parse error: {what} at offset: {offset}")
 

@@ -44,11 +44,7 @@ def find_pixel_input(signature: Signature | None) -> TensorSpec | None:
 
 
 def read_pixels(body: bytes, spec: TensorSpec) -> tuple[np.ndarray, bool] | None:
-    """Parse a request that holds only pixels of the expected shape.
-
-    Args:
-        body: the request's body.
-        spec: the input, from `find_pixel_input`.
+    """Parse a request that holds only pixels of the expected shape, for an input from `find_pixel_input`.
 
     Returns:
         The uint8 array, and whether its key was `instances`; None for any other request, valid or not.

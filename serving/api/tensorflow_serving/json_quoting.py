@@ -26,14 +26,26 @@ class _NotWritable(Exception):  # noqa: N818
     """A number is not finite; RapidJSON's writer stops there."""
 
 
-def quote_json(value: Any) -> str:
-    """Return a value as TensorFlow Serving's messages quote it."""
-    return _join(value, max_bytes=None)
-
-
 def quote_document(document: Any) -> str:
     """Return a request document, quoted and truncated like in TensorFlow Serving's messages."""
-    return _join(document, max_bytes=_QUOTED_DOCUMENT_BYTES)
+    return quote_json(document, max_bytes=_QUOTED_DOCUMENT_BYTES)
+
+
+def quote_json(value: Any, *, max_bytes: int | None = None) -> str:
+    """Return a value as TensorFlow Serving's messages quote it."""
+    pieces: list[str] = []
+    length = 0
+    try:
+        for piece in _pieces(value, "\n"):
+            pieces.append(piece)
+            length += len(piece)
+            if max_bytes is not None and length >= max_bytes:
+                break
+    except _NotWritable:
+        pass
+    except RecursionError as error:
+        raise InvalidRequest("JSON Value: the objects are nested deeper than any tensor") from error
+    return "".join(pieces).encode("utf-8", "replace")[:max_bytes].decode("utf-8", "ignore")
 
 
 def type_name(value: Any) -> str:
@@ -49,22 +61,6 @@ def type_name(value: Any) -> str:
 def replace_surrogates(text: str) -> str:
     """Replace the surrogates of bytes that are not UTF-8, so that the text can be encoded in a response."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _join(value: Any, *, max_bytes: int | None) -> str:
-    pieces: list[str] = []
-    length = 0
-    try:
-        for piece in _pieces(value, "\n"):
-            pieces.append(piece)
-            length += len(piece)
-            if max_bytes is not None and length >= max_bytes:
-                break
-    except _NotWritable:
-        pass
-    except RecursionError as error:
-        raise InvalidRequest("JSON Value: the objects are nested deeper than any tensor") from error
-    return "".join(pieces).encode("utf-8", "replace")[:max_bytes].decode("utf-8", "ignore")
 
 
 def _pieces(value: Any, line: str) -> Iterator[str]:

@@ -31,6 +31,8 @@ _CONTENT_SECURITY_POLICY = "; ".join(
     )
 )
 
+_UNAVAILABLE = {"available": False, "loading": False}
+
 
 @blueprint.after_request
 def _restrict(response: Response) -> Response:
@@ -65,9 +67,7 @@ def describe_models() -> list[dict[str, Any]]:
     names = repository.all_names()
     described = [_describe(repository, name) for name in names]
     unreadable = (problem for problem in repository.folder_problems if problem.model not in (None, *names))
-    return described + [
-        {"name": each.model, "available": False, "loading": False, "problem": each.reason} for each in unreadable
-    ]
+    return described + [{"name": each.model, **_UNAVAILABLE, "problem": each.reason} for each in unreadable]
 
 
 def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
@@ -77,14 +77,10 @@ def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
     except NotReady as error:
         return {"name": name, "available": False, "loading": True, "problem": str(error)}
     except ModelNotFound:
-        return {"name": name, "available": False, "loading": False, "problem": repository.problem(name)}
+        return {"name": name, **_UNAVAILABLE, "problem": repository.problem(name)}
     except ServingError as error:
-        return {
-            "name": name,
-            "available": not isinstance(error, InvalidBackendResponse),
-            "loading": False,
-            "problem": str(error),
-        }
+        available = not isinstance(error, InvalidBackendResponse)
+        return {"name": name, "available": available, "loading": False, "problem": str(error)}
     return {
         "name": name,
         "available": True,
