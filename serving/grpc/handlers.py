@@ -34,15 +34,9 @@ def make_handler(
     receiver: MessageReceiver,
     is_long: bool = False,
 ) -> grpc.RpcMethodHandler:
-    """Make the handler of a unary method.
+    """Make the handler of a unary method: callable(request) that returns the response.
 
-    Args:
-        method: callable(request) that returns the response.
-        request_type: the message class of the request.
-        greenlets: the pool that processes requests.
-        budget: memory for requests.
-        receiver: receives their messages.
-        is_long: the method blocks for long, and is called in a thread.
+    Greenlets call it, or a thread if it `is_long`: it blocks for long.
     """
 
     async def handle(_: Any, context: Any) -> bytes:

@@ -45,11 +45,7 @@ _NO_MEMORY = "no memory is free for a large message; try again later, or send le
 
 
 class MessageReceiver:
-    """Receives the messages of all calls of a server, in its event loop.
-
-    Args:
-        max_message_bytes: the largest message that the server accepts.
-    """
+    """Receives the messages of all calls of a server, up to `max_message_bytes` each, in its event loop."""
 
     def __init__(self, max_message_bytes: int) -> None:
         self._needed_bytes = COPIES * max_message_bytes
