@@ -22,18 +22,9 @@ from uvicorn.server import ServerState
 
 from serving.errors import Overloaded, ServingError
 from serving.greenlets import SMALL_BYTES, LoopGreenlets, lower_priority
-from serving.http.body_receiver import BodyReceiver
 from serving.http.parser import RequestParser
-from serving.http.request import Request, RequestFault, parse_timeout
-from serving.http.wsgi import (
-    Response,
-    WsgiApp,
-    call_app,
-    encode_head,
-    error_response,
-    make_environ,
-    serving_error_response,
-)
+from serving.http.request import BodyReceiver, Request, RequestFault
+from serving.http.wsgi import Response, WsgiApp, call_app, encode_head, error_response, make_environ, refusal_response
 from serving.memory import MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 
@@ -54,25 +45,15 @@ TCP_CLOSED = 7  # Linux's TCP state after a reset
 
 @dataclass(eq=False)
 class SharedState:
-    """State shared by all connections of one server.
-
-    Args:
-        app: the WSGI application.
-        budget: memory for request bodies.
-        max_body_bytes: the longest body.
-        request_timeout_s: the time from the end of a request to its response.
-        threads: worker threads for calls that would block the event loop.
-        access_log: log a line for each request.
-        urgent_paths: processed before other requests: health checks.
-    """
+    """State shared by all connections of one server; made in the thread of its event loop."""
 
     app: WsgiApp
-    budget: MemoryBudget
+    budget: MemoryBudget  # for request bodies
     max_body_bytes: int
-    request_timeout_s: float
-    threads: int
+    request_timeout_s: float  # from the end of a request to its response
+    threads: int  # for calls that would block the event loop
     access_log: bool
-    urgent_paths: Collection[bytes]
+    urgent_paths: Collection[bytes]  # processed before other requests: health checks
 
     def __post_init__(self) -> None:
         threads = ThreadPoolExecutor(self.threads, thread_name_prefix="request", initializer=lower_priority)
@@ -155,7 +136,11 @@ class Connection(RequestParser):
         self.idle_since_s = math.inf
         request.timeout_s = self.shared.request_timeout_s
         if request.timeout is not None:
-            if (seconds := parse_timeout(request.timeout)) is None:
+            try:
+                seconds = float(request.timeout)
+            except ValueError:
+                seconds = math.nan
+            if not 0.0 < seconds < math.inf:
                 got = request.timeout[:40].decode("latin-1")
                 message = f"expected seconds in the header X-Request-Timeout-S, such as 0.5, got {got}"
                 self._write(request, error_response("400 Bad Request", message))
@@ -184,7 +169,7 @@ class Connection(RequestParser):
             raise
         except ServingError as error:
             request.keep_alive = False
-            self._write(request, serving_error_response(error))
+            self._write(request, refusal_response(error))
             return
         if body is not None:
             self._dispatch(request, body)
@@ -206,7 +191,7 @@ class Connection(RequestParser):
         is_urgent = request.scope["raw_path"] in self.shared.urgent_paths
         if not is_urgent and (late_s := greenlets.queue_s - request.timeout_s) > 0:
             message = "server overloaded: the request would exceed its timeout in the queue; try again later"
-            self._write(request, serving_error_response(Overloaded(message, retry_after_s=max(1, round(late_s)))))
+            self._write(request, refusal_response(Overloaded(message, retry_after_s=max(1, round(late_s)))))
         else:
             greenlets.enqueue(self._respond, request, body, context, is_urgent=is_urgent)
 

@@ -38,11 +38,7 @@ CHECK_INTERVAL_S = 1.0  # between two checks of the connections' timeouts
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Raises:
-        OSError: the port is in use, or the address does not belong to this machine.
-    """
+    """Return a listening socket; raises OSError if the port is in use or the address is not one of this machine's."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -105,7 +101,7 @@ class Server(uvicorn.Server):
 
     @property
     def _connections(self) -> int:
-        return len(self.server_state.connections) + self._acceptor.pending
+        return len(self.server_state.connections) + len(self._acceptor.connecting)
 
     @override
     async def on_tick(self, counter: int) -> bool:
@@ -205,15 +201,10 @@ class Acceptor:
         self._make_protocol = make_protocol
         self._make_room = make_room
         self._may_accept = may_accept
-        self._tasks: set[asyncio.Task[object]] = set()  # the event loop has only weak references
+        self.connecting: set[asyncio.Task[object]] = set()  # accepted connections that have no transport yet
         self._logged_s = -LOG_INTERVAL_S
         listener.setblocking(False)
         self._loop.add_reader(listener, self._accept)
-
-    @property
-    def pending(self) -> int:
-        """Accepted connections that have no transport yet."""
-        return len(self._tasks)
 
     def _accept(self) -> None:
         until_s = time.monotonic() + ACCEPT_FOR_S
@@ -230,18 +221,14 @@ class Acceptor:
             except OSError as error:  # out of file descriptors or memory
                 self._pause(None if self._make_room() else error.strerror or str(error))
                 return
-            try:
-                connection.getpeername()
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except OSError:  # reset by the client
-                connection.close()
-                continue
             task = self._loop.create_task(self._connect(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self.connecting.add(task)
+            task.add_done_callback(self.connecting.discard)
 
     async def _connect(self, connection: socket.socket) -> None:
         try:
+            connection.getpeername()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setblocking(False)
             # uvloop never returns if the connection is reset meanwhile.
             async with asyncio.timeout(CONNECT_TIMEOUT_S):

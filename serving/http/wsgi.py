@@ -99,7 +99,7 @@ def error_response(status: str, message: str) -> Response:
     return Response(status, [("Content-Type", "application/json")], orjson.dumps({"error": message}))
 
 
-def serving_error_response(error: ServingError) -> Response:
+def refusal_response(error: ServingError) -> Response:
     """Make the response to a request that was refused before it reached the application."""
     reason = {413: "Content Too Large", 503: "Service Unavailable"}.get(error.status, "Error")
     response = error_response(f"{error.status} {reason}", str(error))

@@ -14,7 +14,7 @@ from serving.api import compression, json_cost, json_process
 from serving.api.predict import messages
 from serving.api.tensorflow_serving import json_document
 from serving.grpc import receiving
-from serving.http import body_receiver, parser, protocol, request, server
+from serving.http import parser, protocol, request, server
 from serving.images import limits as image_limits
 from serving.images.decode_cost import decode_cost
 from serving.memory import BODIES_SHARE, SMALL_SHARE, MemoryBudget
@@ -53,10 +53,10 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
         ("request line and headers", f"{request.MAX_HEAD_BYTES // KIB} KiB", None),
         ("trailers", f"{parser.MAX_TRAILER_BYTES // KIB} KiB", None),
         ("time for the headers", f"{protocol.HEAD_TIMEOUT_S:.0f} s", None),
-        ("upload rate", f"{body_receiver.UPLOAD_BYTES // KIB} KiB in {body_receiver.UPLOAD_PERIOD_S:.0f} s", None),
+        ("upload rate", f"{request.UPLOAD_BYTES // KIB} KiB in {request.UPLOAD_PERIOD_S:.0f} s", None),
         (
             "upload rate",
-            f"{body_receiver.CONTENDED_BYTES // KIB} KiB in {body_receiver.CONTENDED_PERIOD_S:.0f} s while",
+            f"{request.CONTENDED_BYTES // KIB} KiB in {request.CONTENDED_PERIOD_S:.0f} s while",
             None,
         ),
         ("idle connection", f"{protocol.FIRST_REQUEST_TIMEOUT_S:.0f} s until the first request", None),

@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 
 from serving.errors import ModelFailed
 from serving.greenlets import offload
-from serving.http import body_receiver, protocol
+from serving.http import protocol, request
 from serving.http.protocol import Connection, SharedState
 from serving.http.server import Acceptor, Server, listen
 from serving.memory import MemoryBudget, RequestMemory, Reservation
@@ -242,7 +242,7 @@ def test_memory_for_a_body_is_held_until_the_response(size: int) -> None:
     async def check(service: Service) -> None:
         service.work = lambda: held.append(service.budget.used_bytes)
         assert (await service.send(post(size)))[1] == b"%d" % size
-        assert size <= held[0] <= size + body_receiver.GROW_BYTES
+        assert size <= held[0] <= size + request.GROW_BYTES
         await until(lambda: service.budget.used_bytes == 0)
 
     run(check)
