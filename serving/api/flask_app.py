@@ -18,6 +18,7 @@ from werkzeug.routing import MapAdapter, Rule
 from serving.api.json_process import JsonProcess
 from serving.errors import ServingError
 from serving.inference.liveness import Liveness
+from serving.inference.repository import ModelVersion
 from serving.inference.service import InferenceService
 from serving.memory import MemoryBudget, RequestMemory
 from serving.metrics import TFS_STATUS, Metrics
@@ -117,6 +118,12 @@ class ServingApp(Flask):
             self.loads_models = not self.watcher.has_tried
         context.deadline_s = time.monotonic() + self.settings.request_timeout_s
 
+    def resolve(self, name: str, *, version: int | str | None = None, label: str | None = None) -> ModelVersion:
+        """Return what `InferenceService.resolve` does, and count the request as one of this model."""
+        found = self.inference.resolve(name, version=version, label=label)
+        g.model = found.name
+        return found
+
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         """Match by path and method alone, unless hosts or subdomains matter."""
         by_host = self.url_map.host_matching or self.subdomain_matching
@@ -190,8 +197,7 @@ class KnownPaths(MapAdapter):
             if len(self.known) >= MAX_KNOWN_PATHS:
                 self.known.clear()
             self.known[key] = found
-        rule, arguments = found
-        return rule, dict(arguments)  # hooks may change them
+        return found[0], dict(found[1])  # hooks may change the arguments
 
 
 class OrjsonProvider(JSONProvider):

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,13 +104,13 @@ class JsonProcess:
 
     def _ensure_running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            package = Path(__file__).parents[2]
+            path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])},
+                env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C goes to the service only, which then closes stdin
             )
         return self._process
@@ -158,10 +159,9 @@ def serve(requests: io.FileIO, responses: io.FileIO) -> None:
         buffers: list[pickle.PickleBuffer] = []
         try:
             outcome = function(bytes(body), *args)
-        except ServingError as error:
-            outcome = error
         except Exception as error:
-            outcome = ServingError(f"the document could not be parsed ({type(error).__name__})")
+            why = f"the document could not be parsed ({type(error).__name__})"
+            outcome = error if isinstance(error, ServingError) else ServingError(why)
         del body
         stream = io.BytesIO()
         _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(outcome)
@@ -184,12 +184,8 @@ class _Pickler(pickle.Pickler):
 
 
 def _unpack_strings(ends: np.ndarray, joined: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.empty(len(ends), object)
-    start = 0
-    for index, end in enumerate(ends):
-        array[index] = joined[start:end]
-        start = end
-    return array.reshape(shape)
+    strings = [joined[start:end] for start, end in pairwise([0, *ends.tolist()])]
+    return np.array(strings, object).reshape(shape)
 
 
 def _write(stream: io.FileIO | _Pipe, parts: list[Any]) -> None:

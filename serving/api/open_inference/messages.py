@@ -11,14 +11,7 @@ import orjson
 
 from serving.api.compression import DEFLATE, GZIP, inflate
 from serving.api.json_arrays import insert_arrays, set_aside
-from serving.api.open_inference.tensors import (
-    MAX_DIMENSIONS,
-    datatype_of,
-    decode_binary,
-    decode_json,
-    encode_binary,
-    encode_json,
-)
+from serving.api.open_inference import tensors
 from serving.errors import InvalidRequest, UnsupportedMedia
 from serving.inference.service import InferenceRequest, InferenceResult
 from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, TensorSpec
@@ -31,24 +24,14 @@ _MAX_DIGITS = 19  # no length has more, and `int` of millions of digits is slow
 
 @dataclass(eq=False)
 class InferRequest(InferenceRequest):
-    """An inference request of this protocol.
+    """An inference request of this protocol."""
 
-    Args:
-        identifier: the request's `id`, repeated in the response.
-        outputs: the names of the requested outputs, in this order, and whether each is sent as binary data.
-    """
-
-    identifier: str | None
-    outputs: Mapping[str, bool]
+    identifier: str | None  # the request's `id`, repeated in the response
+    outputs: Mapping[str, bool]  # the requested outputs, in this order, and whether each is sent as binary data
 
 
 def decompress(body: bytes, encoding: str, header_length: str | None) -> tuple[bytes, int]:
-    """Decompress a body by its Content-Encoding.
-
-    Args:
-        body: the body as received.
-        encoding: the value of Content-Encoding; empty if it is missing.
-        header_length: the value of Inference-Header-Content-Length; None if the whole body is JSON.
+    """Decompress a body by the values of Content-Encoding, which may be empty, and Inference-Header-Content-Length.
 
     Returns:
         The decompressed body, and the length of the JSON at its beginning.
@@ -77,13 +60,7 @@ def decompress(body: bytes, encoding: str, header_length: str | None) -> tuple[b
 
 
 def parse(body: bytes, json_bytes: int, model: str, signatures: Mapping[str, Signature]) -> InferRequest:
-    """Parse an inference request.
-
-    Args:
-        body: the decompressed body.
-        json_bytes: the length of the JSON at its beginning.
-        model: the model's name, for error messages.
-        signatures: the model's signatures.
+    """Parse an inference request: `json_bytes` of JSON, then binary data. `model` is for error messages.
 
     Raises:
         InvalidRequest: the request is malformed, or does not fit the signature. Data may neither be missing nor left
@@ -105,11 +82,7 @@ def parse(body: bytes, json_bytes: int, model: str, signatures: Mapping[str, Sig
 
 
 def find_signature(model: str, signatures: Mapping[str, Signature], name: str) -> Signature:
-    """Return the signature with a name.
-
-    Raises:
-        InvalidRequest: the model has no such signature.
-    """
+    """Return the signature with a name; raises InvalidRequest if the model has none."""
     signature = signatures.get(name)
     if signature is None:
         names = ", ".join(name for name, other in signatures.items() if other.inputs)
@@ -118,22 +91,18 @@ def find_signature(model: str, signatures: Mapping[str, Signature], name: str) -
 
 
 def render(request: InferRequest, result: InferenceResult) -> tuple[bytes, int | None]:
-    """Encode the response.
-
-    Returns:
-        The body, and the length of the JSON at its beginning; None if all of it is JSON.
-    """
+    """Encode the response; returns it, and the length of the JSON at its beginning, or None if all of it is JSON."""
     outputs, chunks = [], []
     large: list[np.ndarray] = []
     for name, is_binary in request.outputs.items():
         array, spec = result.outputs[name], result.signature.outputs[name]
-        output: dict[str, Any] = {"name": name, "datatype": datatype_of(spec).name, "shape": array.shape}
+        output: dict[str, Any] = {"name": name, "datatype": tensors.datatype_of(spec).name, "shape": array.shape}
         if is_binary:
-            chunk, size = encode_binary(array, spec)
+            chunk, size = tensors.encode_binary(array, spec)
             chunks.append(chunk)
             output["parameters"] = {"binary_data_size": size}
         else:
-            output["data"] = set_aside(encode_json(array, spec), large)
+            output["data"] = set_aside(tensors.encode_json(array, spec), large)
         outputs.append(output)
     response: dict[str, Any] = {"model_name": result.version.name, "model_version": str(result.version.version)}
     if request.identifier is not None:
@@ -154,8 +123,8 @@ def _signature_name(document: Mapping[str, Any], signatures: Mapping[str, Signat
             raise InvalidRequest(f"the parameter signature_name must be a string, not {quote(name)}")
         return name
     inputs = document.get("inputs")
-    tensors = inputs if isinstance(inputs, list) else ()
-    names = sorted(str(tensor.get("name")) for tensor in tensors if isinstance(tensor, dict))
+    sent = inputs if isinstance(inputs, list) else ()
+    names = sorted(str(tensor.get("name")) for tensor in sent if isinstance(tensor, dict))
     found = [name for name, signature in signatures.items() if names and sorted(signature.inputs) == names]
     if not found or DEFAULT_SIGNATURE in found:
         return DEFAULT_SIGNATURE
@@ -172,7 +141,7 @@ def _read_inputs(document: Mapping[str, Any], binary: memoryview, signature: Sig
     arrays: dict[str, np.ndarray] = {}
     for name, tensor in _by_name(document.get("inputs"), signature, kind="input").items():
         spec = signature.inputs[name]
-        datatype, sent = datatype_of(spec).name, tensor.get("datatype")
+        datatype, sent = tensors.datatype_of(spec).name, tensor.get("datatype")
         if sent != datatype:
             raise InvalidRequest(f"input {name}: the datatype is {datatype}, not {quote(sent)}")
         shape = _shape(tensor, spec)
@@ -180,14 +149,14 @@ def _read_inputs(document: Mapping[str, Any], binary: memoryview, signature: Sig
         if (size is None) == ("data" not in tensor):
             raise InvalidRequest(f"input {name} needs either data or the parameter binary_data_size, but not both")
         if size is None:
-            arrays[name] = decode_json(tensor["data"], spec, shape)
+            arrays[name] = tensors.decode_json(tensor["data"], spec, shape)
             continue
         if type(size) is not int or not 0 <= size <= len(binary):
             raise InvalidRequest(
                 f"input {name}: binary_data_size is {quote(size)}, but {len(binary)} bytes are left after the JSON, "
                 f"whose length is {HEADER_LENGTH}"
             )
-        arrays[name] = decode_binary(binary[:size], spec, shape)
+        arrays[name] = tensors.decode_binary(binary[:size], spec, shape)
         binary = binary[size:]
     if binary:
         raise InvalidRequest(f"{len(binary)} bytes after the JSON belong to no input")
@@ -205,18 +174,18 @@ def _read_outputs(document: Mapping[str, Any], signature: Signature) -> dict[str
         outputs[name] = _flag(parameters, "binary_data", default=binary_by_default)
     outputs = outputs or dict.fromkeys(signature.outputs, binary_by_default)
     for name, is_binary in outputs.items():
-        datatype = datatype_of(signature.outputs[name])
+        datatype = tensors.datatype_of(signature.outputs[name])
         if not is_binary and not datatype.json_types:
             raise InvalidRequest(f"output {name}: {datatype.name} cannot be sent as JSON; request it as binary data")
     return outputs
 
 
-def _by_name(tensors: Any, signature: Signature, *, kind: str) -> dict[str, dict[str, Any]]:
-    if not isinstance(tensors, list) or not all(isinstance(tensor, dict) for tensor in tensors):
-        raise InvalidRequest(f"{kind}s must be a list of objects, not {quote(tensors)}")
+def _by_name(sent: Any, signature: Signature, *, kind: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(sent, list) or not all(isinstance(tensor, dict) for tensor in sent):
+        raise InvalidRequest(f"{kind}s must be a list of objects, not {quote(sent)}")
     specs = signature.inputs if kind == "input" else signature.outputs
     by_name: dict[str, dict[str, Any]] = {}
-    for tensor in tensors:
+    for tensor in sent:
         name = tensor.get("name")
         if not isinstance(name, str) or name not in specs:
             raise InvalidRequest(f'signature "{signature.name}" has no {kind} {quote(name)}; it has {", ".join(specs)}')
@@ -246,9 +215,9 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
 
 def _shape(tensor: Mapping[str, Any], spec: TensorSpec) -> tuple[int, ...]:
     shape = tensor.get("shape")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+    if not isinstance(shape, list) or len(shape) > tensors.MAX_DIMENSIONS:
         raise InvalidRequest(
-            f"input {spec.name}: the shape must be a list of at most {MAX_DIMENSIONS} sizes, not {quote(shape)}"
+            f"input {spec.name}: the shape must be a list of at most {tensors.MAX_DIMENSIONS} sizes, not {quote(shape)}"
         )
     for size in shape:
         if type(size) is not int or size < 0:

@@ -11,17 +11,10 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import Any
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint, Response, request
 
 from serving.api.flask_app import PlainResponse, current_app, encoded_response
-from serving.api.open_inference.messages import (
-    HEADER_LENGTH,
-    InferRequest,
-    decompress,
-    find_signature,
-    parse,
-    render,
-)
+from serving.api.open_inference.messages import HEADER_LENGTH, InferRequest, decompress, find_signature, parse, render
 from serving.api.open_inference.tensors import datatype_of
 from serving.errors import ModelNotFound, NotReady
 from serving.greenlets import SMALL_BYTES, run_sized
@@ -66,11 +59,10 @@ def server_ready() -> tuple[dict[str, Any], int]:
 def model_ready(model: str, version: str | None = None) -> tuple[dict[str, Any], int]:
     """Return 200 if a model, or a version of it, is available, else 400; 404 for an unknown one."""
     try:
-        _resolve(model, version)
-    except NotReady as error:
-        return {"name": model, "ready": False, "error": str(error)}, 400
-    except ModelNotFound as error:
-        if version is not None or model not in current_app.inference.repository.all_names():
+        current_app.resolve(model, version=version)
+    except (NotReady, ModelNotFound) as error:
+        is_known = version is None and model in current_app.inference.repository.all_names()
+        if isinstance(error, ModelNotFound) and not is_known:
             raise
         return {"name": model, "ready": False, "error": str(error)}, 400
     return {"name": model, "ready": True}, 200
@@ -80,7 +72,7 @@ def model_ready(model: str, version: str | None = None) -> tuple[dict[str, Any],
 @blueprint.get("/models/<model>/versions/<version>")
 def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
     """Describe a model by one of its signatures: `serving_default`, or the query parameter `signature_name`."""
-    found = _resolve(model, version)
+    found = current_app.resolve(model, version=version)
     name = request.args.get("signature_name", DEFAULT_SIGNATURE)
     signature = find_signature(found.name, found.predictor.signatures, name)
     versions = (status.version for status in current_app.inference.status(found.name) if status.state == "AVAILABLE")
@@ -97,7 +89,7 @@ def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
 @blueprint.post("/models/<model>/versions/<version>/infer")
 def infer(model: str, version: str | None = None) -> Response:
     """Run a model: the signature in the parameter `signature_name`, or the one that has the request's inputs."""
-    found = _resolve(model, version)
+    found = current_app.resolve(model, version=version)
     parsed = _parse_body(found)
     result = current_app.inference.predict(found, parsed)
     size = sum(array.nbytes for array in result.outputs.values())
@@ -117,12 +109,6 @@ def _parse_body(version: ModelVersion) -> InferRequest:
     if json_bytes <= SMALL_BYTES:  # binary data is not parsed, so its size does not matter
         return parse(body, *arguments)
     return current_app.json_process.parse(parse, body, *arguments, json_bytes=json_bytes)
-
-
-def _resolve(model: str, version: str | None) -> ModelVersion:
-    found = current_app.inference.resolve(model, version=version)
-    g.model = found.name
-    return found
 
 
 def _describe(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:

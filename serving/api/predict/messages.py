@@ -56,11 +56,7 @@ def parse_query(arguments: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def is_form(content_type: str | None) -> bool:
-    """Return whether the body is a multipart form instead of one raw image.
-
-    Raises:
-        UnsupportedMedia: the body is neither.
-    """
+    """Return whether the body is a multipart form; raises UnsupportedMedia if it is not a raw image either."""
     mimetype = (content_type or "").partition(";")[0].strip().lower()
     if mimetype != "multipart/form-data" and not mimetype.startswith("image/"):
         raise UnsupportedMedia(
@@ -70,7 +66,7 @@ def is_form(content_type: str | None) -> bool:
     return mimetype == "multipart/form-data"
 
 
-def parse_form(body: bytes, content_type: str, *, max_images: int) -> list[UploadedImage]:
+def parse_form(body: bytes, content_type: str, max_images: int) -> list[UploadedImage]:
     """Return the files of a multipart body, in the order sent.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.api.tensorflow_serving.json_quoting import RepeatedKeys, quote_json, type_name
+from serving.api.tensorflow_serving.json_document import RepeatedKeys, quote_json, type_name
 from serving.errors import InvalidRequest
 from serving.inference.signatures import TensorSpec
 

@@ -60,10 +60,9 @@ def _check_rows(outputs: Mapping[str, np.ndarray]) -> None:
             raise InvalidRequest(f"Tensor name: {name} has no shape information \n{advice}")
         if not len(array):
             raise InvalidRequest(f"Tensor name: {name} has invalid batch size: 0\n{advice}")
-        if row_count is not None and len(array) != row_count:
-            raise InvalidRequest(
-                f"Tensor name: {name} has inconsistent batch size: {len(array)} expecting: {row_count}\n{advice}"
-            )
+        if row_count not in (None, len(array)):
+            sizes = f"{len(array)} expecting: {row_count}"
+            raise InvalidRequest(f"Tensor name: {name} has inconsistent batch size: {sizes}\n{advice}")
         row_count = len(array)
 
 

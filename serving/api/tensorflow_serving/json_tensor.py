@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 
 from serving.api.json_arrays import flatten
+from serving.api.tensorflow_serving.json_document import document_error, quote_json, replace_surrogates
 from serving.api.tensorflow_serving.json_element import JSON_TYPES, decode_element, decode_string, is_base64
-from serving.api.tensorflow_serving.json_quoting import quote_document, quote_json, replace_surrogates
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
 
 MAX_DIMENSIONS = 254  # TensorFlow's limit; numpy's is lower
 _MAX_ARRAY_DIMENSIONS = 63  # of a row: numpy's 64, minus the batch dimension
+
+_SEVERAL_INPUTS = "as multiple input tensors required as per tensorinfo_map"
 
 
 class _TooManyDimensions(InvalidRequest):
@@ -44,16 +46,13 @@ def decode_inputs(document: Mapping[str, Any], signature: Signature) -> dict[str
 def _decode_rows(document: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
     instances = document["instances"]
     if not isinstance(instances, list):
-        raise InvalidRequest(f"JSON Value: {quote_document(document)} Expecting 'instances' to be an list/array")
+        raise document_error(document, "Expecting 'instances' to be an list/array")
     if not instances:
-        raise InvalidRequest(f"JSON Value: {quote_document(document)} No values in 'instances' array")
+        raise document_error(document, "No values in 'instances' array")
     are_named = _is_named(instances[0])
     if not are_named:
         if len(specs) > 1:
-            raise InvalidRequest(
-                "instances is a plain list, but expecting list of objects as multiple input tensors required as per "
-                "tensorinfo_map"
-            )
+            raise InvalidRequest(f"instances is a plain list, but expecting list of objects {_SEVERAL_INPUTS}")
         ((name, spec),) = specs.items()
         array = _convert(instances, spec)
         return _walk_rows(instances, specs) if array is None else {name: array}
@@ -107,10 +106,7 @@ def _append_row(rows: list[np.ndarray], value: Any, spec: TensorSpec, *, where: 
 def _decode_columns(inputs: Any, specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
     if not _is_named(inputs):
         if len(specs) > 1:
-            raise InvalidRequest(
-                "inputs is a plain value/list, but expecting an object as multiple input tensors required as per "
-                "tensorinfo_map"
-            )
+            raise InvalidRequest(f"inputs is a plain value/list, but expecting an object {_SEVERAL_INPUTS}")
         ((name, spec),) = specs.items()
         return {name: _to_array(inputs, spec)}
     arrays = {}
@@ -150,9 +146,7 @@ def _array_of(elements: list[Any], dtype: np.dtype[Any]) -> np.ndarray:
     if dtype == np.uint8:
         return np.frombuffer(bytes(elements), dtype)  # pixels; several times faster than np.array of a list
     if dtype.kind == "O":
-        array = np.empty(len(elements), dtype)
-        array[:] = [decode_string(element) for element in elements]
-        return array
+        elements = [decode_string(element) for element in elements]
     return np.array(elements, dtype)
 
 
@@ -167,9 +161,7 @@ def _walk(value: Any, spec: TensorSpec) -> np.ndarray:
         raise _TooManyDimensions(f"input {spec.name}: expected {spec}, got {len(shape)} dimensions")
     if spec.numpy_dtype is None:  # an empty list, so no element was refused
         raise InvalidRequest(f"input {spec.name}: JSON cannot hold {spec}")
-    array = np.empty(len(elements), spec.numpy_dtype)
-    array[:] = elements
-    return array.reshape(shape)
+    return np.array(elements, spec.numpy_dtype).reshape(shape)
 
 
 def _first_shape(value: Any) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ the intended differences.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -119,44 +121,36 @@ def _classify_or_regress(call: re.Match[str]) -> Response:
 
 def _resolve(match: re.Match[str], number: int | None) -> ModelVersion:
     label = None if match["label"] is None else unquote(match["label"])
-    version = current_app.inference.resolve(_model_name(match), version=number, label=label)
-    g.model = version.name
-    return version
+    return current_app.resolve(_model_name(match), version=number, label=label)
 
 
 def _status(match: re.Match[str]) -> Response:
     number = _version(match)
     versions = current_app.inference.status(_model_name(match), number)
-
-    def describe() -> dict[str, Any]:
-        from serving import tfs_messages
-
-        return _to_json(tfs_messages.make_status(versions))
-
-    return json_response(offload(describe))  # the import of TensorFlow may take seconds
+    return json_response(_to_json(lambda messages: messages.make_status(versions)))
 
 
 def _metadata(match: re.Match[str]) -> Response:
     version = _resolve(match, _version(match))
+    document = {
+        "model_spec": {"name": version.name, "signature_name": "", "version": str(version.version)},
+        "metadata": {"signature_def": _to_json(lambda messages: messages.make_signature_defs(version))},
+    }
+    return json_response(document)
 
-    def describe() -> dict[str, Any]:
+
+def _to_json(make: Callable[[ModuleType], Any]) -> dict[str, Any]:
+    """Return the message that a function makes with `serving.tfs_messages`, as JSON."""
+
+    def convert() -> dict[str, Any]:
+        from google.protobuf.json_format import MessageToDict
+
         from serving import tfs_messages
 
-        return {
-            "model_spec": {"name": version.name, "signature_name": "", "version": str(version.version)},
-            "metadata": {"signature_def": _to_json(tfs_messages.make_signature_defs(version))},
-        }
+        message = make(tfs_messages)
+        return dict(MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
 
-    return json_response(offload(describe))
-
-
-def _to_json(message: Any) -> dict[str, Any]:
-    from google.protobuf import json_format
-
-    document: dict[str, Any] = json_format.MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return document
+    return offload(convert)  # the import of TensorFlow may take seconds
 
 
 def _read_body() -> bytes:
