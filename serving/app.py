@@ -12,10 +12,9 @@ from flask import Response, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from serving.api import monitoring
-from serving.api.flask_app import ServingApp, current_app
+from serving.api.flask_app import ServingApp, current_app, error_response, json_response
 from serving.api.open_inference import routes as open_inference
 from serving.api.predict import routes as predict
-from serving.api.responses import error_response, json_response
 from serving.api.tensorflow_serving import routes as tensorflow_serving
 from serving.api.web import routes as web
 from serving.errors import ServingError, StartupError

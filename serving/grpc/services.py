@@ -1,35 +1,34 @@
-"""`tensorflow.serving.PredictionService`: Predict and GetModelMetadata.
+"""TensorFlow Serving's services: PredictionService (Predict, GetModelMetadata) and ModelService.
 
-After `apis/prediction_service.proto`, with the messages of `servables/tensorflow/predict_util.cc` and
-`get_model_metadata_impl.cc`. Classify, Regress and MultiInference return UNIMPLEMENTED.
+After `apis/prediction_service.proto` and `apis/model_service.proto`, with the messages of
+`servables/tensorflow/predict_util.cc`, `get_model_metadata_impl.cc` and `model_servers/get_model_status_impl.cc`.
+Classify, Regress and MultiInference return UNIMPLEMENTED.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from tensorflow_serving.apis import get_model_metadata_pb2, predict_pb2
+from tensorflow_serving.apis import get_model_metadata_pb2, model_management_pb2, predict_pb2
 
 from serving.errors import InvalidRequest, ModelFailed, ServingError
 from serving.greenlets import run_sized
+from serving.inference.model_config import read_config
 from serving.inference.repository import ModelVersion
 from serving.inference.service import InferenceRequest, InferenceService
 from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, check_rows
 from serving.inference.tensor_proto import count_elements, read_tensor, write_tensor
 from serving.metrics import Metrics
-from serving.tfs_messages import make_signature_defs
+from serving.tfs_messages import make_signature_defs, make_status
+
+logger = logging.getLogger(__name__)
 
 
 class PredictionService:
-    """Runs Predict requests and describes signatures.
-
-    Args:
-        inference: runs the requests.
-        metrics: records every Predict call.
-        max_bytes: the largest input tensor.
-    """
+    """Runs Predict requests, with input tensors of up to `max_bytes`, and describes signatures."""
 
     def __init__(self, inference: InferenceService, metrics: Metrics, *, max_bytes: int) -> None:
         self._inference = inference
@@ -56,14 +55,13 @@ class PredictionService:
 
     def get_model_metadata(self, request: Any) -> Any:
         """Describe the signatures of a model."""
-        if not request.HasField("model_spec"):
-            raise InvalidRequest("Missing ModelSpec")
+        _require_spec(request)
         if not request.metadata_field:
             raise InvalidRequest("GetModelMetadataRequest must specify at least one metadata_field")
         for field in request.metadata_field:
             if field != "signature_def":
                 raise InvalidRequest(f"Metadata field {field} is not supported")
-        version = resolve(self._inference, request.model_spec)
+        version = _resolve(self._inference, request.model_spec)
         response = get_model_metadata_pb2.GetModelMetadataResponse()
         response.model_spec.name = version.name
         response.model_spec.version.value = version.version
@@ -71,9 +69,8 @@ class PredictionService:
         return response
 
     def _predict(self, request: Any) -> Any:
-        if not request.HasField("model_spec"):
-            raise InvalidRequest("Missing ModelSpec")
-        version = resolve(self._inference, request.model_spec)
+        _require_spec(request)
+        version = _resolve(self._inference, request.model_spec)
         name = request.model_spec.signature_name or DEFAULT_SIGNATURE
         signature = version.predictor.signatures.get(name)
         if signature is None:
@@ -98,13 +95,38 @@ class PredictionService:
         return response
 
 
-def resolve(inference: InferenceService, spec: Any) -> ModelVersion:
-    """Return the model version of a ModelSpec.
+class ModelService:
+    """Reports the state of the models, and replaces the served models."""
 
-    Raises:
-        InvalidRequest: the model name is missing, or no version has the label.
-        ModelNotFound: the model or version does not exist.
-    """
+    def __init__(self, inference: InferenceService) -> None:
+        self._inference = inference
+
+    def get_model_status(self, request: Any) -> Any:
+        """Return the state of all versions of a model, or of the requested version."""
+        _require_spec(request)
+        spec = request.model_spec
+        return make_status(self._inference.status(spec.name, spec.version.value if spec.HasField("version") else None))
+
+    def handle_reload_config_request(self, request: Any) -> Any:
+        """Serve exactly the models of the new configuration; responds when they are loaded."""
+        try:
+            configs = read_config(request.config)
+            logger.info("new configuration: %s", ", ".join(config.name for config in configs) or "no models")
+            self._inference.repository.reload(configs)
+        except ServingError:
+            logger.error("the new configuration could not be fully applied")
+            raise
+        response = model_management_pb2.ReloadConfigResponse()
+        response.status.SetInParent()
+        return response
+
+
+def _require_spec(request: Any) -> None:
+    if not request.HasField("model_spec"):
+        raise InvalidRequest("Missing ModelSpec")
+
+
+def _resolve(inference: InferenceService, spec: Any) -> ModelVersion:
     if not spec.name:
         raise InvalidRequest("ModelSpec has no name specified.")
     choice = spec.WhichOneof("version_choice")

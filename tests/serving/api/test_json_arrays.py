@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serving.api.nested_lists import flatten
+from serving.api.json_arrays import flatten
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import orjson
 import pytest
 
 from serving.api.json_arrays import SLICE_ELEMENTS
-from serving.api.open_inference.parsing import InferRequest
-from serving.api.open_inference.rendering import render
+from serving.api.open_inference.messages import InferRequest, render
 from serving.inference.repository import ModelVersion
 from serving.inference.service import InferenceResult
 from serving.inference.signatures import Signature, TensorSpec

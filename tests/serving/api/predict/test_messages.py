@@ -7,8 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from serving.api.predict.multipart import read_files
-from serving.api.predict.parsing import parse_with_werkzeug
+from serving.api.predict.messages import parse_with_werkzeug, read_files
 
 KIND = "multipart/form-data; boundary=x"
 names = st.text(min_size=1, max_size=12)

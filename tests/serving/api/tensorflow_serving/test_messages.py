@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from serving.api.tensorflow_serving.classify_regress import check_examples, refusal
+from serving.api.tensorflow_serving.messages import parse_examples, refusal
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
 
@@ -30,12 +32,12 @@ def signature(inputs: list[str], outputs: list[str]) -> dict[str, Signature]:
 )
 def test_invalid_examples_are_refused(document: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        check_examples(document)
+        parse_examples(json.dumps(document).encode())
     assert str(refused.value) == message
 
 
 def test_valid_examples_are_accepted() -> None:
-    check_examples({"examples": [{"age": 46}, {}], "context": {"country": "DE"}})
+    assert parse_examples(b'{"examples": [{"age": 46}, {}], "context": {"country": "DE"}}') == ""
 
 
 NO_OUTPUTS = (
