@@ -80,7 +80,7 @@ tfserving:  ## TensorFlow Serving's container on the exported models, the servic
 	@models=$(call quoted,MODELS); case "$$models" in /*) ;; *) models="$$PWD/$$models";; esac; MODELS="$$models" deploy/tfserving.sh
 
 predict: $(INSTALLED)  ## classify with the running service: IMAGE=file-or-folder MODEL=
-	@test -n $(call quoted,IMAGE) || { echo "error: name a picture or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
+	@test -n $(call quoted,IMAGE) || { echo "error: name an image or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
 	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) $(if $(MODEL),--model $(call quoted,MODEL)) \
 		-- $(call quoted,IMAGE)
 
@@ -105,7 +105,7 @@ test-tfserving: $(INSTALLED)  ## the recorded exchanges against any running Tens
 bench-serve: $(INSTALLED)  ## this service beside the plain Flask script, LitServe, BentoML (needs wrk and h2load; installs the peers once)
 	@$(BIN)/python -m benchmarks.serve
 
-bench-client: $(INSTALLED)  ## 10,000 pictures from a folder through the service, by the client's two ways (needs wrk and h2load)
+bench-client: $(INSTALLED)  ## 10,000 images from a folder through the service, by the client's two ways (needs wrk and h2load)
 	@$(BIN)/python -m benchmarks.client
 
 bench-train: $(INSTALLED)  ## the article's own code, the loops and airbench: time, accuracy, calibration (hours): DATA=

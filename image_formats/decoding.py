@@ -73,7 +73,7 @@ def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Exception as error:  # a damaged header can raise any error in Pillow's parsers
-        raise UnreadableImage(f"the picture is damaged or cut off ({error or type(error).__name__})") from error
+        raise UnreadableImage(f"the image is damaged or cut off ({error or type(error).__name__})") from error
     if header.format in ("WEBP", "AVIF"):
         exif = image.info.get("exif", b"")
     try:
@@ -83,7 +83,7 @@ def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
         image = _to_rgb(image)
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError) as error:
         # Pillow's decoders raise these types for truncated and damaged files.
-        raise UnreadableImage(f"the picture is damaged or cut off ({error})") from error
+        raise UnreadableImage(f"the image is damaged or cut off ({error})") from error
     return turn_upright(image, exif)
 
 

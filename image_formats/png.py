@@ -73,15 +73,15 @@ def keep_pixel_data(data: bytes) -> tuple[bytes, bytes, bytes]:
     kind = b""
     for index, (kind, start, end) in enumerate(_iterate_chunks(data)):
         if (kind == b"IHDR") != (index == 0):
-            raise UnreadableImage("the picture is damaged: its header is not the first chunk of the PNG file")
+            raise UnreadableImage("the image is damaged: its header is not the first chunk of the PNG file")
         if not kind.isalpha():
-            raise UnreadableImage("the picture is damaged: the PNG file has a chunk without a name")
+            raise UnreadableImage("the image is damaged: the PNG file has a chunk without a name")
         is_critical = not kind[0] & 0x20
         is_whole = end + 4 <= len(data) and zlib.crc32(view[start - 4 : end]) == int.from_bytes(view[end : end + 4])
         if is_critical and not is_whole:
-            raise UnreadableImage("the picture is damaged or cut off: a chunk of the PNG file has a wrong checksum")
+            raise UnreadableImage("the image is damaged or cut off: a chunk of the PNG file has a wrong checksum")
         if is_critical and (kind not in _CRITICAL or kind in kept):
-            raise UnreadableImage(f"the picture is damaged: the PNG file has an unexpected chunk {kind!r}")
+            raise UnreadableImage(f"the image is damaged: the PNG file has an unexpected chunk {kind!r}")
         if kind == b"IDAT":
             pixels.append(view[start:end])
         elif kind in (b"IHDR", b"PLTE") and not (kind == b"PLTE" and pixels):
@@ -91,9 +91,9 @@ def keep_pixel_data(data: bytes) -> tuple[bytes, bytes, bytes]:
         elif kind == b"tRNS" and not pixels and is_whole and _is_transparency(kept, end - start):
             content.setdefault(kind, bytes(view[start:end]))
     if kind != b"IEND" or not pixels:
-        raise UnreadableImage("the picture is cut off: the PNG file has no end")
+        raise UnreadableImage("the image is cut off: the PNG file has no end")
     if _colour_type(kept) == PALETTE and b"PLTE" not in kept:
-        raise UnreadableImage("the picture is damaged: the PNG file has no palette")
+        raise UnreadableImage("the image is damaged: the PNG file has no palette")
     joined = b"".join((b"IDAT", *pixels))
     # A chunk is its length, its type and content (`joined`), and a checksum.
     body = (struct.pack(">I", len(joined) - 4), joined, struct.pack(">I", zlib.crc32(joined)))

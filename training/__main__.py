@@ -268,7 +268,7 @@ def run_command_line() -> int:
     # oneDNN convolutions are the default only with AVX-512 VNNI, but twice as fast on other CPUs too.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for quiet in ("absl", "httpx", "tensorflow"):
+    for quiet in ("absl", "httpx", "matplotlib", "tensorflow"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from image_formats.content import HAS_AVIF, HEAD_BYTES, explain_unreadable, read_header
+from image_formats.content import HEAD_BYTES, explain_unreadable, read_header
 from image_formats.decoding import decode_rgb
 from image_formats.header import ImageHeader, UnreadableImage
 from serving.errors import InvalidRequest
@@ -45,7 +45,7 @@ def check_file(data: bytes, limits: ImageLimits) -> ImageHeader:
         TooLarge: the header declares a larger image than allowed.
     """
     header = read_header(data)
-    if header is None or (header.format == "AVIF" and not HAS_AVIF):
+    if header is None:
         raise InvalidRequest(explain_unreadable(data[:HEAD_BYTES]))
     check_image(header, limits, decoder="pillow")
     return header

@@ -81,11 +81,11 @@ def check_image(header: ImageHeader, limits: ImageLimits, *, decoder: Decoder) -
     if header.problem:
         raise InvalidRequest(header.problem)
     if not header.pixels:
-        raise InvalidRequest(f"the picture has {size}: there is nothing to decode")
+        raise InvalidRequest(f"the image has {size}: there is nothing to decode")
     if header.pixels > limits.max_pixels:
-        raise TooLarge(f"the picture has {size}: at most {limits.max_pixels:,} in all are allowed")
+        raise TooLarge(f"the image has {size}: at most {limits.max_pixels:,} in all are allowed")
     if max(header.width, header.height) > limits.max_side:
-        raise TooLarge(f"the picture has {size}: a side may have at most {limits.max_side:,}")
+        raise TooLarge(f"the image has {size}: a side may have at most {limits.max_side:,}")
     if header.scans > MAX_JPEG_SCANS:
         raise InvalidRequest(f"the JPEG file has more than {MAX_JPEG_SCANS} scans; save it with fewer")
     if header.scans > 1 and header.pixels * header.scans > limits.max_pixels * FULL_SIZE_SCANS:

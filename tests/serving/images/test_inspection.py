@@ -74,7 +74,7 @@ def test_the_time_of_all_images_is_summed() -> None:
 
 
 def test_the_error_names_the_index_of_the_image() -> None:
-    with pytest.raises(TooLarge, match="image 1: the picture has 1 x 5001 pixels"):
+    with pytest.raises(TooLarge, match="image 1: the image has 1 x 5001 pixels"):
         check_encoded_images([strings(picture("red"), png(1, 5_001))], LIMITS)
     with pytest.raises(InvalidRequest, match="image 2: the JPEG file has more than 100 scans"):
         check_encoded_images([strings(b"", b"x" * 50, jpeg_of_scans(200))], LIMITS)

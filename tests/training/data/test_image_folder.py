@@ -295,7 +295,7 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "test" / "dog" / "empty.png").touch()
     message = refusal(folder)
     assert "3 of 19 files" in message
-    assert "train/cat/half.png: the picture is damaged or cut off" in message
+    assert "train/cat/half.png: the image is damaged or cut off" in message
     assert "train/dog/notes.txt: unknown image format: expected JPEG" in message
     assert "test/dog/empty.png: the file is empty" in message
     for number in range(9):

@@ -108,7 +108,7 @@ def test_decompression_bomb_is_rejected_and_named(tmp_path, size):
         (b"not a picture", "unknown image format: expected JPEG, PNG, WebP, AVIF, BMP or GIF"),
         (encode(Image.fromarray(PHOTO), "TIFF"), "TIFF is not supported: convert the image to JPEG or PNG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC is not supported: convert the image to JPEG or PNG"),
-        (encode(Image.fromarray(PHOTO), "JPEG")[:-400], "the picture is damaged or cut off"),
+        (encode(Image.fromarray(PHOTO), "JPEG")[:-400], "the image is damaged or cut off"),
     ],
 )
 def test_file_that_is_not_an_image_is_named(tmp_path, content, message):
