@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 
 from serving.api.predict.parsing import UploadedImage
-from serving.inference.image_classifier import class_names
+from serving.inference.image_classifier import class_names, read_classes
 from serving.inference.service import InferenceResult
 
 
@@ -16,10 +16,11 @@ def render(images: Sequence[UploadedImage], result: InferenceResult, timing_ms: 
     """Encode the response: one prediction per image, in the order sent."""
     version, outputs = result.version, result.outputs
     names = class_names(version, count=outputs["probabilities"].shape[1])
+    class_ids, labels = read_classes(outputs, names)
     columns = zip(
         images,
-        outputs["label"],
-        outputs["class_id"],
+        labels,
+        class_ids,
         np.maximum.reduce(outputs["probabilities"], axis=1),
         outputs["probabilities"],
         strict=True,
@@ -29,7 +30,7 @@ def render(images: Sequence[UploadedImage], result: InferenceResult, timing_ms: 
         "predictions": [
             {
                 "file": image.file,
-                "label": label.decode("utf-8", errors="replace"),
+                "label": label,
                 "class_id": class_id,
                 "confidence": confidence,
                 "probabilities": dict(zip(names, row, strict=True)),
