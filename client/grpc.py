@@ -28,7 +28,6 @@ MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 FILES_SIGNATURE, FILES_INPUT = "image_bytes", "image_bytes"
 PIXELS_SIGNATURE, PIXELS_INPUT = "serving_default", "images"
 LABELS_SIGNATURE, LABELS_INPUT = "labels", "class_id"
-OUTPUTS = ("probabilities", "class_id", "label")
 
 # Of a version (tensorflow_serving/apis/get_model_status.proto).
 STATES = {10: "START", 20: "LOADING", 30: "AVAILABLE", 40: "UNLOADING", 50: "END"}
@@ -118,15 +117,14 @@ class GrpcTransport:
         deadline_s = time.monotonic() + self._timeout_s
         response = self._send_pixels(images, deadline_s) or self._send_files(images, deadline_s)
         probabilities = self._read_numbers(response, "probabilities", DT_FLOAT)
-        class_ids = self._read_numbers(response, "class_id", DT_INT64)
-        labels = read_strings(self._find_output(response, "label", DT_STRING))
-        if probabilities.ndim != 2 or not len(probabilities) == len(class_ids) == len(labels) == len(images):
+        if probabilities.ndim != 2 or len(probabilities) != len(images):
             raise UnexpectedResponse(
-                f"expected probabilities, class_id and label of {len(images)} images from {self._target}, got "
-                f"{probabilities.shape}, {class_ids.shape} and ({len(labels)},)"
+                f"expected probabilities of {len(images)} images from {self._target}, got the shape "
+                f"{probabilities.shape}"
             )
         version = response.model_spec.version.value
         names = self._find_class_names(version, probabilities.shape[1], deadline_s)
+        class_ids, labels = self._read_classes(response, probabilities, names)
         predictions = {}
         for image, label, class_id, row in zip(images, labels, class_ids.tolist(), probabilities, strict=True):
             by_label, confidence = dict(zip(names, row.tolist(), strict=True)), float(row.max())
@@ -134,6 +132,22 @@ class GrpcTransport:
                 image.file, label, class_id, confidence, by_label, self._model, version
             )
         return predictions
+
+    def _read_classes(
+        self, response: Any, probabilities: np.ndarray[Any, Any], names: Sequence[str]
+    ) -> tuple[np.ndarray[Any, Any], list[str]]:
+        """Return class numbers and labels; a model that returns only probabilities leaves the choice to its clients."""
+        if "class_id" not in response.outputs or "label" not in response.outputs:
+            class_ids = probabilities.argmax(axis=1)
+            return class_ids, [names[class_id] for class_id in class_ids]
+        class_ids = self._read_numbers(response, "class_id", DT_INT64)
+        labels = read_strings(self._find_output(response, "label", DT_STRING))
+        if not len(class_ids) == len(labels) == len(probabilities):
+            raise UnexpectedResponse(
+                f"expected class_id and label of {len(probabilities)} images from {self._target}, got "
+                f"{class_ids.shape} and ({len(labels)},)"
+            )
+        return class_ids, labels
 
     def _send_files(self, images: Sequence[LoadedImage], deadline_s: float) -> Any:
         tensor = make_tensor(DT_STRING, len(images), string_val=[image.data for image in images])
@@ -155,8 +169,7 @@ class GrpcTransport:
 
     def _classify(self, signature: str, inputs: dict[str, Any], deadline_s: float) -> Any:
         spec = self._make_spec(self._version, signature)
-        request = prediction_pb2.PredictRequest(model_spec=spec, inputs=inputs, output_filter=OUTPUTS)
-        return self._send(request, deadline_s)
+        return self._send(prediction_pb2.PredictRequest(model_spec=spec, inputs=inputs), deadline_s)
 
     def _find_class_names(self, version: int, count: int, deadline_s: float) -> tuple[str, ...]:
         """Return the class names of a version, cached; the class numbers if the model has no names."""

@@ -20,13 +20,14 @@ from click.core import ParameterSource
 from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, VARIANTS, TrainingConfig
 from training.data import load_dataset
 from training.errors import RunError, StorageFullError, TrainingError
+from training.exporter.signatures import DEFAULT_OUTPUTS
 from training.models.presets import PRESETS
 from training.shell_command import format_command
 from training.storage import is_full
 
 if TYPE_CHECKING:
     from training.run_dir import RunDir
-    from training.trainer import BestModel, TrainingResult
+    from training.trainer import TrainingResult
 
 # TensorFlow takes seconds to import, so the commands import what needs it after checking their arguments.
 
@@ -72,6 +73,13 @@ def _models_options(command: _Command) -> _Command:
     text = "The model is exported as MODELS_DIR/NAME/VERSION."
     command = click.option("--models-dir", type=_FOLDER, default=Path("models"), help=text)(command)
     return click.option("--name", help="Name of the exported model.  [default: the dataset's]")(command)
+
+
+def _signature_options(command: _Command) -> _Command:
+    text = "What serving_default returns; clients that take the argmax of a row need probabilities alone."
+    outputs = click.option("--default-outputs", type=click.Choice(DEFAULT_OUTPUTS), default="all", help=text)
+    text = "Add the signature explain: heat maps of the predicted class (Grad-CAM)."
+    return outputs(click.option("--explain", is_flag=True, help=text)(command))
 
 
 @click.group(context_settings={"max_content_width": 110, "show_default": True})
@@ -125,6 +133,7 @@ def main() -> None:
 )
 @click.option("--export/--no-export", default=True, help="Export the best checkpoint.")
 @_models_options
+@_signature_options
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -135,6 +144,8 @@ def train(
     export: bool,
     models_dir: Path,
     name: str | None,
+    default_outputs: str,
+    explain: bool,
     **config_values: Any,
 ) -> None:
     """Train a model, evaluate its best checkpoint on the test images, write a report, export it."""
@@ -179,9 +190,13 @@ def train(
     if not export:
         return
     try:
-        _export(run, models_dir=models_dir, name=name, best=result.best)
+        _export(
+            run, models_dir=models_dir, name=name, best=result.best, default_outputs=default_outputs, explain=explain
+        )
     except BaseException:
-        again = format_command("export", run.path, "--models-dir", models_dir, *(["--name", name] if name else []))
+        options: list[str | Path] = ["--models-dir", models_dir, *(["--name", name] if name else [])]
+        options += ["--default-outputs", default_outputs] if default_outputs != "all" else []
+        again = format_command("export", run.path, *options, *(["--explain"] if explain else []))
         click.echo(f"{run.path} is trained and evaluated, but not exported. Export it:  {again}", err=True)
         raise
 
@@ -208,14 +223,15 @@ def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
 @main.command()
 @click.argument("run_path", metavar="RUN", type=_FOLDER)
 @_models_options
+@_signature_options
 @click.option(
     "--mirror", is_flag=True, help="Export with horizontal-flip test-time augmentation, at twice the computation."
 )
-def export(run_path: Path, *, models_dir: Path, name: str | None, mirror: bool) -> None:
+def export(run_path: Path, **options: Any) -> None:
     """Export the best checkpoint of a past RUN as the next version of a model."""
     from training.run_dir import RunDir
 
-    _export(RunDir.open(run_path), models_dir=models_dir, name=name, mirror=mirror)
+    _export(RunDir.open(run_path), **options)
 
 
 @main.command()
@@ -254,12 +270,10 @@ def _show_checkpoint(run: RunDir) -> None:
     )
 
 
-def _export(
-    run: RunDir, *, models_dir: Path, name: str | None, mirror: bool = False, best: BestModel | None = None
-) -> None:
+def _export(run: RunDir, **options: Any) -> None:
     from training.exporter.publish import export_run
 
-    click.echo(f"exported       {export_run(run, models_dir=models_dir, name=name, mirror=mirror, best=best)}")
+    click.echo(f"exported       {export_run(run, **options)}")
 
 
 def run_command_line() -> int:

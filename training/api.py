@@ -76,31 +76,48 @@ def evaluate(run_dir: Path | str, dataset: Dataset | None = None, *, mirror: boo
 
 
 def export(
-    run_dir: Path | str, models_dir: Path | str = "models", *, name: str | None = None, mirror: bool = False
+    run_dir: Path | str,
+    models_dir: Path | str = "models",
+    *,
+    name: str | None = None,
+    mirror: bool = False,
+    default_outputs: str = "all",
+    explain: bool = False,
 ) -> Path:
     """Export the best checkpoint of a run as the next version of a model, verified, for serving.
 
     The signature `serving_default` takes `images` uint8 (n, height, width, 3), raw pixels 0-255; `image_bytes` takes
     encoded JPEG or PNG images, string (n,). Both return `probabilities` float32 (n, classes), `class_id` int64 (n,)
-    and `label` string (n,).
+    and `label` string (n,). `probabilities` takes `images` and returns nothing else.
 
     Args:
         run_dir: directory of an evaluated run.
         models_dir: folder of all models.
         name: of the model; by default the dataset's.
         mirror: export with horizontal-flip test-time augmentation; the run must be evaluated with it.
+        default_outputs: what `serving_default` returns: "all", or the "probabilities" alone.
+        explain: add the signature `explain`: `images` to `heat_map` float32 (n, height, width), from 0 to 1.
 
     Returns:
         The folder of the new version, `models_dir/name/VERSION`.
 
     Raises:
         RunError: there is no run, or it has no checkpoint or evaluation.
-        ExportError: the name is invalid, or the outputs of the exported model differ from the trained model's.
+        ExportError: the name is invalid, heat maps cannot be computed, or the outputs of the exported model differ from
+            the trained model's.
         StorageFullError: the disk is full.
+        ValueError: `default_outputs` is unknown.
 
     Example:
         >>> from training import export
         >>> export("runs/shapes", "models").as_posix()
         'models/shapes/1'
     """
-    return export_run(RunDir.open(Path(run_dir)), models_dir=Path(models_dir), name=name, mirror=mirror)
+    return export_run(
+        RunDir.open(Path(run_dir)),
+        models_dir=Path(models_dir),
+        name=name,
+        mirror=mirror,
+        default_outputs=default_outputs,
+        explain=explain,
+    )

@@ -17,7 +17,9 @@ import tensorflow as tf
 
 from training.errors import RunError
 from training.exporter.checksums import write_checksums
+from training.exporter.grad_cam import check_explainable
 from training.exporter.saved_model import write_extra_assets, write_saved_model
+from training.exporter.signatures import output_names
 from training.exporter.verify import ExpectedLogits, verify_graph, verify_saved_model
 from training.exporter.versions import next_version
 from training.models.folding import compute_logits
@@ -32,7 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 def export_run(
-    run: RunDir, *, models_dir: Path, name: str | None = None, mirror: bool = False, best: BestModel | None = None
+    run: RunDir,
+    *,
+    models_dir: Path,
+    name: str | None = None,
+    mirror: bool = False,
+    best: BestModel | None = None,
+    default_outputs: str = "all",
+    explain: bool = False,
 ) -> Path:
     """Export the best checkpoint of a run as the next version of a model.
 
@@ -42,13 +51,16 @@ def export_run(
         name: of the model; by default that of the run's dataset.
         mirror: export with horizontal-flip test-time augmentation: more accurate, at twice the computation.
         best: the run's best checkpoint, if it is loaded already.
+        default_outputs: see `publish_model`.
+        explain: see `publish_model`.
 
     Returns:
         The folder of the new version.
 
     Raises:
         RunError: the run has no checkpoint, or was not evaluated.
-        ExportError: the exported model's outputs differ from the trained model's; nothing was published.
+        ExportError: as for `publish_model`.
+        ValueError: `default_outputs` is unknown.
     """
     evaluation = run.read_evaluation()
     split = "mirror" if mirror else "test"
@@ -92,6 +104,8 @@ def export_run(
         class_names=dataset.class_names,
         input_shape=dataset.input_shape,
         metadata=metadata,
+        default_outputs=default_outputs,
+        explain=explain,
     )
 
 
@@ -104,6 +118,8 @@ def publish_model(
     class_names: tuple[str, ...],
     input_shape: tuple[int, int, int],
     metadata: dict[str, Any],
+    default_outputs: str = "all",
+    explain: bool = False,
 ) -> Path:
     """Export an image classifier as the next version of `models_dir/name`.
 
@@ -115,18 +131,32 @@ def publish_model(
         class_names: a label for each class.
         input_shape: (height, width, 3).
         metadata: more fields of model.json, besides name, version, time, class names and input shape.
+        default_outputs: what `serving_default` returns: "all", or the "probabilities" alone.
+        explain: add the signature `explain`, heat maps of the predicted classes.
 
     Returns:
         The folder of the new version.
 
     Raises:
-        ExportError: the name is invalid, or the outputs differ from the expected ones; nothing was published.
+        ExportError: the name is invalid, heat maps of this classifier cannot be computed, or the outputs differ from
+            the expected ones; nothing was published.
+        ValueError: `default_outputs` is unknown.
     """
     check_model_name(name)
+    outputs = output_names(default_outputs=default_outputs, explain=explain)
+    if explain:
+        check_explainable(graph, input_shape=input_shape)
     verify_graph(graph, expected, input_shape=input_shape)
     full = explain_full_storage(models_dir, "Nothing was published: free some space, then export again")
     with full, next_version(models_dir / name) as (version, partial):
-        write_saved_model(graph, partial, class_names=class_names, input_shape=input_shape)
+        write_saved_model(
+            graph,
+            partial,
+            class_names=class_names,
+            input_shape=input_shape,
+            default_outputs=default_outputs,
+            explain=explain,
+        )
         own = {
             "name": name,
             "version": version,
@@ -134,8 +164,11 @@ def publish_model(
             "class_names": class_names,
             "input_shape": input_shape,
         }
-        write_extra_assets(partial, name=name, input_shape=input_shape, metadata={**own, **metadata, **own})
-        verify_saved_model(partial, expected, class_names=class_names, input_shape=input_shape)
+        metadata = {**own, **metadata, **own}
+        write_extra_assets(partial, name=name, input_shape=input_shape, metadata=metadata, signatures=outputs)
+        verify_saved_model(
+            partial, expected, graph=graph, class_names=class_names, input_shape=input_shape, outputs=outputs
+        )
         write_checksums(partial)
     return models_dir / name / str(version)
 

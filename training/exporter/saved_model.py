@@ -8,6 +8,7 @@ assets.extra/tf_serving_warmup_requests    replayed by a server when it loads th
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
+from training.exporter.grad_cam import explain as compute_heat_maps
 from training.exporter.image_decoding import decode_images
+from training.exporter.signatures import output_names
 from training.models.inference_graph import InferenceGraph
 
-_WARMUP_BATCH_SIZES = (1, 8, 64)
+# TensorFlow optimizes a graph at its first call; other batch sizes warm up what most clients use.
+_WARMUP_BATCH_SIZES = {"serving_default": (1, 8, 64), "image_bytes": (1, 8, 64), "probabilities": (1,), "explain": (1,)}
 
 
 def write_saved_model(
@@ -27,34 +31,50 @@ def write_saved_model(
     *,
     class_names: tuple[str, ...],
     input_shape: tuple[int, int, int],
+    default_outputs: str = "all",
+    explain: bool = False,
 ) -> None:
-    """Write a SavedModel with the signatures `serving_default`, `image_bytes` and `labels`.
+    """Write a SavedModel with the signatures `serving_default`, `image_bytes`, `probabilities` and `labels`.
 
     Args:
         graph: the classifier.
         folder: of the SavedModel.
         class_names: a label for each class.
         input_shape: (height, width, 3).
+        default_outputs: what `serving_default` returns; see `DEFAULT_OUTPUTS`.
+        explain: write the signature `explain` too.
     """
-    height, width, channels = input_shape
+    height, width, _ = input_shape
+    outputs = output_names(default_outputs=default_outputs, explain=explain)
+    images_spec = tf.TensorSpec((None, *input_shape), tf.uint8, "images")
+    # Traced once and called by all signatures, so the file has the weights once. A session inlines the calls.
+    shared = InferenceGraph(tf.function(graph.features, input_signature=[images_spec]), tf.function(graph.head))
 
-    def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        outputs = tf.nn.softmax(graph.logits(images))
-        class_id = tf.argmax(outputs, axis=1, output_type=tf.int64)
-        return {
-            "probabilities": tf.identity(outputs, "probabilities"),
-            "class_id": tf.identity(class_id, "class_id"),
-            "label": tf.gather(tf.constant(class_names), class_id, name="label"),
-        }
+    def classify(images: tf.Tensor, names: tuple[str, ...]) -> dict[str, tf.Tensor]:
+        probabilities = tf.nn.softmax(shared.logits(images))
+        class_id = tf.argmax(probabilities, axis=1, output_type=tf.int64)
+        label = tf.gather(tf.constant(class_names), class_id)
+        computed = {"probabilities": probabilities, "class_id": class_id, "label": label}
+        return {name: tf.identity(computed[name], name) for name in names}
 
     # Shapes are checked in the graph: a server does not check them, and a wrong rank makes TensorFlow's convolution
     # kernels abort the process.
+    def check(images: tf.Tensor) -> tf.Tensor:
+        return _reject_empty(tf.ensure_shape(images, (None, *input_shape)), "images")
+
     def serving_default(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return classify(_reject_empty(tf.ensure_shape(images, (None, *input_shape)), "images"))
+        return classify(check(images), outputs["serving_default"])
+
+    # A single output: the rows of TensorFlow Serving's REST API are then plain lists, which many clients expect.
+    def probabilities(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return classify(check(images), outputs["probabilities"])
 
     def image_bytes_signature(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         image_bytes = _reject_empty(tf.ensure_shape(image_bytes, (None,)), "image_bytes")
-        return classify(decode_images(image_bytes, height=height, width=width))
+        return classify(decode_images(image_bytes, height=height, width=width), outputs["image_bytes"])
+
+    def explain_signature(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return compute_heat_maps(shared, check(images))
 
     # TensorFlow Serving's API has no other way to tell a client the class names.
     def look_up_labels(class_id: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -62,10 +82,13 @@ def write_saved_model(
         return {"label": tf.gather(tf.constant(class_names), class_id, name="label")}
 
     signatures = {
-        "serving_default": (serving_default, tf.TensorSpec((None, height, width, channels), tf.uint8, "images")),
+        "serving_default": (serving_default, images_spec),
         "image_bytes": (image_bytes_signature, tf.TensorSpec((None,), tf.string, "image_bytes")),
+        "probabilities": (probabilities, images_spec),
         "labels": (look_up_labels, tf.TensorSpec((None,), tf.int64, "class_id")),
     }
+    if explain:
+        signatures["explain"] = (explain_signature, images_spec)
     tf.saved_model.save(
         tf.Module(),
         str(folder),
@@ -73,14 +96,22 @@ def write_saved_model(
     )
 
 
-def write_extra_assets(folder: Path, *, name: str, input_shape: tuple[int, int, int], metadata: dict[str, Any]) -> None:
-    """Write `model.json` and the warm-up requests into a SavedModel's folder."""
+def write_extra_assets(
+    folder: Path,
+    *,
+    name: str,
+    input_shape: tuple[int, int, int],
+    metadata: dict[str, Any],
+    signatures: Collection[str],
+) -> None:
+    """Write `model.json` and the warm-up requests of these signatures into a SavedModel's folder."""
     assets = folder / "assets.extra"
     assets.mkdir()
     (assets / "model.json").write_text(json.dumps(metadata, indent=2) + "\n")
     with tf.io.TFRecordWriter(str(assets / "tf_serving_warmup_requests")) as writer:
-        for batch_size in _WARMUP_BATCH_SIZES:
-            for signature, input_name, batch in example_inputs(example_images(batch_size, input_shape)):
+        for batch_size in _WARMUP_BATCH_SIZES["serving_default"]:
+            warmed = [signature for signature in signatures if batch_size in _WARMUP_BATCH_SIZES[signature]]
+            for signature, input_name, batch in example_inputs(example_images(batch_size, input_shape), warmed):
                 request = predict_pb2.PredictRequest()
                 request.model_spec.name = name
                 request.model_spec.signature_name = signature
@@ -94,10 +125,13 @@ def example_images(batch_size: int, input_shape: tuple[int, int, int]) -> np.nda
     return np.random.default_rng(batch_size).integers(0, 256, (batch_size, *input_shape), dtype=np.uint8)
 
 
-def example_inputs(images: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
-    """Return the same images as (signature, input name, batch) for both image signatures."""
+def example_inputs(images: np.ndarray, signatures: Collection[str]) -> list[tuple[str, str, np.ndarray]]:
+    """Return the same images as (signature, input name, batch) for each of these signatures."""
     encoded = np.array([tf.io.encode_png(image).numpy() for image in images], object)
-    return [("serving_default", "images", images), ("image_bytes", "image_bytes", encoded)]
+    return [
+        (signature, "image_bytes", encoded) if signature == "image_bytes" else (signature, "images", images)
+        for signature in signatures
+    ]
 
 
 def _reject_empty(batch: tf.Tensor, name: str) -> tf.Tensor:

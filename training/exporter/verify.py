@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
 from training.errors import ExportError
-from training.exporter.comparison import compare_logits, compare_outputs
+from training.exporter.comparison import compare_heat_maps, compare_logits, compare_outputs
+from training.exporter.grad_cam import explain
 from training.exporter.saved_model import example_images, example_inputs
 from training.models.inference_graph import InferenceGraph
 
@@ -25,6 +26,7 @@ BATCH_SIZES = (1, 3, 64)
 ExpectedLogits = Callable[[np.ndarray], np.ndarray]  # uint8 (n, height, width, 3) -> float (n, classes)
 _Outputs = dict[str, np.ndarray] | Exception
 _Case = tuple[str, str, np.ndarray]  # signature, input name, batch
+_Check = Callable[..., None]  # of the outputs of a case
 
 
 def verify_graph(graph: InferenceGraph, expected: ExpectedLogits, *, input_shape: tuple[int, int, int]) -> None:
@@ -43,38 +45,56 @@ def verify_graph(graph: InferenceGraph, expected: ExpectedLogits, *, input_shape
 
 
 def verify_saved_model(
-    folder: Path, expected: ExpectedLogits, *, class_names: tuple[str, ...], input_shape: tuple[int, int, int]
+    folder: Path,
+    expected: ExpectedLogits,
+    *,
+    graph: InferenceGraph,
+    class_names: tuple[str, ...],
+    input_shape: tuple[int, int, int],
+    outputs: Mapping[str, Collection[str]],
 ) -> None:
     """Call every signature of a SavedModel, loaded with `tf.saved_model.load` and in a session.
 
     Args:
         folder: of the SavedModel.
         expected: the logits of the trained model.
+        graph: what was exported; for its heat maps.
         class_names: a label for each class.
         input_shape: (height, width, 3).
+        outputs: the names of the outputs of each signature that classifies images.
 
     Raises:
         ExportError: a signature fails, or its outputs differ from the trained model's.
     """
+    heat_maps = tf.function(lambda images: explain(graph, images), reduce_retracing=True)
     cases: list[_Case] = []
-    logits: list[np.ndarray] = []
+    checks: list[_Check] = []
     for batch_size in BATCH_SIZES:
         images = example_images(batch_size, input_shape)
-        cases += example_inputs(images)
-        logits += [expected(images)] * 2
+        logits = expected(images)
+        for case in example_inputs(images, outputs):
+            cases.append(case)
+            if case[0] == "explain":
+                maps = {name: output.numpy() for name, output in heat_maps(tf.constant(images)).items()}
+                checks.append(functools.partial(compare_heat_maps, expected=maps, logits=logits))
+            else:
+                checks.append(functools.partial(compare_outputs, expected=logits, class_names=class_names))
     cases.append(("labels", "class_id", np.arange(len(class_names))))
+    checks.append(functools.partial(_compare_labels, class_names=class_names))
     for loader, call in (("tf.saved_model.load", _call_loaded), ("a session", _call_session)):
-        results = []
-        for (signature, _, batch), outputs in zip(cases, call(folder, cases), strict=True):
+        for (signature, _, batch), check, returned in zip(cases, checks, call(folder, cases), strict=True):
             where = f"the exported signature {signature}, loaded by {loader}, at batch size {len(batch)}"
-            if isinstance(outputs, Exception):
-                raise ExportError(f"{where} fails: {str(outputs).splitlines()[0]}") from outputs
-            results.append((outputs, where))
-        *predictions, (labels, where) = results
-        for (outputs, where_called), rows in zip(predictions, logits, strict=True):
-            compare_outputs(outputs, rows, class_names, where=where_called)
-        if [label.decode() for label in labels["label"].tolist()] != list(class_names):
-            raise ExportError(f"{where} returns {labels['label']}, not {class_names}")
+            if isinstance(returned, Exception):
+                raise ExportError(f"{where} fails: {str(returned).splitlines()[0]}") from returned
+            names = outputs.get(signature, ("label",))
+            if returned.keys() != set(names):
+                raise ExportError(f"{where} returns {', '.join(sorted(returned))}, not {', '.join(sorted(names))}")
+            check(returned, where=where)
+
+
+def _compare_labels(outputs: dict[str, np.ndarray], *, class_names: tuple[str, ...], where: str) -> None:
+    if [label.decode() for label in outputs["label"].tolist()] != list(class_names):
+        raise ExportError(f"{where} returns {outputs['label']}, not {class_names}")
 
 
 def _call_loaded(folder: Path, cases: list[_Case]) -> Iterator[_Outputs]:

@@ -14,7 +14,7 @@ from werkzeug.formparser import MultiPartParser
 from werkzeug.http import parse_options_header
 
 from serving.errors import InvalidRequest, TooLarge, UnsupportedMedia
-from serving.inference.image_classifier import class_names
+from serving.inference.image_classifier import GUARD_OUTPUTS, class_names, has_guard, read_classes
 from serving.inference.service import InferenceResult
 from serving.quoting import quote
 
@@ -147,26 +147,34 @@ def render(images: Sequence[UploadedImage], result: InferenceResult, timing_ms: 
     """Encode the response: one prediction per image, in the order sent."""
     version, outputs = result.version, result.outputs
     names = class_names(version, count=outputs["probabilities"].shape[1])
+    class_ids, labels = read_classes(outputs, names)
     columns = zip(
         images,
-        outputs["label"],
-        outputs["class_id"],
+        labels,
+        class_ids,
         np.maximum.reduce(outputs["probabilities"], axis=1),
         outputs["probabilities"],
         strict=True,
     )
+    predictions: list[dict[str, Any]] = [
+        {
+            "file": image.file,
+            "label": label,
+            "class_id": class_id,
+            "confidence": confidence,
+            "probabilities": dict(zip(names, row, strict=True)),
+        }
+        for image, label, class_id, confidence, row in columns
+    ]
+    if has_guard(outputs):
+        guards = zip(predictions, *(outputs[name] for name in GUARD_OUTPUTS), strict=True)
+        for prediction, typicality, is_typical, members in guards:
+            prediction["typicality"] = typicality
+            prediction["is_typical"] = bool(is_typical)
+            prediction["label_set"] = [names[class_id] for class_id in np.flatnonzero(members)]
     document = {
         "model": {"name": version.name, "version": version.version},
-        "predictions": [
-            {
-                "file": image.file,
-                "label": label.decode("utf-8", errors="replace"),
-                "class_id": class_id,
-                "confidence": confidence,
-                "probabilities": dict(zip(names, row, strict=True)),
-            }
-            for image, label, class_id, confidence, row in columns
-        ],
+        "predictions": predictions,
         "timing_ms": timing_ms,
     }
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)

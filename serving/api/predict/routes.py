@@ -15,7 +15,7 @@ from serving.errors import InvalidRequest, ModelNotFound, ModelNotNamed, Serving
 from serving.greenlets import SMALL_BYTES, offload, run_sized
 from serving.images.decoding import check_file, read_image
 from serving.images.limits import ImageLimits, decode_cost, is_quick
-from serving.inference.image_classifier import FILES_SIGNATURE, image_size
+from serving.inference.image_classifier import FILES_INPUT, choose_signature, image_size
 from serving.inference.repository import ModelVersion
 from serving.inference.service import InferenceRequest, InferenceResult
 from serving.inference.signatures import DEFAULT_SIGNATURE
@@ -46,7 +46,8 @@ def predict() -> Response:
         started_s = time.perf_counter()
         pixels = _decode_images(images, size, current_app.settings.image_limits, current_app.metrics)
         decoded_s = time.perf_counter()
-        result = current_app.inference.predict(version, InferenceRequest(DEFAULT_SIGNATURE, {"images": pixels}))
+        signature = choose_signature(version.predictor, input_name="images") or DEFAULT_SIGNATURE
+        result = current_app.inference.predict(version, InferenceRequest(signature, {"images": pixels}))
     predicted_s = time.perf_counter()
     timing_ms = {
         "decode": round((decoded_s - started_s) * 1e3, 3),
@@ -82,12 +83,12 @@ def _predict_files(version: ModelVersion, images: list[UploadedImage], size: tup
     The fast path excludes images that may be transparent or rotated, because older exports drop alpha and ignore a
     PNG's EXIF orientation. It also leaves error messages to Pillow.
     """
-    signature = version.predictor.signatures.get(FILES_SIGNATURE)
-    if signature is None or signature.inputs.keys() != {FILES_SIGNATURE} or not _are_exact_pngs(images, size):
+    signature = choose_signature(version.predictor, input_name=FILES_INPUT)
+    if signature is None or not _are_exact_pngs(images, size):
         return None
     files = np.array([image.data for image in images], object)
     try:
-        return current_app.inference.predict(version, InferenceRequest(FILES_SIGNATURE, {FILES_SIGNATURE: files}))
+        return current_app.inference.predict(version, InferenceRequest(signature, {FILES_INPUT: files}))
     except InvalidRequest:
         return None
 

@@ -8,7 +8,7 @@ from flask import Blueprint, Response, render_template
 
 from serving.api.flask_app import current_app
 from serving.errors import InvalidBackendResponse, ModelNotFound, NotReady, ServingError
-from serving.inference.image_classifier import class_names, image_size
+from serving.inference.image_classifier import can_explain, class_names, image_size
 from serving.inference.model_info import MAX_CLASSES
 from serving.inference.repository import ModelRepository, ModelVersion
 from serving.inference.signatures import DEFAULT_SIGNATURE
@@ -58,7 +58,8 @@ def models() -> list[dict[str, Any]]:
     Returns:
         For each model its `name`, whether a version is `available`, whether it is `loading`, and its `problem`: None,
         or the reason why it cannot classify images. Without a problem also its `version`, `height` and `width` in
-        pixels, `class_names`, and from its model info `dataset` (a name or None) and `test_accuracy` (0 to 1 or None).
+        pixels, `class_names`, whether it `explains` its predictions by heat maps, and from its model info `dataset` (a
+        name or None) and `test_accuracy` (0 to 1 or None).
     """
     repository = current_app.inference.repository
     names = repository.all_names()
@@ -87,6 +88,7 @@ def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
         "height": height,
         "width": width,
         "class_names": _class_names(version),
+        "explains": can_explain(version.predictor),
         "dataset": version.info.dataset,
         "test_accuracy": version.info.test_accuracy,
     }

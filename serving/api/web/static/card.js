@@ -1,3 +1,4 @@
+import { Explanation } from "./explanation.js";
 import { decode, reduce } from "./reduce.js";
 
 const BARS_AT_FIRST = 5;
@@ -39,7 +40,7 @@ export class Card {
   }
 
   /** Show the prediction, and the image at the model's size. */
-  showResult({ model, predictions: [prediction], timing_ms, elapsed_ms }, { width, height }) {
+  showResult({ model, predictions: [prediction], timing_ms, elapsed_ms }, description) {
     this.#show({ state: "classified", headline: prediction.label, confidence: percent(prediction.confidence) });
     const limits = describeLimits(prediction);
     this.#find(".limits").replaceChildren(...limits);
@@ -53,7 +54,7 @@ export class Card {
     this.#find(".bars").hidden = false;
     this.#find(".more").hidden = probabilities.length <= BARS_AT_FIRST;
     this.#showBars(false);
-    reducing = reducing.then(() => this.#showReduced(width, height)).catch(() => this.#showNotReduced());
+    reducing = reducing.then(() => this.#showReduced(description)).catch(() => this.#showNotReduced());
   }
 
   /** Show an error: a headline, and the details from the service or the browser. */
@@ -94,10 +95,11 @@ export class Card {
     this.#find(".more").textContent = all ? `Only the top ${BARS_AT_FIRST}` : `All ${rows.length} classes`;
   }
 
-  async #showReduced(width, height) {
+  async #showReduced(description) {
     if (!this.#item.isConnected) {
       return;
     }
+    const { width, height, explains } = description;
     const bitmap = await decode(this.#file);
     const image = await reduce(bitmap, width, height);
     bitmap.close();
@@ -108,6 +110,9 @@ export class Card {
     canvas.setAttribute("aria-label", `${this.#file.name} at ${width} × ${height} pixels`);
     this.#find(".seen .size").textContent = `${width} × ${height}`;
     this.#find(".seen").hidden = false;
+    if (explains) {
+      new Explanation(this.#find(".seen"), this.#find(".explain"), image, description);
+    }
   }
 
   #showNotReduced() {
