@@ -70,6 +70,8 @@ class Output:
         self.classified += 1
         if self._as_json:
             record = dataclasses.asdict(prediction) | {"file": file}
+            if prediction.is_typical is None:
+                record = {name: value for name, value in record.items() if value is not None}
             if self._top is not None:
                 record["probabilities"] = dict(prediction.top(self._top))
             self._write(json.dumps(record))

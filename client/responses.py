@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import sys
@@ -76,11 +77,22 @@ def read_predictions(response: Response, images: Sequence[LoadedImage]) -> Itera
                 "confidence": float() | int() as confidence,
                 "probabilities": dict(probabilities),
             } if all(isinstance(probability, (float, int)) for probability in probabilities.values()):
-                yield image.index, Prediction(image.file, label, class_id, confidence, probabilities, model, version)
+                prediction = Prediction(image.file, label, class_id, confidence, probabilities, model, version)
+                yield image.index, _add_limits(prediction, row)
             case _:
                 raise UnexpectedResponse(
                     f"expected label, class_id, confidence and probabilities from {response.url}, got {str(row)[:200]}"
                 )
+
+
+def _add_limits(prediction: Prediction, row: dict[str, Any]) -> Prediction:
+    """Add the fields that only models with out-of-distribution detection return."""
+    match row:
+        case {"typicality": float() | int() as typicality, "is_typical": bool(is_typical), "label_set": list(labels)}:
+            return dataclasses.replace(
+                prediction, typicality=typicality, is_typical=is_typical, label_set=tuple(map(str, labels))
+            )
+    return prediction
 
 
 def read_rejections(response: Response, images: Sequence[LoadedImage]) -> list[Failure]:

@@ -57,6 +57,18 @@ def test_images_are_sent_again_without_the_unreadable_ones_and_in_halves() -> No
     assert all(isinstance(outcome, Prediction) for outcome in outcomes[2:])
 
 
+def test_limits_of_predictions_are_read() -> None:
+    flow = make_api().predict(IMAGES[:2])
+    next(flow)
+    limits = {"typicality": 0.01, "is_typical": False, "label_set": ["red", "blue"]}
+    body = {"model": {"name": "m", "version": 1}, "predictions": [{**ROW, **limits}, {**ROW, "typicality": "much"}]}
+    limited, plain = flow.send(make_response(200, body))
+    assert (limited.typicality, limited.is_typical, limited.label_set) == (0.01, False, ("red", "blue"))
+    assert limited.describe_limits() == "unlike the training images; red or blue"
+    assert (plain.typicality, plain.is_typical, plain.label_set) == (None, None, None)
+    assert not plain.describe_limits()
+
+
 def test_retries_are_delayed_and_keep_the_deadline() -> None:
     flow = make_api(retries=2).predict(IMAGES)
     first = next(flow)

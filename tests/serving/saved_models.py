@@ -50,6 +50,12 @@ class ColourClassifier(tf.Module):
         share = tf.gather(tf.cast(images, tf.float32), class_id, axis=3, batch_dims=1) / 255
         return {"heat_map": share, "class_id": class_id}
 
+    def guard(self, outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Call a confident prediction typical, and put every colour above a tenth into the set."""
+        confidence = tf.reduce_max(outputs["probabilities"], axis=1)
+        limits = {"typicality": confidence, "is_typical": confidence > 0.5, "label_set": outputs["probabilities"] > 0.1}
+        return outputs | limits
+
     @tf.function
     def classify_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         def decode(data: tf.Tensor) -> tf.Tensor:
@@ -69,6 +75,7 @@ def save_colour_classifier(
     gate: Path | None = None,
     card: bool = True,
     explain: bool = False,
+    guarded: bool = False,
 ) -> Path:
     """Write a classifier of three colours to `path`, with a card and without warm-up records."""
     model = ColourClassifier(size, gate)
@@ -81,6 +88,12 @@ def save_colour_classifier(
     }
     if explain:
         signatures["explain"] = model.explain.get_concrete_function(images)
+    if guarded:
+        for name, classify in (("guarded", model.classify), ("guarded_bytes", model.classify_bytes)):
+            plain = signatures["serving_default" if name == "guarded" else "image_bytes"]
+            (spec,) = plain.structured_input_signature[0]
+            function = tf.function(lambda tensor, classify=classify: model.guard(classify(tensor)))
+            signatures[name] = function.get_concrete_function(spec)
     tf.saved_model.save(model, str(path), signatures=signatures)
     extra = path / "assets.extra"
     extra.mkdir()
