@@ -35,6 +35,8 @@ URL ?=
 GRPC ?=
 IMAGE ?=
 MODEL ?=
+TO ?=
+OUTPUT ?=
 # Folders of unit tests; the marker `slow` takes out those of their modules that start processes or measure.
 FAST_TESTS := $(wildcard tests/client tests/training/data \
 	tests/serving/api tests/serving/images tests/serving/inference)
@@ -45,7 +47,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
 TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
 
-.PHONY: help install demo train serve tfserving predict test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check coverage format screenshots lock clean
+.PHONY: help install demo train serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check coverage format screenshots lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -83,6 +85,10 @@ predict: $(INSTALLED)  ## classify with the running service: IMAGE=file-or-folde
 	@test -n $(call quoted,IMAGE) || { echo "error: name an image or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
 	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) $(if $(MODEL),--model $(call quoted,MODEL)) \
 		-- $(call quoted,IMAGE)
+
+convert: $(INSTALLED)  ## an exported model for another runtime: MODEL=models/NAME TO=onnx or litert, OUTPUT=file
+	@test -n $(call quoted,MODEL) -a -n "$(TO)" || { echo "error: name a model and a format: make convert MODEL=models/pets TO=onnx (or litert)" >&2; exit 2; }
+	@$(BIN)/python -m training convert --to $(TO) $(if $(OUTPUT),--output $(call quoted,OUTPUT)) -- $(call quoted,MODEL)
 
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
 	@failed=0; \

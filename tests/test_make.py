@@ -56,6 +56,14 @@ def test_paths_may_hold_any_characters(project: Path) -> None:
     assert make(project, "predict", f"IMAGE={AWKWARD}")[-1] == AWKWARD
 
 
+def test_the_model_to_convert_is_handed_on(project: Path) -> None:
+    given = make(project, "convert", f"MODEL=models/{AWKWARD}", "TO=onnx", f"OUTPUT={AWKWARD}")
+    assert (options(given)["--to"], options(given)["--output"], given[-1]) == ("onnx", AWKWARD, f"models/{AWKWARD}")
+    assert "--output" not in make(project, "convert", "MODEL=models/pets", "TO=litert")
+    done = subprocess.run(["make", "convert", "TO=onnx"], cwd=project, capture_output=True, text=True, check=False)
+    assert "name a model and a format: make convert MODEL=models/pets TO=onnx" in done.stderr
+
+
 def test_the_model_to_query_is_handed_on(project: Path) -> None:
     assert options(make(project, "predict", "IMAGE=cat.png", "MODEL=pets"))["--model"] == "pets"
     assert "--model" not in make(project, "predict", "IMAGE=cat.png")

@@ -1,4 +1,4 @@
-"""Command line: `python -m training train | evaluate | export | samples`."""
+"""Command line: `python -m training train | evaluate | export | convert | samples`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, VARIANTS, TrainingConfig
+from training.converter.convert import FORMATS, convert_model
 from training.data import load_dataset
 from training.errors import RunError, StorageFullError, TrainingError
 from training.exporter.signatures import DEFAULT_OUTPUTS
@@ -232,6 +233,19 @@ def export(run_path: Path, **options: Any) -> None:
     from training.run_dir import RunDir
 
     _export(RunDir.open(run_path), **options)
+
+
+@main.command()
+@click.argument("model", type=_FOLDER)
+@click.option("--to", type=click.Choice(list(FORMATS)), required=True, help="The format: ONNX, or LiteRT's .tflite.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file to write.  [default: models/NAME/NAME-VERSION with the format's suffix]",
+)
+def convert(model: Path, *, to: str, output: Path | None) -> None:
+    """Convert an exported MODEL, models/NAME or models/NAME/VERSION, for another runtime, and verify the result."""
+    click.echo(f"converted      {convert_model(model, to=to, output=output)}")
 
 
 @main.command()

@@ -136,8 +136,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, shapes: Served) -> Iterat
     checkout.stop()
 
 
-@pytest.mark.parametrize("page", ["docs/getting-started.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/getting-started.md", "README.md", "docs/convert.md"])
 def test_every_block_of_code_runs(page: str, checkout: Checkout) -> None:
+    if page == "docs/convert.md":
+        for package in ("tf2onnx", "onnxruntime", "ai_edge_litert"):
+            pytest.importorskip(package, reason=f"needs {package}, of the extra [convert]")
     blocks = [block for block in read_blocks(page) if block.language in ("sh", "python")]
     assert {block.language for block in blocks} == {"sh", "python"}
     for block in blocks:

@@ -7,8 +7,6 @@ exports work in Python only.
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from training.exporter.comparison import compare_heat_maps, compare_logits, comp
 from training.exporter.grad_cam import explain
 from training.exporter.saved_model import example_images, example_inputs
 from training.models.inference_graph import InferenceGraph
+from training.native_output import discard_stderr
 
 BATCH_SIZES = (1, 3, 64)
 
@@ -128,13 +127,5 @@ def _start_sessions() -> None:
 
     TensorFlow then prints, at every log level, that an optimization is off.
     """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    try:
-        with Path(os.devnull).open("wb") as devnull:
-            os.dup2(devnull.fileno(), 2)
-        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-            session.run(tf.constant(0))
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+    with discard_stderr(), tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        session.run(tf.constant(0))
