@@ -37,6 +37,8 @@ IMAGE ?=
 MODEL ?=
 TO ?=
 OUTPUT ?=
+LABELS ?=
+INPUT_SCALE ?=
 # Folders of unit tests; the marker `slow` takes out those of their modules that start processes or measure.
 FAST_TESTS := $(wildcard tests/client tests/training/data \
 	tests/serving/api tests/serving/images tests/serving/inference)
@@ -47,7 +49,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
 TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
 
-.PHONY: help install demo train serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check coverage format screenshots lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check coverage format screenshots lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -74,6 +76,13 @@ train: $(INSTALLED)  ## train, evaluate and export: DATASET= DATA= IMAGE_SIZE=Hx
 		--dataset $(DATASET) $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) \
 		--variant $(VARIANT) $(if $(PRESET),--preset $(PRESET)) --loop $(LOOP) \
 		$(if $(BATCH_SIZE),--batch-size $(BATCH_SIZE)) --seed $(SEED))
+
+import: $(INSTALLED)  ## export a Keras model for serving: MODEL=model.keras LABELS=file-or-list INPUT_SCALE= DATA= IMAGE_SIZE=HxW NAME=
+	@test -n $(call quoted,MODEL) || { echo "error: name a model: make import MODEL=model.keras LABELS=cat,dog" >&2; exit 2; }
+	@$(BIN)/python -m training import --models-dir $(call quoted,MODELS) $(if $(NAME),--name $(call quoted,NAME)) \
+		$(if $(LABELS),--labels $(call quoted,LABELS)) $(if $(INPUT_SCALE),--input-scale $(INPUT_SCALE)) \
+		$(if $(DATA),--data $(call quoted,DATA)) $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) \
+		-- $(call quoted,MODEL)
 
 serve: $(INSTALLED)  ## serve the newest version of every model: MODELS= HOST= PORT= GRPC_PORT=
 	@$(BIN)/python -m serving --models-dir $(call quoted,MODELS) --host $(HOST) --rest-port $(PORT) --grpc-port $(GRPC_PORT)

@@ -69,6 +69,14 @@ def test_the_model_to_query_is_handed_on(project: Path) -> None:
     assert "--model" not in make(project, "predict", "IMAGE=cat.png")
 
 
+def test_a_model_to_import_is_handed_on(project: Path) -> None:
+    given = make(project, "import", f"MODEL={AWKWARD}", f"LABELS={AWKWARD}", "INPUT_SCALE=-1..1", "NAME=pets")
+    assert given[-2:] == ["--", AWKWARD]
+    named = options(given)
+    assert (named["--labels"], named["--input-scale"], named["--name"]) == (AWKWARD, "-1..1", "pets")
+    assert not {"--labels", "--input-scale", "--data", "--image-size"} & set(make(project, "import", "MODEL=a.keras"))
+
+
 def test_the_container_is_given_an_absolute_path(project: Path) -> None:
     script = project / "deploy" / "tfserving.sh"
     script.parent.mkdir()

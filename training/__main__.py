@@ -1,4 +1,4 @@
-"""Command line: `python -m training train | evaluate | export | convert | samples`."""
+"""Command line: `python -m training train | evaluate | export | import | convert | samples`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from training.command_options import FOLDER, ImageSize, models_options, signature_options
 from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, VARIANTS, TrainingConfig
 from training.converter.convert import FORMATS, convert_model
 from training.data import load_dataset
 from training.errors import RunError, StorageFullError, TrainingError
-from training.exporter.signatures import DEFAULT_OUTPUTS
+from training.importer.command import import_command
 from training.models.presets import PRESETS
 from training.shell_command import format_command
 from training.storage import is_full
@@ -34,18 +35,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = TrainingConfig()
 _INTERRUPTED = 130
-_FOLDER = click.Path(path_type=Path, file_okay=False)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-class _ImageSize(click.ParamType[Any]):
-    name = "HEIGHTxWIDTH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        height, times, width = str(value).partition("x")
-        if not (times and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-            self.fail(f"expected HEIGHTxWIDTH in pixels, such as 32x32; got {value!r}", param, ctx)
-        return int(height), int(width)
 
 
 def _default(name: str) -> str:
@@ -64,23 +54,10 @@ def _choice(name: str, choices: Sequence[str], text: str) -> Callable[[_Command]
 
 def _data_options(command: _Command) -> _Command:
     size = "Resize all images.  [default: their own size; 96x96 if sizes differ or are large]"
-    command = click.option("--image-size", type=_ImageSize(), help=size)(command)
+    command = click.option("--image-size", type=ImageSize(), help=size)(command)
     command = click.option("--data", type=click.Path(path_type=Path), help="Path of the archive or folder.")(command)
     text = "cifar10; shapes (drawn by this program, needs no data); or a folder of images by class."
     return _choice("--dataset", DATASETS, text)(command)
-
-
-def _models_options(command: _Command) -> _Command:
-    text = "The model is exported as MODELS_DIR/NAME/VERSION."
-    command = click.option("--models-dir", type=_FOLDER, default=Path("models"), help=text)(command)
-    return click.option("--name", help="Name of the exported model.  [default: the dataset's]")(command)
-
-
-def _signature_options(command: _Command) -> _Command:
-    text = "What serving_default returns; clients that take the argmax of a row need probabilities alone."
-    outputs = click.option("--default-outputs", type=click.Choice(DEFAULT_OUTPUTS), default="all", help=text)
-    text = "Add the signature explain: heat maps of the predicted class (Grad-CAM)."
-    return outputs(click.option("--explain", is_flag=True, help=text)(command))
 
 
 @click.group(context_settings={"max_content_width": 110, "show_default": True})
@@ -125,16 +102,16 @@ def main() -> None:
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=_DEFAULTS.seed)
 @click.option("--deterministic", is_flag=True, help="Bit-identical results from the same seed; slower.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard logs into the run directory.")
-@click.option("--run", "run_path", type=_FOLDER, help="The run directory.  [default: runs/TIME-DATASET-VARIANT-LOOP]")
+@click.option("--run", "run_path", type=FOLDER, help="The run directory.  [default: runs/TIME-DATASET-VARIANT-LOOP]")
 @click.option(
     "--resume",
-    type=_FOLDER,
+    type=FOLDER,
     help="Continue the run in this directory with its own settings. --epochs sets a new total, --data a new path of "
     "the same data.",
 )
 @click.option("--export/--no-export", default=True, help="Export the best checkpoint.")
-@_models_options
-@_signature_options
+@models_options("the dataset's")
+@signature_options
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -203,7 +180,7 @@ def train(
 
 
 @main.command()
-@click.argument("run_path", metavar="RUN", type=_FOLDER)
+@click.argument("run_path", metavar="RUN", type=FOLDER)
 @click.option("--data", type=click.Path(path_type=Path), help="New path of the same data.")
 @click.option("--mirror", is_flag=True, help="Evaluate with horizontal-flip test-time augmentation too.")
 def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
@@ -222,9 +199,9 @@ def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
 
 
 @main.command()
-@click.argument("run_path", metavar="RUN", type=_FOLDER)
-@_models_options
-@_signature_options
+@click.argument("run_path", metavar="RUN", type=FOLDER)
+@models_options("the dataset's")
+@signature_options
 @click.option(
     "--mirror", is_flag=True, help="Export with horizontal-flip test-time augmentation, at twice the computation."
 )
@@ -236,7 +213,7 @@ def export(run_path: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("model", type=_FOLDER)
+@click.argument("model", type=FOLDER)
 @click.option("--to", type=click.Choice(list(FORMATS)), required=True, help="The format: ONNX, or LiteRT's .tflite.")
 @click.option(
     "--output",
@@ -248,8 +225,11 @@ def convert(model: Path, *, to: str, output: Path | None) -> None:
     click.echo(f"converted      {convert_model(model, to=to, output=output)}")
 
 
+main.add_command(import_command)
+
+
 @main.command()
-@click.argument("folder", type=_FOLDER)
+@click.argument("folder", type=FOLDER)
 @_data_options
 @click.option("--per-class", type=click.IntRange(1), default=1, help="Images of each class.")
 def samples(folder: Path, *, per_class: int, **config_values: Any) -> None:

@@ -10,6 +10,7 @@ class TrainingError(Exception):
     +-- DatasetError              1   the data is missing, damaged or unusable
     +-- RunError                  1   a run directory is missing, in use or invalid
     +-- MemoryTooSmallError       1   the data and the network do not fit into memory
+    +-- ModelError                1   a model cannot be imported
     +-- ExportError               1   the exported model's outputs differ from the trained model's
     +-- DivergedError             3   the loss became NaN or infinite
     +-- StorageFullError          4   the disk is full
@@ -30,6 +31,10 @@ class RunError(TrainingError):
 
 class MemoryTooSmallError(TrainingError):
     """The data and the network do not fit into memory."""
+
+
+class ModelError(TrainingError):
+    """A model cannot be imported; the message says what was found and how to fix it."""
 
 
 class ExportError(TrainingError):

@@ -94,14 +94,7 @@ class RunDir:
     @classmethod
     def create_numbered(cls, path: Path, config: TrainingConfig) -> RunDir:
         """Like `create`, at `path` or, if that exists, at `path`-2, `path`-3 and so on."""
-        _make_directory(path.parent)
-        for number in itertools.count(1):
-            folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()  # succeeds in only one of several processes
-                break
-        sync(folder.parent)
-        return cls.create(folder, config)
+        return cls.create(make_numbered(path), config)
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
@@ -222,6 +215,22 @@ class RunDir:
         if not isinstance(values, dict):
             raise RunError(f"{self.path / name} is invalid: expected a JSON object")
         return values
+
+
+def make_numbered(path: Path) -> Path:
+    """Create a directory at `path` or, if that exists, at `path`-2, `path`-3 and so on; return its path.
+
+    Raises:
+        RunError: the directory cannot be created.
+    """
+    _make_directory(path.parent)
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()  # succeeds in only one of several processes
+            break
+    sync(folder.parent)
+    return folder
 
 
 def _make_directory(path: Path) -> None:

@@ -16,11 +16,12 @@ ROOT = Path(training.__file__).parent
         ("__main__", set()),
         ("api", {"__init__.py"}),
         ("converter", {"__main__.py", "converter"}),
-        ("exporter", {"__main__.py", "api.py", "converter", "exporter"}),
+        ("exporter", {"__main__.py", "api.py", "converter", "exporter", "importer"}),
+        ("importer", {"__main__.py", "api.py", "importer"}),
         ("trainer", {"__main__.py", "api.py", "exporter"}),
         ("callbacks", {"trainer.py"}),
         ("loops", {"trainer.py", "loops"}),
-        ("evaluation", {"trainer.py", "evaluation"}),
+        ("evaluation", {"trainer.py", "evaluation", "importer"}),
     ],
 )
 def test_a_module_is_imported_only_by_the_layers_above(module, importers):

@@ -39,14 +39,14 @@ def find_image_folders(folder: Path) -> list[Path]:
         return [folder]
     subfolders = _subfolders(folder)
     holders = [path for path in subfolders if any(map(is_image_file, _sample(path)))]
-    if len(holders) > 1 and not any(map(_has_splits, subfolders)):
+    if len(holders) > 1 and not any(map(has_splits, subfolders)):
         return [folder]
     return [path for path in subfolders if _is_image_folder(path)]
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
     """Return the sorted class names of an image folder; raise `DatasetError` if one is not UTF-8, or has no other."""
-    by_class = _find_splits(folder)["train"][0] if _has_splits(folder) else folder
+    by_class = _find_splits(folder)["train"][0] if has_splits(folder) else folder
     names = tuple(path.name for path in _subfolders(by_class))
     for name in names:
         if name != _shown(Path(name)):
@@ -63,7 +63,12 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
 
 
 def load_image_folder(
-    folder: Path, *, image_size: tuple[int, int] | None, seed: int, default_size: tuple[int, int] | None = DEFAULT_SIZE
+    folder: Path,
+    *,
+    image_size: tuple[int, int] | None,
+    seed: int,
+    default_size: tuple[int, int] | None = DEFAULT_SIZE,
+    test_fraction: float = TEST_FRACTION,
 ) -> Dataset:
     """Load an image folder.
 
@@ -77,6 +82,7 @@ def load_image_folder(
         image_size: (height, width) to resize to; `None` keeps small images of equal size.
         seed: of the test split, if there is no test folder.
         default_size: (height, width) for large images and images of different sizes; see `read_images`.
+        test_fraction: part of each class that is split off for testing, if there is no test folder.
 
     Raises:
         DatasetError: the folder does not exist, a file is damaged, a class is empty, missing in `test/`, or too small.
@@ -89,9 +95,9 @@ def load_image_folder(
         raise DatasetError(f"{folder} is not an image folder and contains none: {_explain_no_images(folder)}")
     if len(found) > 1:
         raise DatasetError(f"{folder} contains {len(found)} image folders, {_listed(found)}: name one of them")
-    if _has_splits(found[0]):
+    if has_splits(found[0]):
         return _load_splits(found[0], image_size, default_size)
-    return _load_and_split(found[0], image_size, default_size, seed)
+    return _load_and_split(found[0], image_size, default_size, seed, test_fraction)
 
 
 def _explain_no_images(folder: Path) -> str:
@@ -148,13 +154,18 @@ def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size:
 
 
 def _load_and_split(
-    folder: Path, image_size: tuple[int, int] | None, default_size: tuple[int, int] | None, seed: int
+    folder: Path,
+    image_size: tuple[int, int] | None,
+    default_size: tuple[int, int] | None,
+    seed: int,
+    test_fraction: float,
 ) -> Dataset:
     class_names = read_class_names(folder)
     paths, labels = _list_classes(folder, class_names, at_least=3, needed_for="to train, validate and test")
     images = read_images(paths, image_size=image_size, folder=folder, default_size=default_size)
-    train, test = Split(images, labels).split_off(TEST_FRACTION, seed=seed)
-    source = f"{_shown(folder)} (a tenth split off for testing, seed {seed})"
+    train, test = Split(images, labels).split_off(test_fraction, seed=seed)
+    part = "a tenth" if test_fraction == TEST_FRACTION else f"{test_fraction:.0%}"
+    source = f"{_shown(folder)} ({part} split off for testing, seed {seed})"
     return Dataset(folder.resolve().name, source, class_names, train, test)
 
 
@@ -185,9 +196,7 @@ def _shown(path: Path) -> str:
 
 
 def _is_image_folder(folder: Path) -> bool:
-    return _has_splits(folder) or any(
-        map(is_image_file, itertools.chain.from_iterable(map(_list, _subfolders(folder))))
-    )
+    return has_splits(folder) or any(map(is_image_file, itertools.chain.from_iterable(map(_list, _subfolders(folder)))))
 
 
 def _find_splits(folder: Path) -> dict[str, list[Path]]:
@@ -196,7 +205,8 @@ def _find_splits(folder: Path) -> dict[str, list[Path]]:
     return {split: [path for path in subfolders if path.name.lower() in names] for split, names in _SPLITS.items()}
 
 
-def _has_splits(folder: Path) -> bool:
+def has_splits(folder: Path) -> bool:
+    """Return whether an image folder has the layout with `train/<class>/`."""
     # A class called "train" contains images, not folders.
     return any(_subfolders(path) for path in _find_splits(folder)["train"])
 

@@ -1,13 +1,20 @@
-"""The report of a run: `report.md` and its plots."""
+"""The report of a model: `report.md` and its plots.
+
+`write_report` is for a training run. `write_model_report` is for any evaluated model, also an imported one, which has
+no history: what only one kind of model has is its `Origin`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from training.config import TrainingConfig
 from training.data import Dataset
@@ -21,6 +28,31 @@ from training.shell_command import format_command
 # Shown in the command even where they are the default.
 _ALWAYS_SHOWN = ("dataset", "variant", "preset", "loop", "dtype", "epochs", "seed")
 _EPOCH_COLUMNS = ("epoch", "loss", "accuracy", "val loss", "val accuracy", "learning rate", "images/s", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a model comes from: the parts of its report besides the evaluation.
+
+    Attributes:
+        introduction: a paragraph of Markdown.
+        calibrated_on: the images that the temperature was fitted on, such as "the validation images".
+        earlier: rows (images, loss, accuracy) of the results above the test images.
+        later: rows below them.
+        details: Markdown between the results and the metrics by class.
+        settings: rows (name, value) of the configuration, without those of the data.
+        appendix: Markdown at the end.
+        plots: figures that `details` and `appendix` show, by name.
+    """
+
+    introduction: str
+    calibrated_on: str
+    earlier: Sequence[Sequence[str]] = ()
+    later: Sequence[Sequence[str]] = ()
+    details: str = ""
+    settings: Sequence[Sequence[str]] = ()
+    appendix: str = ""
+    plots: Mapping[str, Figure] = field(default_factory=dict)
 
 
 def write_report(
@@ -48,42 +80,45 @@ def write_report(
     # A run killed between saving its best checkpoint and its history has a best epoch that the history lacks.
     by_epoch = {result.epoch: result for result in (*run.read_history(), best)}
     history = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    return write_model_report(run, _describe_run(config, dataset, mirrored, history, best), dataset=dataset, test=test)
+
+
+def write_model_report(run: RunDir, origin: Origin, *, dataset: Dataset, test: CalibratedEvaluation) -> Path:
+    """Write `report.md` and its plots.
+
+    Args:
+        run: its directory receives the files; it needs no other contents.
+        origin: of the model.
+        dataset: with the test images.
+        test: evaluation on the test images.
+
+    Returns:
+        The path of `report.md`.
+    """
     evaluation, names = test.evaluation, dataset.class_names
     plots = {
-        "loss": plot_curves(history, quantity="loss", best_epoch=best.epoch),
-        "accuracy": plot_curves(history, quantity="accuracy", best_epoch=best.epoch),
+        **origin.plots,
         "confusion": plot_confusion(evaluation.confusion, names),
         "calibration": plot_calibration(test.uncalibrated, evaluation.calibration, temperature=test.temperature),
         "samples": plot_samples(dataset.test.images, dataset.test.labels, test.probabilities, names),
     }
     return run.write_report(
-        _markdown(config, dataset, test, mirrored, history, best),
-        {name: render_png(figure) for name, figure in plots.items()},
+        _markdown(origin, dataset, test), {name: render_png(figure) for name, figure in plots.items()}
     )
 
 
-def _markdown(
+def _describe_run(
     config: TrainingConfig,
     dataset: Dataset,
-    test: CalibratedEvaluation,
     mirrored: CalibratedEvaluation | None,
     history: Sequence[EpochResult],
     best: EpochResult,
-) -> str:
-    evaluation = test.evaluation
-    results = [
-        ("training, during the epoch", f"{best.loss:.4f}", f"{best.accuracy:.2%}"),
-        ("validation", f"{best.val_loss:.4f}", f"{best.val_accuracy:.2%}"),
-        ("**test**", f"**{evaluation.loss:.4f}**", f"**{evaluation.accuracy:.2%}**"),
-    ]
+) -> Origin:
+    height, width, _ = dataset.train.images.shape[1:]
+    later = []
     if mirrored:
         loss, accuracy = mirrored.evaluation.loss, mirrored.evaluation.accuracy
-        results.append(("test, with horizontal-flip TTA", f"{loss:.4f}", f"{accuracy:.2%}"))
-    height, width, _ = dataset.train.images.shape[1:]
-    classes = (
-        (_escape(c.name), _percent(c.precision), _percent(c.recall), _percent(c.f1), f"{c.support:,}")
-        for c in evaluation.per_class
-    )
+        later.append(("test, with horizontal-flip TTA", f"{loss:.4f}", f"{accuracy:.2%}"))
     epochs = (
         (
             f"{result.epoch}{' (best)' if result.epoch == best.epoch else ''}",
@@ -97,16 +132,18 @@ def _markdown(
         )
         for result in history
     )
-    return f"""# {_escape(dataset.name)}: {evaluation.accuracy:.2%} of {evaluation.count:,} test images
-
-The `{config.variant}` network, trained with the `{config.loop}` loop on {len(dataset.train.labels):,} images of \
-{height}x{width} pixels in {len(dataset.class_names)} classes ({_escape(dataset.source)}); a tenth of them is the \
-validation split. Evaluated on the test images with the weights of epoch {best.epoch}, which had the lowest validation \
-loss.
-
-{_table(("", "loss", "accuracy"), results)}
-
-Train it again:
+    return Origin(
+        introduction=f"""The `{config.variant}` network, trained with the `{config.loop}` loop on \
+{len(dataset.train.labels):,} images of {height}x{width} pixels in {len(dataset.class_names)} classes \
+({escape(dataset.source)}); a tenth of them is the validation split. Evaluated on the test images with the weights of \
+epoch {best.epoch}, which had the lowest validation loss.""",
+        calibrated_on="the validation images",
+        earlier=[
+            ("training, during the epoch", f"{best.loss:.4f}", f"{best.accuracy:.2%}"),
+            ("validation", f"{best.val_loss:.4f}", f"{best.val_accuracy:.2%}"),
+        ],
+        later=later,
+        details=f"""Train it again:
 
 ```sh
 {_command(config)}
@@ -115,16 +152,49 @@ Train it again:
 ![Loss by epoch](loss.png) ![Accuracy by epoch](accuracy.png)
 
 The circle marks the epoch whose weights are kept; dashed lines mark reductions of the learning rate.
+""",
+        settings=list(_settings(config)),
+        appendix=f"## Epochs\n\n{make_table(_EPOCH_COLUMNS, epochs)}\n",
+        plots={
+            "loss": plot_curves(history, quantity="loss", best_epoch=best.epoch),
+            "accuracy": plot_curves(history, quantity="accuracy", best_epoch=best.epoch),
+        },
+    )
 
+
+def _markdown(origin: Origin, dataset: Dataset, test: CalibratedEvaluation) -> str:
+    evaluation = test.evaluation
+    results = [
+        *origin.earlier,
+        ("**test**", f"**{evaluation.loss:.4f}**", f"**{evaluation.accuracy:.2%}**"),
+        *origin.later,
+    ]
+    classes = (
+        (escape(c.name), _percent(c.precision), _percent(c.recall), _percent(c.f1), f"{c.support:,}")
+        for c in evaluation.per_class
+    )
+    settings = (
+        *origin.settings,
+        ("training images", f"{len(dataset.train.labels):,}"),
+        ("test images", f"{len(dataset.test.labels):,}"),
+        ("content hash of the data", f"`{dataset.content_hash}`"),
+    )
+    return f"""# {escape(dataset.name)}: {evaluation.accuracy:.2%} of {evaluation.count:,} test images
+
+{origin.introduction}
+
+{make_table(("", "loss", "accuracy"), results)}
+
+{origin.details}
 ## By class
 
-{_table(("class", "precision", "recall", "F1", "images"), classes)}
+{make_table(("class", "precision", "recall", "F1", "images"), classes)}
 
 ![Confusion matrix](confusion.png)
 
 ## Confidence
 
-The logits are divided by a temperature of {test.temperature:.3f}, fitted on the validation images, in the exported \
+The logits are divided by a temperature of {test.temperature:.3f}, fitted on {origin.calibrated_on}, in the exported \
 model too. Expected calibration error: {test.uncalibrated.expected_calibration_error:.4f} before, \
 {evaluation.calibration.expected_calibration_error:.4f} after. It is the mean absolute difference of confidence and \
 accuracy in {CALIBRATION_BINS} bins, weighted by their images.
@@ -137,39 +207,34 @@ accuracy in {CALIBRATION_BINS} bins, weighted by their images.
 
 ## Configuration
 
-{_table(("setting", "value"), _settings(config, dataset))}
+{make_table(("setting", "value"), settings)}
 
-## Epochs
-
-{_table(_EPOCH_COLUMNS, epochs)}
-"""
+{origin.appendix}"""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; its first column is aligned left, the others right."""
     alignment = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, alignment, *rows))
 
 
-def _settings(config: TrainingConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+def _settings(config: TrainingConfig) -> Iterator[tuple[str, str]]:
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
         if isinstance(value, bool):
             value = "yes" if value else "no"
-        yield field.name.replace("_", " "), _escape(_text(value)) if value is not None else "\N{EN DASH}"
-    yield "training images", f"{len(dataset.train.labels):,}"
-    yield "test images", f"{len(dataset.test.labels):,}"
-    yield "content hash of the data", f"`{dataset.content_hash}`"
+        yield setting.name.replace("_", " "), escape(_text(value)) if value is not None else "\N{EN DASH}"
 
 
 def _command(config: TrainingConfig) -> str:
     """Return the command that repeats this run."""
     words = ["train"]
     defaults = TrainingConfig.fill_in(variant=config.variant, preset=config.preset)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is None or (value == getattr(defaults, field.name) and field.name not in _ALWAYS_SHOWN):
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        if value is None or (value == getattr(defaults, setting.name) and setting.name not in _ALWAYS_SHOWN):
             continue
-        option = f"--{field.name.replace('_', '-')}"
+        option = f"--{setting.name.replace('_', '-')}"
         if value is True:
             words.append(option)
         else:
@@ -185,5 +250,6 @@ def _percent(share: float) -> str:
     return "\N{EN DASH}" if math.isnan(share) else f"{share:.1%}"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Escape what Markdown would format in a text."""
     return re.sub(r"([\\`*\[<|])", r"\\\1", text)

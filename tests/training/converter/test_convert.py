@@ -62,7 +62,7 @@ class Models:
         if not path.exists():
             write_saved_model(build_graph(name), path, class_names=CLASSES, input_shape=SHAPE)
             metadata = {"name": name, "class_names": CLASSES}
-            write_extra_assets(path, name=name, input_shape=SHAPE, metadata=metadata)
+            write_extra_assets(path, name=name, input_shape=SHAPE, metadata=metadata, signatures=["serving_default"])
         return path
 
 
