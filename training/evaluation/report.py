@@ -11,9 +11,11 @@ from typing import Any
 
 from training.config import TrainingConfig
 from training.data import Dataset
+from training.evaluation.guard_section import describe_guard, plot_atypical, plot_roc
 from training.evaluation.metrics import CALIBRATION_BINS, CalibratedEvaluation
 from training.evaluation.plots import plot_calibration, plot_confusion, plot_curves, render_png
 from training.evaluation.sample_sheet import plot_samples
+from training.evaluation.typicality import GuardEvaluation
 from training.history import EpochResult
 from training.run_dir import RunDir
 from training.shell_command import format_command
@@ -31,6 +33,7 @@ def write_report(
     test: CalibratedEvaluation,
     mirrored: CalibratedEvaluation | None,
     best: EpochResult,
+    guard: GuardEvaluation | None = None,
 ) -> Path:
     """Write `report.md` and its plots into the run directory.
 
@@ -41,6 +44,7 @@ def write_report(
         test: evaluation on the test images.
         mirrored: the same with horizontal-flip test-time augmentation, if it was requested.
         best: metrics of the epoch whose weights were kept.
+        guard: evaluation of the guarded signatures, for a section of its own.
 
     Returns:
         The path of `report.md`.
@@ -56,8 +60,11 @@ def write_report(
         "calibration": plot_calibration(test.uncalibrated, evaluation.calibration, temperature=test.temperature),
         "samples": plot_samples(dataset.test.images, dataset.test.labels, test.probabilities, names),
     }
+    if guard:
+        plots["typicality"] = plot_roc(guard)
+        plots["atypical"] = plot_atypical(dataset, guard, test.probabilities)
     return run.write_report(
-        _markdown(config, dataset, test, mirrored, history, best),
+        _markdown(config, dataset, test, mirrored, history, best, limits=describe_guard(guard) if guard else ""),
         {name: render_png(figure) for name, figure in plots.items()},
     )
 
@@ -69,6 +76,8 @@ def _markdown(
     mirrored: CalibratedEvaluation | None,
     history: Sequence[EpochResult],
     best: EpochResult,
+    *,
+    limits: str,
 ) -> str:
     evaluation = test.evaluation
     results = [
@@ -135,6 +144,7 @@ accuracy in {CALIBRATION_BINS} bins, weighted by their images.
 
 ![Correct predictions and confident errors](samples.png)
 
+{limits}
 ## Configuration
 
 {_table(("setting", "value"), _settings(config, dataset))}

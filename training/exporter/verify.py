@@ -18,9 +18,11 @@ import tensorflow as tf
 from training.errors import ExportError
 from training.exporter.comparison import compare_logits, compare_outputs
 from training.exporter.saved_model import example_images, example_inputs
+from training.models.guard import MIN_TYPICALITY, Guard
 from training.models.inference_graph import InferenceGraph
 
 BATCH_SIZES = (1, 3, 64)
+_TYPICALITY_TOLERANCE = 0.01  # one quantile of the scores
 
 ExpectedLogits = Callable[[np.ndarray], np.ndarray]  # uint8 (n, height, width, 3) -> float (n, classes)
 _Outputs = dict[str, np.ndarray] | Exception
@@ -43,7 +45,12 @@ def verify_graph(graph: InferenceGraph, expected: ExpectedLogits, *, input_shape
 
 
 def verify_saved_model(
-    folder: Path, expected: ExpectedLogits, *, class_names: tuple[str, ...], input_shape: tuple[int, int, int]
+    folder: Path,
+    expected: ExpectedLogits,
+    *,
+    class_names: tuple[str, ...],
+    input_shape: tuple[int, int, int],
+    guard: Guard | None = None,
 ) -> None:
     """Call every signature of a SavedModel, loaded with `tf.saved_model.load` and in a session.
 
@@ -52,16 +59,18 @@ def verify_saved_model(
         expected: the logits of the trained model.
         class_names: a label for each class.
         input_shape: (height, width, 3).
+        guard: of the guarded signatures, which are called with its examples too.
 
     Raises:
         ExportError: a signature fails, or its outputs differ from the trained model's.
     """
     cases: list[_Case] = []
-    logits: list[np.ndarray] = []
-    for batch_size in BATCH_SIZES:
-        images = example_images(batch_size, input_shape)
-        cases += example_inputs(images)
-        logits += [expected(images)] * 2
+    rows: list[tuple[np.ndarray, np.ndarray | None]] = []  # expected logits and typicality
+    batches = [(example_images(batch_size, input_shape), None) for batch_size in BATCH_SIZES]
+    for images, typicality in batches if guard is None else [*batches, (guard.examples, guard.example_typicality)]:
+        inputs = example_inputs(images, guarded=guard is not None)
+        cases += inputs
+        rows += [(expected(images), typicality)] * len(inputs)
     cases.append(("labels", "class_id", np.arange(len(class_names))))
     for loader, call in (("tf.saved_model.load", _call_loaded), ("a session", _call_session)):
         results = []
@@ -71,10 +80,26 @@ def verify_saved_model(
                 raise ExportError(f"{where} fails: {str(outputs).splitlines()[0]}") from outputs
             results.append((outputs, where))
         *predictions, (labels, where) = results
-        for (outputs, where_called), rows in zip(predictions, logits, strict=True):
-            compare_outputs(outputs, rows, class_names, where=where_called)
+        for (outputs, where_called), (logits, typicality) in zip(predictions, rows, strict=True):
+            compare_outputs(outputs, logits, class_names, where=where_called)
+            if guard and "typicality" in outputs:
+                _verify_guarded(outputs, guard, typicality, where=where_called)
         if [label.decode() for label in labels["label"].tolist()] != list(class_names):
             raise ExportError(f"{where} returns {labels['label']}, not {class_names}")
+
+
+def _verify_guarded(outputs: dict[str, np.ndarray], guard: Guard, expected: np.ndarray | None, *, where: str) -> None:
+    """Check the outputs of a guarded signature with each other and with the expected typicality, if it is known."""
+    typicality, probabilities = outputs["typicality"], outputs["probabilities"]
+    if not ((typicality >= 0) & (typicality <= 1)).all():  # so that NaN fails
+        raise ExportError(f"{where} returns a typicality that is not from 0 to 1: {typicality}")
+    consistent = np.array_equal(outputs["is_typical"], typicality >= np.float32(MIN_TYPICALITY))
+    if not (consistent and np.array_equal(outputs["label_set"], probabilities >= np.float32(guard.set_threshold))):
+        raise ExportError(f"{where} returns is_typical or label_set that do not match its other outputs")
+    if expected is not None:
+        difference = float(np.abs(typicality - expected).max())
+        if not difference <= _TYPICALITY_TOLERANCE:
+            raise ExportError(f"{where} differs from the fitted guard: its typicality by {difference:.2g}")
 
 
 def _call_loaded(folder: Path, cases: list[_Case]) -> Iterator[_Outputs]:
