@@ -6,6 +6,7 @@ runs/<run>/
     checkpoints/      best and latest
     history.csv       metrics of every epoch
     evaluation.json   metrics of the best checkpoint on the test images
+    guard*.npz        constants of its guarded signatures; guard-mirror.npz with test-time augmentation
     report.md *.png   the same for people
 """
 
@@ -190,6 +191,10 @@ class RunDir:
         """Return the contents of evaluation.json; raise `RunError` if the run has not been evaluated."""
         missing = f"evaluate the run first: {format_command('evaluate', self.path)}"
         return self._read_json("evaluation.json", missing=missing)
+
+    def guard_path(self, *, mirror: bool) -> Path:
+        """Return the path of the guard's constants, fitted when the run is evaluated."""
+        return self.path / ("guard-mirror.npz" if mirror else "guard.npz")
 
     def write_report(self, text: str, plots: Mapping[str, bytes]) -> Path:
         """Write report.md and its plots, the contents of PNG files by name; return the path of report.md."""

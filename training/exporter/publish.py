@@ -23,12 +23,15 @@ from training.exporter.signatures import output_names
 from training.exporter.verify import ExpectedLogits, verify_graph, verify_saved_model
 from training.exporter.versions import next_version
 from training.models.folding import compute_logits
+from training.models.guard import Guard
 from training.models.inference_graph import InferenceGraph
 from training.preflight import check_model_name
 from training.run_dir import RunDir
 from training.shell_command import format_command
 from training.storage import explain_full_storage
 from training.trainer import BestModel, load_best_model
+
+_GUARD_FIELDS = ("typicality", "prediction_sets")  # of evaluation.json and model.json
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ def export_run(
         )
     best = best or load_best_model(run)
     metrics = _read_metrics(run, evaluation, split, best_epoch=best.epoch.epoch)
+    guard = _read_guard(run, metrics, mirror=mirror) if "test" in metrics else None
     dataset, config, model = run.read_dataset(), best.config, best.model
     dataset_fields = ("name", "source", "train_images", "test_images", "content_hash")
     metadata = {
@@ -106,6 +110,7 @@ def export_run(
         metadata=metadata,
         default_outputs=default_outputs,
         explain=explain,
+        guard=guard,
     )
 
 
@@ -120,6 +125,7 @@ def publish_model(
     metadata: dict[str, Any],
     default_outputs: str = "all",
     explain: bool = False,
+    guard: Guard | None = None,
 ) -> Path:
     """Export an image classifier as the next version of `models_dir/name`.
 
@@ -133,6 +139,7 @@ def publish_model(
         metadata: more fields of model.json, besides name, version, time, class names and input shape.
         default_outputs: what `serving_default` returns: "all", or the "probabilities" alone.
         explain: add the signature `explain`, heat maps of the predicted classes.
+        guard: of the graph; with it, the export has the signatures `guarded` and `guarded_bytes`.
 
     Returns:
         The folder of the new version.
@@ -143,7 +150,7 @@ def publish_model(
         ValueError: `default_outputs` is unknown.
     """
     check_model_name(name)
-    outputs = output_names(default_outputs=default_outputs, explain=explain)
+    outputs = output_names(default_outputs=default_outputs, explain=explain, guarded=guard is not None)
     if explain:
         check_explainable(graph, input_shape=input_shape)
     verify_graph(graph, expected, input_shape=input_shape)
@@ -156,6 +163,7 @@ def publish_model(
             input_shape=input_shape,
             default_outputs=default_outputs,
             explain=explain,
+            guard=guard,
         )
         own = {
             "name": name,
@@ -167,7 +175,13 @@ def publish_model(
         metadata = {**own, **metadata, **own}
         write_extra_assets(partial, name=name, input_shape=input_shape, metadata=metadata, signatures=outputs)
         verify_saved_model(
-            partial, expected, graph=graph, class_names=class_names, input_shape=input_shape, outputs=outputs
+            partial,
+            expected,
+            graph=graph,
+            class_names=class_names,
+            input_shape=input_shape,
+            outputs=outputs,
+            guard=guard,
         )
         write_checksums(partial)
     return models_dir / name / str(version)
@@ -188,6 +202,7 @@ def _read_metrics(run: RunDir, evaluation: dict[str, Any], split: str, *, best_e
             "temperature": float(evaluation[split]["temperature"]),
             "calibration": evaluation[split]["calibration"],
             "uncalibrated_error": evaluation[split]["uncalibrated"]["expected_calibration_error"],
+            **{field: evaluation[split][field] for field in _GUARD_FIELDS if field in evaluation[split]},
         }
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
@@ -197,10 +212,33 @@ def _read_metrics(run: RunDir, evaluation: dict[str, Any], split: str, *, best_e
     if evaluated_epoch == best_epoch:
         return metrics
     logger.warning(
-        "evaluation.json is of epoch %s, and the checkpoint of epoch %d: the export has no test metrics, and its "
-        "confidences are not calibrated. To add both: %s, then export again",
+        "evaluation.json is of epoch %s, and the checkpoint of epoch %d: the export has no test metrics and no "
+        "guarded signatures, and its confidences are not calibrated. To add all three: %s, then export again",
         evaluated_epoch,
         best_epoch,
         format_command("evaluate", run.path),
     )
     return {"temperature": 1.0}
+
+
+def _read_guard(run: RunDir, metrics: dict[str, Any], *, mirror: bool) -> Guard | None:
+    """Return the guard of a run; without one, remove its fields from the metrics, and a warning says how to get it."""
+    path = run.guard_path(mirror=mirror)
+    again = format_command("evaluate", run.path, *(["--mirror"] if mirror else []))
+    try:
+        if all(field in metrics for field in _GUARD_FIELDS):
+            return Guard.load(path)
+        reason = "the run was evaluated by an earlier version"
+    except FileNotFoundError:
+        reason = f"{path} is lost"
+    except ValueError as error:
+        reason = str(error)
+    logger.warning(
+        "exporting without the signatures guarded and guarded_bytes (typicality and prediction sets): %s. To add them: "
+        "%s, then export again",
+        reason,
+        again,
+    )
+    for field in _GUARD_FIELDS:
+        metrics.pop(field, None)
+    return None

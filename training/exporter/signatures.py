@@ -6,9 +6,10 @@ from __future__ import annotations
 DEFAULT_OUTPUTS = ("all", "probabilities")
 
 _PREDICTION = ("probabilities", "class_id", "label")
+_GUARDED = (*_PREDICTION, "typicality", "is_typical", "label_set")
 
 
-def output_names(*, default_outputs: str, explain: bool) -> dict[str, tuple[str, ...]]:
+def output_names(*, default_outputs: str, explain: bool, guarded: bool) -> dict[str, tuple[str, ...]]:
     """Return the outputs of every signature that classifies images, by its name.
 
     Raises:
@@ -16,9 +17,13 @@ def output_names(*, default_outputs: str, explain: bool) -> dict[str, tuple[str,
     """
     if default_outputs not in DEFAULT_OUTPUTS:
         raise ValueError(f"default_outputs must be {' or '.join(DEFAULT_OUTPUTS)}, not {default_outputs!r}")
-    signatures = {
+    signatures: dict[str, tuple[str, ...]] = {
         "serving_default": _PREDICTION if default_outputs == "all" else ("probabilities",),
         "image_bytes": _PREDICTION,
         "probabilities": ("probabilities",),
     }
-    return signatures | ({"explain": ("heat_map", "class_id")} if explain else {})
+    if explain:
+        signatures["explain"] = ("heat_map", "class_id")
+    if guarded:
+        signatures |= {"guarded": _GUARDED, "guarded_bytes": _GUARDED}
+    return signatures

@@ -17,10 +17,12 @@ from training.errors import ExportError
 from training.exporter.comparison import compare_heat_maps, compare_logits, compare_outputs
 from training.exporter.grad_cam import explain
 from training.exporter.saved_model import example_images, example_inputs
+from training.models.guard import MIN_TYPICALITY, Guard
 from training.models.inference_graph import InferenceGraph
 from training.native_output import discard_stderr
 
 BATCH_SIZES = (1, 3, 64)
+_TYPICALITY_TOLERANCE = 0.01  # one quantile of the scores
 
 ExpectedLogits = Callable[[np.ndarray], np.ndarray]  # uint8 (n, height, width, 3) -> float (n, classes)
 _Outputs = dict[str, np.ndarray] | Exception
@@ -51,6 +53,7 @@ def verify_saved_model(
     class_names: tuple[str, ...],
     input_shape: tuple[int, int, int],
     outputs: Mapping[str, Collection[str]],
+    guard: Guard | None = None,
 ) -> None:
     """Call every signature of a SavedModel, loaded with `tf.saved_model.load` and in a session.
 
@@ -61,6 +64,7 @@ def verify_saved_model(
         class_names: a label for each class.
         input_shape: (height, width, 3).
         outputs: the names of the outputs of each signature that classifies images.
+        guard: of the guarded signatures, which are called with its examples too.
 
     Raises:
         ExportError: a signature fails, or its outputs differ from the trained model's.
@@ -68,14 +72,21 @@ def verify_saved_model(
     heat_maps = tf.function(lambda images: explain(graph, images), reduce_retracing=True)
     cases: list[_Case] = []
     checks: list[_Check] = []
-    for batch_size in BATCH_SIZES:
-        images = example_images(batch_size, input_shape)
+    batches = [example_images(batch_size, input_shape) for batch_size in BATCH_SIZES]
+    for images in [*batches, guard.examples] if guard else batches:
         logits = expected(images)
         for case in example_inputs(images, outputs):
             cases.append(case)
             if case[0] == "explain":
                 maps = {name: output.numpy() for name, output in heat_maps(tf.constant(images)).items()}
                 checks.append(functools.partial(compare_heat_maps, expected=maps, logits=logits))
+            elif guard and "typicality" in outputs[case[0]]:
+                typicality = guard.example_typicality if images is guard.examples else None
+                checks.append(
+                    functools.partial(
+                        _compare_guarded, logits=logits, class_names=class_names, guard=guard, typicality=typicality
+                    )
+                )
             else:
                 checks.append(functools.partial(compare_outputs, expected=logits, class_names=class_names))
     cases.append(("labels", "class_id", np.arange(len(class_names))))
@@ -94,6 +105,29 @@ def verify_saved_model(
 def _compare_labels(outputs: dict[str, np.ndarray], *, class_names: tuple[str, ...], where: str) -> None:
     if [label.decode() for label in outputs["label"].tolist()] != list(class_names):
         raise ExportError(f"{where} returns {outputs['label']}, not {class_names}")
+
+
+def _compare_guarded(
+    outputs: dict[str, np.ndarray],
+    *,
+    logits: np.ndarray,
+    class_names: tuple[str, ...],
+    guard: Guard,
+    typicality: np.ndarray | None,
+    where: str,
+) -> None:
+    """Compare the outputs of a guarded signature with each other and with the expected typicality, if it is known."""
+    compare_outputs(outputs, logits, class_names, where=where)
+    found, probabilities = outputs["typicality"], outputs["probabilities"]
+    if not ((found >= 0) & (found <= 1)).all():  # so that NaN fails
+        raise ExportError(f"{where} returns a typicality that is not from 0 to 1: {found}")
+    consistent = np.array_equal(outputs["is_typical"], found >= np.float32(MIN_TYPICALITY))
+    if not (consistent and np.array_equal(outputs["label_set"], probabilities >= np.float32(guard.set_threshold))):
+        raise ExportError(f"{where} returns is_typical or label_set that do not match its other outputs")
+    if typicality is not None:
+        difference = float(np.abs(found - typicality).max())
+        if not difference <= _TYPICALITY_TOLERANCE:
+            raise ExportError(f"{where} differs from the fitted guard: its typicality by {difference:.2g}")
 
 
 def _call_loaded(folder: Path, cases: list[_Case]) -> Iterator[_Outputs]:
