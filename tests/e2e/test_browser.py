@@ -315,6 +315,9 @@ def test_a_heat_map_is_shown_on_request(page: Page, tmp_path: Path) -> None:
     alpha = page.canvas(card, ".heat")[..., 3]
     assert np.all(alpha[:, :16] == 0)
     assert np.all(alpha[:, 16:] == 200)
+    top = "const box = arguments[0].getBoundingClientRect(); return document.elementFromPoint(box.x + 9, box.y + 9)"
+    page.browser.execute_script("arguments[0].scrollIntoView()", heat)
+    assert page.browser.execute_script(top, heat) == heat
     assert text(card, ".statement") == "yellow speaks for red"
     assert button.get_attribute("aria-pressed") == "true"
     button.click()
