@@ -15,6 +15,7 @@ from training.callbacks import RunCallback
 from training.checkpoints import Checkpoints, read_best_state, restore_best
 from training.config import TrainingConfig
 from training.data import Dataset, Split, input_pipeline
+from training.data.class_sizes import balance_classes
 from training.errors import RunError
 from training.evaluation.calibration import apply_temperature, average_logits, fit_temperature
 from training.evaluation.metrics import CalibratedEvaluation, Evaluation, evaluate
@@ -22,6 +23,7 @@ from training.evaluation.report import write_report
 from training.history import EpochResult
 from training.loops import TRAIN_FUNCTIONS
 from training.models import build_model
+from training.models.losses import ClassWeightedLoss
 from training.progress import ProgressDisplay
 from training.run_dir import DatasetInfo, RunDir
 from training.shell_command import format_command
@@ -200,11 +202,12 @@ def _train(run: RunDir, config: TrainingConfig, dataset: Dataset, *, train: Spli
         steps_per_epoch=steps,
         images_per_epoch=images,
     )
+    loss = config.recipe.make_loss()
+    if (weights := balance_classes(dataset.train.labels, dataset.class_names)) is not None:
+        loss = ClassWeightedLoss(loss, weights)
     epochs = range(done + 1, config.epochs + 1)
     with ProgressDisplay(epochs=epochs, steps_per_epoch=steps, images_per_epoch=images) as callback.display:
-        TRAIN_FUNCTIONS[config.loop](
-            model, optimizer, config.recipe.make_loss(), data, epochs=epochs, callback=callback
-        )
+        TRAIN_FUNCTIONS[config.loop](model, optimizer, loss, data, epochs=epochs, callback=callback)
 
 
 def _evaluate_best(
