@@ -30,7 +30,8 @@ def load_dataset(config: TrainingConfig) -> Dataset:
             raise DatasetError(
                 "a folder of images must be named: --data FOLDER (make train DATASET=folder DATA=FOLDER)"
             )
-        return load_image_folder(config.data, image_size=config.image_size, seed=config.seed)
+        default_size = config.recipe.default_image_size
+        return load_image_folder(config.data, image_size=config.image_size, seed=config.seed, default_size=default_size)
     if config.image_size is not None:
         raise DatasetError(f"--image-size is for --dataset folder: the images of {config.dataset} are 32x32")
     if config.dataset == "cifar10":
