@@ -216,6 +216,7 @@ def test_weights_of_keras_2_are_loaded_from_keras_s_cache(backbone, network, tmp
         legacy_h5_format.save_weights_to_hdf5_group(file, backbone)
     config = RECIPES["transfer"].complete(TrainingConfig.fill_in(variant="transfer"))
     assert config.weights == tmp_path / "models" / OFFICIAL
+    assert config.weights
     load_weights(network, "MobileNetV3Small", config.weights, sha256=config.weights_sha256)
     for ours, given in zip(network.get_weights(), backbone.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, given)

@@ -24,8 +24,9 @@ def warn_of_shared_images(images: np.ndarray, paths: Sequence[Path], *, is_test:
         folder: that all files are in, for the message.
     """
     hashes = [hashlib.sha256(image.data).digest() for image in images]
-    training = {hashes[row]: paths[row] for row in np.flatnonzero(~is_test)[::-1]}  # the first file of equal ones
-    shared = [(paths[row], training[hashes[row]]) for row in np.flatnonzero(is_test) if hashes[row] in training]
+    rows = list(zip(paths, hashes, is_test.tolist(), strict=True))
+    training = {digest: path for path, digest, tests in reversed(rows) if not tests}  # the first file of equal ones
+    shared = [(path, training[digest]) for path, digest, tests in rows if tests and digest in training]
     if not shared:
         return
     shown = [f"{test.relative_to(folder)} = {train.relative_to(folder)}" for test, train in shared[:_SHOWN_AT_MOST]]

@@ -62,7 +62,8 @@ class Recipe(ABC):
         backbones: by name; empty if all weights are trained.
         dtypes: Keras dtype policies that the variant can be trained with.
         min_image_size: smallest height and width of the images, in pixels.
-        default_image_size: (height, width) that the images of a folder are resized to if they are large or differ.
+        default_image_size: (height, width) that the images of a folder are resized to if they are large or differ;
+            `None` for the usual one.
         values_per_weight: the weight itself and the optimizer's variables for it.
         uses_plateau: the learning rate is reduced when the validation loss stops improving.
     """
@@ -71,7 +72,7 @@ class Recipe(ABC):
     backbones: Mapping[str, Backbone] = MappingProxyType({})
     dtypes: tuple[str, ...] = ("float32",)
     min_image_size: int
-    default_image_size: tuple[int, int] = (96, 96)  # trains in minutes
+    default_image_size: tuple[int, int] | None = None
     values_per_weight: int
     uses_plateau: bool
 

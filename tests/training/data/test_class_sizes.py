@@ -22,12 +22,14 @@ def test_classes_of_similar_size_are_not_weighted(counts, caplog):
 def test_weights_make_all_classes_count_the_same():
     counts = np.array([51, 10, 20])
     weights = balance_classes(labels(*counts), NAMES)
+    assert weights is not None
     np.testing.assert_allclose(weights * counts, 81 / 3)
     assert weights[labels(*counts)].mean() == pytest.approx(1)
 
 
 def test_a_class_without_images_has_no_weight():
     weights = balance_classes(labels(60, 0, 10), NAMES)
+    assert weights is not None
     assert weights.tolist() == pytest.approx([70 / 120, 0, 70 / 20])
 
 

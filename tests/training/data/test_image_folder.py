@@ -161,6 +161,12 @@ def test_images_of_different_sizes_are_resized_and_logged(tmp_path, caplog):
     assert dataset.train.images.shape == (9, 24, 48, 3)
 
 
+def test_photos_are_larger_for_transfer_learning(tmp_path):
+    make_splits(tmp_path / "pets", size=(200, 150))
+    config = TrainingConfig.fill_in(variant="transfer", dataset="folder", data=tmp_path / "pets")
+    assert load_dataset(config).train.images.shape[1:] == (160, 160, 3)
+
+
 def test_large_photos_are_resized_and_logged(tmp_path, caplog):
     folder = make_classes(tmp_path / "photos", size=(2000, 1500), count=3)
     with caplog.at_level(logging.INFO):
