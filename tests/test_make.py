@@ -48,6 +48,12 @@ def test_sizes_and_the_name_are_handed_on(project: Path) -> None:
     assert not {"--image-size", "--batch-size", "--data", "--name"} & set(make(project, "train"))
 
 
+def test_backbone_and_weights_are_handed_on(project: Path) -> None:
+    given = options(make(project, "train", "VARIANT=transfer", "BACKBONE=EfficientNetV2B0", f"WEIGHTS={AWKWARD}"))
+    assert (given["--backbone"], given["--weights"]) == ("EfficientNetV2B0", AWKWARD)
+    assert not {"--backbone", "--weights"} & set(make(project, "train"))
+
+
 def test_paths_may_hold_any_characters(project: Path) -> None:
     given = options(make(project, "train", "DATASET=folder", f"DATA={AWKWARD}", f"MODELS=models {AWKWARD}"))
     assert (given["--data"], given["--models-dir"]) == (AWKWARD, f"models {AWKWARD}")

@@ -23,7 +23,9 @@ from training.converter.convert import FORMATS, convert_model
 from training.data import load_dataset
 from training.errors import RunError, StorageFullError, TrainingError
 from training.importer.command import import_command
+from training.models.backbones import BACKBONES, DEFAULT_BACKBONE
 from training.models.presets import PRESETS
+from training.models.recipes import RECIPES
 from training.shell_command import format_command
 from training.storage import is_full
 
@@ -39,8 +41,11 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def _default(name: str) -> str:
-    presets = ", ".join(f"{_by_dtype(getattr(preset, name))} for {key}" for key, preset in PRESETS.items())
-    return f"[default: {getattr(_DEFAULTS, name)}; {presets}]"
+    others = [f"{_by_dtype(getattr(preset, name))} for {key}" for key, preset in PRESETS.items()]
+    for variant, recipe in RECIPES.items():
+        if not recipe.presets and name in (own := recipe.defaults(preset=None, dtype=None)):
+            others.append(f"{own[name]} for {variant}")
+    return f"[default: {getattr(_DEFAULTS, name)}; {', '.join(others)}]"
 
 
 def _by_dtype(value: Any) -> str:
@@ -53,7 +58,7 @@ def _choice(name: str, choices: Sequence[str], text: str) -> Callable[[_Command]
 
 
 def _data_options(command: _Command) -> _Command:
-    size = "Resize all images.  [default: their own size; 96x96 if sizes differ or are large]"
+    size = "Resize all images.  [default: their own size; 96x96, transfer 160x160, if sizes differ or are large]"
     command = click.option("--image-size", type=ImageSize(), help=size)(command)
     command = click.option("--data", type=click.Path(path_type=Path), help="Path of the archive or folder.")(command)
     text = "cifar10; shapes (drawn by this program, needs no data); or a folder of images by class."
@@ -74,12 +79,19 @@ def main() -> None:
 @_choice(
     "--variant",
     VARIANTS,
-    "The article's network, as Sequential or as a subclass of Model; or airbench, which trains fast and augments its "
-    "images by flips and shifts.",
+    "The article's network, as Sequential or as a subclass of Model; airbench, which trains fast and augments its "
+    "images by flips and shifts; or transfer, a head on a frozen pretrained backbone.",
 )
 @click.option(
     "--preset", type=click.Choice(list(PRESETS)), help="Size and training time of airbench.  [default: quick]"
 )
+@click.option("--backbone", type=click.Choice(list(BACKBONES)), help=f"Of transfer.  [default: {DEFAULT_BACKBONE}]")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="File with the backbone's weights, written by Keras.  [default: the official file in ~/.keras/models]",
+)
+@click.option("--weights-sha256", help="Expected checksum of that file.")
 @_choice("--loop", LOOPS, "Keras's fit, or a custom loop with GradientTape.")
 @_choice("--conv-activation", CONV_ACTIVATIONS, "Of the article's network; linear is its Sequential listing.")
 @click.option("--epochs", type=click.IntRange(1), help=_default("epochs"))
@@ -148,6 +160,7 @@ def train(
             config = TrainingConfig.fill_in(**config_values)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
+        config = config.recipe.complete(config)
     dataset = load_dataset(config)
     if export:
         exported_name = name or (run.read_dataset().name if run and run.has_dataset() else dataset.name)

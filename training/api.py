@@ -34,6 +34,7 @@ def train(
         The run on disk, its best model in float32, and the metrics on the test images.
 
     Raises:
+        WeightsError: the weights of the backbone are missing, damaged or of another network.
         DatasetError: the data is missing, damaged or too small.
         RunError: `run_dir` contains a run already.
         MemoryTooSmallError: images and network do not fit into memory.
@@ -50,6 +51,7 @@ def train(
         >>> result.best.model(dataset.test.images[:2]).shape  # probabilities, float32 (n, classes)
         TensorShape([2, 10])
     """
+    config = config.recipe.complete(config)
     dataset = dataset or load_dataset(config)
     check_memory(config, dataset)
     check_free_space(config, dataset, run_folder=Path(run_dir or "runs"), models_dir=None)

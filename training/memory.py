@@ -27,22 +27,28 @@ def require_memory(needed_bytes: int, purpose: str, *, advice: str) -> None:
 
 def network_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
     """Return the approximate memory for training: weights, optimizer variables, and the features of a batch."""
-    weights, features = config.recipe.size(config, input_shape, classes=classes)
-    gradients = weights
-    return _FLOAT * (config.recipe.values_per_weight * weights + gradients + config.batch_size * features)
+    size = config.recipe.size(config, input_shape, classes=classes)
+    gradients = size.weights
+    weights = config.recipe.values_per_weight * size.weights + size.frozen
+    return _FLOAT * (weights + gradients + config.batch_size * size.features)
+
+
+def cache_bytes(config: TrainingConfig, images: int, input_shape: tuple[int, int, int], *, classes: int) -> int:
+    """Return the size of the features that are kept of the training images, in memory and in the run directory."""
+    return _FLOAT * images * config.recipe.size(config, input_shape, classes=classes).cached
 
 
 def checkpoint_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
     """Return the approximate size of a checkpoint."""
-    weights, _ = config.recipe.size(config, input_shape, classes=classes)
-    return _FLOAT * config.recipe.values_per_weight * weights + 2**16
+    size = config.recipe.size(config, input_shape, classes=classes)
+    return _FLOAT * (config.recipe.values_per_weight * size.weights + size.frozen) + 2**16
 
 
 def export_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
     """Return the approximate size of an exported version, including warm-up requests."""
     height, width, channels = input_shape
-    weights, _ = config.recipe.size(config, input_shape, classes=classes)
-    return 2 * _FLOAT * weights + 150 * height * width * channels + 2**20
+    size = config.recipe.size(config, input_shape, classes=classes)
+    return 2 * _FLOAT * (size.weights + size.frozen) + 150 * height * width * channels + 2**20
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

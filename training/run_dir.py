@@ -4,6 +4,7 @@ runs/<run>/
     config.json       `TrainingConfig`
     dataset.json      `DatasetInfo`
     checkpoints/      best and latest
+    features/         of the training images, for the variant transfer
     history.csv       metrics of every epoch
     evaluation.json   metrics of the best checkpoint on the test images
     guard*.npz        constants of its guarded signatures; guard-mirror.npz with test-time augmentation

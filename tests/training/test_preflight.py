@@ -57,7 +57,9 @@ def test_models_folder_check_leaves_no_files(tmp_path):
         check_models_folder(Path("/proc/models"), "pets")
 
 
-@pytest.mark.parametrize(("variant", "height", "width"), [("sequential", 40, 57), ("airbench", 33, 40)])
+@pytest.mark.parametrize(
+    ("variant", "height", "width"), [("sequential", 40, 57), ("airbench", 33, 40), ("transfer", 24, 40)]
+)
 def test_checkpoint_size_estimate_matches_its_tensors(variant, height, width):
     config = TrainingConfig.fill_in(variant=variant)
     model = build_model(variant, (height, width, 3), classes=7)

@@ -17,6 +17,7 @@ from image_formats.files import is_image_file, is_system_name
 from training.data.dataset import Dataset, Split
 from training.data.file_kind import describe_file
 from training.data.image_reading import DEFAULT_SIZE, read_images
+from training.data.shared_images import warn_of_shared_images
 from training.errors import DatasetError
 
 TEST_FRACTION = 0.1  # of a folder without a test split
@@ -149,6 +150,7 @@ def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size:
     paths, labels = _list_classes(train_folder, class_names, at_least=2, needed_for="to train and validate")
     test_paths, test_labels = _list_classes(test_folder, class_names, at_least=1, needed_for="to test")
     images = read_images([*paths, *test_paths], image_size=image_size, folder=folder, default_size=default_size)
+    warn_of_shared_images(images, [*paths, *test_paths], is_test=np.arange(len(images)) >= len(paths), folder=folder)
     train, test = Split(images[: len(paths)], labels), Split(images[len(paths) :], test_labels)
     return Dataset(folder.resolve().name, _shown(folder), class_names, train, test)
 
@@ -163,7 +165,10 @@ def _load_and_split(
     class_names = read_class_names(folder)
     paths, labels = _list_classes(folder, class_names, at_least=3, needed_for="to train, validate and test")
     images = read_images(paths, image_size=image_size, folder=folder, default_size=default_size)
-    train, test = Split(images, labels).split_off(test_fraction, seed=seed)
+    split = Split(images, labels)
+    is_test = split.choose(test_fraction, seed=seed)
+    warn_of_shared_images(images, paths, is_test=is_test, folder=folder)
+    train, test = split.divide(is_test)
     part = "a tenth" if test_fraction == TEST_FRACTION else f"{test_fraction:.0%}"
     source = f"{_shown(folder)} ({part} split off for testing, seed {seed})"
     return Dataset(folder.resolve().name, source, class_names, train, test)

@@ -32,6 +32,8 @@ from training.storage import explain_full_storage
 from training.trainer import BestModel, load_best_model
 
 _GUARD_FIELDS = ("typicality", "prediction_sets")  # of evaluation.json and model.json
+# Of `TrainingConfig`, for model.json.
+_CONFIG_FIELDS = ("variant", "loop", "preset", "backbone", "weights_sha256", "dtype", "conv_activation")
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ def export_run(
     dataset, config, model = run.read_dataset(), best.config, best.model
     dataset_fields = ("name", "source", "train_images", "test_images", "content_hash")
     metadata = {
-        **{field: getattr(config, field) for field in ("variant", "loop", "preset", "dtype", "conv_activation")},
+        **{field: getattr(config, field) for field in _CONFIG_FIELDS},
         "parameters": model.count_params(),
         "dataset": {field: getattr(dataset, field) for field in dataset_fields},
         "seed": config.seed,
