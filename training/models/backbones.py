@@ -49,7 +49,7 @@ SMALLEST_SIDE = 96
 
 
 def find_weights(name: str, path: Path | None) -> Path:
-    """Return the absolute path of a backbone's weights: `path`, or without one the file in Keras's cache.
+    """Return the resolved path of a backbone's weights: `path`, or without one the file in Keras's cache.
 
     Raises:
         WeightsError: there is no such file; the message says how to get it.
@@ -60,7 +60,7 @@ def find_weights(name: str, path: Path | None) -> Path:
                 f"{path} with the weights of {name} is {'a folder' if path.is_dir() else 'missing'}: name the file "
                 "with --weights PATH (make: WEIGHTS=PATH)"
             )
-        return path.absolute()
+        return path.resolve()
     cache = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "models"
     official = cache / BACKBONES[name].official_file
     if not official.is_file():
@@ -69,7 +69,7 @@ def find_weights(name: str, path: Path | None) -> Path:
             f"PATH (make: WEIGHTS=PATH), or put {official.name} into {cache}. Keras downloads it there with: python -c "
             f'"import keras; keras.applications.{name}(include_top=False)"'
         )
-    return official.absolute()
+    return official.resolve()
 
 
 def enlarged_size(height: int, width: int) -> tuple[int, int]:

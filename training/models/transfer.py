@@ -10,7 +10,6 @@ import tensorflow as tf
 from keras import layers
 
 from training.models.backbones import BACKBONES, build_backbone, enlarged_size
-from training.models.folding import freeze
 from training.models.inference_graph import InferenceGraph
 
 
@@ -112,9 +111,17 @@ def fold_transfer(model: TransferClassifier, *, temperature: float) -> Inference
 
     TensorFlow itself folds frozen batch norms into convolutions when it loads a model: doing it here saves no time.
     """
-    height, width = enlarged_size(*model.image_size)
-    spec = tf.TensorSpec((None, height, width, 3), tf.float32)
-    backbone = freeze(lambda pixels: model.backbone(pixels, training=False), spec)
+    network = model.backbone
+    weights = [
+        [variable.numpy() for variable in variables]
+        for variables in (network.trainable_variables, network.non_trainable_variables)
+    ]
+    spec = tf.TensorSpec((None, *enlarged_size(*model.image_size), 3), tf.float32)
+
+    @tf.function(input_signature=[spec], autograph=False)  # one function: the signatures share its constants
+    def backbone(pixels: tf.Tensor) -> tf.Tensor:
+        return network.stateless_call(*weights, pixels, training=False)[0]
+
     scale, mean = model.standardization.scale.numpy(), model.standardization.mean.numpy()
     kernel = scale[:, None] * model.probabilities.kernel.numpy() / np.float32(temperature)
     bias = model.probabilities.bias.numpy() / np.float32(temperature)
