@@ -126,7 +126,7 @@ def _convert(signature: PixelSignature, form: Format, model_info: str, *, versio
     try:
         content: bytes = import_module(form.module).convert(signature, model_info)
     except Exception as error:  # whatever a converter raises for a graph that it does not know
-        reason = error if isinstance(error, ExportError) else f"its converter fails: {_first_line(error)}"
+        reason = error if isinstance(error, ExportError) else f"its converter fails: {_first_line(error).rstrip('.')}"
         raise ExportError(
             f"{version} cannot be converted to {form.title}: {reason}. Serve it as it is, or change the network"
         ) from error

@@ -23,7 +23,10 @@ def convert(signature: PixelSignature, model_info: str) -> bytes:
         ExportError: an operation has no equivalent; the message names it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        tf.saved_model.save(tf.Module(), folder, {SIGNATURE: signature.function.get_concrete_function()})
+        function = signature.function.get_concrete_function()
+        # TensorFlow cannot save the gradients that some activations, such as swish, define for a frozen graph.
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+        tf.saved_model.save(tf.Module(), folder, {SIGNATURE: function}, options)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=[SIGNATURE])
         try:
             model: bytes = converter.convert()

@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,15 @@ def mean_logits(images):
     return tf.reduce_mean(tf.cast(images, tf.float32), axis=(1, 2)) / 255
 
 
+HEADS = {
+    "igamma": lambda features: tf.math.igamma(2.0, features),  # has no equivalent
+    "silu": lambda features: tf.nn.silu(features),  # defines its own gradient
+}
+
+
 def build_graph(name):
-    if name == "igamma":
-        return InferenceGraph(mean_logits, lambda features: tf.math.igamma(2.0, features))
+    if head := HEADS.get(name):
+        return InferenceGraph(mean_logits, head)
     variant, _, flips = name.partition("-")
     model = build_model(variant, SHAPE, classes=len(CLASSES))
     config = TrainingConfig.fill_in(variant=variant)
@@ -97,7 +104,7 @@ def run_litert(path):
 RUN = {"onnx": run_onnx, "litert": run_litert}
 
 
-@pytest.mark.parametrize("name", ["sequential", "subclass", "airbench", "airbench-flips"])
+@pytest.mark.parametrize("name", ["sequential", "subclass", "airbench", "airbench-flips", "silu"])
 def test_a_converted_model_has_the_outputs_of_the_exported_one(name, to, models, tmp_path):
     version = models.version(name)
     path = convert_model(version, to=to, output=tmp_path / "new folder" / "model")
@@ -187,6 +194,14 @@ def save_foreign(folder, function, spec):
 
 
 IMAGES = tf.TensorSpec((None, *SHAPE), tf.uint8, "images")
+
+
+def test_a_signature_of_probabilities_only_is_converted(to, tmp_path):
+    version = save_foreign(tmp_path / "1", lambda images: {"probabilities": tf.nn.softmax(mean_logits(images))}, IMAGES)
+    path = convert_model(version, to=to)
+    outputs = import_module(FORMATS[to].module).load(path.read_bytes())(np.full((2, *SHAPE), 255, np.uint8))
+    assert set(outputs) == {"probabilities"}
+    np.testing.assert_allclose(outputs["probabilities"], np.full((2, 3), 1 / 3), atol=1e-6)
 
 
 @pytest.mark.parametrize(
