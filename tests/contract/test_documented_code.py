@@ -136,7 +136,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, shapes: Served) -> Iterat
     checkout.stop()
 
 
-@pytest.mark.parametrize("page", ["docs/getting-started.md", "README.md", "docs/convert.md"])
+@pytest.mark.parametrize("page", ["docs/getting-started.md", "docs/importing.md", "README.md", "docs/convert.md"])
 def test_every_block_of_code_runs(page: str, checkout: Checkout) -> None:
     if page == "docs/convert.md":
         for package in ("tf2onnx", "onnxruntime", "ai_edge_litert"):

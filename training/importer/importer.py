@@ -31,7 +31,7 @@ from training.importer.network import Network
 from training.importer.outputs import Outputs, read_outputs
 from training.importer.preprocessing import Preprocessing
 from training.importer.scaling import RANGES
-from training.importer.tracing import is_mixed, trace
+from training.importer.tracing import has_mixed_precision, trace
 from training.models.inference_graph import InferenceGraph
 from training.preflight import check_model_name, check_models_folder
 
@@ -133,7 +133,7 @@ def read_model(
     image_input = read_input(source, image_size=image_size, color=color)
     network = trace(source, image_input, output=output)
     tell("model", f"{source.description}, {network.weights:,} weights")
-    tell("input", f"{image_input}{', computed in float32' if is_mixed(source) else ''}")
+    tell("input", f"{image_input}{', computed in float32' if has_mixed_precision(source) else ''}")
     _freeze(network, source, image_input)
     outputs = read_outputs(network, _compute_samples(network, image_input), source=source)
     tell("outputs", outputs.description + (f", of the output {network.output_name!r}" if network.output_name else ""))
@@ -156,7 +156,7 @@ def read_model(
     inputs = preprocessing.apply_numpy(sample_images((image_input.height, image_input.width, 3)))
     check_outputs(network, inputs, source=source)
     own = outputs.to_probabilities(network.original(inputs))
-    check_frozen(tf.nn.softmax(classifier.logits(tf.constant(inputs))).numpy(), own, source=source)
+    check_frozen(network, tf.nn.softmax(classifier.logits(tf.constant(inputs))).numpy(), own, source=source)
     cut = classifier.feature_map
     none = "none before the logits: no heat maps"
     tell("features", none if cut is None else f"{describe_shape(tuple(cut.shape))}, {_name_operation(cut)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -73,7 +74,8 @@ class Network:
 
     def original(self, inputs: np.ndarray) -> np.ndarray:
         """Compute the output with the model's own variables, float32, of a batch as the model takes it."""
-        output: np.ndarray = flatten(self.concrete(tf.constant(inputs)))[self.index].numpy()
+        with hide_stderr():  # where an optimization fails, TensorFlow leaves it out and prints an error
+            output: np.ndarray = flatten(self.concrete(tf.constant(inputs)))[self.index].numpy()
         return output.astype(np.float32)
 
     def compute(self, fetch: tf.Tensor, feed: tf.Tensor | None = None) -> TensorFunction:
@@ -196,8 +198,7 @@ def flatten(outputs: Any) -> list[Any]:
 
 
 def summarize(error: Exception) -> str:
-    """Return the last line of an error that says something: AutoGraph and Keras print the code before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    skipped = ("Arguments received", "\N{BULLET}", "File ", "in user code")
-    telling = [line for line in lines if not line.startswith(skipped)]
-    return (telling or [type(error).__name__])[0][:300]
+    """Return what an error of a model says, without the code and the arguments that AutoGraph and Keras print."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).partition("Arguments received")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if lines[0].startswith("in user code") else " ".join(lines[:2])

@@ -13,7 +13,7 @@ from training.importer.inspection import ImageInput, describe_shape
 from training.importer.loading import Source
 from training.importer.network import Network, flatten, summarize
 
-_HALF = ("float16", "bfloat16", "float64")
+_HALF = ("float16", "bfloat16")
 _PYTHON = ("PyFunc", "PyFuncStateless", "EagerPyFunc")
 
 
@@ -71,8 +71,8 @@ def _choose_output(source: Source, outputs: Any, name: str | None) -> tuple[str,
 
 @contextlib.contextmanager
 def _in_float32(source: Source) -> Iterator[None]:
-    """Compute layers with half or double precision in float32, as servers on a CPU should; restore them afterwards."""
-    changed = [(layer, layer.dtype_policy) for layer in source.layers if layer.dtype_policy.compute_dtype in _HALF]
+    """Compute layers of mixed precision in float32, as servers on a CPU should; restore them afterwards."""
+    changed = [(layer, layer.dtype_policy) for layer in source.layers if _is_mixed(layer)]
     try:
         for layer, _ in changed:
             layer.dtype_policy = "float32"
@@ -82,6 +82,11 @@ def _in_float32(source: Source) -> Iterator[None]:
             layer.dtype_policy = policy
 
 
-def is_mixed(source: Source) -> bool:
-    """Return whether a model has layers that compute in another precision than float32."""
-    return any(layer.dtype_policy.compute_dtype in _HALF for layer in source.layers)
+def has_mixed_precision(source: Source) -> bool:
+    """Return whether a model has layers with weights in float32 that compute in half precision."""
+    return any(map(_is_mixed, source.layers))
+
+
+def _is_mixed(layer: Any) -> bool:
+    policy = layer.dtype_policy
+    return policy.compute_dtype in _HALF and policy.variable_dtype == "float32"

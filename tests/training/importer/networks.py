@@ -18,7 +18,7 @@ def make_images(height: int, width: int, count: int = 5) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def convolutional(*first: Any, shape: tuple[int, ...] = (12, 14, 3), last: Any = None) -> keras.Sequential:
+def convolutional(*first: Any, shape: tuple[int | None, ...] = (12, 14, 3), last: Any = None) -> keras.Sequential:
     """Return a network with `first` before its first convolution, and `last` as its last layer."""
     keras.utils.set_random_seed(0)
     middle = [layers.Conv2D(4, 3, activation="relu"), layers.GlobalAveragePooling2D()]

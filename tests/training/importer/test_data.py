@@ -35,7 +35,8 @@ def draw(folder, counts=(("bright", BRIGHT), ("dark", DARK)), *, per_class=40, w
     for (name, own), (_, other) in zip(counts, reversed(counts), strict=True):
         (folder / name).mkdir(parents=True)
         for number in range(per_class):
-            red = rng.uniform(*(other if number < wrong else own), (8, 8))
+            low, high = other if number < wrong else own
+            red = rng.uniform(low, high, (8, 8))
             pixels = np.stack([red, rng.random((8, 8)), 1 - red], axis=-1)
             Image.fromarray((255 * pixels).astype(np.uint8)).save(folder / name / f"{number:03}.png")
     return folder

@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+from typing import Any
 
 import keras
 import numpy as np
@@ -193,7 +194,10 @@ def multiply(images):
         (
             lambda: multiply,
             {"image_size": (12, 14), "color": "rgb"},
-            ["the function multiply fails on a batch of 12x14 colour, float32 (n, 12, 14, 3): "],
+            [
+                "the function multiply fails on a batch of 12x14 colour, float32 (n, 12, 14, 3): ValueError: ",
+                "Dimensions must be equal, but are 3 and 5",
+            ],
         ),
         (lambda: 3, {}, ["expected a model, its path, or a function of a batch of images; got int"]),
     ],
@@ -225,7 +229,7 @@ def custom(tmp_path_factory):
     """A model with a class of its own in a module beside it."""
     folder = tmp_path_factory.mktemp("custom")
     (folder / "own.py").write_text(CUSTOM)
-    namespace = {"__name__": "own"}
+    namespace: dict[str, Any] = {"__name__": "own"}
     exec(CUSTOM, namespace)
     convolutional(namespace["Scale"]()).save(folder / "pets.keras")
     convolutional(namespace["Scale"]()).save(folder / "pets.h5")

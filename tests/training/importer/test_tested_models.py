@@ -26,7 +26,7 @@ def test_a_functional_model_on_0_to_1_with_logits():
     inputs = keras.Input((12, 14, 3))
     features = layers.MaxPooling2D()(layers.Conv2D(4, 3)(inputs))
     model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(features)))
-    told = {}
+    told: dict[str, str] = {}
     imported = read(model, input_scale="0..1", told=told)
     np.testing.assert_allclose(probabilities(imported, IMAGES), softmax(model.predict(UNIT)), atol=1e-5)
     np.testing.assert_allclose(imported.graph.logits(tf.constant(IMAGES)), model.predict(UNIT), rtol=1e-4, atol=1e-5)
@@ -46,15 +46,17 @@ def test_a_functional_model_on_0_to_1_with_logits():
 )
 def test_models_of_keras_applications_with_their_own_preprocessing(build, options, module, scale):
     keras.utils.set_random_seed(0)
-    images = make_images(32, 32, count=6)
+    images = make_images(32, 32, count=48)
     inputs = module.preprocess_input(images.astype(np.float32))
     model = adapt(build(weights=None, classes=3, input_shape=(32, 32, 3), **options), inputs)
-    expected = model.predict(inputs, verbose=0)
-    told = {}
+    images = images[:6]
+    expected = model.predict(inputs[:6], verbose=0)
+    told: dict[str, str] = {}
     imported = read(model, input_scale=scale, told=told)
-    np.testing.assert_allclose(probabilities(imported, images), expected, atol=1e-4)
+    # Fifty layers with random weights amplify the rounding of float32.
+    np.testing.assert_allclose(probabilities(imported, images), expected, atol=1e-3)
     raw = model.predict(images.astype(np.float32) / 99, verbose=0)
-    assert np.abs(raw - expected).max() > 1e-3  # another scale gives other probabilities
+    assert np.abs(raw - expected).max() > 1e-2  # another scale gives other probabilities
     if scale is None:
         assert told["input scale"].startswith("0..255: the model rescales it to ")
     features = imported.graph.features(tf.constant(images))
@@ -65,7 +67,7 @@ def test_a_grey_28x28_model():
     model = convolutional(shape=(28, 28, 1))
     images = make_images(28, 28)
     grey = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
-    told = {}
+    told: dict[str, str] = {}
     imported = read(model, input_scale="0..1", told=told)
     expected = model.predict(grey.astype(np.float32) / 255, verbose=0)
     np.testing.assert_allclose(probabilities(imported, images), expected, atol=1e-5)
@@ -93,7 +95,7 @@ def test_a_subclassed_model():
 def test_a_single_sigmoid_for_two_classes():
     model = convolutional(last=layers.Dense(1, activation="sigmoid"))
     second = model.predict(UNIT, verbose=0)
-    told = {}
+    told: dict[str, str] = {}
     imported = read(model, labels="cat,dog", input_scale="0..1", told=told)
     expected = np.concatenate([1 - second, second], axis=1)
     np.testing.assert_allclose(probabilities(imported, IMAGES), expected, atol=1e-6)
@@ -117,7 +119,7 @@ def test_a_mixed_float16_model_is_exported_in_float32_and_stays_as_it_was():
         keras.config.set_dtype_policy(policy)
     single = convolutional()
     single.set_weights(model.get_weights())
-    told = {}
+    told: dict[str, str] = {}
     imported = read(model, input_scale="0..1", told=told)
     expected = single.predict(UNIT, verbose=0)
     np.testing.assert_allclose(probabilities(imported, IMAGES), expected, atol=1e-5)
@@ -154,7 +156,7 @@ def test_batch_normalisation_uses_its_own_statistics():
 )  # fmt: skip
 def test_preprocessing_layers_inside_show_the_input_scale(first, scale, becomes):
     model = convolutional(*first())
-    told = {}
+    told: dict[str, str] = {}
     imported = read(model, told=told)
     assert told["input scale"].startswith(f"{scale}: the model rescales it to {becomes}")
     own = {"0..255": lambda x: x, "0..1": lambda x: x / 255, "-1..1": lambda x: x / 127.5 - 1}[scale]
@@ -203,7 +205,7 @@ def test_files(tmp_path, suffix):
 def test_a_model_with_the_channels_first():
     first = layers.Permute((2, 3, 1))  # convolutions with the channels first need a GPU
     model = convolutional(first, shape=(3, 12, 14))
-    told = {}
+    told: dict[str, str] = {}
     imported = read(model, input_scale="0..1", told=told)
     expected = model.predict(UNIT.transpose(0, 3, 1, 2), verbose=0)
     np.testing.assert_allclose(probabilities(imported, IMAGES), expected, atol=1e-5)
@@ -225,7 +227,7 @@ def test_a_function():
 def test_whole_numbers_are_pixels():
     inputs = keras.Input((12, 14, 3), dtype="uint8")
     model = keras.Model(inputs, convolutional()(layers.Rescaling(1 / 99)(inputs)))
-    told = {}
+    told: dict[str, str] = {}
     imported = read(model, told=told)
     np.testing.assert_allclose(probabilities(imported, IMAGES), model.predict(IMAGES, verbose=0), atol=1e-5)
     assert told["input scale"] == "0..255: the model takes uint8; colour rgb"
@@ -236,7 +238,7 @@ def test_the_named_output_of_several():
     features = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3)(inputs))
     heads = {"kind": layers.Dense(3)(features), "age": layers.Dense(1)(features)}
     model = keras.Model(inputs, heads)
-    told = {}
+    told: dict[str, str] = {}
     imported = read(model, output="kind", input_scale="0..1", told=told)
     expected = softmax(model.predict(UNIT, verbose=0)["kind"])
     np.testing.assert_allclose(probabilities(imported, IMAGES), expected, atol=1e-5)
