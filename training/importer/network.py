@@ -74,7 +74,7 @@ class Network:
 
     def original(self, inputs: np.ndarray) -> np.ndarray:
         """Compute the output with the model's own variables, float32, of a batch as the model takes it."""
-        with hide_stderr():  # where an optimization fails, TensorFlow leaves it out and prints an error
+        with discard_stderr():  # where an optimization fails, TensorFlow leaves it out and prints an error
             output: np.ndarray = flatten(self.concrete(tf.constant(inputs)))[self.index].numpy()
         return output.astype(np.float32)
 
