@@ -83,6 +83,9 @@ def test_a_numpy_client_gets_the_class_by_argmax(alone: Served, shapes: Served, 
         np.testing.assert_allclose(rows, expected, atol=SAME)
     objects = predict(shapes, instances=IMAGES.tolist())
     assert {np.argmax(row) for row in objects} == {0}
+    scaled = {"instances": (IMAGES[:1] / 255).tolist()}  # as resnet_client.py sends them
+    refused = httpx.post(f"{alone.server.url}/v1/models/{alone.model}:predict", json=scaled)
+    assert refused.status_code == 400
 
 
 def test_a_grpc_client_reads_the_probabilities_by_name(alone: Served, shapes: Served, expected: np.ndarray) -> None:
