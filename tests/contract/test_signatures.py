@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,15 @@ def call_grpc(served: Served, signature: str) -> dict[str, np.ndarray]:
     return {name: tf.make_ndarray(tensor) for name, tensor in response.outputs.items()}
 
 
+def infer_v2(served: Served, tensor: Any, *, binary: bytes = b"", **fields: Any) -> dict[str, np.ndarray]:
+    document = json.dumps({"inputs": [tensor], **fields}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(document))} if binary else {}
+    url = f"{served.server.url}/v2/models/{served.model}/infer"
+    response = httpx.post(url, content=document + binary, headers=headers, timeout=60)
+    assert response.status_code == 200, response.text
+    return {output["name"]: np.reshape(output["data"], output["shape"]) for output in response.json()["outputs"]}
+
+
 def test_a_numpy_client_gets_the_class_by_argmax(alone: Served, shapes: Served, expected: np.ndarray) -> None:
     """As in the tutorials of TensorFlow Serving: of rows that are objects, argmax would be 0 for every image."""
     for rows in (
@@ -73,6 +83,9 @@ def test_a_numpy_client_gets_the_class_by_argmax(alone: Served, shapes: Served, 
         np.testing.assert_allclose(rows, expected, atol=SAME)
     objects = predict(shapes, instances=IMAGES.tolist())
     assert {np.argmax(row) for row in objects} == {0}
+    scaled = {"instances": (IMAGES[:1] / 255).tolist()}  # as resnet_client.py sends them
+    refused = httpx.post(f"{alone.server.url}/v1/models/{alone.model}:predict", json=scaled)
+    assert refused.status_code == 400
 
 
 def test_a_grpc_client_reads_the_probabilities_by_name(alone: Served, shapes: Served, expected: np.ndarray) -> None:
@@ -122,6 +135,25 @@ def test_the_page_describes_either_default(alone: Served, shapes: Served) -> Non
     assert models[0]["class_names"] == list(CLASS_NAMES)
 
 
+def test_the_open_inference_protocol_chooses_the_plain_signatures_by_their_inputs(
+    alone: Served, shapes: Served, expected: np.ndarray
+) -> None:
+    for served, names in ((alone, {"probabilities"}), (shapes, {"probabilities", "class_id", "label"})):
+        pixels = {"name": "images", "shape": IMAGES.shape, "datatype": "UINT8", "data": IMAGES.tolist()}
+        assert infer_v2(served, pixels).keys() == names
+        np.testing.assert_allclose(infer_v2(served, pixels)["probabilities"], expected, atol=SAME)
+        png = encode(IMAGES[0], "PNG", (32, 32))
+        files = {
+            "name": "image_bytes",
+            "shape": [1],
+            "datatype": "BYTES",
+            "parameters": {"binary_data_size": 4 + len(png)},
+        }
+        outputs = infer_v2(served, files, binary=len(png).to_bytes(4, "little") + png)
+        assert outputs.keys() == {"probabilities", "class_id", "label"}
+        np.testing.assert_allclose(outputs["probabilities"], expected[:1], atol=SAME)
+
+
 def test_heat_maps_are_the_same_by_every_protocol(alone: Served, expected: np.ndarray) -> None:
     loaded = tf.saved_model.load(str(alone.version))
     outputs = {name: each.numpy() for name, each in loaded.signatures["explain"](images=tf.constant(IMAGES)).items()}
@@ -129,10 +161,7 @@ def test_heat_maps_are_the_same_by_every_protocol(alone: Served, expected: np.nd
     assert outputs["class_id"].tolist() == expected.argmax(axis=1).tolist()
     rows = predict(alone, instances=IMAGES.tolist(), signature_name="explain")
     tensor = {"name": "images", "shape": IMAGES.shape, "datatype": "UINT8", "data": IMAGES.tolist()}
-    document = {"inputs": [tensor], "parameters": {"signature_name": "explain"}}
-    response = httpx.post(f"{alone.server.url}/v2/models/{alone.model}/infer", json=document, timeout=60)
-    assert response.status_code == 200, response.text
-    v2 = {output["name"]: np.reshape(output["data"], output["shape"]) for output in response.json()["outputs"]}
+    v2 = infer_v2(alone, tensor, parameters={"signature_name": "explain"})
     for heat_map, class_id in (
         (np.array([row["heat_map"] for row in rows]), [row["class_id"] for row in rows]),
         (v2["heat_map"], v2["class_id"].tolist()),

@@ -300,7 +300,7 @@ def test_the_options_of_the_export_are_in_the_command_that_repeats_it(run, tmp_p
     assert call("train", "--resume", run, *options, "--explain") == 1
     error = capfd.readouterr().err
     assert "error: heat maps need a feature map of several pixels; this model's has one" in error
-    assert "or export it without --explain" in error
+    assert "Use larger images (--image-size), or leave out --explain" in error
     assert f"not exported. Export it:  {format_command('export', run, *options, '--explain')}" in error
     assert not models.exists()
     assert call("export", run, *options) == 0

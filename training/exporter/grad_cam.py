@@ -64,12 +64,12 @@ def _check_map(features: tf.Tensor) -> None:
     if features.shape.rank != 4:
         raise ExportError(
             "heat maps need a feature map (n, rows, columns, channels) before the head; this model's features are "
-            f"{_describe(features.shape)}. Export it without --explain"
+            f"{_describe(features.shape)}. Leave out --explain"
         )
     if features.shape[1:3] == (1, 1):
         raise ExportError(
             "heat maps need a feature map of several pixels; this model's has one, so its heat maps would be uniform. "
-            "Train it on larger images (--image-size), or export it without --explain"
+            "Use larger images (--image-size), or leave out --explain"
         )
 
 
@@ -79,12 +79,12 @@ def _differentiate(tape: tf.GradientTape, scores: tf.Tensor, features: tf.Tensor
     except LookupError as error:
         raise ExportError(
             f"heat maps need the gradient of the head, and one of its operations has none ({error}). "
-            "Export it without --explain"
+            "Leave out --explain"
         ) from error
     if gradients is None:
         raise ExportError(
             "heat maps need the gradient of the head, but its logits do not depend on the features through "
-            "differentiable operations. Export it without --explain"
+            "differentiable operations. Leave out --explain"
         )
     return gradients
 

@@ -114,8 +114,8 @@ def render(request: InferRequest, result: InferenceResult) -> tuple[bytes, int |
 def _signature_name(document: Mapping[str, Any], signatures: Mapping[str, Signature]) -> str:
     """Return the parameter `signature_name`.
 
-    Without the parameter, which most clients cannot send, it is the signature that has exactly the request's inputs. If
-    there is none, or `serving_default` is one of several, it is `serving_default`.
+    Without the parameter, which most clients cannot send, it is the signature that has exactly the request's inputs. Of
+    several it is `serving_default`, or the one with the name of the input (`image_bytes`); of none, `serving_default`.
     """
     name = _parameters(document, of="the request").get("signature_name")
     if name is not None:
@@ -126,8 +126,11 @@ def _signature_name(document: Mapping[str, Any], signatures: Mapping[str, Signat
     sent = inputs if isinstance(inputs, list) else ()
     names = sorted(str(tensor.get("name")) for tensor in sent if isinstance(tensor, dict))
     found = [name for name, signature in signatures.items() if names and sorted(signature.inputs) == names]
-    if not found or DEFAULT_SIGNATURE in found:
+    if not found:
         return DEFAULT_SIGNATURE
+    for preferred in (DEFAULT_SIGNATURE, *names):
+        if preferred in found:
+            return preferred
     if len(found) > 1:
         raise InvalidRequest(
             f"several signatures have the input {', '.join(names)}: {', '.join(found)}; choose one with the parameter "

@@ -397,6 +397,13 @@ def test_the_inputs_select_the_signature(client: FlaskClient) -> None:
     )
 
 
+def test_inputs_of_several_signatures_select_the_one_that_has_their_name() -> None:
+    files = {"image_bytes": TensorSpec("image_bytes", "DT_STRING", (None,), "x:0")}
+    body = b'{"inputs":[{"name":"image_bytes","shape":[1],"datatype":"BYTES","data":["a"]}]}'
+    signatures = {name: Signature(name, "", files, files) for name in ("guarded_bytes", "image_bytes")}
+    assert parse_infer(body, len(body), "m", signatures).signature == "image_bytes"
+
+
 def test_inputs_of_several_signatures_select_serving_default_or_none() -> None:
     x = {"x": TensorSpec("x", "DT_FLOAT", (None,), "x:0")}
     body = b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}'
