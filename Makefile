@@ -71,13 +71,14 @@ $(INSTALLED): requirements.lock
 demo: $(INSTALLED)  ## everything once, offline: train on drawn shapes, export, serve, classify
 	@PORT=$(PORT) scripts/demo.sh
 
-train: $(INSTALLED)  ## train, evaluate and export: DATASET= DATA= IMAGE_SIZE=HxW VARIANT= PRESET= BACKBONE= WEIGHTS= LOOP= EPOCHS= BATCH_SIZE= SEED= NAME= or RESUME=runs/... EPOCHS= DATA=
+train: $(INSTALLED)  ## train, evaluate and export: DATASET= DATA= IMAGE_SIZE=HxW VARIANT= PRESET= BACKBONE= WEIGHTS= LOOP= EPOCHS= BATCH_SIZE= SEED= NAME= or RESUME=runs/... EPOCHS= DATA= WEIGHTS=
 	@$(BIN)/python -m training train --models-dir $(call quoted,MODELS) $(if $(NAME),--name $(call quoted,NAME)) \
-		$(if $(DATA),--data $(call quoted,DATA)) $(if $(EPOCHS),--epochs $(EPOCHS)) \
+		$(if $(DATA),--data $(call quoted,DATA)) $(if $(WEIGHTS),--weights $(call quoted,WEIGHTS)) \
+		$(if $(EPOCHS),--epochs $(EPOCHS)) \
 		$(if $(RESUME),--resume $(call quoted,RESUME),\
 		--dataset $(DATASET) $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) \
 		--variant $(VARIANT) $(if $(PRESET),--preset $(PRESET)) --loop $(LOOP) \
-		$(if $(BACKBONE),--backbone $(BACKBONE)) $(if $(WEIGHTS),--weights $(call quoted,WEIGHTS)) \
+		$(if $(BACKBONE),--backbone $(BACKBONE)) \
 		$(if $(BATCH_SIZE),--batch-size $(BATCH_SIZE)) --seed $(SEED))
 
 import: $(INSTALLED)  ## export a Keras model for serving: MODEL=model.keras LABELS=file-or-list INPUT_SCALE= DATA= IMAGE_SIZE=HxW NAME=

@@ -52,6 +52,7 @@ def test_backbone_and_weights_are_handed_on(project: Path) -> None:
     given = options(make(project, "train", "VARIANT=transfer", "BACKBONE=EfficientNetV2B0", f"WEIGHTS={AWKWARD}"))
     assert (given["--backbone"], given["--weights"]) == ("EfficientNetV2B0", AWKWARD)
     assert not {"--backbone", "--weights"} & set(make(project, "train"))
+    assert options(make(project, "train", "RESUME=run", "WEIGHTS=small.h5"))["--weights"] == "small.h5"
 
 
 def test_paths_may_hold_any_characters(project: Path) -> None:

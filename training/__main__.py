@@ -118,8 +118,8 @@ def main() -> None:
 @click.option(
     "--resume",
     type=FOLDER,
-    help="Continue the run in this directory with its own settings. --epochs sets a new total, --data a new path of "
-    "the same data.",
+    help="Continue the run in this directory with its own settings. --epochs sets a new total, --data and "
+    "--weights a new path of the same files.",
 )
 @click.option("--export/--no-export", default=True, help="Export the best checkpoint.")
 @models_options("the dataset's")
@@ -150,10 +150,14 @@ def train(
             for parameter, value in {**config_values, "run": run_path}.items()
             if ctx.get_parameter_source("run_path" if parameter == "run" else parameter) is ParameterSource.COMMANDLINE
         }
-        if fixed := [f"--{parameter.replace('_', '-')}" for parameter in given if parameter not in ("data", "epochs")]:
+        changeable = ("data", "epochs", "weights")
+        if fixed := [f"--{parameter.replace('_', '-')}" for parameter in given if parameter not in changeable]:
             raise click.UsageError(f"--resume continues a run with its own settings: leave out {', '.join(fixed)}")
         run = RunDir.open(resume)
-        config = dataclasses.replace(run.read_config(), **given)
+        try:
+            config = dataclasses.replace(run.read_config(), **given)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
     else:
         run = None
         try:

@@ -17,8 +17,8 @@ VARIANTS = tuple(RECIPES)
 LOOPS = ("fit", "custom")
 CONV_ACTIVATIONS = ("relu", "linear")
 DTYPES = ("float32", "mixed_bfloat16")
-# May differ when a run is resumed. The data is compared by its content.
-CHANGEABLE = frozenset({"data", "epochs", "tensorboard"})
+# May differ when a run is resumed. Data and weights are compared by their content.
+CHANGEABLE = frozenset({"data", "epochs", "tensorboard", "weights"})
 _PATHS = ("data", "weights")
 
 

@@ -58,13 +58,15 @@ def check_memory(config: TrainingConfig, dataset: Dataset) -> None:
     """
     images = dataset.train.images
     # Copied by the split into training and validation images, and by the input pipeline.
+    copies = 2 * images.nbytes
     shape, classes = images.shape[1:], len(dataset.class_names)
-    copies = 2 * (images.nbytes + cache_bytes(config, len(images), shape, classes=classes))
+    features = 2 * cache_bytes(config, len(images), shape, classes=classes)
     network = network_bytes(config, shape, classes=classes)
     height, width = images.shape[1:3]
     require_memory(
-        copies + network,
-        f"{len(images):,} training images of {height}x{width} ({format_bytes(copies)}) and the network with a batch of "
+        copies + features + network,
+        f"{len(images):,} training images of {height}x{width} ({format_bytes(copies)})"
+        f"{f', their features ({format_bytes(features)})' if features else ''} and the network with a batch of "
         f"{config.batch_size} ({format_bytes(network)})",
         advice="choose a smaller --image-size or --batch-size",
     )

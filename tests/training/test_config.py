@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,14 @@ def test_json_round_trip():
     transfer = TrainingConfig.fill_in(variant="transfer", weights=Path("some/where.h5"), weights_sha256="ab")
     assert transfer.backbone == "MobileNetV3Small"
     assert TrainingConfig.from_json(transfer.to_json()) == transfer
+
+
+def test_a_resumed_run_may_find_the_same_files_in_other_places():
+    config = TrainingConfig.fill_in(variant="transfer", weights=Path("a.h5"), weights_sha256="ab", data=Path("a"))
+    earlier = json.loads(config.to_json())
+    moved = dataclasses.replace(config, weights=Path("b.h5"), data=Path("b"))
+    assert moved.changes_from(earlier) == {}
+    assert dataclasses.replace(moved, weights_sha256="cd").changes_from(earlier) == {"weights_sha256": ("cd", "ab")}
 
 
 def test_unknown_backbone_is_rejected_with_the_choices():
