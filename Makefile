@@ -100,7 +100,7 @@ predict: $(INSTALLED)  ## classify with the running service: IMAGE=file-or-folde
 		-- $(call quoted,IMAGE)
 
 convert: $(INSTALLED)  ## an exported model for another runtime: MODEL=models/NAME TO=onnx or litert, OUTPUT=file
-	@test -n $(call quoted,MODEL) -a -n "$(TO)" || { echo "error: name a model and a format: make convert MODEL=models/pets TO=onnx (or litert)" >&2; exit 2; }
+	@{ test -n $(call quoted,MODEL) && test -n "$(TO)"; } || { echo "error: name a model and a format: make convert MODEL=models/pets TO=onnx (or litert)" >&2; exit 2; }
 	@$(BIN)/python -m training convert --to $(TO) $(if $(OUTPUT),--output $(call quoted,OUTPUT)) -- $(call quoted,MODEL)
 
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
