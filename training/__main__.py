@@ -169,7 +169,8 @@ def train(
     if export:
         exported_name = name or (run.read_dataset().name if run and run.has_dataset() else dataset.name)
         check_model_name(exported_name)
-        check_models_folder(models_dir, exported_name)
+        advice = "Choose another with --models-dir, or train with --no-export"
+        check_models_folder(models_dir, exported_name, advice=advice)
     check_memory(config, dataset)
     run_folder = run.path if run else run_path or Path("runs")
     check_free_space(config, dataset, run_folder=run_folder, models_dir=models_dir if export else None)

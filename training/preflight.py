@@ -33,8 +33,13 @@ def check_model_name(name: str) -> None:
     )
 
 
-def check_models_folder(folder: Path, name: str) -> None:
+def check_models_folder(folder: Path, name: str, *, advice: str = "Choose another with --models-dir") -> None:
     """Check that the model `name` can be written under `folder`, without writing to it.
+
+    Args:
+        folder: of all models.
+        name: of the model.
+        advice: end of the message.
 
     Raises:
         ExportError: the folder is not writable.
@@ -46,7 +51,7 @@ def check_models_folder(folder: Path, name: str) -> None:
     except OSError as error:
         raise ExportError(
             f"the model cannot be exported into {folder / name}: {place} is not a writable folder ({error.strerror}). "
-            "Choose another with --models-dir, or train with --no-export"
+            f"{advice}"
         ) from error
 
 

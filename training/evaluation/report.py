@@ -37,16 +37,18 @@ class Origin:
     """Where a model comes from: the parts of its report besides the evaluation.
 
     Attributes:
+        title: name of the run's data or of the model.
         introduction: a paragraph of Markdown.
         calibrated_on: the images that the temperature was fitted on, such as "the validation images".
         earlier: rows (images, loss, accuracy) of the results above the test images.
         later: rows below them.
         details: Markdown between the results and the metrics by class.
-        settings: rows (name, value) of the configuration, without those of the data.
+        settings: rows (name, value) of the configuration, without those of the test images.
         appendix: Markdown at the end.
         plots: figures that `details` and `appendix` show, by name.
     """
 
+    title: str
     introduction: str
     calibrated_on: str
     earlier: Sequence[Sequence[str]] = ()
@@ -150,6 +152,7 @@ def _describe_run(
         for result in history
     )
     return Origin(
+        title=dataset.name,
         introduction=f"""The `{config.variant}` network, trained with the `{config.loop}` loop on \
 {len(dataset.train.labels):,} images of {height}x{width} pixels in {len(dataset.class_names)} classes \
 ({escape(dataset.source)}); a tenth of them is the validation split. Evaluated on the test images with the weights of \
@@ -170,7 +173,7 @@ epoch {best.epoch}, which had the lowest validation loss.""",
 
 The circle marks the epoch whose weights are kept; dashed lines mark reductions of the learning rate.
 """,
-        settings=list(_settings(config)),
+        settings=[*_settings(config), ("training images", f"{len(dataset.train.labels):,}")],
         appendix=f"## Epochs\n\n{make_table(_EPOCH_COLUMNS, epochs)}\n",
         plots={
             "loss": plot_curves(history, quantity="loss", best_epoch=best.epoch),
@@ -192,11 +195,10 @@ def _markdown(origin: Origin, dataset: Dataset, test: CalibratedEvaluation, *, l
     )
     settings = (
         *origin.settings,
-        ("training images", f"{len(dataset.train.labels):,}"),
         ("test images", f"{len(dataset.test.labels):,}"),
         ("content hash of the data", f"`{dataset.content_hash}`"),
     )
-    return f"""# {escape(dataset.name)}: {evaluation.accuracy:.2%} of {evaluation.count:,} test images
+    return f"""# {escape(origin.title)}: {evaluation.accuracy:.2%} of {evaluation.count:,} test images
 
 {origin.introduction}
 

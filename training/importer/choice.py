@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.errors import ModelError
+from training.evaluation.calibration import apply_temperature, fit_temperature
 from training.importer.preprocessing import Preprocessing
 
 # A difference counts from this many standard errors on.
@@ -23,7 +24,8 @@ class Candidate:
     Attributes:
         preprocessing: what was tried.
         accuracy: share of the images, from 0 to 1.
-        losses: float64 (n,), cross-entropy of each image, in nats.
+        losses: float64 (n,), cross-entropy of each image in nats, at the temperature that is best for them: a scale
+            with larger values makes a network more confident, not better.
     """
 
     preprocessing: Preprocessing
@@ -53,6 +55,8 @@ def evaluate_candidates(
     evaluated = []
     for preprocessing in candidates:
         probabilities = predict(preprocessing, images)
+        if np.isfinite(probabilities).all():
+            probabilities = apply_temperature(probabilities, fit_temperature(probabilities, labels))
         own = np.nan_to_num(probabilities[np.arange(len(labels)), labels].astype(np.float64))
         accuracy = float((probabilities.argmax(axis=1) == labels).mean())
         evaluated.append(Candidate(preprocessing, accuracy, -np.log(np.maximum(own, _SMALLEST))))
@@ -62,8 +66,8 @@ def evaluate_candidates(
 def choose(candidates: Sequence[Candidate], labels: np.ndarray) -> Preprocessing:
     """Return the preprocessing that is clearly best.
 
-    It has the highest accuracy, clearly above always naming the most frequent class, and a loss that is lower than
-    every other's by more than `_CLEAR` standard errors of the difference.
+    It alone has the highest accuracy, clearly above always naming the most frequent class, and a loss that is lower
+    than every other's by more than `_CLEAR` standard errors of the difference.
 
     Args:
         candidates: evaluated on the same images, the most accurate first.
@@ -104,7 +108,7 @@ def table_rows(candidates: Sequence[Candidate]) -> list[tuple[str, str, str]]:
 def _is_clearly_better(best: Candidate, other: Candidate) -> bool:
     differences = other.losses - best.losses
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-    return float(differences.mean()) > _CLEAR * error and best.accuracy >= other.accuracy
+    return float(differences.mean()) > _CLEAR * error and best.accuracy > other.accuracy
 
 
 def _render(candidates: Sequence[Candidate]) -> str:

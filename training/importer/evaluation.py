@@ -163,11 +163,15 @@ def write_import_report(
         count = min(_CHOICE_IMAGES, len(calibration.labels))
         details = f"## Input scale\n\nThe first is used; evaluated on {count:,} images for calibration.\n\n{table}\n"
     origin = Origin(
+        title=name,
         introduction=f"Imported from {escape(settings['source'])}, and evaluated on images of {height}x{width} pixels "
         f"in {len(dataset.class_names)} classes ({escape(dataset.source)}).",
         calibrated_on=f"{len(calibration.labels):,} other images",
         details=details,
-        settings=[(setting, escape(value)) for setting, value in settings.items()],
+        settings=[
+            *((setting, escape(value)) for setting, value in settings.items()),
+            ("calibration images", f"{len(calibration.labels):,}"),
+        ],
     )
     run = RunDir(make_numbered(Path("runs") / f"import-{name}"))
     run.write_evaluation({"test": test.to_json()})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from training.data import Split
 from training.errors import ModelError
 from training.importer.choice import Candidate, choose, evaluate_candidates, name_choice
@@ -60,13 +62,16 @@ def choose_preprocessing(
         return make(input_scale, colors[0]), []
     shown = read_rescaling(classifier.network, image_input)
     if images is not None:
+        if color is None and np.array_equal(images.images[..., 0], images.images[..., 2]):
+            colors = colors[:1]  # grey images do not show the order
         # The scale of Caffe's models reverses the colours itself.
         tried = [make(s, c) for s in scales for c in colors if (s, c) != ("imagenet-caffe", "bgr")]
         candidates = evaluate_candidates(tried, classifier.predict, images.images, images.labels)
-        best = choose(candidates, images.labels)
+        best = choose(candidates, images.labels) if len(candidates) > 1 else tried[0]
         differs = f"; its own rescaling shows {shown.scale}" if shown.scale not in (None, best.scale) else ""
         evaluated = f"the best of {len(candidates)} on {len(images.labels):,} images"
-        tell("input scale", f"{best.scale}, colour {best.color}: {evaluated} ({name_choice(best)}){differs}")
+        unseen = ", which grey images do not show" if colors == ["rgb"] and color is None else ""
+        tell("input scale", f"{best.scale}, colour {best.color}{unseen}: {evaluated} ({name_choice(best)}){differs}")
         return best, candidates
     if len(scales) == 1:
         tell("input scale", f"{scales[0]}: the model takes {image_input.dtype}; colour {colors[0]}")

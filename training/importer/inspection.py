@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from training.errors import ModelError
 from training.importer.loading import InputTensor, Source
+from training.importer.scaling import COLORS
 
 _CHANNELS = (1, 3)
 _WRAP = "Wrap it: build a Keras model with a single image input that calls this one"
@@ -65,8 +66,11 @@ def read_input(source: Source, *, image_size: tuple[int, int] | None, color: str
         color: "rgb", "bgr" or "grey" where the model leaves the number of channels open.
 
     Raises:
-        ModelError: it has several inputs or takes no images, or a size is missing or contradicts the model.
+        ModelError: it has several inputs or takes no images, or a size or colour is missing, invalid or contradicts
+            the model.
     """
+    if color not in (None, *COLORS):
+        raise ModelError(f"the colours can be {', '.join(COLORS)}; got {color!r}")
     if source.inputs is None:
         declared = InputTensor("images", (None, None, None, None), "float32")
     elif len(source.inputs) == 1:

@@ -79,7 +79,7 @@ def _load_path(path: Path, custom_objects: Mapping[str, Any], custom: Path | Non
         raise ModelError(f"{path} does not exist. {_FORMATS}")
     if path.is_dir() and not (path / "metadata.json").is_file():
         return _load_saved_model(path)
-    keras_file, suffix = path, path.suffix.lower()
+    suffix = path.suffix.lower()
     if path.is_file():
         with path.open("rb") as file:
             start = file.read(8)
@@ -89,7 +89,7 @@ def _load_path(path: Path, custom_objects: Mapping[str, Any], custom: Path | Non
         if kind != suffix and (kind, suffix) != (".h5", ".hdf5"):
             raise ModelError(f"{path} has the content of a {kind} file: rename it to {path.with_suffix(kind).name}")
     try:
-        model = keras.saving.load_model(keras_file, custom_objects=dict(custom_objects), compile=False)
+        model = keras.saving.load_model(path, custom_objects=dict(custom_objects), compile=False)
     except Exception as error:  # a saved model may raise anything
         raise ModelError(_explain(path, error, custom)) from error
     return _wrap_layer(model, description=f"{path} ({_style(model)})", name=path.stem)
@@ -211,12 +211,19 @@ def _execute(path: Path) -> dict[str, Any]:
 
 def _explain(path: Path, error: Exception, custom: Path | None) -> str:
     text = str(error)
-    if "lambda" in text.lower():
+    if "safe_mode" in text:  # Keras names the parameter that would execute the code
+        trust = (
+            "If you trust the file, load it in Python with keras.saving.load_model(..., safe_mode=False), and call "
+            "training.export(model)"
+        )
+        if "TFSMLayer" in text:
+            return (
+                f"{path} contains a TFSMLayer, which loads another SavedModel, and that may contain code. Import the "
+                f"folder of the SavedModel itself. {trust}"
+            )
         return (
             f"{path} contains a Lambda layer, which is Python code inside the file, and code from a model file is not "
-            "executed. Write a layer class instead, save the model again, and give its file with --custom. If you "
-            "trust the file, load it in Python with keras.saving.load_model(..., safe_mode=False), and call "
-            "training.export(model)"
+            f"executed. Write a layer class instead, save the model again, and give its file with --custom. {trust}"
         )
     if unknown := _UNKNOWN_OBJECT.search(text):
         where = f"{custom} does not define it" if custom else "its code is not in the file"

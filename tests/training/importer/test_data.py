@@ -15,7 +15,7 @@ from training.errors import ModelError
 from training.importer.choice import choose, evaluate_candidates
 from training.importer.preprocessing import Preprocessing
 
-BRIGHT, DARK = (0.53, 0.58), (0.3, 0.45)  # red, of 0..1
+BRIGHT, DARK = (0.53, 0.58), (0.43, 0.48)  # red, of 0..1
 
 
 def build(slope=60.0):
@@ -37,7 +37,7 @@ def draw(folder, counts=(("bright", BRIGHT), ("dark", DARK)), *, per_class=40, w
         for number in range(per_class):
             low, high = other if number < wrong else own
             red = rng.uniform(low, high, (8, 8))
-            pixels = np.stack([red, rng.random((8, 8)), 1 - red], axis=-1)
+            pixels = np.stack([red, rng.random((8, 8)), rng.random((8, 8))], axis=-1)
             Image.fromarray((255 * pixels).astype(np.uint8)).save(folder / name / f"{number:03}.png")
     return folder
 
@@ -99,11 +99,12 @@ def test_the_report_has_what_a_runs_report_has(imported):
     folder, _ = imported
     run = folder / "runs" / "import-brightness"
     text = (run / "report.md").read_text()
-    assert text.startswith("# photos: ")
+    assert text.startswith("# brightness: ")
     assert "Imported from brightness.keras (Sequential)" in text
     assert "| --input-scale 0..1 --color rgb | " in text
     assert "fitted on 40 other images" in text
     assert "| input scale | 0..1 |" in text
+    assert "| calibration images | 40 |" in text
     assert "## By class" in text
     for plot in ("confusion", "calibration", "samples"):
         assert f"({plot}.png)" in text
@@ -137,7 +138,7 @@ def explain(capfd):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--labels", "dark,bright"], "the input scale is not clear from the images:"),
+        (["--labels", "dark,bright"], "none is clearly more accurate on these 12 images than always naming the most"),
         (["--labels", "dark,light"], "has the classes bright, which are not among the 2 labels, dark, light"),
         (["--data", "three"], "the model has 2 classes, and three has 3: a, bright, dark. Give the model's labels"),
         (["--data", "none"], "none cannot be read as a folder: No such file or directory"),
@@ -158,6 +159,18 @@ def test_data_that_does_not_fit_the_model(tmp_path, monkeypatch, capfd, options,
     assert message in explain(capfd)
     assert not (tmp_path / "models").exists()
     assert not (tmp_path / "runs").exists()
+
+
+def test_grey_images_show_the_scale_but_not_the_order_of_the_colours(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    build().save("brightness.keras")
+    draw(tmp_path / "photos")
+    for path in (tmp_path / "photos").rglob("*.png"):
+        with Image.open(path) as image:
+            image.getchannel("R").save(path)
+    assert call("import", "brightness.keras", "--data", "photos", "--name", "grey") == 0
+    expected = "input scale    0..1, colour rgb, which grey images do not show: the best of 5 on 40 images"
+    assert expected in capfd.readouterr().out
 
 
 CANDIDATES = [
@@ -193,6 +206,29 @@ def test_a_close_second_prints_the_table_and_stops():
     assert re.match(r"none is clearly best on these 200 images; --input-scale .* comes too close. Give the", lines[-1])
 
 
+def test_confidence_without_accuracy_is_not_better():
+    """A scale with larger values gives larger logits: the same classes, and a lower loss where all are right."""
+    labels = np.arange(200) % 2
+    shares = np.random.default_rng(0).uniform(0.6, 0.9, 200)
+
+    def predict(preprocessing, images):
+        own = np.full(len(images), 0.9999) if preprocessing == CANDIDATES[2] else shares
+        return np.where(np.arange(2) == labels[:, None], own[:, None], 1 - own[:, None])
+
+    with pytest.raises(ModelError, match="none is clearly best"):
+        choose(evaluate_candidates(CANDIDATES, predict, np.zeros((200, 1, 1, 3), np.uint8), labels), labels)
+
+
 def test_chance_is_not_a_choice():
     with pytest.raises(ModelError, match=r"none is clearly more accurate .* than always naming the most frequent"):
         choose(*evaluate_shares([0.5, 0.45, 0.55, 0.4]))
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "pets").write_text("a plain file")
+    assert call("import", "missing.keras", "--name", "pets") == 1
+    error = explain(capfd)
+    assert "the model cannot be exported into models/pets: models/pets is not a writable folder" in error
+    assert error.endswith("Choose another with --models-dir")

@@ -199,6 +199,7 @@ def multiply(images):
                 "Dimensions must be equal, but are 3 and 5",
             ],
         ),
+        (convolutional, {"color": "RGB"}, ["the colours can be rgb, bgr, grey; got 'RGB'"]),
         (lambda: 3, {}, ["expected a model, its path, or a function of a batch of images; got int"]),
     ],
 )
@@ -254,11 +255,21 @@ def test_code_that_does_not_help_is_named(custom, tmp_path):
     assert "--custom none.py is not a file" in rejection("x.keras", custom=type(tmp_path)("none.py"))
 
 
-def test_a_lambda_layer_is_not_executed(tmp_path):
-    convolutional(layers.Lambda(lambda images: images / 255)).save(tmp_path / "pets.keras")
-    message = rejection(tmp_path / "pets.keras")
+@pytest.mark.parametrize("file", ["pets.keras", "pets.h5"])
+def test_a_lambda_layer_is_not_executed(tmp_path, file):
+    convolutional(layers.Lambda(lambda images: images / 255)).save(tmp_path / file)
+    message = rejection(tmp_path / file)
     assert "contains a Lambda layer, which is Python code inside the file" in message
     assert "Write a layer class instead" in message
+
+
+def test_a_tfsm_layer_in_a_file_is_not_loaded(tmp_path):
+    convolutional().export(tmp_path / "inner", verbose=False)
+    inner = layers.TFSMLayer(str(tmp_path / "inner"), call_endpoint="serve")
+    keras.Sequential([keras.Input(INPUT), inner]).save(tmp_path / "outer.keras")
+    message = rejection(tmp_path / "outer.keras")
+    assert "outer.keras contains a TFSMLayer, which loads another SavedModel, and that may contain code" in message
+    assert "Import the folder of the SavedModel itself" in message
 
 
 def test_files_that_are_no_models(tmp_path):
