@@ -16,7 +16,7 @@ from training.evaluation.roc import area_under_roc
 from training.models.guard import LEVELS, MIN_TYPICALITY, Guard, measure_energy, measure_variation
 from training.models.inference_graph import InferenceGraph, TensorFunction
 
-OUTLIERS = 200  # of each kind
+MAX_OUTLIERS = 200  # of each kind
 _EXAMPLES = 8
 _BATCH_SIZE = 250
 _MIN_DEVIATION = 1e-4  # of a measure; one that varies less is constant but for rounding
@@ -66,7 +66,7 @@ def fit_guard(graph: InferenceGraph, held_out: Split) -> Guard:
         graph: the classifier as it is exported, calibrated.
         held_out: labelled images that it was not trained on, at least one.
     """
-    measured = _compute(_make_function(graph, _measure), held_out.images)
+    measured = measure_images(graph, held_out.images)
     means, deviations = ([float(of(measured[name])) for name in ("energy", "variation")] for of in (np.mean, np.std))
     weights = [1 / deviation if deviation > _MIN_DEVIATION else 0.0 for deviation in deviations]
     scores = weights[0] * (measured["energy"] - means[0]) + weights[1] * (measured["variation"] - means[1])
@@ -98,7 +98,7 @@ def evaluate_guard(graph: InferenceGraph, guard: Guard, test: Split, *, dataset_
         dataset_name: drawn shapes are no outliers for "shapes".
     """
     height, width = test.images.shape[1:3]
-    outliers = draw_outliers(OUTLIERS, height=height, width=width)
+    outliers = draw_outliers(min(MAX_OUTLIERS, len(test.labels)), height=height, width=width)
     outliers.pop(dataset_name, None)
     function = _make_function(graph, guard.outputs)
     outputs = _compute(function, test.images)
@@ -107,6 +107,16 @@ def evaluate_guard(graph: InferenceGraph, guard: Guard, test: Split, *, dataset_
         outliers={name: _compute(function, images)["typicality"] for name, images in outliers.items()},
         sets=evaluate_sets(outputs["probabilities"], test.labels, threshold=guard.set_threshold),
     )
+
+
+def measure_images(graph: InferenceGraph, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return `probabilities` float32 (n, classes), `energy` and `variation` float32 (n,) of images."""
+    return _compute(_make_function(graph, _measure), images)
+
+
+def compute_typicality(graph: InferenceGraph, guard: Guard, images: np.ndarray) -> np.ndarray:
+    """Return the typicality, float32 (n,), of images uint8 (n, height, width, 3)."""
+    return _compute(_make_function(graph, guard.outputs), images)["typicality"]
 
 
 def _measure(features: tf.Tensor, logits: tf.Tensor, probabilities: tf.Tensor) -> dict[str, tf.Tensor]:
