@@ -7,6 +7,7 @@ is fitted on them. The signatures are called alternately, in one process, as a s
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import sys
@@ -109,6 +110,7 @@ def measure_cost(run: RunDir, images: np.ndarray, *, rounds: int) -> dict[int, d
 @click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/typicality.json"))
 def main(run_path: Path, *, rounds: int, output: Path) -> None:
     """Print AUROC, coverage and cost of an evaluated RUN."""
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     run = RunDir.open(run_path)
     config = run.read_config()
     dataset = load_dataset(config)

@@ -148,7 +148,8 @@ def read_signature_name(document: Mapping[str, Any], signatures: Mapping[str, Si
     """Return the name of the requested signature: the parameter `signature_name`.
 
     Without the parameter, which most clients cannot send, it is the signature that has exactly the request's inputs. If
-    there is none, or `serving_default` is one of several, it is `serving_default`.
+    there is none, or `serving_default` is one of several, it is `serving_default`; of several others, it is the one that
+    is named as its input, such as `image_bytes`.
 
     Raises:
         InvalidRequest: the parameters are malformed, or several signatures have these inputs.
@@ -167,6 +168,8 @@ def _match_inputs(inputs: Any, signatures: Mapping[str, Signature]) -> str:
     found = [name for name, signature in signatures.items() if names and sorted(signature.inputs) == names]
     if not found or DEFAULT_SIGNATURE in found:
         return DEFAULT_SIGNATURE
+    if len(names) == 1 and names[0] in found:
+        return names[0]
     if len(found) > 1:
         raise InvalidRequest(
             f"several signatures have the input {', '.join(names)}: {', '.join(found)}; choose one with the parameter "
