@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import tensorflow as tf
 
 from training.data import Split
 from training.data.outliers import draw_outliers
-from training.evaluation.conformal import PredictionSets, evaluate_sets, fit_set_threshold
-from training.evaluation.roc import area_under_roc
+from training.evaluation.conformal import evaluate_sets, fit_set_threshold
+from training.evaluation.guard_evaluation import GuardEvaluation
 from training.models.guard import LEVELS, MIN_TYPICALITY, Guard, measure_energy, measure_variation
 from training.models.inference_graph import InferenceGraph, TensorFunction
 
@@ -20,43 +19,6 @@ MAX_OUTLIERS = 200  # of each kind
 _EXAMPLES = 8
 _BATCH_SIZE = 250
 _MIN_DEVIATION = 1e-4  # of a measure; one that varies less is constant but for rounding
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GuardEvaluation:
-    """A guard on the test images, and on outliers.
-
-    Attributes:
-        typicality: float32 (n,), of the test images.
-        outliers: the same for each set of outliers, by name.
-        sets: prediction sets of the test images.
-    """
-
-    typicality: np.ndarray
-    outliers: Mapping[str, np.ndarray]
-    sets: PredictionSets
-
-    @property
-    def auroc(self) -> dict[str, float]:
-        """Probability that an outlier is less typical than a test image, for each set of outliers."""
-        return {name: area_under_roc(self.typicality, found) for name, found in self.outliers.items()}
-
-    @property
-    def flagged(self) -> float:
-        """Share of the test images that are not typical."""
-        return float((self.typicality < MIN_TYPICALITY).mean())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON values: the fields `typicality` and `prediction_sets` of model.json."""
-        return {
-            "typicality": {
-                "method": "energy + variation",
-                "threshold": MIN_TYPICALITY,
-                "flagged_test_images": self.flagged,
-                "auroc": self.auroc,
-            },
-            "prediction_sets": self.sets.to_json(),
-        }
 
 
 def fit_guard(graph: InferenceGraph, held_out: Split) -> Guard:
@@ -105,6 +67,7 @@ def evaluate_guard(graph: InferenceGraph, guard: Guard, test: Split, *, dataset_
     return GuardEvaluation(
         typicality=outputs["typicality"],
         outliers={name: _compute(function, images)["typicality"] for name, images in outliers.items()},
+        threshold=MIN_TYPICALITY,
         sets=evaluate_sets(outputs["probabilities"], test.labels, threshold=guard.set_threshold),
     )
 

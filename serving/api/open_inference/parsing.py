@@ -148,8 +148,8 @@ def read_signature_name(document: Mapping[str, Any], signatures: Mapping[str, Si
     """Return the name of the requested signature: the parameter `signature_name`.
 
     Without the parameter, which most clients cannot send, it is the signature that has exactly the request's inputs. If
-    there is none, or `serving_default` is one of several, it is `serving_default`; of several others, it is the one that
-    is named as its input, such as `image_bytes`.
+    there is none, or `serving_default` is one of several, it is `serving_default`; of several others, the one that is
+    named as its input, such as `image_bytes`.
 
     Raises:
         InvalidRequest: the parameters are malformed, or several signatures have these inputs.

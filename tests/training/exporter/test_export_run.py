@@ -55,9 +55,13 @@ def trained(request, tmp_path_factory):
     return run, dataset.test.images
 
 
-def test_airbench_is_exported_for_any_image_size(trained, tmp_path):
-    run, images = trained
-    version = export_run(run, models_dir=tmp_path)
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    return export_run(trained[0], models_dir=tmp_path_factory.mktemp("models"))
+
+
+def test_airbench_is_exported_for_any_image_size(trained, exported):
+    (run, images), version = trained, exported
     model = load_best_model(run).model
     expected = compute_logits(model, tf.constant(images)).numpy() / run.read_evaluation()["test"]["temperature"]
     outputs = tf.saved_model.load(str(version)).signatures["serving_default"](images=tf.constant(images))
@@ -77,9 +81,8 @@ def test_airbench_is_exported_for_any_image_size(trained, tmp_path):
     assert listed == files - {"assets.extra/SHA256SUMS"}
 
 
-def test_exported_run_has_the_guard_of_its_evaluation(trained, tmp_path):
-    run, images = trained
-    version = export_run(run, models_dir=tmp_path)
+def test_exported_run_has_the_guard_of_its_evaluation(trained, exported):
+    (run, images), version = trained, exported
     info = json.loads((version / "assets.extra" / "model.json").read_text())
     evaluation = run.read_evaluation()["test"]
     for field in ("typicality", "prediction_sets"):
