@@ -28,6 +28,7 @@ BATCH_SIZE ?=
 IMAGE_SIZE ?=
 SEED ?= 0
 RESUME ?=
+RUN ?=
 MODELS ?= models
 NAME ?=
 HOST ?= 127.0.0.1
@@ -51,11 +52,11 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
 TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-runtimes bench-soak check coverage format screenshots lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
-		printf '  make %-14s %s\n' "$$name" "$$does"; done
+		printf '  make %-16s %s\n' "$$name" "$$does"; done
 
 install: $(INSTALLED)  ## create .venv with the locked dependencies
 
@@ -139,6 +140,10 @@ bench-lean: $(INSTALLED)  ## exported models beside the same networks saved as t
 
 bench-runtimes: $(INSTALLED)  ## exported models in TensorFlow, ONNX Runtime and LiteRT
 	@$(BIN)/python -m benchmarks.runtimes
+
+bench-typicality: $(INSTALLED)  ## how well an evaluated run tells outliers, and what that costs: RUN=runs/...
+	@test -n $(call quoted,RUN) || { echo "error: name an evaluated run: make bench-typicality RUN=runs/..." >&2; exit 2; }
+	@$(BIN)/python -m benchmarks.typicality $(call quoted,RUN)
 
 bench-soak: $(INSTALLED)  ## ten minutes of hostile and normal traffic under 2 GiB (needs Linux memory cgroups: root, or delegation)
 	@$(BIN)/python -m benchmarks.soak

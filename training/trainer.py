@@ -18,9 +18,10 @@ from training.data import Dataset, Split, input_pipeline
 from training.data.class_sizes import balance_classes
 from training.errors import RunError
 from training.evaluation.calibration import apply_temperature, average_logits, fit_temperature
+from training.evaluation.guard_evaluation import GuardEvaluation
 from training.evaluation.metrics import CalibratedEvaluation, Evaluation, evaluate
 from training.evaluation.report import write_report
-from training.evaluation.typicality import GuardEvaluation, evaluate_guard, fit_guard
+from training.evaluation.typicality import evaluate_guard, fit_guard
 from training.history import EpochResult
 from training.loops import TRAIN_FUNCTIONS
 from training.models import build_model

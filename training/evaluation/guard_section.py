@@ -11,10 +11,9 @@ from matplotlib.ticker import PercentFormatter
 
 from training.data import Dataset
 from training.evaluation.conformal import COVERAGE
+from training.evaluation.guard_evaluation import GuardEvaluation
 from training.evaluation.plots import BLUE, GREEN, GREY, INK, VERMILLION, shorten, with_style
 from training.evaluation.roc import compute_roc
-from training.evaluation.typicality import GuardEvaluation
-from training.models.guard import MIN_TYPICALITY
 
 _COLOURS = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito
 _COLUMNS, _ROWS = 8, 2
@@ -31,8 +30,8 @@ def describe_guard(guard: GuardEvaluation) -> str:
 The `guarded` signatures of the exported model tell how typical an image is, from 0 to 1, and which labels cannot be \
 ruled out. They were fitted on the validation images.
 
-Images with a typicality below {MIN_TYPICALITY:.0%} are flagged as not typical; so are {guard.flagged:.1%} of the test \
-images. The AUROC is the probability that a drawn image of another kind is less typical than a test image.
+Images with a typicality below {guard.threshold:.0%} are flagged as not typical; so are {guard.flagged:.1%} of the \
+test images. The AUROC is the probability that a drawn image of another kind is less typical than a test image.
 
 | drawn images | AUROC |
 |---|---:|
@@ -60,10 +59,10 @@ def plot_roc(guard: GuardEvaluation) -> Figure:
         axes.plot(of_test, of_outliers, color=colour, linewidth=1.8, clip_on=False, label=f"{name}, AUROC {area:.3f}")
     dashed: Any = {"color": INK, "linewidth": 0.8, "linestyle": (0, (4, 3))}
     axes.plot([0, 1], [0, 1], **dashed)
-    axes.axvline(MIN_TYPICALITY, color=GREY, linewidth=0.8, zorder=0)
+    axes.axvline(guard.threshold, color=GREY, linewidth=0.8, zorder=0)
     axes.annotate(
-        f"below {MIN_TYPICALITY:.0%}:\nnot typical",
-        (MIN_TYPICALITY, 0.28),
+        f"below {guard.threshold:.0%}:\nnot typical",
+        (guard.threshold, 0.28),
         (4, 4),
         textcoords="offset points",
         fontsize=7.5,
@@ -90,7 +89,7 @@ def plot_atypical(dataset: Dataset, guard: GuardEvaluation, probabilities: np.nd
     shown = np.argsort(guard.typicality, kind="stable")[: _COLUMNS * _ROWS]
     rows = -(-len(shown) // _COLUMNS)
     image_height = float(np.clip(_WIDTH * images.shape[1] / images.shape[2], 0.4, 1.6))
-    figure = Figure(figsize=(_COLUMNS * _WIDTH, 0.35 + rows * (image_height + 4 * _LINE)), layout="compressed")
+    figure = Figure(figsize=(_COLUMNS * _WIDTH, 0.3 + rows * (image_height + 3.2 * _LINE)), layout="constrained")
     figure.suptitle("Least typical test images", x=0, ha="left", fontsize=10, weight="bold")
     for position, index in enumerate(shown):
         axes = figure.add_subplot(rows, _COLUMNS, position + 1)

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 
 from training.config import TrainingConfig
 from training.data import Dataset
+from training.evaluation.guard_evaluation import GuardEvaluation
 from training.evaluation.guard_section import describe_guard, plot_atypical, plot_roc
 from training.evaluation.metrics import CALIBRATION_BINS, CalibratedEvaluation
 from training.evaluation.plots import plot_calibration, plot_confusion, plot_curves, render_png
 from training.evaluation.sample_sheet import plot_samples
-from training.evaluation.typicality import GuardEvaluation
 from training.history import EpochResult
 from training.run_dir import RunDir
 from training.shell_command import format_command

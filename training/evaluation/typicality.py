@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,52 +10,15 @@ import tensorflow as tf
 
 from training.data import Split
 from training.data.outliers import draw_outliers
-from training.evaluation.conformal import PredictionSets, evaluate_sets, fit_set_threshold
-from training.evaluation.roc import area_under_roc
+from training.evaluation.conformal import evaluate_sets, fit_set_threshold
+from training.evaluation.guard_evaluation import GuardEvaluation
 from training.models.guard import LEVELS, MIN_TYPICALITY, Guard, measure_energy, measure_variation
 from training.models.inference_graph import InferenceGraph, TensorFunction
 
-OUTLIERS = 200  # of each kind
+MAX_OUTLIERS = 200  # of each kind
 _EXAMPLES = 8
 _BATCH_SIZE = 250
 _MIN_DEVIATION = 1e-4  # of a measure; one that varies less is constant but for rounding
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GuardEvaluation:
-    """A guard on the test images, and on outliers.
-
-    Attributes:
-        typicality: float32 (n,), of the test images.
-        outliers: the same for each set of outliers, by name.
-        sets: prediction sets of the test images.
-    """
-
-    typicality: np.ndarray
-    outliers: Mapping[str, np.ndarray]
-    sets: PredictionSets
-
-    @property
-    def auroc(self) -> dict[str, float]:
-        """Probability that an outlier is less typical than a test image, for each set of outliers."""
-        return {name: area_under_roc(self.typicality, found) for name, found in self.outliers.items()}
-
-    @property
-    def flagged(self) -> float:
-        """Share of the test images that are not typical."""
-        return float((self.typicality < MIN_TYPICALITY).mean())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON values: the fields `typicality` and `prediction_sets` of model.json."""
-        return {
-            "typicality": {
-                "method": "energy + variation",
-                "threshold": MIN_TYPICALITY,
-                "flagged_test_images": self.flagged,
-                "auroc": self.auroc,
-            },
-            "prediction_sets": self.sets.to_json(),
-        }
 
 
 def fit_guard(graph: InferenceGraph, held_out: Split) -> Guard:
@@ -66,7 +28,7 @@ def fit_guard(graph: InferenceGraph, held_out: Split) -> Guard:
         graph: the classifier as it is exported, calibrated.
         held_out: labelled images that it was not trained on, at least one.
     """
-    measured = _compute(_make_function(graph, _measure), held_out.images)
+    measured = measure_images(graph, held_out.images)
     means, deviations = ([float(of(measured[name])) for name in ("energy", "variation")] for of in (np.mean, np.std))
     weights = [1 / deviation if deviation > _MIN_DEVIATION else 0.0 for deviation in deviations]
     scores = weights[0] * (measured["energy"] - means[0]) + weights[1] * (measured["variation"] - means[1])
@@ -98,15 +60,26 @@ def evaluate_guard(graph: InferenceGraph, guard: Guard, test: Split, *, dataset_
         dataset_name: drawn shapes are no outliers for "shapes".
     """
     height, width = test.images.shape[1:3]
-    outliers = draw_outliers(OUTLIERS, height=height, width=width)
+    outliers = draw_outliers(min(MAX_OUTLIERS, len(test.labels)), height=height, width=width)
     outliers.pop(dataset_name, None)
     function = _make_function(graph, guard.outputs)
     outputs = _compute(function, test.images)
     return GuardEvaluation(
         typicality=outputs["typicality"],
         outliers={name: _compute(function, images)["typicality"] for name, images in outliers.items()},
+        threshold=MIN_TYPICALITY,
         sets=evaluate_sets(outputs["probabilities"], test.labels, threshold=guard.set_threshold),
     )
+
+
+def measure_images(graph: InferenceGraph, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return `probabilities` float32 (n, classes), `energy` and `variation` float32 (n,) of images."""
+    return _compute(_make_function(graph, _measure), images)
+
+
+def compute_typicality(graph: InferenceGraph, guard: Guard, images: np.ndarray) -> np.ndarray:
+    """Return the typicality, float32 (n,), of images uint8 (n, height, width, 3)."""
+    return _compute(_make_function(graph, guard.outputs), images)["typicality"]
 
 
 def _measure(features: tf.Tensor, logits: tf.Tensor, probabilities: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -91,7 +91,7 @@ class Guard:
         try:
             with np.load(path) as file:
                 arrays = {field.name: file[field.name] for field in dataclasses.fields(cls)}
-        except (KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged ({error})") from error
         values: dict[str, Any] = {name: value if value.ndim else float(value) for name, value in arrays.items()}
         return cls(**values)

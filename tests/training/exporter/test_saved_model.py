@@ -12,12 +12,15 @@ import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
 from training.config import TrainingConfig
+from training.data import Split
 from training.errors import ExportError
+from training.evaluation.typicality import fit_guard
 from training.exporter.publish import publish_model
 from training.exporter.saved_model import write_saved_model
 from training.exporter.versions import next_version
 from training.models import RECIPES, build_model
 from training.models.folding import compute_logits
+from training.models.guard import Guard
 from training.models.inference_graph import InferenceGraph
 
 # `transfer` trains a part of its network: tests/training/test_transfer.py.
@@ -50,6 +53,22 @@ def exported(tmp_path_factory):
 def exported_probabilities(tmp_path_factory):
     """Like `exported`, with `default_outputs="probabilities"` and without heat maps."""
     return publish(tmp_path_factory.mktemp("models"), default_outputs="probabilities")
+
+
+@pytest.fixture(scope="module")
+def guardable():
+    """A model, its guard, and images that are as typical as those that the guard was fitted on."""
+    model = build_model("sequential", (24, 32, 3), classes=3, conv_activation="relu")
+    rng = np.random.default_rng(0)
+    images = (rng.integers(0, 256, (60, 24, 32, 3)) * rng.random((60, 1, 1, 1))).astype(np.uint8)
+    graph = TrainingConfig().recipe.fold(model, TrainingConfig(), temperature=1.0)
+    return model, fit_guard(graph, Split(images[:40], rng.integers(0, 3, 40))), images[40:]
+
+
+@pytest.fixture(scope="module")
+def exported_with_guard(guardable, tmp_path_factory):
+    model, guard, _ = guardable
+    return publish(tmp_path_factory.mktemp("guarded"), model=model, guard=guard)
 
 
 @pytest.mark.parametrize("variant", TRAINED_WHOLE)
@@ -114,6 +133,69 @@ def test_the_weights_are_stored_once_for_all_signatures(tmp_path):
     kernel = model.layers[4].kernel.numpy()
     assert kernel.shape == (3, 3, 64, 64)
     assert content.count(kernel.tobytes()) == 1
+
+
+GUARD_OUTPUTS = {
+    "typicality": (tf.float32, [None]),
+    "is_typical": (tf.bool, [None]),
+    "label_set": (tf.bool, [None, 3]),
+}
+
+
+def test_guarded_signatures_have_the_inputs_and_outputs_of_the_others_and_more(exported_with_guard):
+    signatures = tf.saved_model.load(str(exported_with_guard)).signatures
+    assert set(signatures) == {"serving_default", "image_bytes", "probabilities", "labels", "guarded", "guarded_bytes"}
+    for guarded, plain in (("guarded", "serving_default"), ("guarded_bytes", "image_bytes")):
+        ours, others = signatures[guarded], signatures[plain]
+        assert ours.structured_input_signature == others.structured_input_signature
+        specs = (
+            {name: (o.dtype, o.shape.as_list()) for name, o in f.structured_outputs.items()} for f in (ours, others)
+        )
+        found, expected = specs
+        assert found == expected | GUARD_OUTPUTS
+
+
+def test_guarded_signatures_return_what_the_guard_says(guardable, exported_with_guard):
+    model, guard, images = guardable
+    signatures = tf.saved_model.load(str(exported_with_guard)).signatures
+    files = [tf.io.encode_png(image).numpy() for image in images]
+    graph = TrainingConfig().recipe.fold(model, TrainingConfig(), temperature=1.0)
+    features = graph.features(tf.constant(images))
+    expected = guard.outputs(features, graph.head(features), model(images))
+    assert 0 < np.mean(expected["typicality"]) < 1
+    plain = signatures["serving_default"](images=tf.constant(images))
+    for outputs in (
+        signatures["guarded"](images=tf.constant(images)),
+        signatures["guarded_bytes"](image_bytes=tf.constant(files)),
+    ):
+        np.testing.assert_allclose(outputs["typicality"], expected["typicality"], atol=1e-3)
+        for name in ("is_typical", "label_set"):
+            np.testing.assert_array_equal(outputs[name], expected[name])
+        np.testing.assert_allclose(outputs["probabilities"], plain["probabilities"], atol=1e-6)
+        np.testing.assert_array_equal(outputs["label"], plain["label"])
+
+
+def test_a_guard_of_another_model_is_not_published(guardable, tmp_path):
+    model, guard, _ = guardable
+    values = {**vars(guard), "example_typicality": guard.example_typicality[::-1]}
+    with pytest.raises(ExportError, match=r"guarded, loaded by tf.saved_model.load.* fitted guard: its typicality by"):
+        publish(tmp_path, model=model, guard=Guard(**values))
+    assert not list(tmp_path.glob("pets/[0-9]*"))
+
+
+@pytest.mark.parametrize(
+    ("output", "wrong", "message"),
+    [
+        ("typicality", lambda value: value * np.nan, "a typicality that is not from 0 to 1"),
+        ("label_set", tf.logical_not, "is_typical or label_set that do not match"),
+    ],
+)
+def test_inconsistent_guarded_outputs_are_not_published(guardable, tmp_path, monkeypatch, output, wrong, message):
+    model, guard, _ = guardable
+    right = Guard.outputs
+    monkeypatch.setattr(Guard, "outputs", lambda *given: (found := right(*given)) | {output: wrong(found[output])})
+    with pytest.raises(ExportError, match=message):
+        publish(tmp_path, model=model, guard=guard)
 
 
 def test_the_labels_can_be_looked_up(exported):
@@ -185,9 +267,14 @@ def test_model_json_contains_the_metadata(exported):
     assert metadata["input_shape"] == [24, 32, 3]
 
 
-def test_warmup_records_are_valid_requests(exported, exported_probabilities):
+def test_warmup_records_are_valid_requests(exported, exported_probabilities, exported_with_guard):
     often = [(name, size) for name in ("image_bytes", "serving_default") for size in (1, 8, 64)]
-    for version, once in ((exported, ["explain", "probabilities"]), (exported_probabilities, ["probabilities"])):
+    guarded = [(name, size) for name in ("guarded", "guarded_bytes") for size in (1, 8, 64)]
+    for version, others in (
+        (exported, [("explain", 1)]),
+        (exported_probabilities, []),
+        (exported_with_guard, guarded),
+    ):
         signatures = tf.saved_model.load(str(version)).signatures
         records = tf.data.TFRecordDataset(str(version / "assets.extra" / "tf_serving_warmup_requests"))
         requests = []
@@ -198,7 +285,7 @@ def test_warmup_records_are_valid_requests(exported, exported_probabilities):
             batch = tf.constant(tf.make_ndarray(proto))
             signatures[request.model_spec.signature_name](**{name: batch})
             requests.append((request.model_spec.signature_name, len(batch)))
-        assert sorted(requests) == sorted(often + [(name, 1) for name in once])
+        assert sorted(requests) == sorted([*often, ("probabilities", 1), *others])
 
 
 def test_versions_only_grow(tmp_path):

@@ -410,6 +410,8 @@ def test_inputs_of_several_signatures_select_serving_default_or_none() -> None:
     signatures = {name: Signature(name, "", x, x) for name in ("half", "serving_default", "twice")}
     assert parse_infer(body, len(body), "m", signatures).signature == "serving_default"
     del signatures["serving_default"]
+    as_its_input = {**signatures, "x": Signature("x", "", x, x)}
+    assert parse_infer(body, len(body), "m", as_its_input).signature == "x"
     with pytest.raises(InvalidRequest) as refused:
         parse_infer(body, len(body), "m", signatures)
     message = "several signatures have the input x: half, twice; choose one with the parameter signature_name"
