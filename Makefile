@@ -21,11 +21,14 @@ DATA ?=
 VARIANT ?= sequential
 LOOP ?= fit
 PRESET ?=
+BACKBONE ?=
+WEIGHTS ?=
 EPOCHS ?=
 BATCH_SIZE ?=
 IMAGE_SIZE ?=
 SEED ?= 0
 RESUME ?=
+RUN ?=
 MODELS ?= models
 NAME ?=
 HOST ?= 127.0.0.1
@@ -35,6 +38,8 @@ URL ?=
 GRPC ?=
 IMAGE ?=
 MODEL ?=
+TO ?=
+OUTPUT ?=
 LABELS ?=
 INPUT_SCALE ?=
 # Folders of unit tests; the marker `slow` takes out those of their modules that start processes or measure.
@@ -47,11 +52,11 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
 TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
 
-.PHONY: help install demo train import serve tfserving predict test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-soak check coverage format screenshots lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
-		printf '  make %-14s %s\n' "$$name" "$$does"; done
+		printf '  make %-16s %s\n' "$$name" "$$does"; done
 
 install: $(INSTALLED)  ## create .venv with the locked dependencies
 
@@ -67,12 +72,14 @@ $(INSTALLED): requirements.lock
 demo: $(INSTALLED)  ## everything once, offline: train on drawn shapes, export, serve, classify
 	@PORT=$(PORT) scripts/demo.sh
 
-train: $(INSTALLED)  ## train, evaluate and export: DATASET= DATA= IMAGE_SIZE=HxW VARIANT= PRESET= LOOP= EPOCHS= BATCH_SIZE= SEED= NAME= or RESUME=runs/... EPOCHS= DATA=
+train: $(INSTALLED)  ## train, evaluate and export: DATASET= DATA= IMAGE_SIZE=HxW VARIANT= PRESET= BACKBONE= WEIGHTS= LOOP= EPOCHS= BATCH_SIZE= SEED= NAME= or RESUME=runs/... EPOCHS= DATA= WEIGHTS=
 	@$(BIN)/python -m training train --models-dir $(call quoted,MODELS) $(if $(NAME),--name $(call quoted,NAME)) \
-		$(if $(DATA),--data $(call quoted,DATA)) $(if $(EPOCHS),--epochs $(EPOCHS)) \
+		$(if $(DATA),--data $(call quoted,DATA)) $(if $(WEIGHTS),--weights $(call quoted,WEIGHTS)) \
+		$(if $(EPOCHS),--epochs $(EPOCHS)) \
 		$(if $(RESUME),--resume $(call quoted,RESUME),\
 		--dataset $(DATASET) $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) \
 		--variant $(VARIANT) $(if $(PRESET),--preset $(PRESET)) --loop $(LOOP) \
+		$(if $(BACKBONE),--backbone $(BACKBONE)) \
 		$(if $(BATCH_SIZE),--batch-size $(BATCH_SIZE)) --seed $(SEED))
 
 import: $(INSTALLED)  ## export a Keras model for serving: MODEL=model.keras LABELS=file-or-list INPUT_SCALE= DATA= IMAGE_SIZE=HxW NAME=
@@ -89,9 +96,13 @@ tfserving:  ## TensorFlow Serving's container on the exported models, the servic
 	@models=$(call quoted,MODELS); case "$$models" in /*) ;; *) models="$$PWD/$$models";; esac; MODELS="$$models" deploy/tfserving.sh
 
 predict: $(INSTALLED)  ## classify with the running service: IMAGE=file-or-folder MODEL=
-	@test -n $(call quoted,IMAGE) || { echo "error: name a picture or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
+	@test -n $(call quoted,IMAGE) || { echo "error: name an image or a folder of them: make predict IMAGE=cat.png" >&2; exit 2; }
 	@$(BIN)/python -m client predict --url http://$(HOST):$(PORT) $(if $(MODEL),--model $(call quoted,MODEL)) \
 		-- $(call quoted,IMAGE)
+
+convert: $(INSTALLED)  ## an exported model for another runtime: MODEL=models/NAME TO=onnx or litert, OUTPUT=file
+	@{ test -n $(call quoted,MODEL) && test -n "$(TO)"; } || { echo "error: name a model and a format: make convert MODEL=models/pets TO=onnx (or litert)" >&2; exit 2; }
+	@$(BIN)/python -m training convert --to $(TO) $(if $(OUTPUT),--output $(call quoted,OUTPUT)) -- $(call quoted,MODEL)
 
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
 	@failed=0; \
@@ -114,7 +125,7 @@ test-tfserving: $(INSTALLED)  ## the recorded exchanges against any running Tens
 bench-serve: $(INSTALLED)  ## this service beside the plain Flask script, LitServe, BentoML (needs wrk and h2load; installs the peers once)
 	@$(BIN)/python -m benchmarks.serve
 
-bench-client: $(INSTALLED)  ## 10,000 pictures from a folder through the service, by the client's two ways (needs wrk and h2load)
+bench-client: $(INSTALLED)  ## 10,000 images from a folder through the service, by the client's two ways (needs wrk and h2load)
 	@$(BIN)/python -m benchmarks.client
 
 bench-train: $(INSTALLED)  ## the article's own code, the loops and airbench: time, accuracy, calibration (hours): DATA=
@@ -126,6 +137,13 @@ bench-compare: $(INSTALLED)  ## this service beside itself at an earlier commit 
 
 bench-lean: $(INSTALLED)  ## exported models beside the same networks saved as they are
 	@$(BIN)/python -m benchmarks.lean
+
+bench-runtimes: $(INSTALLED)  ## exported models in TensorFlow, ONNX Runtime and LiteRT
+	@$(BIN)/python -m benchmarks.runtimes
+
+bench-typicality: $(INSTALLED)  ## how well an evaluated run tells outliers, and what that costs: RUN=runs/...
+	@test -n $(call quoted,RUN) || { echo "error: name an evaluated run: make bench-typicality RUN=runs/..." >&2; exit 2; }
+	@$(BIN)/python -m benchmarks.typicality $(call quoted,RUN)
 
 bench-soak: $(INSTALLED)  ## ten minutes of hostile and normal traffic under 2 GiB (needs Linux memory cgroups: root, or delegation)
 	@$(BIN)/python -m benchmarks.soak

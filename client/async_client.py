@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Iterable
-from types import TracebackType
 from typing import Self
 
 import httpx
 
-from client.batches import Batch, merge_outcomes, read_batches, require_prediction, select_loaded, validate_batch_size
+from client.batches import Batch, map_in_order_async, read_batches, require_success, validate_batch_size
 from client.client import REQUESTS_IN_FLIGHT
-from client.http import AsyncHttpTransport, Auth, Headers, Verify, make_httpx_client
+from client.http import Auth, Headers, Verify, make_httpx_client, run_async
 from client.images import ImageSource
 from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
-from client.pipeline import map_in_order_async
 from client.predictions import Failure, Prediction, ServiceStatus
 from client.rest import RestApi
 
@@ -59,24 +57,15 @@ class AsyncClient:
         batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> None:
         self._batch_size = validate_batch_size(batch_size)
-        api = RestApi(url, model=model, version=version, timeout_s=timeout_s, retries=retries)
-        http = make_httpx_client(httpx.AsyncClient, api, headers=headers, auth=auth, verify=verify, transport=transport)
-        self._transport = AsyncHttpTransport(api, http)
+        self._api = RestApi(url, model=model, version=version, timeout_s=timeout_s, retries=retries)
+        self._http = make_httpx_client(
+            httpx.AsyncClient, self._api, headers=headers, auth=auth, verify=verify, transport=transport
+        )
 
     async def predict(self, images: ImageSource | Iterable[ImageSource]) -> list[Prediction]:
-        """Classify one or more images; see `Client.predict`.
-
-        Example:
-            >>> import asyncio
-            >>> from client import AsyncClient
-            >>> async def classify_all():
-            ...     async with AsyncClient("http://127.0.0.1:8501") as client:
-            ...         return await asyncio.gather(client.predict("red.png"), client.predict("green.png"))
-            >>> [prediction.label for (prediction,) in asyncio.run(classify_all())]
-            ['red', 'green']
-        """
+        """Classify one or more images; see `Client.predict`."""
         async with contextlib.aclosing(self.predict_iter(images)) as outcomes:
-            return [require_prediction(outcome) async for outcome in outcomes]
+            return [require_success(outcome) async for outcome in outcomes]
 
     def predict_iter(self, images: ImageSource | Iterable[ImageSource]) -> AsyncGenerator[Prediction | Failure, None]:
         """Classify images one batch after the other, for `async for`; see `Client.predict_iter`.
@@ -94,31 +83,18 @@ class AsyncClient:
         return map_in_order_async(self._predict_batch, batches, in_flight=REQUESTS_IN_FLIGHT)
 
     async def _predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
-        loaded = select_loaded(batch)
-        return merge_outcomes(batch, await self._transport.predict_batch(loaded) if loaded else ())
+        return await run_async(self._api.predict(batch), self._api, self._http)
 
     async def status(self) -> ServiceStatus:
-        """Return whether the service is ready, and its models; see `Client.status`.
-
-        Example:
-            >>> import asyncio
-            >>> from client import AsyncClient
-            >>> async def is_ready():
-            ...     async with AsyncClient("http://127.0.0.1:8501") as client:
-            ...         return (await client.status()).ready
-            >>> asyncio.run(is_ready())
-            True
-        """
-        return await self._transport.status()
+        """Return whether the service is ready, and its models; see `Client.status`."""
+        return await run_async(self._api.get_status(), self._api, self._http)
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._transport.aclose()
+        await self._http.aclose()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()

@@ -1,9 +1,14 @@
-"""Groups images into batches of one request, and merges the results."""
+"""Groups images into batches of one request, and runs several requests concurrently."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from threading import Thread
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -15,30 +20,29 @@ from client.predictions import Failure, Prediction
 # A batch ends early rather than exceed this size; a larger image is a batch of its own.
 MAX_BATCH_BYTES = 16 * 1024 * 1024
 
-Batch = list[LoadedImage | Failure]
+Batch = Sequence[LoadedImage | Failure]
+Outcome = TypeVar("Outcome", Prediction, LoadedImage)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Python runs signal handlers in the main thread, between two instructions. A signal that arrives just before that
+# thread blocks does not interrupt the wait, so each wait is short: Ctrl-C is handled within this time.
+MAX_WAIT_S = 0.2
 
 
 def validate_batch_size(batch_size: int) -> int:
-    """Return the number of images per request.
-
-    Raises:
-        ValueError: it is less than 1.
-    """
+    """Return the number of images per request; raise ValueError if it is less than 1."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     return batch_size
 
 
 def read_batches(images: ImageSource | Iterable[ImageSource], batch_size: int) -> Iterator[Batch]:
-    """Load images and yield them in batches, with a failure in the place of each that cannot be read.
-
-    Raises:
-        TypeError: something given is not an image in any of the accepted forms.
-    """
-    batch: Batch = []
+    """Load images and yield them in batches, with a failure in the place of each that cannot be read."""
+    batch: list[LoadedImage | Failure] = []
     batch_bytes = 0
     for index, source in enumerate(_iterate(images)):
-        item = _load(source, index=index)
+        item = load_image(source, index=index)
         item_bytes = item.size_bytes if isinstance(item, LoadedImage) else 0
         if len(batch) == batch_size or batch_bytes + item_bytes > MAX_BATCH_BYTES:
             yield batch
@@ -49,19 +53,26 @@ def read_batches(images: ImageSource | Iterable[ImageSource], batch_size: int) -
         yield batch
 
 
-def select_loaded(batch: Batch) -> list[LoadedImage]:
-    """Return the images of a batch that can be sent."""
-    return [item for item in batch if isinstance(item, LoadedImage)]
+def separate(batch: Iterable[LoadedImage | Failure]) -> tuple[list[LoadedImage], dict[int, Prediction | Failure]]:
+    """Return the images of a batch, which can be sent, and its failures by index."""
+    images: list[LoadedImage] = []
+    failures: dict[int, Prediction | Failure] = {}
+    for item in batch:
+        if isinstance(item, Failure):
+            failures[item.index] = item
+        else:
+            images.append(item)
+    return images, failures
 
 
-def merge_outcomes(batch: Batch, outcomes: Sequence[Prediction | Failure]) -> list[Prediction | Failure]:
-    """Return an outcome for each item of a batch, given those of the images that were sent."""
-    remaining = iter(outcomes)
-    return [item if isinstance(item, Failure) else next(remaining) for item in batch]
+def halve(images: list[LoadedImage]) -> list[list[LoadedImage]]:
+    """Return both halves of several images, the first half last: it is sent next."""
+    middle = len(images) // 2
+    return [images[middle:], images[:middle]]
 
 
-def require_prediction(outcome: Prediction | Failure) -> Prediction:
-    """Return a prediction, or raise `ImageRejected` for a failure."""
+def require_success(outcome: Outcome | Failure) -> Outcome:
+    """Return a prediction or an image, or raise `ImageRejected` for a failure."""
     if isinstance(outcome, Failure):
         raise ImageRejected(outcome.index, outcome.file, outcome.reason)
     return outcome
@@ -81,8 +92,68 @@ def _iterate(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSourc
     return images
 
 
-def _load(source: ImageSource, *, index: int) -> LoadedImage | Failure:
+def map_in_order(
+    function: Callable[[Item], Iterable[Result]], items: Iterable[Item], *, in_flight: int
+) -> Iterator[Result]:
+    """Call a function for each item, up to `in_flight` concurrently; yield the results in the order of the items.
+
+    The first call is made alone, as it may fail for all; the others in threads. Items are read one by one, none before
+    the first result is requested. A call's error is raised in its place, without awaiting the calls that run then.
+    """
+    remaining = iter(items)
+    for first in remaining:
+        yield from function(first)
+        break
+    calls: deque[Future[Iterable[Result]]] = deque()
+    for item in remaining:
+        calls.append(_start(function, item))
+        if len(calls) == in_flight:
+            yield from _wait_for(calls.popleft())
+    while calls:
+        yield from _wait_for(calls.popleft())
+
+
+async def map_in_order_async(
+    function: Callable[[Item], Coroutine[Any, Any, Iterable[Result]]], items: Iterable[Item], *, in_flight: int
+) -> AsyncGenerator[Result, None]:
+    """Like `map_in_order`, with a task for each call. The items are read in worker threads, as that may block.
+
+    Tasks that are running when the generator is closed, or after an error, are cancelled.
+    """
+    remaining = iter(items)
+    calls: deque[asyncio.Task[Iterable[Result]]] = deque()
+    limit = 1  # until the first call has succeeded
     try:
-        return load_image(source, index=index)
-    except ImageRejected as error:
-        return Failure(error.index, error.file, error.reason)
+        while (item := await asyncio.to_thread(next, remaining, None)) is not None:
+            calls.append(asyncio.create_task(function(item)))
+            if len(calls) == limit:
+                for result in await calls.popleft():
+                    yield result
+                limit = in_flight
+        while calls:
+            for result in await calls.popleft():
+                yield result
+    finally:
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
+def _start(function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    future: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(item))
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon thread, so that the interpreter does not wait for it at exit.
+    Thread(target=call, daemon=True).start()
+    return future
+
+
+def _wait_for(call: Future[Result]) -> Result:
+    while not call.done():
+        wait([call], timeout=MAX_WAIT_S)
+    return call.result()

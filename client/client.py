@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Self
 
 import httpx
 
-from client.batches import Batch, merge_outcomes, read_batches, require_prediction, select_loaded, validate_batch_size
+from client.batches import map_in_order, read_batches, require_success, validate_batch_size
 from client.http import Auth, Headers, HttpTransport, Verify, make_httpx_client
-from client.images import ImageSource, LoadedImage
+from client.images import ImageSource
 from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
-from client.pipeline import map_in_order
 from client.predictions import Failure, Prediction, ServiceStatus
 from client.rest import RestApi
 
 if TYPE_CHECKING:
     import grpc
 
+    from client.grpc import GrpcTransport
+
 REQUESTS_IN_FLIGHT = 4  # so that the service has work while the next batches are read
-
-
-class Transport(Protocol):
-    """Sends batches to the server, and retries. Files and batching are the client's."""
-
-    def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
-        """Classify images, in their order. One that cannot be read does not affect the others: it is a `Failure`.
-
-        Raises:
-            ClientError: the service did not return predictions.
-        """
-
-    def status(self) -> ServiceStatus:
-        """Return whether the service is ready, and its models.
-
-        Raises:
-            ClientError: the service did not return its status.
-        """
-
-    def close(self) -> None:
-        """Close the connections."""
 
 
 class BatchingClient:
     """Base class of the clients: reads images, groups them into batches, and sends those with a transport."""
 
-    def __init__(self, transport: Transport, *, batch_size: int) -> None:
+    def __init__(self, transport: HttpTransport | GrpcTransport, *, batch_size: int) -> None:
         self._batch_size = validate_batch_size(batch_size)
         self._transport = transport
 
@@ -69,7 +48,7 @@ class BatchingClient:
             ...     [prediction.label for prediction in client.predict(["red.png", "green.png"])]
             ['red', 'green']
         """
-        return [require_prediction(outcome) for outcome in self.predict_iter(images)]
+        return [require_success(outcome) for outcome in self.predict_iter(images)]
 
     def predict_iter(self, images: ImageSource | Iterable[ImageSource]) -> Iterator[Prediction | Failure]:
         """Classify images one batch after the other; yield a prediction or failure for each, in their order.
@@ -95,11 +74,7 @@ class BatchingClient:
             green
         """
         batches = read_batches(images, self._batch_size)
-        return map_in_order(self._predict_batch, batches, in_flight=REQUESTS_IN_FLIGHT)
-
-    def _predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
-        loaded = select_loaded(batch)
-        return merge_outcomes(batch, self._transport.predict_batch(loaded) if loaded else ())
+        return map_in_order(self._transport.predict_batch, batches, in_flight=REQUESTS_IN_FLIGHT)
 
     def status(self) -> ServiceStatus:
         """Return whether the service is ready, and its models. There are no retries.
@@ -122,9 +97,7 @@ class BatchingClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

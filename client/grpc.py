@@ -13,23 +13,14 @@ from typing import Any
 import grpc
 import numpy as np
 
-from client.backoff import choose_retry_wait_s
-from client.errors import ConnectionFailed, ImageRejected, RequestRejected, ServerBusy, UnexpectedResponse
+from client.batches import Batch, halve, separate
+from client.errors import ConnectionFailed, RequestRejected, ServerBusy, UnexpectedResponse
 from client.grpc_errors import InvalidArgumentError, make_error
 from client.images import LoadedImage, as_jpeg_or_png
-from client.options import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, is_local_host, validate_model, validate_retry_options
+from client.options import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, choose_retry_wait_s, is_local_host, validate_options
 from client.predictions import Failure, ModelStatus, Prediction, ServiceStatus
 from client.protos import prediction_pb2
-from client.tensors import (
-    DT_FLOAT,
-    DT_INT64,
-    DT_STRING,
-    make_class_ids_tensor,
-    make_files_tensor,
-    make_pixels_tensor,
-    read_numbers,
-    read_strings,
-)
+from client.tensors import DT_FLOAT, DT_INT64, DT_STRING, DT_UINT8, make_tensor, read_numbers, read_strings
 
 MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 
@@ -37,7 +28,6 @@ MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 FILES_SIGNATURE, FILES_INPUT = "image_bytes", "image_bytes"
 PIXELS_SIGNATURE, PIXELS_INPUT = "serving_default", "images"
 LABELS_SIGNATURE, LABELS_INPUT = "labels", "class_id"
-OUTPUTS = ("probabilities", "class_id", "label")
 
 # Of a version (tensorflow_serving/apis/get_model_status.proto).
 STATES = {10: "START", 20: "LOADING", 30: "AVAILABLE", 40: "UNLOADING", 50: "END"}
@@ -60,10 +50,9 @@ class GrpcTransport:
         retries: int = DEFAULT_RETRIES,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        validate_retry_options(timeout_s, retries)
         if not model:
             raise ValueError("a model name is required: the gRPC API cannot list the models of a server")
-        validate_model(model, version)
+        validate_options(model=model, version=version, timeout_s=timeout_s, retries=retries)
         self._owns_channel = channel is None
         self._channel = _open_channel(target) if channel is None else channel
         self._target = target or "the server of the given channel"  # for messages
@@ -85,47 +74,36 @@ class GrpcTransport:
             response_deserializer=prediction_pb2.GetModelStatusResponse.FromString,
         )
 
-    def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
-        """Classify images; see `Transport`.
+    def predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
+        """Return an outcome for each item of a batch; failures are returned as they are.
 
         The server rejects a request with an unreadable image as a whole and does not say which one it is, so the
         request is sent again in halves until the unreadable image is alone.
         """
-        outcomes: dict[int, Prediction | Failure] = {}
-        sendable = []
-        for image in images:
-            try:
-                sendable.append(as_jpeg_or_png(image))
-            except ImageRejected as error:
-                outcomes[image.index] = Failure(error.index, error.file, error.reason)
-        groups = [sendable] if sendable else []
+        images, outcomes = separate(map(as_jpeg_or_png, batch))
+        groups = [images]
         while groups:
-            group = groups.pop()
+            if not (group := groups.pop()):
+                continue
             try:
                 outcomes |= self._predict_group(group)
             except InvalidArgumentError as error:
                 if len(group) > 1:
-                    middle = len(group) // 2
-                    groups += [group[middle:], group[:middle]]
+                    groups += halve(group)
                 else:
                     outcomes[group[0].index] = Failure(group[0].index, group[0].file, str(error))
-        return [outcomes[image.index] for image in images]
+        return [outcomes[item.index] for item in batch]
 
     def status(self) -> ServiceStatus:
-        """Return the status of the model, without retries; see `Transport`."""
+        """Return the status of the model, without retries."""
         request = prediction_pb2.GetModelStatusRequest(model_spec=self._make_spec(self._version))
         try:
             response = self._get_status(request, timeout=self._timeout_s)
         except grpc.RpcError as error:
             raise make_error(error, target=self._target, timeout_s=self._timeout_s) from error
         models = tuple(
-            ModelStatus(
-                self._model,
-                status.version,
-                STATES.get(status.state, "UNKNOWN"),
-                error=status.status.error_message or None,
-            )
-            for status in response.model_version_status
+            ModelStatus(self._model, each.version, STATES.get(each.state, "UNKNOWN"), each.status.error_message or None)
+            for each in response.model_version_status
         )
         ready = any(model.state == "AVAILABLE" for model in models)
         return ServiceStatus(ready, None if ready else f"no version of {self._model} is available", models)
@@ -139,30 +117,41 @@ class GrpcTransport:
         deadline_s = time.monotonic() + self._timeout_s
         response = self._send_pixels(images, deadline_s) or self._send_files(images, deadline_s)
         probabilities = self._read_numbers(response, "probabilities", DT_FLOAT)
-        class_ids = self._read_numbers(response, "class_id", DT_INT64)
-        labels = read_strings(self._find_output(response, "label", DT_STRING))
-        if probabilities.ndim != 2 or not len(probabilities) == len(class_ids) == len(labels) == len(images):
+        if probabilities.ndim != 2 or len(probabilities) != len(images):
             raise UnexpectedResponse(
-                f"expected probabilities, class_id and label of {len(images)} images from {self._target}, got "
-                f"{probabilities.shape}, {class_ids.shape} and ({len(labels)},)"
+                f"expected probabilities of {len(images)} images from {self._target}, got the shape "
+                f"{probabilities.shape}"
             )
         version = response.model_spec.version.value
         names = self._find_class_names(version, probabilities.shape[1], deadline_s)
-        return {
-            image.index: Prediction(
-                file=image.file,
-                label=label,
-                class_id=int(class_id),
-                confidence=float(row.max()),
-                probabilities=dict(zip(names, row.tolist(), strict=True)),
-                model=self._model,
-                model_version=version,
+        class_ids, labels = self._read_classes(response, probabilities, names)
+        predictions = {}
+        for image, label, class_id, row in zip(images, labels, class_ids.tolist(), probabilities, strict=True):
+            by_label, confidence = dict(zip(names, row.tolist(), strict=True)), float(row.max())
+            predictions[image.index] = Prediction(
+                image.file, label, class_id, confidence, by_label, self._model, version
             )
-            for image, row, class_id, label in zip(images, probabilities, class_ids, labels, strict=True)
-        }
+        return predictions
+
+    def _read_classes(
+        self, response: Any, probabilities: np.ndarray[Any, Any], names: Sequence[str]
+    ) -> tuple[np.ndarray[Any, Any], list[str]]:
+        """Return class numbers and labels; a model that returns only probabilities leaves the choice to its clients."""
+        if "class_id" not in response.outputs or "label" not in response.outputs:
+            class_ids = probabilities.argmax(axis=1)
+            return class_ids, [names[class_id] for class_id in class_ids]
+        class_ids = self._read_numbers(response, "class_id", DT_INT64)
+        labels = read_strings(self._find_output(response, "label", DT_STRING))
+        if not len(class_ids) == len(labels) == len(probabilities):
+            raise UnexpectedResponse(
+                f"expected class_id and label of {len(probabilities)} images from {self._target}, got "
+                f"{class_ids.shape} and ({len(labels)},)"
+            )
+        return class_ids, labels
 
     def _send_files(self, images: Sequence[LoadedImage], deadline_s: float) -> Any:
-        return self._classify(FILES_SIGNATURE, {FILES_INPUT: make_files_tensor([i.data for i in images])}, deadline_s)
+        tensor = make_tensor(DT_STRING, len(images), string_val=[image.data for image in images])
+        return self._classify(FILES_SIGNATURE, {FILES_INPUT: tensor}, deadline_s)
 
     def _send_pixels(self, images: Sequence[LoadedImage], deadline_s: float) -> Any:
         """Send images without encoding if all are pixels of the model's size; otherwise return None."""
@@ -170,22 +159,23 @@ class GrpcTransport:
         shapes = {array.shape for array in arrays}
         if len(arrays) < len(images) or len(shapes) > 1 or shapes <= self._rejected_shapes:
             return None
+        pixels = np.stack(arrays)
+        tensor = make_tensor(DT_UINT8, *pixels.shape, tensor_content=pixels.tobytes())
         try:
-            return self._classify(PIXELS_SIGNATURE, {PIXELS_INPUT: make_pixels_tensor(arrays)}, deadline_s)
+            return self._classify(PIXELS_SIGNATURE, {PIXELS_INPUT: tensor}, deadline_s)
         except (InvalidArgumentError, RequestRejected):
             self._rejected_shapes |= shapes  # the model has another size; it resizes files only
             return None
 
     def _classify(self, signature: str, inputs: dict[str, Any], deadline_s: float) -> Any:
         spec = self._make_spec(self._version, signature)
-        request = prediction_pb2.PredictRequest(model_spec=spec, inputs=inputs, output_filter=OUTPUTS)
-        return self._send(request, deadline_s)
+        return self._send(prediction_pb2.PredictRequest(model_spec=spec, inputs=inputs), deadline_s)
 
     def _find_class_names(self, version: int, count: int, deadline_s: float) -> tuple[str, ...]:
         """Return the class names of a version, cached; the class numbers if the model has no names."""
         if version not in self._class_names:
             spec = self._make_spec(version, LABELS_SIGNATURE)
-            inputs = {LABELS_INPUT: make_class_ids_tensor(count)}
+            inputs = {LABELS_INPUT: make_tensor(DT_INT64, count, int64_val=range(count))}
             try:
                 response = self._send(prediction_pb2.PredictRequest(model_spec=spec, inputs=inputs), deadline_s)
                 names = read_strings(self._find_output(response, "label", DT_STRING))
@@ -212,7 +202,7 @@ class GrpcTransport:
                 error = make_error(rpc_error, target=self._target, timeout_s=self._timeout_s)
             if not isinstance(error, (ConnectionFailed, ServerBusy)):
                 raise error
-            self._sleep(choose_retry_wait_s(error, attempt=attempt, retries=self._retries, deadline_s=deadline_s))
+            self._sleep(choose_retry_wait_s(error, attempt, self._retries, deadline_s))
 
     def _make_spec(self, version: int | None, signature: str = "") -> Any:
         spec = prediction_pb2.ModelSpec(name=self._model, signature_name=signature)

@@ -1,4 +1,4 @@
-"""HTTP transports: run the flows of `RestApi` over `httpx.Client` and `httpx.AsyncClient`."""
+"""HTTP transport: runs the flows of `RestApi` over `httpx.Client` or `httpx.AsyncClient`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import httpx
 
+from client.batches import Batch
 from client.errors import ConnectionFailed, RequestTimedOut, UnexpectedResponse
-from client.images import LoadedImage
 from client.options import is_local_host
 from client.predictions import Failure, Prediction, ServiceStatus
 from client.responses import Response
@@ -24,8 +24,6 @@ MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 Headers = Mapping[str, str]
 Auth = httpx.Auth | tuple[str, str] | Callable[[httpx.Request], httpx.Request]
 Verify = ssl.SSLContext | bool
-
-
 HttpxClient = TypeVar("HttpxClient", httpx.Client, httpx.AsyncClient)
 
 
@@ -38,11 +36,7 @@ def make_httpx_client(
     verify: Verify = True,
     transport: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None,
 ) -> HttpxClient:
-    """Return an httpx client with the given options, for the requests of `api`.
-
-    Raises:
-        ValueError: the proxy settings in the environment are invalid.
-    """
+    """Return an httpx client for the requests of `api`; raise ValueError if the environment's proxies are invalid."""
     if transport is None and is_local_host(api.base_url.host):
         # With a transport, httpx ignores the proxies set in the environment.
         transport = (httpx.HTTPTransport if kind is httpx.Client else httpx.AsyncHTTPTransport)(verify=verify)
@@ -57,92 +51,60 @@ class HttpTransport:
     """Sends requests with an `httpx.Client`, which it closes."""
 
     def __init__(self, api: RestApi, http: httpx.Client, *, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._api = api
-        self._http = http
-        self._sleep = sleep
+        self._api, self._http, self._sleep = api, http, sleep
+        self.close = http.close
 
-    def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
-        """Classify images; see `Transport`."""
-        return self._run(self._api.predict(images))
+    def predict_batch(self, batch: Batch) -> list[Prediction | Failure]:
+        """Return an outcome for each item of a batch; failures are returned as they are."""
+        return self._run(self._api.predict(batch))
 
     def status(self) -> ServiceStatus:
-        """Return the status of the service; see `Transport`."""
+        """Return the status of the service."""
         return self._run(self._api.get_status())
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
-
     def _run(self, flow: Flow[Result]) -> Result:
+        step = next(flow)
+        while isinstance(step, Request):
+            if step.delay_s:
+                self._sleep(step.delay_s)
+            body = _Body(self._api, step)
+            outcome: Response | ConnectionFailed
+            try:
+                with _explain_errors(self._api), self._http.stream(**_stream_arguments(step)) as response:
+                    for chunk in response.iter_bytes():
+                        body.append(chunk)
+                outcome = body.finish(response)
+            except ConnectionFailed as error:
+                outcome = error
+            step = flow.send(outcome)
+        return step
+
+
+async def run_async(
+    flow: Flow[Result],
+    api: RestApi,
+    http: httpx.AsyncClient,
+    *,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> Result:
+    """Run a flow of `api` like `HttpTransport`, without blocking the event loop."""
+    # In a thread: encoding the images of the first request would block the event loop.
+    step = await asyncio.to_thread(next, flow)
+    while isinstance(step, Request):
+        if step.delay_s:
+            await sleep(step.delay_s)
+        body = _Body(api, step)
+        outcome: Response | ConnectionFailed
         try:
-            request = next(flow)
-            while True:
-                try:
-                    response = self._send(request)
-                except ConnectionFailed as error:
-                    request = flow.throw(error)
-                else:
-                    request = flow.send(response)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
-
-    def _send(self, request: Request) -> Response:
-        if request.delay_s:
-            self._sleep(request.delay_s)
-        body = _Body(self._api, request)
-        with _explain_errors(self._api), self._http.stream(**_stream_arguments(request)) as response:
-            for chunk in response.iter_bytes():
-                body.append(chunk)
-        return body.finish(response)
-
-
-class AsyncHttpTransport:
-    """Sends requests with an `httpx.AsyncClient`, which it closes."""
-
-    def __init__(
-        self, api: RestApi, http: httpx.AsyncClient, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    ) -> None:
-        self._api = api
-        self._http = http
-        self._sleep = sleep
-
-    async def predict_batch(self, images: Sequence[LoadedImage]) -> list[Prediction | Failure]:
-        """Classify images; see `Transport`."""
-        return await self._run(self._api.predict(images))
-
-    async def status(self) -> ServiceStatus:
-        """Return the status of the service; see `Transport`."""
-        return await self._run(self._api.get_status())
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def _run(self, flow: Flow[Result]) -> Result:
-        try:
-            # In a thread: encoding the images of the first request would block the event loop.
-            request = await asyncio.to_thread(next, flow)
-            while True:
-                try:
-                    response = await self._send(request)
-                except ConnectionFailed as error:
-                    request = flow.throw(error)
-                else:
-                    request = flow.send(response)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
-
-    async def _send(self, request: Request) -> Response:
-        if request.delay_s:
-            await self._sleep(request.delay_s)
-        body = _Body(self._api, request)
-        with _explain_errors(self._api):
-            async with self._http.stream(**_stream_arguments(request)) as response:
-                async for chunk in response.aiter_bytes():
-                    body.append(chunk)
-        return body.finish(response)
+            with _explain_errors(api):
+                async with http.stream(**_stream_arguments(step)) as response:
+                    async for chunk in response.aiter_bytes():
+                        body.append(chunk)
+            outcome = body.finish(response)
+        except ConnectionFailed as error:
+            outcome = error
+        step = flow.send(outcome)
+    return step
 
 
 class _Body:

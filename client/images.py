@@ -17,22 +17,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from client.errors import ImageRejected
+from client.predictions import Failure
 from image_formats import jpeg, png
-from image_formats.content import HAS_AVIF, HEAD_BYTES, explain_unreadable, name_format, read_header
-from image_formats.decoding import decode_rgb, turn_upright
-from image_formats.errors import UnreadableImage
+from image_formats.decoding import read_rgb, turn_upright
+from image_formats.files import is_image_file, is_system_name
+from image_formats.header import UnreadableImage
 
 # One image: the path of a file, an encoded image, uint8 pixels (height, width, 3), or a Pillow image.
 ImageSource = str | os.PathLike[str] | bytes | np.ndarray[Any, Any] | Image.Image
 
 # Files with these suffixes are sent even if their content is not an image, so that damaged files are reported.
 IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".webp"})
-# Files and folders of file managers, disks and file systems, skipped like hidden ones. Training skips the same.
-SYSTEM_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir", "lost+found")
 
 MAX_IMAGE_BYTES = 64 * 1024 * 1024  # the service's default maximum for one request
-MAX_PIXELS = 50_000_000  # the service's default maximum for one image
 
 _FORMATS_WITH_ORIENTATION = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
 # Modes that PNG stores without conversion. The conversion of others (CMYK, float) is for the caller to choose.
@@ -69,11 +66,10 @@ class LoadedImage:
         return len(self.content) if isinstance(self.content, bytes) else self.content.nbytes
 
 
-def load_image(source: ImageSource, *, index: int) -> LoadedImage:
-    """Load an image of any form; read it if it is a file.
+def load_image(source: ImageSource, *, index: int) -> LoadedImage | Failure:
+    """Load an image of any form, or return why its file, bytes or pixels cannot be sent.
 
     Raises:
-        ImageRejected: the file cannot be read, is empty or too large, or the pixels have another type or shape.
         TypeError: the source is not an image in any of the accepted forms.
     """
     file = None
@@ -95,24 +91,26 @@ def load_image(source: ImageSource, *, index: int) -> LoadedImage:
                 "expected a path, the bytes of an encoded image, a uint8 array (height, width, 3) "
                 f"or a Pillow image; got {type(source).__name__}"
             )
-        _check_size(content)
-    except _InvalidImageError as error:
-        raise ImageRejected(index, file, str(error)) from error
+        if len(content) == 0:
+            raise UnreadableImage("the image is empty: it has no bytes")
+        if isinstance(content, bytes) and len(content) > MAX_IMAGE_BYTES:
+            raise UnreadableImage(f"the image is larger than {MAX_IMAGE_BYTES:,} bytes, the maximum")
+    except UnreadableImage as error:
+        return Failure(index, file, str(error))
     return LoadedImage(index=index, file=file, content=content)
 
 
-def as_jpeg_or_png(image: LoadedImage) -> LoadedImage:
+def as_jpeg_or_png(image: LoadedImage | Failure) -> LoadedImage | Failure:
     """Return an image in a format that exported models decode: JPEG and PNG unchanged, others as PNG, lossless.
 
-    Raises:
-        ImageRejected: the format is not supported, or the image is damaged or too large.
+    It is a failure if the format is not supported, or the image is damaged or too large, or was a failure before.
     """
-    if image.pixels is not None or image.data.startswith((jpeg.SIGNATURE, png.SIGNATURE)):
+    if isinstance(image, Failure) or image.pixels is not None or image.data.startswith((jpeg.SIGNATURE, png.SIGNATURE)):
         return image
     try:
-        return LoadedImage(image.index, image.file, _encode_png(_decode_other(image.data)))
-    except _InvalidImageError as error:
-        raise ImageRejected(image.index, image.file, str(error)) from error
+        return LoadedImage(image.index, image.file, _encode_png(read_rgb(image.data)))
+    except UnreadableImage as error:
+        return Failure(image.index, image.file, str(error))
 
 
 def find_images(folder: str | os.PathLike[str], *, on_error: Callable[[OSError], None] | None = None) -> Iterator[Path]:
@@ -141,33 +139,14 @@ def find_images(folder: str | os.PathLike[str], *, on_error: Callable[[OSError],
         on_error(error)
 
     for parent, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not _is_system_name(name))
+        folders[:] = sorted(name for name in folders if not is_system_name(name))
         for name in sorted(files):
             # `os.path`, as creating a Path for each file is slow.
-            if not _is_system_name(name) and (
+            if not is_system_name(name) and (
                 os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
-                or _is_image_file(os.path.join(parent, name))  # noqa: PTH118
+                or is_image_file(os.path.join(parent, name))  # noqa: PTH118
             ):
                 yield Path(parent, name)
-
-
-def _is_system_name(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
-
-
-def _is_image_file(file: str) -> bool:
-    try:
-        # Opening a pipe would block until it has a writer.
-        if not os.path.isfile(file):  # noqa: PTH113
-            return False
-        with open(file, "rb", buffering=0) as stream:  # noqa: PTH123
-            return name_format(stream.read(HEAD_BYTES)) is not None
-    except OSError:
-        return False
-
-
-class _InvalidImageError(Exception):
-    """Why an image is rejected; its index is added by the caller."""
 
 
 def _read_file(file: str) -> bytes:
@@ -177,44 +156,21 @@ def _read_file(file: str) -> bytes:
             size = os.fstat(stream.fileno()).st_size or MAX_IMAGE_BYTES
             return stream.read(min(size, MAX_IMAGE_BYTES) + 1)
     except FileNotFoundError as error:
-        raise _InvalidImageError("file not found") from error
+        raise UnreadableImage("file not found") from error
     except IsADirectoryError as error:
-        raise _InvalidImageError("is a folder; find_images(folder) lists the images in it") from error
+        raise UnreadableImage("is a folder; find_images(folder) lists the images in it") from error
     except OSError as error:
-        raise _InvalidImageError(f"cannot be read: {error.strerror or error}") from error
+        raise UnreadableImage(f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in the name
-        raise _InvalidImageError(f"invalid file name: {error}") from error
-
-
-def _check_size(content: bytes | np.ndarray[Any, Any]) -> None:
-    if len(content) == 0:
-        raise _InvalidImageError("the image is empty: it has no bytes")
-    if isinstance(content, bytes) and len(content) > MAX_IMAGE_BYTES:
-        raise _InvalidImageError(f"the image is larger than {MAX_IMAGE_BYTES:,} bytes, the maximum")
+        raise UnreadableImage(f"invalid file name: {error}") from error
 
 
 def _copy_pixels(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise _InvalidImageError(
+        raise UnreadableImage(
             f"expected RGB pixels as uint8 (height, width, 3), not scaled; got {pixels.dtype} {pixels.shape}"
         )
     return pixels.copy()  # the caller may reuse the array before it is sent
-
-
-def _decode_other(data: bytes) -> Image.Image:
-    """Decode a file that is neither JPEG nor PNG, as the service does."""
-    header = read_header(data)
-    if header is None or (header.format == "AVIF" and not HAS_AVIF):
-        raise _InvalidImageError(explain_unreadable(data[:HEAD_BYTES]))
-    if header.problem:
-        raise _InvalidImageError(header.problem)
-    if header.pixels > MAX_PIXELS:
-        size = f"{header.width} x {header.height}"
-        raise _InvalidImageError(f"the image has {size} pixels; the maximum is {MAX_PIXELS:,}")
-    try:
-        return decode_rgb(data, header)
-    except UnreadableImage as error:
-        raise _InvalidImageError(str(error)) from error
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -222,18 +178,18 @@ def _turn_upright(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
-        raise _InvalidImageError(f"the Pillow image cannot be read: {error}") from error
+        raise UnreadableImage(f"the Pillow image cannot be read: {error}") from error
     exif = image.info.get("exif") if image.format in _FORMATS_WITH_ORIENTATION else None
     return turn_upright(image, exif) if isinstance(exif, bytes) else image
 
 
 def _encode_png(image: Image.Image) -> bytes:
     if image.mode not in _PNG_MODES:
-        raise _InvalidImageError(
+        raise UnreadableImage(
             f"expected a Pillow image of mode {', '.join(_PNG_MODES)}; got {image.mode}: convert it, for example to RGB"
         )
     if 0 in image.size:
-        raise _InvalidImageError(f"the Pillow image has no pixels: {image.width} x {image.height}")
+        raise UnreadableImage(f"the Pillow image has no pixels: {image.width} x {image.height}")
     if image.mode == "P" and isinstance(image.info.get("transparency"), (bytes, int)):
         image = image.convert("RGBA")  # otherwise the transparency would be lost with the metadata
     image = image.copy()

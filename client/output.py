@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import click
@@ -24,7 +23,7 @@ class Output:
     """Writes the results of one run. As a context manager, shows a progress bar if standard error is a terminal.
 
     Args:
-        file_width: width of the column of file names, in terminal cells.
+        file_width: see `Table`.
         count: the number of results to expect.
         top: labels per image; None for one in the table and all in JSON.
         as_json: write a JSON object per line instead of the table.
@@ -55,17 +54,11 @@ class Output:
         self._bar.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.__exit__(kind, error, traceback)
+    def __exit__(self, *_: object) -> None:
+        self._bar.render_finish()
 
     def write_prediction(self, file: str, prediction: Prediction) -> None:
-        """Write the prediction of an image.
-
-        Raises:
-            click.UsageError: with `labels_from_folders`, the name of its folder is not a label of the model.
-        """
+        """Write the prediction of an image; raise `click.UsageError` if its true label is not one of the model."""
         if self._labels_from_folders:
             label = Path(os.path.abspath(file)).parent.name  # noqa: PTH100 - removes .. without following links
             if label not in prediction.probabilities:
@@ -77,6 +70,8 @@ class Output:
         self.classified += 1
         if self._as_json:
             record = dataclasses.asdict(prediction) | {"file": file}
+            if prediction.is_typical is None:
+                record = {name: value for name, value in record.items() if value is not None}
             if self._top is not None:
                 record["probabilities"] = dict(prediction.top(self._top))
             self._write(json.dumps(record))

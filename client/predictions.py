@@ -17,6 +17,10 @@ class Prediction:
         probabilities: the probability of every label, in the order of the class numbers.
         model: the name of the model.
         model_version: its version.
+        typicality: share of the validation images that are less typical of the training images than this one; None,
+            as are the next two, if the model does not tell.
+        is_typical: whether the image is like the training images; the prediction means little if not.
+        label_set: labels that hold the right one for 90 % of images like the training images; it may be empty.
 
     Example:
         >>> from client import Client
@@ -33,6 +37,24 @@ class Prediction:
     probabilities: dict[str, float]
     model: str
     model_version: int
+    typicality: float | None = None
+    is_typical: bool | None = None
+    label_set: tuple[str, ...] | None = None
+
+    def describe_limits(self) -> str:
+        """Say what limits the prediction; empty if nothing does or the model does not tell.
+
+        Example:
+            >>> from client import Prediction
+            >>> limits = {"typicality": 0.4, "is_typical": True, "label_set": ("cat", "dog")}
+            >>> Prediction("cat.png", "cat", 0, 0.6, {"cat": 0.6, "dog": 0.4}, "pets", 1, **limits).describe_limits()
+            'cat or dog'
+        """
+        limits = ["unlike the training images"] if self.is_typical is False else []
+        if self.label_set is not None and len(self.label_set) != 1:
+            *others, last = self.label_set or ("no label is certain",)
+            limits.append(f"{', '.join(others)} or {last}" if others else last)
+        return "; ".join(limits)
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """Return the `k` most probable labels with their probabilities, the most probable first.

@@ -1,8 +1,9 @@
-"""Reads the service's responses. Nothing is assumed about them: another server, or a proxy, may have sent them."""
+"""Reads the service's responses. If another server or a proxy has sent them, `UnexpectedResponse` is raised."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import sys
@@ -12,14 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from client.errors import (
-    ClientError,
-    ModelNotFound,
-    RequestRejected,
-    ServerBusy,
-    ServerFailed,
-    UnexpectedResponse,
-)
+from client.errors import ClientError, ModelNotFound, RequestRejected, ServerBusy, ServerFailed, UnexpectedResponse
 from client.images import LoadedImage
 from client.predictions import Failure, ModelStatus, Prediction, ServiceStatus
 
@@ -67,11 +61,7 @@ class Response:
 
 
 def read_predictions(response: Response, images: Sequence[LoadedImage]) -> Iterator[tuple[int, Prediction]]:
-    """Yield the index and the prediction of each image that was sent.
-
-    Raises:
-        UnexpectedResponse: the response is not that of `POST /predict`, or has another number of predictions.
-    """
+    """Yield the index and the prediction of each image that was sent, from the response of `POST /predict`."""
     match response.json:
         case {"model": {"name": str(model), "version": int(version)}, "predictions": list(rows)}:
             pass
@@ -87,22 +77,22 @@ def read_predictions(response: Response, images: Sequence[LoadedImage]) -> Itera
                 "confidence": float() | int() as confidence,
                 "probabilities": dict(probabilities),
             } if all(isinstance(probability, (float, int)) for probability in probabilities.values()):
-                yield (
-                    image.index,
-                    Prediction(
-                        file=image.file,
-                        label=label,
-                        class_id=class_id,
-                        confidence=confidence,
-                        probabilities=probabilities,
-                        model=model,
-                        model_version=version,
-                    ),
-                )
+                prediction = Prediction(image.file, label, class_id, confidence, probabilities, model, version)
+                yield image.index, _add_limits(prediction, row)
             case _:
                 raise UnexpectedResponse(
                     f"expected label, class_id, confidence and probabilities from {response.url}, got {str(row)[:200]}"
                 )
+
+
+def _add_limits(prediction: Prediction, row: dict[str, Any]) -> Prediction:
+    """Add the fields that only models with out-of-distribution detection return."""
+    match row:
+        case {"typicality": float() | int() as typicality, "is_typical": bool(is_typical), "label_set": list(labels)}:
+            return dataclasses.replace(
+                prediction, typicality=typicality, is_typical=is_typical, label_set=tuple(map(str, labels))
+            )
+    return prediction
 
 
 def read_rejections(response: Response, images: Sequence[LoadedImage]) -> list[Failure]:
@@ -127,11 +117,7 @@ def read_rejections(response: Response, images: Sequence[LoadedImage]) -> list[F
 
 
 def read_status(response: Response) -> ServiceStatus:
-    """Return the status in a response to `GET /readyz`.
-
-    Raises:
-        UnexpectedResponse: the response is not that of this route.
-    """
+    """Return the status in a response to `GET /readyz`."""
     match response.json:
         case {"ready": bool(ready), "models": list(rows)}:
             reason = response.json.get("reason")

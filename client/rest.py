@@ -1,11 +1,12 @@
 """The service's HTTP API without I/O: which requests to send, when to retry, and how to read the responses.
 
-The functions are generators, like httpx's `auth_flow`: they yield requests and receive the responses. `client/http.py`
-runs them, blocking for `Client` and in an event loop for `AsyncClient`.
+The functions are generators, like httpx's `auth_flow`: they yield requests, receive the responses, and yield the result
+last. `client/http.py` runs them, blocking for `Client` and in an event loop for `AsyncClient`.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,13 +14,14 @@ from typing import TypeVar
 
 import httpx
 
-from client.backoff import choose_retry_wait_s
-from client.errors import ConnectionFailed
+from client.batches import Batch, halve, separate
+from client.errors import ClientError, ConnectionFailed
 from client.images import LoadedImage
-from client.multipart import encode_form, form_name
-from client.options import validate_model, validate_retry_options
+from client.options import choose_retry_wait_s, validate_options
 from client.predictions import Failure, Prediction, ServiceStatus
 from client.responses import Response, make_error, read_predictions, read_rejections, read_status
+
+_ESCAPED = {ord('"'): "%22", **{code: f"%{code:02X}" for code in range(32)}}
 
 
 @dataclass(frozen=True)
@@ -36,99 +38,75 @@ class Request:
 
 
 Result = TypeVar("Result")
-Flow = Generator[Request, Response, Result]
+Flow = Generator[Request | Result, Response | ConnectionFailed, None]
 
 
 class RestApi:
-    """The requests of one client. A flow is thrown `ConnectionFailed` in place of a response.
-
-    Args:
-        url: the address of the service; `self.url` is that without a password, for messages.
-        model: the model's name, or None if the service has only one.
-        version: the model's version, or None for the newest.
-        timeout_s: the time for one batch, including retries.
-        retries: the maximum number of retries of one batch.
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
+    """The requests of one client. For the arguments, see `Client`; `self.url` has no password, for messages."""
 
     def __init__(
         self, url: str, *, model: str | None = None, version: int | None = None, timeout_s: float, retries: int
     ) -> None:
-        validate_retry_options(timeout_s, retries)
-        validate_model(model, version)
+        validate_options(model=model, version=version, timeout_s=timeout_s, retries=retries)
         self.base_url = _parse_url(url)
         self.url = str(self.base_url.copy_with(username=None, password=None)).rstrip("/")
         self.timeout_s = timeout_s
         self._retries = retries
-        self._params = {
-            name: str(value) for name, value in (("model", model), ("version", version)) if value is not None
-        }
+        named = {"model": model, "version": version}
+        self._params = {name: str(value) for name, value in named.items() if value is not None}
 
-    def predict(self, images: Sequence[LoadedImage]) -> Flow[list[Prediction | Failure]]:
-        """Classify images; return a prediction or a failure for each, in their order.
+    def predict(self, batch: Batch) -> Flow[list[Prediction | Failure]]:
+        """Classify images; yield a prediction or a failure for each, in their order. Failures are passed on.
 
         The service rejects a request with an unreadable image as a whole, but names the unreadable ones: the others are
         sent again without them. A request that is too large is sent again in halves.
         """
-        outcomes: dict[int, Prediction | Failure] = {}
-        groups = [list(images)]
+        images, outcomes = separate(batch)
+        groups = [images]
         while groups:
-            group = groups.pop()
+            if not (group := groups.pop()):
+                continue
             response = yield from self._post_images(group)
             if response.status == 200:
                 outcomes.update(read_predictions(response, group))
             elif rejections := read_rejections(response, group):
                 outcomes |= {rejection.index: rejection for rejection in rejections}
-                if remaining := [image for image in group if image.index not in outcomes]:
-                    groups.append(remaining)
+                groups.append([image for image in group if image.index not in outcomes])
             elif response.status == 413 and len(group) > 1:
-                middle = len(group) // 2
-                groups += [group[middle:], group[:middle]]
+                groups += halve(group)
             elif response.status == 413:
                 (image,) = group
                 outcomes[image.index] = Failure(image.index, image.file, _explain_too_large(response, image))
             else:
                 raise make_error(response)
-        return [outcomes[image.index] for image in images]
+        yield [outcomes[item.index] for item in batch]
 
     def get_status(self) -> Flow[ServiceStatus]:
-        """Return the status of the service, without retries."""
+        """Yield the status of the service, without retries."""
         response = yield Request("GET", "/readyz", time.monotonic() + self.timeout_s)
-        if response.status in (200, 503):
-            return read_status(response)
-        raise make_error(response)
+        if isinstance(response, ConnectionFailed):
+            raise response
+        if response.status not in (200, 503):
+            raise make_error(response)
+        yield read_status(response)
 
-    def _post_images(self, images: Sequence[LoadedImage]) -> Flow[Response]:
+    def _post_images(self, images: Sequence[LoadedImage]) -> Generator[Request, Response | ConnectionFailed, Response]:
         """Post images; retry while the connection fails or the service responds with 503."""
         content, content_type = encode_form(images)
-        request = Request(
-            "POST",
-            "/predict",
-            time.monotonic() + self.timeout_s,
-            params=self._params,
-            headers={"Content-Type": content_type},
-            content=content,
-        )
+        headers, deadline_s = {"Content-Type": content_type}, time.monotonic() + self.timeout_s
+        request = Request("POST", "/predict", deadline_s, params=self._params, headers=headers, content=content)
         attempt = 0
         while True:
             attempt += 1
-            retry_after = None
-            try:
-                response = yield request
-                if response.status != 503:
-                    return response
+            response = yield request
+            error: ClientError
+            if isinstance(response, ConnectionFailed):
+                error, retry_after = response, None
+            elif response.status == 503:
                 error, retry_after = make_error(response), response.retry_after
-            except ConnectionFailed as failure:
-                error = failure
-            wait_s = choose_retry_wait_s(
-                error,
-                attempt=attempt,
-                retries=self._retries,
-                deadline_s=request.deadline_s,
-                retry_after=retry_after,
-            )
+            else:
+                return response
+            wait_s = choose_retry_wait_s(error, attempt, self._retries, request.deadline_s, retry_after=retry_after)
             request = replace(request, delay_s=wait_s)
 
 
@@ -146,3 +124,25 @@ def _explain_too_large(response: Response, image: LoadedImage) -> str:
     if response.error is None:
         return f"too large for the server at {response.url}: {response.summary}"
     return response.error.removeprefix(f"{form_name(image)}: ")
+
+
+def encode_form(images: Sequence[LoadedImage]) -> tuple[bytes, str]:
+    """Return the body and the Content-Type of a multipart form (RFC 7578) with a file `image` for each image.
+
+    httpx could do it, but takes ten times as long, which for small images is most of the client's time.
+    """
+    boundary = secrets.token_hex(16).encode()
+    parts: list[bytes] = []
+    for image in images:
+        # Percent-encode quotes and control characters in the name, as browsers do (HTML, "multipart form data").
+        name = form_name(image).translate(_ESCAPED).encode()
+        parts += (b"--", boundary, b'\r\nContent-Disposition: form-data; name="image"; filename="', name)
+        parts += (b'"\r\nContent-Type: application/octet-stream\r\n\r\n', image.data, b"\r\n")
+    parts += (b"--", boundary, b"--\r\n")
+    return b"".join(parts), f"multipart/form-data; boundary={boundary.decode()}"
+
+
+def form_name(image: LoadedImage) -> str:
+    """Return the file name of an image in the form. Without one, the service would read a text field."""
+    name = (image.file or "").replace("\\", "/").rpartition("/")[2] or f"image-{image.index}"
+    return name.encode(errors="replace").decode()  # a file name may contain bytes that are not valid text

@@ -53,6 +53,8 @@ class Table:
         if self._top > 1:
             next_labels = (f"{plain(label)} {percent(value)}" for label, value in prediction.top(self._top)[1:])
             cells.append(self._style(", ".join(next_labels), dim=True))
+        if limits := plain(prediction.describe_limits()):
+            cells.append(self._style(limits, fg="yellow"))
         return _GAP.join(cells).rstrip()
 
     def _bar(self, confidence: float) -> str:

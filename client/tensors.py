@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,20 +12,9 @@ from client.protos import prediction_pb2
 DT_FLOAT, DT_UINT8, DT_STRING, DT_INT64 = 1, 4, 7, 9  # tensorflow/core/framework/types.proto
 
 
-def make_files_tensor(files: Sequence[bytes]) -> Any:
-    """Return a string tensor of encoded images."""
-    return _set_shape(prediction_pb2.Tensor(dtype=DT_STRING, string_val=files), len(files))
-
-
-def make_pixels_tensor(arrays: Sequence[np.ndarray[Any, Any]]) -> Any:
-    """Return a uint8 tensor of images of the same size."""
-    tensor = prediction_pb2.Tensor(dtype=DT_UINT8, tensor_content=np.stack(arrays).tobytes())
-    return _set_shape(tensor, len(arrays), *arrays[0].shape)
-
-
-def make_class_ids_tensor(count: int) -> Any:
-    """Return an int64 tensor of the class numbers below `count`."""
-    return _set_shape(prediction_pb2.Tensor(dtype=DT_INT64, int64_val=range(count)), count)
+def make_tensor(dtype: int, *shape: int, **values: Any) -> Any:
+    """Return a tensor with its values in the field that fits its type, such as `string_val`."""
+    return prediction_pb2.Tensor(dtype=dtype, tensor_shape={"dim": [{"size": size} for size in shape]}, **values)
 
 
 def read_numbers(tensor: Any) -> np.ndarray[Any, Any]:
@@ -50,9 +38,3 @@ def read_numbers(tensor: Any) -> np.ndarray[Any, Any]:
 def read_strings(tensor: Any) -> list[str]:
     """Return the values of a string tensor of rank 1."""
     return [value.decode("utf-8", errors="replace") for value in tensor.string_val]
-
-
-def _set_shape(tensor: Any, *shape: int) -> Any:
-    for size in shape:
-        tensor.tensor_shape.dim.add(size=size)
-    return tensor

@@ -1,11 +1,10 @@
-"""Reads the boxes of an AVIF file (ISO 14496-12, 23008-12 and the AV1 Image File Format)."""
+"""Reads the boxes of an AVIF file (ISO 14496-12, 23008-12 and the AV1 Image File Format), and its AV1 streams."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
 
-from image_formats.av1 import read_sequence_size
 from image_formats.header import ImageHeader
 
 MAX_BOXES = 10_000
@@ -21,6 +20,8 @@ _CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"moov": 0, b"trak": 0, b"mdi
     b"av01": 78,
 }
 _MAX_DEPTH = 8
+MAX_UNITS = 1_000  # of an AV1 stream of a still image, with one tile group per unit at most
+_SEQUENCE_HEADER = 1
 _CHUNK_OFFSETS = {b"stco": 4, b"co64": 8}  # of an animation; the first chunk starts with the first frame
 
 
@@ -73,7 +74,7 @@ def read_header(data: bytes) -> ImageHeader | None:
     for offset, size in samples if problem is None else ():
         # Offsets are relative to the file, or to the "idat" box.
         for base in {0, inside}:
-            declared = read_sequence_size(view[base + offset : base + offset + size])
+            declared = _read_sequence_size(view[base + offset : base + offset + size])
             width, height = max(width, declared[0]), max(height, declared[1])
     if not width and problem is None:
         return None
@@ -136,3 +137,78 @@ def _iterate_boxes(data: bytes, start: int, end: int, depth: int = 0) -> Iterato
 
 def _uint(data: bytes, position: int, size: int) -> int:
     return int.from_bytes(data[position : position + size])
+
+
+def _read_sequence_size(stream: memoryview) -> tuple[int, int]:
+    """Return the maximum width and height of the sequence headers in one sample, or zeros."""
+    width = height = 0
+    position = 0
+    for _ in range(MAX_UNITS):
+        if position >= len(stream):
+            break
+        head = stream[position]
+        position += 2 if head & 4 else 1
+        size = len(stream) - position
+        if head & 2:
+            size, position = _read_leb128(stream, position)
+        if head >> 3 & 15 == _SEQUENCE_HEADER:
+            sizes = _read_size(_Bits(stream[position : position + size]))
+            width, height = max(width, sizes[0]), max(height, sizes[1])
+        position += size
+    return width, height
+
+
+class _Bits:
+    """Reads bits, most significant first; bits after the end are zero."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content = bytes(content[:512])
+        self._bits = int.from_bytes(self._content)
+        self._left = 8 * len(self._content)
+
+    def read(self, count: int) -> int:
+        self._left -= count
+        shifted = self._bits >> self._left if self._left >= 0 else self._bits << -self._left
+        return shifted & ((1 << count) - 1) if self._left > -64 else 0
+
+
+def _read_size(bits: _Bits) -> tuple[int, int]:
+    bits.read(4)  # profile, still picture
+    if bits.read(1):  # reduced header
+        bits.read(5)
+    else:
+        _skip_operating_points(bits)
+    width_bits, height_bits = bits.read(4) + 1, bits.read(4) + 1
+    return bits.read(width_bits) + 1, bits.read(height_bits) + 1
+
+
+def _skip_operating_points(bits: _Bits) -> None:
+    delay_bits = 0
+    if bits.read(1):  # timing info
+        bits.read(64)
+        if bits.read(1):
+            zeros = 0
+            while zeros < 32 and not bits.read(1):
+                zeros += 1
+            bits.read(zeros)
+        if bits.read(1):  # decoder model
+            delay_bits = bits.read(5) + 1
+            bits.read(42)
+    has_display_delay = bits.read(1)
+    for _ in range(bits.read(5) + 1):
+        bits.read(12)
+        if bits.read(5) > 7:  # only higher levels have tiers
+            bits.read(1)
+        if delay_bits and bits.read(1):
+            bits.read(2 * delay_bits + 1)
+        if has_display_delay and bits.read(1):
+            bits.read(4)
+
+
+def _read_leb128(stream: memoryview, position: int) -> tuple[int, int]:
+    value = 0
+    for index, byte in enumerate(stream[position : position + 8]):
+        value |= (byte & 127) << 7 * index
+        if not byte & 128:
+            return value, position + index + 1
+    return value, position + 8

@@ -13,29 +13,35 @@ HAS_AVIF = bool(features.check("avif"))  # Pillow can be built without it
 SUPPORTED = ("JPEG", "PNG", "WebP", *(["AVIF"] if HAS_AVIF else []), "BMP", "GIF")
 EXPECTED = f"expected {', '.join(SUPPORTED[:-1])} or {SUPPORTED[-1]}"
 
-_TIFF = (b"II*\0", b"MM\0*")
-_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+_READERS = (
+    (jpeg.SIGNATURE, jpeg.read_header),
+    (png.SIGNATURE, png.read_header),
+    (gif.SIGNATURE, gif.read_header),
+    (bmp.SIGNATURE, bmp.read_header),
+)
+_SIGNATURES = {
+    "JPEG": (jpeg.SIGNATURE,),
+    "PNG": (png.SIGNATURE,),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": (b"II*\0", b"MM\0*"),
+    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
+}
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """Read the header of a JPEG, PNG, GIF, BMP, WebP or AVIF file.
+    """Read the header of a file in one of the SUPPORTED formats.
 
     The signatures are those that TensorFlow's decoders check; `name_format` is stricter about GIF and BMP.
 
     Returns:
-        The header, or None if the format differs or the file ends before the image data. Never raises.
+        The header, or None if the format is not supported or the file ends before the image data. Never raises.
     """
-    if data.startswith(jpeg.SIGNATURE):
-        return jpeg.read_header(data)
-    if data.startswith(png.SIGNATURE):
-        return png.read_header(data)
-    if data.startswith(gif.SIGNATURE):
-        return gif.read_header(data)
-    if data.startswith(bmp.SIGNATURE):
-        return bmp.read_header(data)
+    for signature, read in _READERS:
+        if data.startswith(signature):
+            return read(data)
     if webp.is_webp(data):
         return webp.read_header(data)
-    if avif.is_avif(data):
+    if HAS_AVIF and avif.is_avif(data):
         return avif.read_header(data)
     return None
 
@@ -46,12 +52,6 @@ def name_format(head: bytes) -> str | None:
     Args:
         head: the first `HEAD_BYTES` of the file, or all of it.
     """
-    if head.startswith(jpeg.SIGNATURE):
-        return "JPEG"
-    if head.startswith(png.SIGNATURE):
-        return "PNG"
-    if head.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
     if bmp.is_bmp(head):
         return "BMP"
     if webp.is_webp(head):
@@ -60,11 +60,7 @@ def name_format(head: bytes) -> str | None:
         return "AVIF"
     if avif.is_heic(head):
         return "HEIC"
-    if head.startswith(_TIFF):
-        return "TIFF"
-    if head.startswith(_JPEG_XL):
-        return "JPEG XL"
-    return None
+    return next((name for name, starts in _SIGNATURES.items() if head.startswith(starts)), None)
 
 
 def explain_unreadable(head: bytes) -> str:

@@ -11,27 +11,16 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin
-from PIL import WebPImagePlugin as WebpImagePlugin
+from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin  # noqa: F401
+from PIL import WebPImagePlugin as WebpImagePlugin  # noqa: F401
 
 from image_formats import jpeg, png
-from image_formats.content import HAS_AVIF
-from image_formats.errors import UnreadableImage
+from image_formats.content import HEAD_BYTES, SUPPORTED, explain_unreadable, read_header
 from image_formats.exif import read_orientation
-from image_formats.header import ImageHeader
+from image_formats.header import MAX_PIXELS, ImageHeader, UnreadableImage
 
-# Importing the plugins registers their formats; otherwise the first request would import them.
-_FORMATS = tuple(
-    str(plugin.format)
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,
-        PngImagePlugin.PngImageFile,
-        WebpImagePlugin.WebPImageFile,
-        *([AvifImagePlugin.AvifImageFile] if HAS_AVIF else []),
-        BmpImagePlugin.BmpImageFile,
-        GifImagePlugin.GifImageFile,
-    )
-)
+# Importing the plugins has registered these formats; otherwise the first request would import them.
+_FORMATS = tuple(map(str.upper, SUPPORTED))
 STRIP_PIXELS = 1 << 18  # converted at a time, so that intermediate copies are small
 
 _TRANSPOSITIONS = {
@@ -43,6 +32,23 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def read_rgb(data: bytes) -> Image.Image:
+    """Check the header of an image file, and decode it as `decode_rgb` does.
+
+    Raises:
+        UnreadableImage: the format is not supported, or the file is damaged, truncated or larger than MAX_PIXELS.
+    """
+    header = read_header(data)
+    if header is None:
+        raise UnreadableImage(explain_unreadable(data[:HEAD_BYTES]))
+    if header.problem:
+        raise UnreadableImage(header.problem)
+    if header.pixels > MAX_PIXELS:
+        size = f"{header.width} x {header.height}"
+        raise UnreadableImage(f"the image has {size} pixels; the maximum is {MAX_PIXELS:,}")
+    return decode_rgb(data, header)
 
 
 def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
@@ -62,13 +68,12 @@ def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
     if header.format == "JPEG":
         data, exif = jpeg.keep_pixel_data(data)
     elif header.format == "PNG":
-        kept = png.keep_pixel_data(data)
-        data, exif, transparency = kept.file, kept.exif, kept.transparency
+        data, exif, transparency = png.keep_pixel_data(data)
     # Each step reassigns `image`, which frees the memory of the previous step.
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Exception as error:  # a damaged header can raise any error in Pillow's parsers
-        raise UnreadableImage(f"the picture is damaged or cut off ({error or type(error).__name__})") from error
+        raise UnreadableImage(f"the image is damaged or cut off ({error or type(error).__name__})") from error
     if header.format in ("WEBP", "AVIF"):
         exif = image.info.get("exif", b"")
     try:
@@ -78,7 +83,7 @@ def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
         image = _to_rgb(image)
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError) as error:
         # Pillow's decoders raise these types for truncated and damaged files.
-        raise UnreadableImage(f"the picture is damaged or cut off ({error})") from error
+        raise UnreadableImage(f"the image is damaged or cut off ({error})") from error
     return turn_upright(image, exif)
 
 
@@ -96,7 +101,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _map_strips(image, _high_byte, mode="L").convert("RGB")
     if image.mode == "CMYK":
-        return _map_strips(image, _cmyk_to_rgb_adobe if "adobe" in image.info else _cmyk_to_rgb, mode="RGB")
+        inversion = 255 if "adobe" in image.info else 0  # Adobe files are inverted, and Pillow has undone that
+        return _map_strips(image, lambda ink: _cmyk_to_rgb(ink ^ inversion), mode="RGB")
     return image.convert("RGB")
 
 
@@ -127,8 +133,7 @@ def _composite_png(image: Image.Image, file: bytes, transparency: bytes) -> Imag
         return _composite(
             image,
             lambda strip, low_strip: _merge(
-                strip,
-                ((np.asarray(strip) != colour >> 8) | (np.asarray(low_strip) != colour & 255)).any(axis=2),
+                strip, ((np.asarray(strip) != colour >> 8) | (np.asarray(low_strip) != colour & 255)).any(axis=2)
             ),
             low,
         )
@@ -177,7 +182,3 @@ def _cmyk_to_rgb(ink: np.ndarray) -> np.ndarray:
     wide = ink.astype(np.uint16)
     rgb: np.ndarray = (wide[..., :3] * wide[..., 3:] // 255).astype(np.uint8)
     return rgb
-
-
-def _cmyk_to_rgb_adobe(ink: np.ndarray) -> np.ndarray:
-    return _cmyk_to_rgb(255 - ink)  # Adobe files are inverted, and Pillow has undone that

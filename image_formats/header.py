@@ -1,11 +1,17 @@
-"""`ImageHeader`: size and layout of an encoded image."""
+"""`ImageHeader`: size and layout of an encoded image; `UnreadableImage`: there is none."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_PIXELS = 50_000_000  # of an image: of training, of the exported model, and the service's default
+
 # libjpeg's default for progressive files is 10 scans; other encoders write up to about 20.
 MAX_JPEG_SCANS = 100
+
+
+class UnreadableImage(Exception):  # noqa: N818 - named for the condition
+    """The format is not supported, or the file is damaged or truncated. The message states the reason."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,17 +56,10 @@ def read_header(data: bytes) -> ImageHeader | None:
                 break
     if not channels and problem is None:
         return None
-    if not (is_progressive or scans > 1):
-        coefficient_bytes = 0
+    kept_bytes = coefficient_bytes if is_progressive or scans > 1 else 0
+    scans = max(1, scans)
     return ImageHeader(
-        "JPEG",
-        width,
-        height,
-        len(data),
-        channels,
-        scans=max(1, scans),
-        coefficient_bytes=coefficient_bytes,
-        problem=problem,
+        "JPEG", width, height, len(data), channels, scans=scans, coefficient_bytes=kept_bytes, problem=problem
     )
 
 

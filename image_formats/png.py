@@ -5,11 +5,9 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from image_formats.errors import UnreadableImage
 from image_formats.exif import MAX_EXIF_BYTES
-from image_formats.header import ImageHeader
+from image_formats.header import ImageHeader, UnreadableImage
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -48,38 +46,22 @@ def read_header(data: bytes) -> ImageHeader | None:
             return None
         header = (0,) * 7  # it may follow after MAX_CHUNKS
     width, height, depth, colour_type, *_ = header
+    channels = 4 if colour_type == RGB and is_copied else _CHANNELS.get(colour_type, 4)
+    depth_bytes = 1 if depth <= 8 else 2
     return ImageHeader(
-        "PNG",
-        width,
-        height,
-        len(data),
-        4 if colour_type == RGB and is_copied else _CHANNELS.get(colour_type, 4),
-        sample_bytes=1 if depth <= 8 else 2,
-        metadata_bytes=metadata_bytes,
-        problem=problem,
+        "PNG", width, height, len(data), channels, depth_bytes, metadata_bytes=metadata_bytes, problem=problem
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PixelData:
-    """The parts of a PNG file that its image depends on.
-
-    Attributes:
-        file: the file without metadata, and with a single IDAT chunk.
-        transparency: the content of a valid tRNS chunk, or empty.
-        exif: the content of the eXIf chunk, or empty.
-    """
-
-    file: bytes
-    transparency: bytes
-    exif: bytes
-
-
-def keep_pixel_data(data: bytes) -> PixelData:
+def keep_pixel_data(data: bytes) -> tuple[bytes, bytes, bytes]:
     """Separate the pixel data from the metadata, which may be long or damaged.
 
     Pillow reads chunks and metadata in Python, which is slow if there are many, and refuses long text and damaged
     metadata. The critical chunks are checked like in libpng, so that the exported model refuses the same files.
+
+    Returns:
+        The file without metadata and with a single IDAT chunk; the content of the eXIf chunk, or empty bytes; and that
+        of a valid tRNS chunk, or empty bytes.
 
     Raises:
         UnreadableImage: a critical chunk is damaged, missing or unknown.
@@ -91,15 +73,15 @@ def keep_pixel_data(data: bytes) -> PixelData:
     kind = b""
     for index, (kind, start, end) in enumerate(_iterate_chunks(data)):
         if (kind == b"IHDR") != (index == 0):
-            raise UnreadableImage("the picture is damaged: its header is not the first chunk of the PNG file")
+            raise UnreadableImage("the image is damaged: its header is not the first chunk of the PNG file")
         if not kind.isalpha():
-            raise UnreadableImage("the picture is damaged: the PNG file has a chunk without a name")
+            raise UnreadableImage("the image is damaged: the PNG file has a chunk without a name")
         is_critical = not kind[0] & 0x20
         is_whole = end + 4 <= len(data) and zlib.crc32(view[start - 4 : end]) == int.from_bytes(view[end : end + 4])
         if is_critical and not is_whole:
-            raise UnreadableImage("the picture is damaged or cut off: a chunk of the PNG file has a wrong checksum")
+            raise UnreadableImage("the image is damaged or cut off: a chunk of the PNG file has a wrong checksum")
         if is_critical and (kind not in _CRITICAL or kind in kept):
-            raise UnreadableImage(f"the picture is damaged: the PNG file has an unexpected chunk {kind!r}")
+            raise UnreadableImage(f"the image is damaged: the PNG file has an unexpected chunk {kind!r}")
         if kind == b"IDAT":
             pixels.append(view[start:end])
         elif kind in (b"IHDR", b"PLTE") and not (kind == b"PLTE" and pixels):
@@ -109,14 +91,14 @@ def keep_pixel_data(data: bytes) -> PixelData:
         elif kind == b"tRNS" and not pixels and is_whole and _is_transparency(kept, end - start):
             content.setdefault(kind, bytes(view[start:end]))
     if kind != b"IEND" or not pixels:
-        raise UnreadableImage("the picture is cut off: the PNG file has no end")
+        raise UnreadableImage("the image is cut off: the PNG file has no end")
     if _colour_type(kept) == PALETTE and b"PLTE" not in kept:
-        raise UnreadableImage("the picture is damaged: the PNG file has no palette")
+        raise UnreadableImage("the image is damaged: the PNG file has no palette")
     joined = b"".join((b"IDAT", *pixels))
     # A chunk is its length, its type and content (`joined`), and a checksum.
     body = (struct.pack(">I", len(joined) - 4), joined, struct.pack(">I", zlib.crc32(joined)))
     file = (SIGNATURE, kept[b"IHDR"], kept.get(b"PLTE", b""), *body, b"\0\0\0\0IEND\xae\x42\x60\x82")
-    return PixelData(b"".join(file), content.get(b"tRNS", b""), content.get(b"eXIf", b""))
+    return b"".join(file), content.get(b"eXIf", b""), content.get(b"tRNS", b"")
 
 
 def _colour_type(kept: dict[bytes, memoryview]) -> int:

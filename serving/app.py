@@ -1,8 +1,10 @@
-"""`create_app()`: the objects of the service, the blueprint of each protocol, and the JSON of every error."""
+"""`create_app()`: the objects of the service and its backend, the blueprints of the protocols, the JSON of errors."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,22 @@ from flask import Response, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from serving.api import monitoring
-from serving.api.flask_app import ServingApp, current_app
+from serving.api.flask_app import ServingApp, current_app, error_response, json_response
 from serving.api.open_inference import routes as open_inference
 from serving.api.predict import routes as predict
-from serving.api.responses import error_response, json_response
 from serving.api.tensorflow_serving import routes as tensorflow_serving
 from serving.api.web import routes as web
-from serving.errors import ServingError
-from serving.inference.backends import make_repository
+from serving.errors import ServingError, StartupError
+from serving.images.inspection import InspectedPredictor, inspect_images
+from serving.inference.batcher import Batcher
 from serving.inference.liveness import Liveness
+from serving.inference.local import LocalRepository
+from serving.inference.model_config import ModelConfig, ModelsFolder, has_versions, read_config_file
+from serving.inference.repository import ModelRepository
+from serving.inference.row_independence import find_dependent_signatures
+from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.service import InferenceService
+from serving.inference.signatures import Predictor
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 from serving.settings import Settings
@@ -77,6 +85,65 @@ def make_app(settings: Settings) -> ServingApp:
     app.register_error_handler(HTTPException, _http_error_response)
     app.register_error_handler(Exception, _internal_error_response)
     return app
+
+
+def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) -> ModelRepository:
+    """Make the model repository; its models are not loaded yet.
+
+    Raises:
+        StartupError: the models folder does not exist, or the model config is invalid.
+    """
+    if settings.remote:
+        from serving.inference.remote import RemoteRepository
+
+        def inspect(model: str, predictor: Predictor) -> Predictor:
+            return InspectedPredictor(metrics.time_predictor(model, predictor), settings.image_limits)
+
+        names = name_remote_models(settings)
+        return RemoteRepository(settings.remote, names, required=settings.require_models, wrap_predictor=inspect)
+
+    def batch(model: str, predictor: Predictor, unbatched: Collection[str]) -> Predictor:
+        return Batcher(
+            metrics.time_predictor(model, predictor),
+            max_batch_rows=settings.max_batch_size,
+            max_queued_rows=settings.max_queue_size,
+            concurrency=settings.concurrency,
+            liveness=liveness,
+            inspect=partial(inspect_images, settings.image_limits),
+            unbatched=unbatched,
+        )
+
+    if settings.model_config_file:
+        listed = read_config_file(settings.model_config_file)
+        configs: Callable[[], Sequence[ModelConfig]] = lambda: listed  # noqa: E731
+    else:
+        configs = ModelsFolder(settings.models_dir)
+    return LocalRepository(
+        configs,
+        required=settings.require_models,
+        load_predictor=partial(SavedModelPredictor, intra_op_threads=settings.intra_op_threads),
+        find_dependent=find_dependent_signatures,
+        wrap_predictor=batch,
+    )
+
+
+def name_remote_models(settings: Settings) -> tuple[str, ...]:
+    """Return the models to serve from the remote server: the configured names, otherwise those in the models folder.
+
+    Raises:
+        StartupError: no name is configured, and the models folder does not exist or is empty.
+    """
+    if settings.remote_models:
+        return settings.remote_models
+    try:
+        names = tuple(config.name for config in ModelsFolder(settings.models_dir)() if has_versions(config))
+        if not names:
+            raise StartupError(f"no model in {settings.models_dir}")
+        return names
+    except (OSError, StartupError) as error:
+        raise StartupError(
+            f"{settings.remote} cannot list its models: name each model with --remote-model ({error})"
+        ) from error
 
 
 def _http_error_response(error: HTTPException) -> Response | HTTPException:

@@ -29,18 +29,6 @@ HTTP_STATUS_OF_CODE = {
 class ServingError(Exception):
     """Base class of the errors in responses: `{"error": message}` over HTTP, a status over gRPC.
 
-    ServingError                  500  INTERNAL
-    +-- InvalidRequest            400  INVALID_ARGUMENT    the request is malformed or does not fit the model
-    |   +-- UnreadableImages      400  INVALID_ARGUMENT    some images of the request cannot be decoded
-    |   +-- ModelNotNamed         400  INVALID_ARGUMENT    several models are served, and the request names none
-    +-- ModelNotFound             404  NOT_FOUND           the model or version does not exist
-    +-- TooLarge                  413  RESOURCE_EXHAUSTED  the request exceeds a limit on bytes, pixels or images
-    +-- UnsupportedMedia          415  INVALID_ARGUMENT    the route does not support the body's media type
-    +-- NotReady                  503  UNAVAILABLE         the model is still being loaded
-    +-- Overloaded                503  UNAVAILABLE         load shedding: no memory or time for the request now
-    +-- ModelFailed             (any)  (any)               TensorFlow or the remote server failed
-    +-- InvalidBackendResponse    502  INTERNAL            the response of a remote server is invalid
-
     `retry_after_s` is the `Retry-After` header of the response, or None if a retry cannot succeed.
     `tensorflow_serving` is the error for TensorFlow Serving's APIs, if that server has another message or status.
     """

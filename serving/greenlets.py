@@ -56,11 +56,12 @@ class LoopGreenlets:
         self.loop = asyncio.get_running_loop()
         self.threads = threads
         self.blocking_threads = ThreadPoolExecutor(BLOCKING_THREADS, thread_name_prefix="blocking")
-        self.timeouts = Timeouts()
         self.idle: list[LoopGreenlet] = []
         self._ready: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._is_drain_due = False
         self._call_s = 0.0  # a moving average
+        self._timeouts_s: dict[Waiter, float] = {}  # when each ends, on the event loop's clock
+        self._is_check_due = False
 
     @property
     def queue_s(self) -> float:
@@ -87,7 +88,7 @@ class LoopGreenlets:
             elapsed_s = time.perf_counter() - started_s
         self._call_s += 0.1 * (elapsed_s / count - self._call_s)
         self._is_drain_due = bool(self._ready)
-        if self._ready:
+        if self._is_drain_due:
             self.loop.call_soon(self._drain)
 
     def call(self, function: Callable[..., None], *args: object) -> None:
@@ -95,6 +96,29 @@ class LoopGreenlets:
         if not self.idle:
             LoopGreenlet(self).switch()
         self.idle.pop().switch(function, args)
+
+    def add_timeout(self, waiter: Waiter, timeout_s: float) -> None:
+        """Resume a waiter after `timeout_s`, or up to TIMEOUT_STEP_S later.
+
+        One timer serves all waiters, because creating and cancelling a timer per waiter is too slow and timeouts are
+        rare.
+        """
+        self._timeouts_s[waiter] = self.loop.time() + timeout_s
+        if not self._is_check_due:
+            self._is_check_due = True
+            self.loop.call_later(TIMEOUT_STEP_S, self._check_timeouts)
+
+    def discard_timeout(self, waiter: Waiter) -> None:
+        """Remove a waiter that has resumed."""
+        self._timeouts_s.pop(waiter, None)
+
+    def _check_timeouts(self) -> None:
+        now_s = self.loop.time()
+        for waiter in [waiter for waiter, end_s in self._timeouts_s.items() if end_s <= now_s]:
+            waiter._resume()
+        self._is_check_due = bool(self._timeouts_s)
+        if self._is_check_due:
+            self.loop.call_later(TIMEOUT_STEP_S, self._check_timeouts)
 
 
 class LoopGreenlet(greenlet.greenlet):
@@ -144,56 +168,20 @@ class Waiter:
             return self._lock.acquire(timeout=-1.0 if timeout_s is None else max(0.0, timeout_s))
         if self._is_set:
             return True
-        timeouts = self._greenlet.pool.timeouts
+        pool = self._greenlet.pool
         if timeout_s is not None:
-            timeouts.add(self, timeout_s)
+            pool.add_timeout(self, timeout_s)
         assert self._greenlet.parent is not None
         self._is_waiting = True
         self._greenlet.parent.switch()
         self._is_waiting = False
         if timeout_s is not None:
-            timeouts.discard(self)
+            pool.discard_timeout(self)
         return self._is_set
-
-    def _wake(self) -> None:
-        self._is_set = True
-        self._resume()
 
     def _resume(self) -> None:
         if self._greenlet and self._is_waiting:  # else it timed out, and may wait for another event
             self._greenlet.switch()
-
-
-class Timeouts:
-    """The timeouts of an event loop's waiters; created in its thread.
-
-    One timer serves all waiters, because creating and cancelling a timer per waiter is too slow and timeouts are rare.
-    A timeout may be TIMEOUT_STEP_S late.
-    """
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._ends_s: dict[Waiter, float] = {}
-        self._is_check_due = False
-
-    def add(self, waiter: Waiter, timeout_s: float) -> None:
-        """Resume a waiter after `timeout_s`."""
-        self._ends_s[waiter] = self._loop.time() + timeout_s
-        if not self._is_check_due:
-            self._is_check_due = True
-            self._loop.call_later(TIMEOUT_STEP_S, self._check)
-
-    def discard(self, waiter: Waiter) -> None:
-        """Remove a waiter that has resumed."""
-        self._ends_s.pop(waiter, None)
-
-    def _check(self) -> None:
-        now_s = self._loop.time()
-        for waiter in [waiter for waiter, end_s in self._ends_s.items() if end_s <= now_s]:
-            waiter._resume()
-        self._is_check_due = bool(self._ends_s)
-        if self._is_check_due:
-            self._loop.call_later(TIMEOUT_STEP_S, self._check)
 
 
 def wake_all(waiters: Iterable[Waiter]) -> None:
@@ -214,7 +202,8 @@ def wake_all(waiters: Iterable[Waiter]) -> None:
 
 def _wake_group(waiters: list[Waiter]) -> None:
     for waiter in waiters:
-        waiter._wake()
+        waiter._is_set = True
+        waiter._resume()
 
 
 def call_soon(function: Callable[..., object], *args: object) -> None:
@@ -231,16 +220,14 @@ async def call_from_loop(
     *,
     greenlets: LoopGreenlets,
     in_thread: bool = False,
-    make_context: Callable[[Callable[[], bool]], RequestContext] = lambda is_cancelled: RequestContext(
-        client_disconnected=is_cancelled
-    ),
+    make_context: Callable[[Callable[[], bool]], RequestContext] = lambda cancelled: RequestContext(None, cancelled),
 ) -> R:
     """Call a blocking function from a coroutine without blocking the event loop.
 
     If the coroutine is cancelled the function continues, and the context's `client_disconnected` returns True.
 
     Args:
-        function: the function; it must not raise.
+        function: it must not raise.
         greenlets: the greenlet pool of the event loop.
         in_thread: call it in a blocking thread instead of a greenlet, because it blocks for long.
         make_context: callable(is_cancelled) that makes the request context.
@@ -272,7 +259,7 @@ def offload(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     current = greenlet.getcurrent()
     if not isinstance(current, LoopGreenlet):
         return function(*args, **kwargs)
-    return _call_in_thread(current.pool.threads, function, *args, **kwargs)
+    return wait_for(current.pool.threads.submit(function, *args, **kwargs))
 
 
 def run_blocking(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -280,11 +267,7 @@ def run_blocking(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) ->
     current = greenlet.getcurrent()
     if not isinstance(current, LoopGreenlet):
         return function(*args, **kwargs)
-    return _call_in_thread(current.pool.blocking_threads, function, *args, **kwargs)
-
-
-def _call_in_thread(threads: Executor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    return wait_for(threads.submit(function, *args, **kwargs))
+    return wait_for(current.pool.blocking_threads.submit(function, *args, **kwargs))
 
 
 def wait_for(future: Future[R]) -> R:

@@ -116,10 +116,10 @@ class RequestMemory:
 
     def try_large_body(self, size_bytes: int) -> bool:
         """Reserve memory for a large body without waiting; a failure marks the pool as contended."""
-        is_reserved = self._large.try_grow(size_bytes, is_body=True)
-        if not is_reserved:
-            self._large.pool.note_refusal()
-        return is_reserved
+        if self._large.try_grow(size_bytes, is_body=True):
+            return True
+        self._large.pool.refused_s = time.monotonic()
+        return False
 
     def shrink_body_to(self, size_bytes: int) -> None:
         """Release memory that was reserved for a large body beyond its actual size."""
@@ -172,11 +172,7 @@ class Pool:
     """A limited amount of bytes or other units, granted to reservations in first-in, first-out order.
 
     Reservations that hold units and wait for more could deadlock. When all holders wait, the youngest of them is
-    refused (503), so the oldest always makes progress.
-
-    Args:
-        what: the name of the units in error messages.
-        limit: the size of the pool.
+    refused (503), so the oldest always makes progress. `what` is the name of the units in error messages.
     """
 
     def __init__(self, what: str, limit: int = 0) -> None:
@@ -187,7 +183,7 @@ class Pool:
         self._lock = threading.Lock()
         self._queue: list[_GrowRequest] = []  # oldest first
         self._holders = 0  # reservations that hold units
-        self._refused_s = -math.inf  # last `note_refusal`
+        self.refused_s = -math.inf  # last refusal of a request that cannot wait
 
     def resize(self, limit: int, *, body_limit: int | None = None) -> None:
         """Set the size, and the part that bodies may take (default: all)."""
@@ -202,11 +198,7 @@ class Pool:
     @property
     def is_contended(self) -> bool:
         """Whether any reservation waits, or was refused within CONTENDED_AFTER_REFUSAL_S."""
-        return self.has_waiters or time.monotonic() - self._refused_s < CONTENDED_AFTER_REFUSAL_S
-
-    def note_refusal(self) -> None:
-        """Mark the pool as contended: a request that cannot wait was refused."""
-        self._refused_s = time.monotonic()
+        return self.has_waiters or time.monotonic() - self.refused_s < CONTENDED_AFTER_REFUSAL_S
 
     def reserve(self, size: int, *, deadline_s: float | None) -> Reservation:
         """Make a reservation; waits in a greenlet or thread. See `Reservation.grow`."""
@@ -234,10 +226,11 @@ class Pool:
             must_queue = any(other.is_body == is_body for other in self._queue)
             if must_queue or not self._fits(reservation, more, is_body=is_body):
                 return False
-            self._grant(reservation, more, is_body=is_body)
+            self._add(reservation, more, is_body=is_body)
             return True
 
-    def _grant(self, reservation: Reservation, more: int, *, is_body: bool) -> None:
+    def _add(self, reservation: Reservation, more: int, *, is_body: bool) -> None:
+        """Add units to a reservation, or remove them if `more` is negative."""
         self._holders += not reservation.held
         self.used += more
         reservation.held += more
@@ -262,13 +255,7 @@ class Pool:
 
     def _shrink(self, reservation: Reservation, fewer: int, *, is_body: bool) -> None:
         with self._lock:
-            self._holders -= bool(reservation.held)
-            self.used -= fewer
-            reservation.held -= fewer
-            if is_body:
-                self._bodies_used -= fewer
-                reservation.held_for_body -= fewer
-            self._holders += bool(reservation.held)
+            self._add(reservation, -fewer, is_body=is_body)
             woken = self._grant_queued()
         for request in woken:
             request.wake()
@@ -301,24 +288,22 @@ class Pool:
         """Grant what fits, oldest first, and resolve deadlocks; returns the requests to wake."""
         woken: list[_GrowRequest] = []
         while self._queue:
-            granted = self._oldest_that_fits()
-            holding = [request for request in self._queue if request.reservation.held]
-            if granted is None and holding and len(holding) == self._holders:
+            request = self._oldest_that_fits()
+            if request is None:
+                holding = [other for other in self._queue if other.reservation.held]
+                if not holding or len(holding) != self._holders:
+                    break
                 # Deadlock, all holders wait: grant one out of order, or refuse the youngest.
-                granted = next(filter(self._fits_request, holding), None)
-                if granted is None:
-                    youngest = holding[-1]
-                    self._queue.remove(youngest)
-                    self._release_all(youngest.reservation)
-                    youngest.is_refused = True
-                    woken.append(youngest)
-                    continue
-            if granted is None:
-                break
-            self._queue.remove(granted)
-            self._grant(granted.reservation, granted.more, is_body=granted.is_body)
-            granted.is_granted = True
-            woken.append(granted)
+                request = next(filter(self._fits_request, holding), None)
+            if request is None:
+                request = holding[-1]
+                self._release_all(request.reservation)
+                request.is_refused = True
+            else:
+                self._add(request.reservation, request.more, is_body=request.is_body)
+                request.is_granted = True
+            self._queue.remove(request)
+            woken.append(request)
         return woken
 
     def _oldest_that_fits(self) -> _GrowRequest | None:
@@ -345,12 +330,7 @@ class Reservation:
         return self.pool._try_grow(self, more, is_body=is_body)
 
     def grow(self, more: int, *, is_body: bool, deadline_s: float | None) -> None:
-        """Reserve more; waits in a greenlet or thread.
-
-        Args:
-            more: units to add.
-            is_body: they are for the body of a request.
-            deadline_s: a `time.monotonic()` timestamp; None: no deadline.
+        """Reserve more; waits in a greenlet or thread, until `deadline_s` on the clock of `time.monotonic()`.
 
         Raises:
             TooLarge: the pool is smaller than the reservation would be.
@@ -404,9 +384,8 @@ class Reservation:
 
     def release(self) -> None:
         """Release everything."""
-        if not self.held:
-            return
-        self.pool._release(self)
+        if self.held:
+            self.pool._release(self)
 
     def __enter__(self) -> Self:
         return self

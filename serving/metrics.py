@@ -10,18 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 
 import numpy as np
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from serving.errors import HTTP_STATUS_OF_CODE
 from serving.greenlets import lower_priority, wait_for
 from serving.inference.repository import ModelRepository
 from serving.inference.signatures import Predictor, Signature
@@ -29,23 +23,11 @@ from serving.memory import MemoryBudget
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+CALL_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TFS_MICROSECONDS = tuple(10 * 1.8**step for step in range(33))
 
-# The status labels of TensorFlow Serving, from the HTTP statuses it maps them to (http_server.cc).
-TFS_STATUS = {
-    200: "OK",
-    400: "INVALID_ARGUMENT",
-    401: "UNAUTHENTICATED",
-    403: "PERMISSION_DENIED",
-    404: "NOT_FOUND",
-    409: "ABORTED",
-    413: "RESOURCE_EXHAUSTED",
-    429: "RESOURCE_EXHAUSTED",
-    499: "CANCELLED",
-    501: "UNIMPLEMENTED",
-    503: "UNAVAILABLE",
-    504: "DEADLINE_EXCEEDED",
-}
+# The status label of TensorFlow Serving for each HTTP status; of several codes, the first is the status's own.
+TFS_STATUS = {200: "OK", 413: "RESOURCE_EXHAUSTED", **{s: code for code, s in reversed(HTTP_STATUS_OF_CODE.items())}}
 
 
 class Metrics:
@@ -55,54 +37,26 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        self.in_flight = Gauge("serving_requests_in_flight", "In-flight requests.", registry=self._registry)
-        requests = Counter(
-            "serving_requests",
-            "Completed requests.",
-            ["route", "model", "status"],
-            registry=self._registry,
+        registry = self._registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        counter = partial(Counter, registry=registry)
+        histogram = partial(Histogram, buckets=SECONDS, registry=registry)
+        self.in_flight = Gauge("serving_requests_in_flight", "In-flight requests.", registry=registry)
+        requests = counter("serving_requests", "Completed requests.", ["route", "model", "status"])
+        request_seconds = histogram(
+            "serving_request_seconds", "Time from a request's headers to its response.", ["route"]
         )
-        request_seconds = Histogram(
-            "serving_request_seconds",
-            "Time from a request's headers to its response.",
-            ["route"],
-            buckets=SECONDS,
-            registry=self._registry,
+        self._decode_seconds = histogram("serving_decode_seconds", "Time to decode one uploaded image.")
+        self._predict_seconds = histogram("serving_predict_seconds", "Time of one model call.", ["model", "signature"])
+        self._rows = counter("serving_predicted_rows", "Predicted rows: for an image classifier, images.", ["model"])
+        self._call_rows = histogram(
+            "serving_call_rows", "Batch size: rows in one model call.", ["model"], buckets=CALL_ROWS
         )
-        self._decode_seconds = Histogram(
-            "serving_decode_seconds",
-            "Time to decode one uploaded image.",
-            buckets=SECONDS,
-            registry=self._registry,
-        )
-        self._predict_seconds = Histogram(
-            "serving_predict_seconds",
-            "Time of one model call.",
-            ["model", "signature"],
-            buckets=SECONDS,
-            registry=self._registry,
-        )
-        self._rows = Counter(
-            "serving_predicted_rows",
-            "Predicted rows: for an image classifier, images.",
-            ["model"],
-            registry=self._registry,
-        )
-        self._call_rows = Histogram(
-            "serving_call_rows",
-            "Batch size: rows in one model call.",
-            ["model"],
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-            registry=self._registry,
-        )
-        tfs_latency = Histogram(
+        tfs_latency = histogram(
             ":tensorflow:serving:request_latency",
             "Time from a request's headers to its response, in microseconds.",
             ["model_name", "API", "entrypoint"],
             buckets=TFS_MICROSECONDS,
-            registry=self._registry,
         )
         self._requests = cache(requests.labels)
         self._request_seconds = cache(request_seconds.labels)
@@ -168,13 +122,10 @@ class Metrics:
 class _TimedPredictor:
     def __init__(self, inner: Predictor, model: str, seconds: Histogram, rows: Counter, call_rows: Histogram) -> None:
         self._inner = inner
+        self.signatures: Mapping[str, Signature] = inner.signatures
         self._rows = rows.labels(model)
         self._call_rows = call_rows.labels(model)
         self._seconds = cache(partial(seconds.labels, model))
-
-    @property
-    def signatures(self) -> Mapping[str, Signature]:
-        return self._inner.signatures
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
@@ -195,32 +146,27 @@ class _RepositoryCollector(Collector):
         self._repository = repository
 
     def collect(self) -> Iterable[Metric]:
-        states = GaugeMetricFamily(
-            "serving_model_version_state",
-            "1 for the state that a version of a model is in.",
-            labels=["model", "version", "state"],
+        gauge, of = GaugeMetricFamily, ["model", "version"]
+        ready = gauge("serving_ready", "1 if all required models, and at least one model, are available.")
+        states = gauge(
+            "serving_model_version_state", "1 for the state that a version of a model is in.", labels=[*of, "state"]
         )
-        warmups = GaugeMetricFamily(
-            "serving_warmup_records",
-            "Warm-up records replayed when the version was loaded.",
-            labels=["model", "version"],
-        )
-        errors = GaugeMetricFamily(
+        errors = gauge(
             "serving_model_version_error",
             "1 for a version that could not be loaded, with TensorFlow's error code.",
-            labels=["model", "version", "code"],
+            labels=[*of, "code"],
         )
-        warnings = GaugeMetricFamily(
+        warnings = gauge(
             "serving_model_version_warning",
             "1 for a version that is served with a limitation: model_info, warmup, dependent_rows or folder.",
-            labels=["model", "version", "kind"],
+            labels=[*of, "kind"],
         )
-        folders = GaugeMetricFamily(
+        folders = gauge(
             "serving_folder_unreadable",
             "1 for an unreadable model folder; an empty model means the models folder.",
             labels=["model"],
         )
-        ready = GaugeMetricFamily("serving_ready", "1 if all required models, and at least one model, are available.")
+        warmups = gauge("serving_warmup_records", "Warm-up records replayed when the version was loaded.", labels=of)
         ready.add_metric([], float(self._repository.ready))
         for version in self._repository.all_versions():
             labels = [version.name, str(version.version)]

@@ -15,14 +15,7 @@ logger = logging.getLogger("serving")
 
 
 class ModelWatcher:
-    """Loads the models of a repository in a thread, and keeps them up to date.
-
-    Args:
-        repository: the models.
-        memory: adapted to what the models leave.
-        liveness: reports unhealthy when the thread ends.
-        poll_interval_s: time between two polls.
-    """
+    """Loads the models of a repository in a thread, keeps them up to date, and adapts the memory budget to them."""
 
     def __init__(
         self, repository: ModelRepository, memory: MemoryBudget, liveness: Liveness, *, poll_interval_s: float

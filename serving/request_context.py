@@ -17,16 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)  # frozen dataclasses are slower to create
 class RequestContext:
-    """The context of one request.
+    """The context of one request."""
 
-    Args:
-        deadline_s: a `time.monotonic()` timestamp after which the response is useless; None: no deadline.
-        client_disconnected: returns True once the client has closed its connection, so the request can be dropped.
-        memory: the request's part of the memory budget; released by the protocol after the response. None: unlimited.
-    """
-
+    # A `time.monotonic()` timestamp after which the response is useless; None: no deadline.
     deadline_s: float | None = None
+    # Returns True once the client has closed its connection, so the request can be dropped.
     client_disconnected: Callable[[], bool] = lambda: False
+    # The request's part of the memory budget; released by the protocol after the response. None: unlimited.
     memory: RequestMemory | None = None
 
     def reserve(self, size_bytes: int) -> None:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from serving.api.flask_app import URGENT_PATHS, ServingApp
-from serving.app import make_app
+from serving.app import make_app, name_remote_models
 from serving.errors import StartupError
 from serving.http.protocol import SharedState
-from serving.http.server import listen, run_http_server
-from serving.inference.backends import name_remote_models
+from serving.http.server import Server as HttpServer
+from serving.http.server import listen
 from serving.inference.model_config import ModelsFolder
 from serving.memory import TRIM_BYTES, MemoryBudget
 from serving.process import SWITCH_INTERVAL_S, configure_metrics, exit_process
@@ -107,7 +107,7 @@ class _ServerRun:
         # HTTP responds before the models are loaded: alive, and not ready. gRPC does as soon as TensorFlow is imported.
         app.watcher.start(before_load=self._start_grpc, on_error=_give_up)
         threading.Thread(target=watch_memory, args=(app.memory,), name="memory", daemon=True).start()
-        run_http_server(
+        http_server = HttpServer(
             lambda: SharedState(
                 app,
                 app.memory,
@@ -117,21 +117,17 @@ class _ServerRun:
                 access_log=settings.access_log,
                 urgent_paths=URGENT_PATHS,
             ),
-            self._listener,
             max_connections=settings.max_connections,
             drain_timeout_s=settings.drain_timeout_s,
             on_stop=self._is_stopping.set,
             on_second_signal=lambda number: exit_process(128 + number),
         )
+        http_server.run(sockets=[self._listener])
         if self._grpc_server is not None:
             self._grpc_server.stop(grace_s=settings.drain_timeout_s)
 
     def _start_grpc(self) -> None:
-        """Start the gRPC server; it shuts down when the HTTP server begins to.
-
-        Raises:
-            StartupError: the port cannot be listened on.
-        """
+        """Start the gRPC server; it shuts down when the HTTP server begins to. Raises StartupError for the port."""
         app, settings = self._app, self._settings
         if not settings.grpc_port:
             return

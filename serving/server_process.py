@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from serving.errors import StartupError
@@ -41,7 +40,7 @@ class Server:
         self._start_timeout_s = start_timeout_s
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
-        free = _free_ports(2)
+        free = free_ports(2)
         self._rest_port = int(options.pop("rest_port", free[0]))
         self._grpc_port = int(options.pop("grpc_port", free[1]))
 
@@ -99,9 +98,7 @@ class Server:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _command(self) -> list[str]:
@@ -121,30 +118,27 @@ class Server:
         assert self._process is not None
         deadline_s = time.monotonic() + self._start_timeout_s
         while not self._is_ready():
-            code = self._process.poll()
-            if code is not None:
-                raise StartupError(f"the server ended with {code}; its log:\n{self._log_end()}")
-            if time.monotonic() > deadline_s:
-                raise StartupError(
-                    f"the server was not ready after {self._start_timeout_s:g} s; its log:\n{self._log_end()}"
-                )
+            problem = ""
+            if (code := self._process.poll()) is not None:
+                problem = f"the server ended with {code}"
+            elif time.monotonic() > deadline_s:
+                problem = f"the server was not ready after {self._start_timeout_s:g} s"
+            if problem:
+                end = "\n".join(self.log.splitlines()[-_LOG_LINES:])
+                raise StartupError(f"{problem}; its log:\n{end}")
             time.sleep(_POLL_S)
 
     def _is_ready(self) -> bool:
         with contextlib.suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPConnection("127.0.0.1", self._rest_port, timeout=5)
-            try:
+            with contextlib.closing(connection):
                 connection.request("GET", "/readyz")
                 return connection.getresponse().status == 200
-            finally:
-                connection.close()
         return False
 
-    def _log_end(self) -> str:
-        return "\n".join(self.log.splitlines()[-_LOG_LINES:])
 
-
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of the loopback address on which nothing listens."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

@@ -14,8 +14,6 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # Those that this process may use; macOS only tells how many there are.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-# They parse and decode; requests wait for the model without a thread.
-DEFAULT_THREADS = CORES
 MIN_MEMORY_BUDGET = 16 * 1024 * 1024
 
 
@@ -36,7 +34,7 @@ class Settings:
     host: str = "127.0.0.1"
     rest_port: int = 8501
     grpc_port: int = 8500  # 0: none
-    threads: int = DEFAULT_THREADS
+    threads: int = CORES  # they parse and decode; requests wait for the model without a thread
     concurrency: int = CORES
     intra_op_threads: int = 1
     max_batch_size: int = 64

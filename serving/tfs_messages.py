@@ -13,7 +13,7 @@ from tensorflow.core.protobuf import error_codes_pb2
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 
 from serving.inference.repository import ModelVersion, VersionStatus
-from serving.inference.signatures import Signature, TensorSpec
+from serving.inference.signatures import TensorSpec
 from serving.inference.tensor_proto import write_tensor
 
 
@@ -33,17 +33,14 @@ def make_signature_defs(version: ModelVersion) -> Any:
     """Return the SignatureDefMap of a model version."""
     described = get_model_metadata_pb2.SignatureDefMap()
     for signature in version.predictor.signatures.values():
-        _fill_signature(described.signature_def[signature.name], signature)
+        definition = described.signature_def[signature.name]
+        definition.method_name = signature.method_name
+        for tensors, specs in ((definition.inputs, signature.inputs), (definition.outputs, signature.outputs)):
+            for spec in specs.values():
+                _fill_tensor_info(tensors[spec.name], spec)
+        for name, array in signature.defaults.items():
+            write_tensor(definition.defaults[name], array, dtype_name=signature.inputs[name].dtype)
     return described
-
-
-def _fill_signature(definition: Any, signature: Signature) -> None:
-    definition.method_name = signature.method_name
-    for tensors, specs in ((definition.inputs, signature.inputs), (definition.outputs, signature.outputs)):
-        for spec in specs.values():
-            _fill_tensor_info(tensors[spec.name], spec)
-    for name, array in signature.defaults.items():
-        write_tensor(definition.defaults[name], array, dtype_name=signature.inputs[name].dtype)
 
 
 def _fill_tensor_info(info: Any, spec: TensorSpec) -> None:

@@ -48,12 +48,27 @@ def test_sizes_and_the_name_are_handed_on(project: Path) -> None:
     assert not {"--image-size", "--batch-size", "--data", "--name"} & set(make(project, "train"))
 
 
+def test_backbone_and_weights_are_handed_on(project: Path) -> None:
+    given = options(make(project, "train", "VARIANT=transfer", "BACKBONE=EfficientNetV2B0", f"WEIGHTS={AWKWARD}"))
+    assert (given["--backbone"], given["--weights"]) == ("EfficientNetV2B0", AWKWARD)
+    assert not {"--backbone", "--weights"} & set(make(project, "train"))
+    assert options(make(project, "train", "RESUME=run", "WEIGHTS=small.h5"))["--weights"] == "small.h5"
+
+
 def test_paths_may_hold_any_characters(project: Path) -> None:
     given = options(make(project, "train", "DATASET=folder", f"DATA={AWKWARD}", f"MODELS=models {AWKWARD}"))
     assert (given["--data"], given["--models-dir"]) == (AWKWARD, f"models {AWKWARD}")
     assert options(make(project, "train", f"RESUME={AWKWARD}"))["--resume"] == AWKWARD
     assert options(make(project, "serve", f"MODELS={AWKWARD}"))["--models-dir"] == AWKWARD
     assert make(project, "predict", f"IMAGE={AWKWARD}")[-1] == AWKWARD
+
+
+def test_the_model_to_convert_is_handed_on(project: Path) -> None:
+    given = make(project, "convert", f"MODEL=models/{AWKWARD}", "TO=onnx", f"OUTPUT={AWKWARD}")
+    assert (options(given)["--to"], options(given)["--output"], given[-1]) == ("onnx", AWKWARD, f"models/{AWKWARD}")
+    assert "--output" not in make(project, "convert", "MODEL=models/pets", "TO=litert")
+    done = subprocess.run(["make", "convert", "TO=onnx"], cwd=project, capture_output=True, text=True, check=False)
+    assert "name a model and a format: make convert MODEL=models/pets TO=onnx" in done.stderr
 
 
 def test_the_model_to_query_is_handed_on(project: Path) -> None:

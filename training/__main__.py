@@ -1,4 +1,4 @@
-"""Command line: `python -m training train | evaluate | export | import | samples`."""
+"""Command line: `python -m training train | evaluate | export | import | convert | samples`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from training.command_options import FOLDER, ImageSize, models_options
+from training.command_options import FOLDER, ImageSize, models_options, signature_options
 from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, VARIANTS, TrainingConfig
+from training.converter.convert import FORMATS, convert_model
 from training.data import load_dataset
 from training.errors import RunError, StorageFullError, TrainingError
 from training.importer.command import import_command
+from training.models.backbones import BACKBONES, DEFAULT_BACKBONE
 from training.models.presets import PRESETS
+from training.models.recipes import RECIPES
 from training.shell_command import format_command
 from training.storage import is_full
 
 if TYPE_CHECKING:
     from training.run_dir import RunDir
-    from training.trainer import BestModel, TrainingResult
+    from training.trainer import TrainingResult
 
 # TensorFlow takes seconds to import, so the commands import what needs it after checking their arguments.
 
@@ -38,8 +41,11 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def _default(name: str) -> str:
-    presets = ", ".join(f"{_by_dtype(getattr(preset, name))} for {key}" for key, preset in PRESETS.items())
-    return f"[default: {getattr(_DEFAULTS, name)}; {presets}]"
+    others = [f"{_by_dtype(getattr(preset, name))} for {key}" for key, preset in PRESETS.items()]
+    for variant, recipe in RECIPES.items():
+        if not recipe.presets and name in (own := recipe.defaults(preset=None, dtype=None)):
+            others.append(f"{own[name]} for {variant}")
+    return f"[default: {getattr(_DEFAULTS, name)}; {', '.join(others)}]"
 
 
 def _by_dtype(value: Any) -> str:
@@ -52,7 +58,7 @@ def _choice(name: str, choices: Sequence[str], text: str) -> Callable[[_Command]
 
 
 def _data_options(command: _Command) -> _Command:
-    size = "Resize all images.  [default: their own size; 96x96 if sizes differ or are large]"
+    size = "Resize all images.  [default: their own size; 96x96, transfer 160x160, if sizes differ or are large]"
     command = click.option("--image-size", type=ImageSize(), help=size)(command)
     command = click.option("--data", type=click.Path(path_type=Path), help="Path of the archive or folder.")(command)
     text = "cifar10; shapes (drawn by this program, needs no data); or a folder of images by class."
@@ -73,12 +79,19 @@ def main() -> None:
 @_choice(
     "--variant",
     VARIANTS,
-    "The article's network, as Sequential or as a subclass of Model; or airbench, which trains fast and augments its "
-    "images by flips and shifts.",
+    "The article's network, as Sequential or as a subclass of Model; airbench, which trains fast and augments its "
+    "images by flips and shifts; or transfer, a head on a frozen pretrained backbone.",
 )
 @click.option(
     "--preset", type=click.Choice(list(PRESETS)), help="Size and training time of airbench.  [default: quick]"
 )
+@click.option("--backbone", type=click.Choice(list(BACKBONES)), help=f"Of transfer.  [default: {DEFAULT_BACKBONE}]")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="File with the backbone's weights, written by Keras.  [default: the official file in ~/.keras/models]",
+)
+@click.option("--weights-sha256", help="Expected checksum of that file.")
 @_choice("--loop", LOOPS, "Keras's fit, or a custom loop with GradientTape.")
 @_choice("--conv-activation", CONV_ACTIVATIONS, "Of the article's network; linear is its Sequential listing.")
 @click.option("--epochs", type=click.IntRange(1), help=_default("epochs"))
@@ -105,11 +118,12 @@ def main() -> None:
 @click.option(
     "--resume",
     type=FOLDER,
-    help="Continue the run in this directory with its own settings. --epochs sets a new total, --data a new path of "
-    "the same data.",
+    help="Continue the run in this directory with its own settings. --epochs sets a new total, --data and "
+    "--weights a new path of the same files.",
 )
 @click.option("--export/--no-export", default=True, help="Export the best checkpoint.")
 @models_options("the dataset's")
+@signature_options
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -120,6 +134,8 @@ def train(
     export: bool,
     models_dir: Path,
     name: str | None,
+    default_outputs: str,
+    explain: bool,
     **config_values: Any,
 ) -> None:
     """Train a model, evaluate its best checkpoint on the test images, write a report, export it."""
@@ -134,16 +150,21 @@ def train(
             for parameter, value in {**config_values, "run": run_path}.items()
             if ctx.get_parameter_source("run_path" if parameter == "run" else parameter) is ParameterSource.COMMANDLINE
         }
-        if fixed := [f"--{parameter.replace('_', '-')}" for parameter in given if parameter not in ("data", "epochs")]:
+        changeable = ("data", "epochs", "weights")
+        if fixed := [f"--{parameter.replace('_', '-')}" for parameter in given if parameter not in changeable]:
             raise click.UsageError(f"--resume continues a run with its own settings: leave out {', '.join(fixed)}")
         run = RunDir.open(resume)
-        config = dataclasses.replace(run.read_config(), **given)
+        try:
+            config = dataclasses.replace(run.read_config(), **given)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
     else:
         run = None
         try:
             config = TrainingConfig.fill_in(**config_values)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
+        config = config.recipe.complete(config)
     dataset = load_dataset(config)
     if export:
         exported_name = name or (run.read_dataset().name if run and run.has_dataset() else dataset.name)
@@ -165,9 +186,13 @@ def train(
     if not export:
         return
     try:
-        _export(run, models_dir=models_dir, name=name, best=result.best)
+        _export(
+            run, models_dir=models_dir, name=name, best=result.best, default_outputs=default_outputs, explain=explain
+        )
     except BaseException:
-        again = format_command("export", run.path, "--models-dir", models_dir, *(["--name", name] if name else []))
+        options: list[str | Path] = ["--models-dir", models_dir, *(["--name", name] if name else [])]
+        options += ["--default-outputs", default_outputs] if default_outputs != "all" else []
+        again = format_command("export", run.path, *options, *(["--explain"] if explain else []))
         click.echo(f"{run.path} is trained and evaluated, but not exported. Export it:  {again}", err=True)
         raise
 
@@ -194,14 +219,28 @@ def evaluate(run_path: Path, *, data: Path | None, mirror: bool) -> None:
 @main.command()
 @click.argument("run_path", metavar="RUN", type=FOLDER)
 @models_options("the dataset's")
+@signature_options
 @click.option(
     "--mirror", is_flag=True, help="Export with horizontal-flip test-time augmentation, at twice the computation."
 )
-def export(run_path: Path, *, models_dir: Path, name: str | None, mirror: bool) -> None:
+def export(run_path: Path, **options: Any) -> None:
     """Export the best checkpoint of a past RUN as the next version of a model."""
     from training.run_dir import RunDir
 
-    _export(RunDir.open(run_path), models_dir=models_dir, name=name, mirror=mirror)
+    _export(RunDir.open(run_path), **options)
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.option("--to", type=click.Choice(list(FORMATS)), required=True, help="The format: ONNX, or LiteRT's .tflite.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file to write.  [default: models/NAME/NAME-VERSION with the format's suffix]",
+)
+def convert(model: Path, *, to: str, output: Path | None) -> None:
+    """Convert an exported MODEL, models/NAME or models/NAME/VERSION, for another runtime, and verify the result."""
+    click.echo(f"converted      {convert_model(model, to=to, output=output)}")
 
 
 main.add_command(import_command)
@@ -213,7 +252,7 @@ main.add_command(import_command)
 @click.option("--per-class", type=click.IntRange(1), default=1, help="Images of each class.")
 def samples(folder: Path, *, per_class: int, **config_values: Any) -> None:
     """Write some test images of a dataset into FOLDER, as PNG files named by their class."""
-    from training.data.samples import write_samples
+    from training.data.dataset import write_samples
 
     paths = write_samples(load_dataset(TrainingConfig(**config_values)), folder, per_class=per_class)
     click.echo(f"wrote {len(paths)} images into {folder}")
@@ -243,12 +282,10 @@ def _show_checkpoint(run: RunDir) -> None:
     )
 
 
-def _export(
-    run: RunDir, *, models_dir: Path, name: str | None, mirror: bool = False, best: BestModel | None = None
-) -> None:
+def _export(run: RunDir, **options: Any) -> None:
     from training.exporter.publish import export_run
 
-    click.echo(f"exported       {export_run(run, models_dir=models_dir, name=name, mirror=mirror, best=best)}")
+    click.echo(f"exported       {export_run(run, **options)}")
 
 
 def run_command_line() -> int:
@@ -257,7 +294,7 @@ def run_command_line() -> int:
     # oneDNN convolutions are the default only with AVX-512 VNNI, but twice as fast on other CPUs too.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for quiet in ("absl", "httpx", "tensorflow"):
+    for quiet in ("absl", "httpx", "matplotlib", "tensorflow"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

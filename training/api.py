@@ -34,6 +34,7 @@ def train(
         The run on disk, its best model in float32, and the metrics on the test images.
 
     Raises:
+        WeightsError: the weights of the backbone are missing, damaged or of another network.
         DatasetError: the data is missing, damaged or too small.
         RunError: `run_dir` contains a run already.
         MemoryTooSmallError: images and network do not fit into memory.
@@ -50,6 +51,7 @@ def train(
         >>> result.best.model(dataset.test.images[:2]).shape  # probabilities, float32 (n, classes)
         TensorShape([2, 10])
     """
+    config = config.recipe.complete(config)
     dataset = dataset or load_dataset(config)
     check_memory(config, dataset)
     check_free_space(config, dataset, run_folder=Path(run_dir or "runs"), models_dir=None)
@@ -88,6 +90,8 @@ def export(
     *,
     name: str | None = None,
     mirror: bool = False,
+    default_outputs: str = "all",
+    explain: bool = False,
     labels: Sequence[str] | Path | str | None = None,
     data: Path | str | None = None,
     input_scale: str | None = None,
@@ -100,7 +104,7 @@ def export(
 
     The signature `serving_default` takes `images` uint8 (n, height, width, 3), raw pixels 0-255; `image_bytes` takes
     encoded JPEG or PNG images, string (n,). Both return `probabilities` float32 (n, classes), `class_id` int64 (n,)
-    and `label` string (n,).
+    and `label` string (n,). `probabilities` takes `images` and returns nothing else.
 
     Args:
         source: directory of an evaluated run, whose best checkpoint is exported; or a model: a `.keras` or `.h5` file,
@@ -109,6 +113,8 @@ def export(
         models_dir: folder of all models.
         name: of the model; by default that of the run's dataset, of the file or of the Keras model.
         mirror: of a run: export with horizontal-flip test-time augmentation; it must be evaluated with it.
+        default_outputs: what `serving_default` returns: "all", or the "probabilities" alone.
+        explain: add the signature `explain`: `images` to `heat_map` float32 (n, height, width), from 0 to 1.
         labels: of a model, in the order of its outputs: a sequence, a file, or text as for `--labels`. By default the
             class names of `data`.
         data: of a model: a folder of labelled images that show its input scale, calibrate and evaluate it.
@@ -126,15 +132,18 @@ def export(
         RunError: there is no run, or it has no checkpoint or evaluation.
         ModelError: the model cannot be served, or what cannot be inferred was not given.
         DatasetError: the data is missing or damaged.
-        ExportError: the name is invalid, or the outputs of the exported model differ from the trained model's.
+        ExportError: the name is invalid, heat maps cannot be computed, or the outputs of the exported model differ from
+            the trained model's.
         StorageFullError: the disk is full.
+        ValueError: `default_outputs` is unknown.
 
     Example:
         >>> from training import export
         >>> export("runs/shapes", "models").as_posix()
         'models/shapes/1'
     """
-    options = {
+    signatures: Any = {"default_outputs": default_outputs, "explain": explain}
+    options: Any = {
         "labels": labels,
         "data": data and Path(data),
         "input_scale": input_scale,
@@ -146,10 +155,12 @@ def export(
     if not _is_model(source):
         if given := [option for option, value in options.items() if value is not None]:
             raise RunError(f"{source} is no model but a run, which has them already: leave out {', '.join(given)}")
-        return export_run(RunDir.open(Path(source)), models_dir=Path(models_dir), name=name, mirror=mirror)
+        return export_run(
+            RunDir.open(Path(source)), models_dir=Path(models_dir), name=name, mirror=mirror, **signatures
+        )
     if mirror:
         raise ModelError("mirror is for runs, which can be evaluated with it: leave it out for a model")
-    return import_model(source, models_dir=Path(models_dir), name=name, tell=_log, **options)
+    return import_model(source, models_dir=Path(models_dir), name=name, tell=_log, **signatures, **options)
 
 
 def _is_model(source: Any) -> bool:

@@ -56,16 +56,12 @@ class TrainingState:
     content_hash: str | None = None
 
     def to_json(self) -> str:
-        """Return the state as JSON."""
+        """Return the state as JSON, for `from_json`."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TrainingState:
-        """Parse the output of `to_json`.
-
-        Raises:
-            ValueError, KeyError, TypeError: the JSON is invalid.
-        """
+        """Parse the output of `to_json`; invalid JSON raises ValueError, KeyError or TypeError."""
         values = json.loads(text)
         # Best checkpoints of earlier versions contain only the metrics of their epoch.
         history = values.get("history") or [values]
@@ -187,21 +183,15 @@ def restore_best(folder: Path, model: keras.Model) -> TrainingState | None:
     Raises:
         RunError: no checkpoint is complete, or they were written for another model.
     """
-    best = _find_best(folder)
-    if best is None:
-        return None
-    _assign(best, best.weights, model.variables, "model")
-    return best.state
+    if best := _find_best(folder):
+        _assign(best, best.weights, model.variables, "model")
+    return best.state if best else None
 
 
 def read_best_state(folder: Path) -> TrainingState | None:
-    """Return the state that `restore_best` returns, without a model.
-
-    Raises:
-        RunError: no checkpoint is complete.
-    """
+    """Return the state that `restore_best` returns, without a model."""
     best = _find_best(folder)
-    return None if best is None else best.state
+    return best.state if best else None
 
 
 def _find_best(folder: Path) -> _Checkpoint | None:

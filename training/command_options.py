@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from training.exporter.signatures import DEFAULT_OUTPUTS
+
 FOLDER = click.Path(path_type=Path, file_okay=False)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -34,3 +36,11 @@ def models_options(default_name: str) -> Callable[[_Command], _Command]:
         return click.option("--name", help=f"Name of the exported model.  [default: {default_name}]")(command)
 
     return decorate
+
+
+def signature_options(command: _Command) -> _Command:
+    """Add `--default-outputs` and `--explain`."""
+    text = "What serving_default returns; clients that take the argmax of a row need probabilities alone."
+    outputs = click.option("--default-outputs", type=click.Choice(DEFAULT_OUTPUTS), default="all", help=text)
+    text = "Add the signature explain: heat maps of the predicted class (Grad-CAM)."
+    return outputs(click.option("--explain", is_flag=True, help=text)(command))

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.models.recipes import RECIPES, Recipe
+from training.models.recipe import Recipe
+from training.models.recipes import RECIPES
 
 DATASETS = ("cifar10", "shapes", "folder")
 VARIANTS = tuple(RECIPES)
 LOOPS = ("fit", "custom")
 CONV_ACTIVATIONS = ("relu", "linear")
 DTYPES = ("float32", "mixed_bfloat16")
-# May differ when a run is resumed. The data is compared by its content.
-CHANGEABLE = frozenset({"data", "epochs", "tensorboard"})
+# May differ when a run is resumed. Data and weights are compared by their content.
+CHANGEABLE = frozenset({"data", "epochs", "tensorboard", "weights"})
+_PATHS = ("data", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,9 @@ class TrainingConfig:
         image_size: (height, width) in pixels to resize all images to; `None` keeps small images of equal size.
         variant: the model, one of `VARIANTS`.
         preset: of airbench, one of `PRESETS`; `None` for other variants.
+        backbone: of transfer, one of `BACKBONES`; `None` for other variants.
+        weights: file with the weights of the backbone; `None` searches Keras's cache.
+        weights_sha256: expected checksum of that file, in hexadecimal digits; `None` accepts any.
         loop: the training loop, one of `LOOPS`.
         conv_activation: after each convolution of the article's network, one of `CONV_ACTIVATIONS`.
         epochs: passes over the training images.
@@ -52,6 +57,9 @@ class TrainingConfig:
     image_size: tuple[int, int] | None = None
     variant: str = "sequential"
     preset: str | None = None
+    backbone: str | None = None
+    weights: Path | None = None
+    weights_sha256: str | None = None
     loop: str = "fit"
     conv_activation: str = "relu"
     epochs: int = 10
@@ -75,13 +83,17 @@ class TrainingConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        if self.recipe.presets and self.preset not in self.recipe.presets:
-            raise ValueError(
-                f"preset must be one of {', '.join(self.recipe.presets)} for the variant {self.variant}; "
-                f"got {self.preset!r}"
-            )
-        if not self.recipe.presets and self.preset is not None:
-            raise ValueError(f"preset must be left out for the variant {self.variant}; got {self.preset!r}")
+        for name, known in (("preset", self.recipe.presets), ("backbone", self.recipe.backbones)):
+            value = getattr(self, name)
+            if known and value not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)} for the variant {self.variant}; got {value!r}"
+                )
+            if not known and value is not None:
+                raise ValueError(f"{name} must be left out for the variant {self.variant}; got {value!r}")
+        for name in ("weights", "weights_sha256"):
+            if not self.recipe.backbones and getattr(self, name) is not None:
+                raise ValueError(f"{name} must be left out for the variant {self.variant}; they are of a backbone")
         if self.dtype not in self.recipe.dtypes:
             raise ValueError(
                 f"dtype must be {' or '.join(self.recipe.dtypes)} for the variant {self.variant}; got {self.dtype!r}"
@@ -118,7 +130,7 @@ class TrainingConfig:
     def to_json(self) -> str:
         """Return the config as JSON."""
         values = dataclasses.asdict(self)
-        values["data"] = None if self.data is None else str(self.data)
+        values |= {name: str(values[name]) for name in _PATHS if values[name] is not None}
         return json.dumps(values, indent=2) + "\n"
 
     @classmethod
@@ -134,8 +146,7 @@ class TrainingConfig:
             raise ValueError(f"expected a JSON object with the fields {', '.join(sorted(fields))}")
         for field in dataclasses.fields(cls):
             _check_type(field, values.get(field.name, field.default))
-        if values.get("data") is not None:
-            values["data"] = Path(values["data"])
+        values |= {name: Path(values[name]) for name in _PATHS if values.get(name) is not None}
         if values.get("image_size") is not None:
             values["image_size"] = tuple(values["image_size"])
         return cls(**values)

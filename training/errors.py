@@ -8,6 +8,7 @@ class TrainingError(Exception):
 
     TrainingError                 1
     +-- DatasetError              1   the data is missing, damaged or unusable
+    +-- WeightsError              1   the weights of a backbone are missing, damaged or of another network
     +-- RunError                  1   a run directory is missing, in use or invalid
     +-- MemoryTooSmallError       1   the data and the network do not fit into memory
     +-- ModelError                1   a model cannot be imported
@@ -23,6 +24,10 @@ class TrainingError(Exception):
 
 class DatasetError(TrainingError):
     """The data is missing, damaged or unusable; the message names the file or class."""
+
+
+class WeightsError(TrainingError):
+    """The weights of a backbone are missing, damaged or of another network; the message says which file is expected."""
 
 
 class RunError(TrainingError):

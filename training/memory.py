@@ -27,22 +27,28 @@ def require_memory(needed_bytes: int, purpose: str, *, advice: str) -> None:
 
 def network_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
     """Return the approximate memory for training: weights, optimizer variables, and the features of a batch."""
-    weights, features = config.recipe.size(config, input_shape, classes=classes)
-    gradients = weights
-    return _FLOAT * (config.recipe.values_per_weight * weights + gradients + config.batch_size * features)
+    size = config.recipe.size(config, input_shape, classes=classes)
+    gradients = size.weights
+    weights = config.recipe.values_per_weight * size.weights + size.frozen
+    return _FLOAT * (weights + gradients + config.batch_size * size.features)
+
+
+def cache_bytes(config: TrainingConfig, images: int, input_shape: tuple[int, int, int], *, classes: int) -> int:
+    """Return the size of the features that are kept of the training images, in memory and in the run directory."""
+    return _FLOAT * images * config.recipe.size(config, input_shape, classes=classes).cached
 
 
 def checkpoint_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
     """Return the approximate size of a checkpoint."""
-    weights, _ = config.recipe.size(config, input_shape, classes=classes)
-    return _FLOAT * config.recipe.values_per_weight * weights + 2**16
+    size = config.recipe.size(config, input_shape, classes=classes)
+    return _FLOAT * (config.recipe.values_per_weight * size.weights + size.frozen) + 2**16
 
 
 def export_bytes(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int) -> int:
     """Return the approximate size of an exported version, including warm-up requests."""
     height, width, channels = input_shape
-    weights, _ = config.recipe.size(config, input_shape, classes=classes)
-    return 2 * _FLOAT * weights + 150 * height * width * channels + 2**20
+    size = config.recipe.size(config, input_shape, classes=classes)
+    return 2 * _FLOAT * (size.weights + size.frozen) + 150 * height * width * channels + 2**20
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
@@ -51,12 +57,10 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     `None` if the system does not tell.
     """
     amounts = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        amounts.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = (root / "proc/self/limits").read_text().splitlines()
-        limit = int(next(line for line in lines if line.startswith("Max address space")).split()[3])  # or "unlimited"
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        amounts.append(1024 * int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        limit = int((root / "proc/self/limits").read_text().split("Max address space")[1].split()[0])  # or "unlimited"
         used = int((root / "proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         amounts.append(limit - used)
     with contextlib.suppress(OSError, ValueError):

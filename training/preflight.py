@@ -11,7 +11,7 @@ from pathlib import Path
 from training.config import TrainingConfig
 from training.data import Dataset
 from training.errors import ExportError, StorageFullError
-from training.memory import checkpoint_bytes, export_bytes, format_bytes, network_bytes, require_memory
+from training.memory import cache_bytes, checkpoint_bytes, export_bytes, format_bytes, network_bytes, require_memory
 
 _LONGEST_NAME = 200  # bytes; file systems allow 255, some of which hidden files of the export need
 _REPORT_BYTES = 4 * 2**20  # report.md and its plots
@@ -64,11 +64,14 @@ def check_memory(config: TrainingConfig, dataset: Dataset) -> None:
     images = dataset.train.images
     # Copied by the split into training and validation images, and by the input pipeline.
     copies = 2 * images.nbytes
-    network = network_bytes(config, images.shape[1:], classes=len(dataset.class_names))
+    shape, classes = images.shape[1:], len(dataset.class_names)
+    features = 2 * cache_bytes(config, len(images), shape, classes=classes)
+    network = network_bytes(config, shape, classes=classes)
     height, width = images.shape[1:3]
     require_memory(
-        copies + network,
-        f"{len(images):,} training images of {height}x{width} ({format_bytes(copies)}) and the network with a batch of "
+        copies + features + network,
+        f"{len(images):,} training images of {height}x{width} ({format_bytes(copies)})"
+        f"{f', their features ({format_bytes(features)})' if features else ''} and the network with a batch of "
         f"{config.batch_size} ({format_bytes(network)})",
         advice="choose a smaller --image-size or --batch-size",
     )
@@ -90,7 +93,11 @@ def check_free_space(config: TrainingConfig, dataset: Dataset, *, run_folder: Pa
     checkpoint = checkpoint_bytes(config, shape, classes=classes)
     existing = sum(path.stat().st_size for path in (run_folder / "checkpoints").rglob("*") if path.is_file())
     # The best, the latest, and a new one before it replaces one of them.
-    needed = {run_folder: max(checkpoint, 3 * checkpoint - existing) + _REPORT_BYTES}
+    features = cache_bytes(config, len(dataset.train.labels), shape, classes=classes)
+    cached = sum(path.stat().st_size for path in (run_folder / "features").glob("*.npy"))
+    needed = {
+        run_folder: max(checkpoint, 3 * checkpoint - existing) + max(0, features - cached) + _REPORT_BYTES,
+    }
     if models_dir is not None:
         needed[models_dir] = export_bytes(config, shape, classes=classes)
     by_disk: dict[int, int] = {}

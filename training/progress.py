@@ -11,13 +11,7 @@ from training.history import EpochResult
 
 
 class ProgressDisplay:
-    """Shows the progress of a run.
-
-    Args:
-        epochs: to train, counted from 1.
-        steps_per_epoch: batches of an epoch.
-        images_per_epoch: training images of an epoch.
-    """
+    """Shows the progress of a run; `epochs` are those to train, counted from 1, and steps are batches."""
 
     def __init__(self, *, epochs: range, steps_per_epoch: int, images_per_epoch: int) -> None:
         self._console = Console(stderr=True, highlight=False)

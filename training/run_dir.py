@@ -4,8 +4,10 @@ runs/<run>/
     config.json       `TrainingConfig`
     dataset.json      `DatasetInfo`
     checkpoints/      best and latest
+    features/         of the training images, for the variant transfer
     history.csv       metrics of every epoch
     evaluation.json   metrics of the best checkpoint on the test images
+    guard*.npz        constants of its guarded signatures; guard-mirror.npz with test-time augmentation
     report.md *.png   the same for people
 """
 
@@ -74,11 +76,7 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, config: TrainingConfig) -> RunDir:
-        """Create the directory of a new run.
-
-        Raises:
-            RunError: there is a run at `path` already, or the directory cannot be created.
-        """
+        """Create the directory of a new run; raise `RunError` if `path` has a run already, or cannot be created."""
         run = cls(path)
         _make_directory(path)
         with run.lock():
@@ -97,30 +95,21 @@ class RunDir:
 
     @classmethod
     def create_numbered(cls, path: Path, config: TrainingConfig) -> RunDir:
-        """Create the directory of a new run at `path` or, if that exists, at `path`-2, `path`-3 and so on.
-
-        Raises:
-            RunError: the directory cannot be created.
-        """
+        """Like `create`, at `path` or, if that exists, at `path`-2, `path`-3 and so on."""
         return cls.create(make_numbered(path), config)
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """Open the directory of an existing run.
-
-        Raises:
-            RunError: there is no run at `path`.
-        """
+        """Open the directory of an existing run; raise `RunError` if there is none at `path`."""
         if not (path / "config.json").is_file():
             raise RunError(f"{path} is not a run directory: it has no config.json")
         return cls(path)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Exclude other processes from this run. The lock of a killed process is released by the system.
+        """Exclude other processes from this run; raise `RunError` if one holds the lock.
 
-        Raises:
-            RunError: another process holds the lock.
+        The system releases the lock of a killed process.
         """
         with (self.path / ".lock").open("w") as file:
             try:
@@ -130,11 +119,7 @@ class RunDir:
             yield
 
     def read_config(self) -> TrainingConfig:
-        """Return the config.
-
-        Raises:
-            RunError: config.json is invalid.
-        """
+        """Return the config; raise `RunError` if config.json is invalid."""
         try:
             return TrainingConfig.from_json((self.path / "config.json").read_text())
         except (ValueError, TypeError) as error:
@@ -145,20 +130,12 @@ class RunDir:
         self._write_text("config.json", config.to_json())
 
     def check_config(self, config: TrainingConfig, trained: Mapping[str, Any]) -> None:
-        """Check that a config describes the training that a checkpoint comes from.
-
-        Args:
-            config: of the run now.
-            trained: JSON values of the config that the checkpoint was written with.
-
-        Raises:
-            RunError: a value differs that must not change.
-        """
+        """Raise `RunError` if a value that must not change differs from a checkpoint's config, `trained`, as JSON."""
         if changes := config.changes_from(trained):
             listed = ", ".join(f"{name} is {now!r} and was {then!r}" for name, (now, then) in changes.items())
             raise RunError(
                 f"{self.path / 'config.json'} was changed after the checkpoint was written: {listed}. Change it back, "
-                "or start a new run; only epochs, data and tensorboard may change"
+                "or start a new run; only epochs, data, weights and tensorboard may change"
             )
 
     def has_dataset(self) -> bool:
@@ -170,11 +147,7 @@ class RunDir:
         self._write_json("dataset.json", dataclasses.asdict(info))
 
     def read_dataset(self) -> DatasetInfo:
-        """Return the metadata of the run's data.
-
-        Raises:
-            RunError: dataset.json is missing or invalid.
-        """
+        """Return the metadata of the run's data; raise `RunError` if dataset.json is missing or invalid."""
         again = format_command("train", "--resume", self.path)
         missing = f"the run ended before it read its data, or the file was lost. Write it again with: {again}"
         values = self._read_json("dataset.json", missing=missing)
@@ -196,11 +169,7 @@ class RunDir:
         self._write_text("history.csv", text.getvalue())
 
     def read_history(self) -> list[EpochResult]:
-        """Return the epochs in history.csv; an empty list if the file does not exist.
-
-        Raises:
-            RunError: the file is invalid.
-        """
+        """Return the epochs in history.csv, none if it does not exist; raise `RunError` if it is invalid."""
         if not (self.path / "history.csv").exists():
             return []
         try:
@@ -220,13 +189,13 @@ class RunDir:
         self._write_json("evaluation.json", values)
 
     def read_evaluation(self) -> dict[str, Any]:
-        """Return the contents of evaluation.json.
-
-        Raises:
-            RunError: the run has not been evaluated.
-        """
+        """Return the contents of evaluation.json; raise `RunError` if the run has not been evaluated."""
         missing = f"evaluate the run first: {format_command('evaluate', self.path)}"
         return self._read_json("evaluation.json", missing=missing)
+
+    def guard_path(self, *, mirror: bool) -> Path:
+        """Return the path of the guard's constants, fitted when the run is evaluated."""
+        return self.path / ("guard-mirror.npz" if mirror else "guard.npz")
 
     def write_report(self, text: str, plots: Mapping[str, bytes]) -> Path:
         """Write report.md and its plots, the contents of PNG files by name; return the path of report.md."""

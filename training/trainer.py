@@ -15,13 +15,17 @@ from training.callbacks import RunCallback
 from training.checkpoints import Checkpoints, read_best_state, restore_best
 from training.config import TrainingConfig
 from training.data import Dataset, Split, input_pipeline
+from training.data.class_sizes import balance_classes
 from training.errors import RunError
 from training.evaluation.calibration import apply_temperature, average_logits, fit_temperature
+from training.evaluation.guard_evaluation import GuardEvaluation
 from training.evaluation.metrics import CalibratedEvaluation, Evaluation, evaluate
 from training.evaluation.report import write_report
+from training.evaluation.typicality import evaluate_guard, fit_guard
 from training.history import EpochResult
 from training.loops import TRAIN_FUNCTIONS
 from training.models import build_model
+from training.models.losses import ClassWeightedLoss
 from training.progress import ProgressDisplay
 from training.run_dir import DatasetInfo, RunDir
 from training.shell_command import format_command
@@ -174,8 +178,6 @@ def _train(run: RunDir, config: TrainingConfig, dataset: Dataset, *, train: Spli
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
     model = _build(config, train.images.shape[1:], classes=len(dataset.class_names), dtype=config.dtype)
-    if hasattr(model, "adapt"):
-        model.adapt(train.images)
     steps, images = input_pipeline.steps_per_epoch(train, config.batch_size), len(train.labels)
     optimizer = config.recipe.make_optimizer(config, steps_per_epoch=steps)
     checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=optimizer)
@@ -187,24 +189,31 @@ def _train(run: RunDir, config: TrainingConfig, dataset: Dataset, *, train: Spli
     message = "training %s in %s with %s on %s training images, %s for validation, from epoch %d"
     counts = f"{images:,}", f"{len(validation.labels):,}"
     logger.info(message, config.variant, config.dtype, config.loop, *counts, done + 1)
+    part = config.recipe.prepare(
+        model, config, train.images, validation.images, is_new=done == 0, cache=run.path / "features"
+    )
     preset = config.recipe.presets.get(config.preset or "")
     data = input_pipeline.LoopData(
         train=input_pipeline.training_batches(
             train,
+            inputs=part.train,
             batch_size=config.batch_size,
             seed=config.seed,
             first_epoch=done,
             augmentation=preset.augmentation if preset else None,
         ),
-        validation=input_pipeline.evaluation_batches(validation, batch_size=_EVALUATION_BATCH_SIZE),
+        validation=input_pipeline.evaluation_batches(
+            validation, inputs=part.validation, batch_size=_EVALUATION_BATCH_SIZE
+        ),
         steps_per_epoch=steps,
         images_per_epoch=images,
     )
+    loss = config.recipe.make_loss()
+    if (weights := balance_classes(dataset.train.labels, dataset.class_names)) is not None:
+        loss = ClassWeightedLoss(loss, weights)
     epochs = range(done + 1, config.epochs + 1)
     with ProgressDisplay(epochs=epochs, steps_per_epoch=steps, images_per_epoch=images) as callback.display:
-        TRAIN_FUNCTIONS[config.loop](
-            model, optimizer, config.recipe.make_loss(), data, epochs=epochs, callback=callback
-        )
+        TRAIN_FUNCTIONS[config.loop](part.model, optimizer, loss, data, epochs=epochs, callback=callback)
 
 
 def _evaluate_best(
@@ -213,12 +222,16 @@ def _evaluate_best(
     """Calibrate the best checkpoint on the validation images, evaluate it on the test images, write the report."""
     best = load_best_model(run, config)
     test = _evaluate_calibrated(best.model, validation, dataset, mirror=False)
-    mirrored = _evaluate_calibrated(best.model, validation, dataset, mirror=True) if mirror else None
-    values = {"best": dataclasses.asdict(best.epoch), "test": test.to_json()}
-    if mirrored:
-        values["mirror"] = mirrored.to_json()
+    guard = _fit_and_evaluate_guard(run, best, validation, dataset, temperature=test.temperature)
+    values = {"best": dataclasses.asdict(best.epoch), "test": {**test.to_json(), **guard.to_json()}}
+    mirrored = None
+    if mirror:
+        mirrored = _evaluate_calibrated(best.model, validation, dataset, mirror=True)
+        temperature = mirrored.temperature
+        of_both = _fit_and_evaluate_guard(run, best, validation, dataset, temperature=temperature, mirror=True)
+        values["mirror"] = {**mirrored.to_json(), **of_both.to_json()}
     run.write_evaluation(values)
-    write_report(run, config=config, dataset=dataset, test=test, mirrored=mirrored, best=best.epoch)
+    write_report(run, config=config, dataset=dataset, test=test, mirrored=mirrored, best=best.epoch, guard=guard)
     flipped = mirrored.evaluation if mirrored else None
     return TrainingResult(run=run, best=best, evaluation=test.evaluation, mirrored=flipped)
 
@@ -237,10 +250,27 @@ def _evaluate_calibrated(
     )
 
 
+def _fit_and_evaluate_guard(
+    run: RunDir, best: BestModel, validation: Split, dataset: Dataset, *, temperature: float, mirror: bool = False
+) -> GuardEvaluation:
+    """Fit the guard on the graph that is exported, store it in the run directory, and evaluate it."""
+    graph = best.config.recipe.fold(best.model, best.config, temperature=temperature)
+    if mirror:
+        graph = graph.average_flips()
+    guard = fit_guard(graph, validation)
+    guard.save(run.guard_path(mirror=mirror))
+    return evaluate_guard(graph, guard, dataset.test, dataset_name=dataset.name)
+
+
 def _build(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int, dtype: str) -> keras.Model:
-    variant, activation = config.variant, config.conv_activation
     return build_model(
-        variant, input_shape, classes=classes, conv_activation=activation, preset=config.preset, dtype=dtype
+        config.variant,
+        input_shape,
+        classes=classes,
+        conv_activation=config.conv_activation,
+        preset=config.preset,
+        backbone=config.backbone,
+        dtype=dtype,
     )
 
 

@@ -18,10 +18,9 @@ DEFLATE = zlib.MAX_WBITS
 
 
 def inflate(body: bytes, *, wbits: int = GZIP, json_bytes: int | None = None) -> bytes:
-    """Decompress a body.
+    """Decompress a body: twice, so that a decompression bomb is refused before memory is allocated for it.
 
-    The body is decompressed twice. The first pass only measures, in small chunks, so that a decompression bomb is
-    refused before memory is allocated for it.
+    The first pass only measures, in small chunks.
 
     Args:
         body: the compressed body.
@@ -38,7 +37,7 @@ def inflate(body: bytes, *, wbits: int = GZIP, json_bytes: int | None = None) ->
     if context.memory is not None:
         context.memory.check_fits(size + cost)  # refuse now what parsing could never reserve
     context.reserve(size)
-    return offload(_inflate, body, wbits, size)
+    return offload(zlib.decompress, body, wbits, size + 1)
 
 
 def _measure(body: bytes, wbits: int, json_bytes: int | None) -> tuple[int, int]:
@@ -62,7 +61,3 @@ def _measure(body: bytes, wbits: int, json_bytes: int | None) -> tuple[int, int]
     if inflater.unused_data:
         raise ValueError("the data continues after the end of the compressed stream")
     return size, cost.total_bytes
-
-
-def _inflate(body: bytes, wbits: int, size: int) -> bytes:
-    return zlib.decompress(body, wbits, bufsize=size + 1)

@@ -1,9 +1,9 @@
-"""`ServingApp`: Flask with the objects of the service, counted requests, and a fast path for known URLs."""
+"""`ServingApp`: Flask with the objects of the service, counted requests, and fast paths for URLs and responses."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from typing import Any, cast
 
@@ -16,8 +16,9 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.routing import MapAdapter, Rule
 
 from serving.api.json_process import JsonProcess
-from serving.api.responses import PlainResponse, json_response
+from serving.errors import ServingError
 from serving.inference.liveness import Liveness
+from serving.inference.repository import ModelVersion
 from serving.inference.service import InferenceService
 from serving.memory import MemoryBudget, RequestMemory
 from serving.metrics import TFS_STATUS, Metrics
@@ -36,11 +37,7 @@ class BufferedRequest(Request):
     """A request whose body the HTTP server has read already (serving/http/wsgi.py): it is not read a second time."""
 
     def get_data(self, cache: bool = True, as_text: Any = False, parse_form_data: bool = False) -> Any:
-        """Return the body, as `werkzeug.Request.get_data` does.
-
-        Raises:
-            RequestEntityTooLarge: it is longer than MAX_CONTENT_LENGTH.
-        """
+        """Return the body, as `werkzeug.Request.get_data` does; raises RequestEntityTooLarge."""
         stream = self.environ["wsgi.input"]
         limit = self.max_content_length
         if isinstance(stream, BytesIO) and not parse_form_data:
@@ -55,16 +52,22 @@ class BufferedRequest(Request):
         return body.decode(errors="replace") if as_text else body
 
 
-class ServingApp(Flask):
-    """The Flask app of a service.
+class PlainResponse(Response):
+    """A response with a fast path for 200: no header is recomputed, and the server adds Content-Length.
 
-    Args:
-        settings: the service's.
-        inference: runs the requests.
-        metrics: counts and times them.
-        liveness: the state of the process.
-        memory: the budget for all requests.
+    As the app's response class it also spares Flask from converting what views return.
     """
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        """Send the response, as a WSGI application."""
+        if self.status_code != 200 or environ["REQUEST_METHOD"] == "HEAD" or not isinstance(self.response, list):
+            return super().__call__(environ, start_response)
+        start_response(self.status, list(self.headers))
+        return self.response
+
+
+class ServingApp(Flask):
+    """The Flask app of a service, with the objects that its views use."""
 
     request_class = BufferedRequest
     response_class = PlainResponse
@@ -115,6 +118,12 @@ class ServingApp(Flask):
             self.loads_models = not self.watcher.has_tried
         context.deadline_s = time.monotonic() + self.settings.request_timeout_s
 
+    def resolve(self, name: str, *, version: int | str | None = None, label: str | None = None) -> ModelVersion:
+        """Return what `InferenceService.resolve` does, and count the request as one of this model."""
+        found = self.inference.resolve(name, version=version, label=label)
+        g.model = found.name
+        return found
+
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         """Match by path and method alone, unless hosts or subdomains matter."""
         by_host = self.url_map.host_matching or self.subdomain_matching
@@ -148,7 +157,6 @@ class ServingApp(Flask):
         if response.status_code in (429, 503) and "Retry-After" not in response.headers:
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
         context: Any = cast(Any, g)._get_current_object()
-        current: Request = cast(Any, request)._get_current_object()
         seconds = time.perf_counter() - context.started_s
         status = response.status_code
         model = context.get("model", "")
@@ -157,7 +165,8 @@ class ServingApp(Flask):
         elif "is_tfs_predict" in context:
             code = TFS_STATUS.get(status, "INTERNAL")
             self.metrics.observe_tfs_predict(model=model, code=code, seconds=seconds, api="REST")
-        route = current.url_rule.rule if current.url_rule else "unmatched"
+        rule = request.url_rule
+        route = rule.rule if rule else "unmatched"
         self.metrics.observe_request(route=route, model=model, status=status, seconds=seconds)
         return response
 
@@ -188,8 +197,7 @@ class KnownPaths(MapAdapter):
             if len(self.known) >= MAX_KNOWN_PATHS:
                 self.known.clear()
             self.known[key] = found
-        rule, arguments = found
-        return rule, dict(arguments)  # hooks may change them
+        return found[0], dict(found[1])  # hooks may change the arguments
 
 
 class OrjsonProvider(JSONProvider):
@@ -206,3 +214,21 @@ class OrjsonProvider(JSONProvider):
     def response(self, *args: Any, **kwargs: Any) -> Response:
         """Return `args` or `kwargs` as a JSON response."""
         return json_response(self._prepare_response_obj(args, kwargs))
+
+
+def json_response(document: Any, *, status: int = 200) -> PlainResponse:
+    """Return a document, which may hold numpy arrays and scalars, as a JSON response."""
+    return encoded_response(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), status=status)
+
+
+def encoded_response(text: bytes, *, status: int = 200) -> PlainResponse:
+    """Return encoded JSON as a response."""
+    return PlainResponse([text], status, content_type="application/json")
+
+
+def error_response(error: ServingError) -> PlainResponse:
+    """Return the JSON response for an error."""
+    response = json_response(error.body(), status=error.status)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    return response

@@ -17,8 +17,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,7 +30,6 @@ from serving.memory import Pool
 from serving.process_memory import return_freed_memory
 from serving.request_context import RequestContext, current_request
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,6 @@ LARGE_JSON_BYTES = 1024 * 1024  # parsed within 60 ms; larger documents go to th
 
 PARSE_TIMEOUT_S = 30.0  # for requests without a deadline
 
-_LENGTH = struct.Struct("<Q")
 _POLL_S = 0.25  # interval of the checks for the deadline and for a client disconnect
 _NICENESS = 10  # small requests have priority
 
@@ -56,10 +55,10 @@ class JsonProcess:
         """Return `function(body, *args)`, called where it does not block other requests.
 
         A small document is parsed on this thread, a medium one in a worker thread, a large one in the subprocess.
-        Memory for the parsed objects is reserved first.
+        Memory for the parsed objects is reserved first. A ServingError of the function is raised here too.
 
         Args:
-            function: a module-level function. A ServingError that it raises is raised here too.
+            function: a module-level function.
             body: the document.
             args: more arguments. They and the result must be picklable.
             json_bytes: the length of the JSON at the beginning of the body; None if all of it is JSON.
@@ -80,70 +79,58 @@ class JsonProcess:
             else:
                 with self._queue.reserve(1, deadline_s=context.deadline_s):
                     context.check()
-                    kind, value = run_blocking(self._call, context, function, body, args)
-                if kind == "error":
-                    raise value
-                result = value
+                    result = run_blocking(self._call, context, function, body, args)
         context.reserve(ARRAY_BYTES * len(body))
         return result
 
-    def _call(
-        self, context: RequestContext, function: Callable[..., object], body: bytes, args: tuple[Any, ...]
-    ) -> tuple[str, Any]:
+    def _call(self, context: RequestContext, function: Callable[..., R], body: bytes, args: tuple[Any, ...]) -> R:
         """Parse in the subprocess; kill it if the client disconnects or the deadline passes."""
         process = self._ensure_running()
-        assert process.stdin
-        assert process.stdout
-        writable, readable = _Pipe(process.stdin, context), _Pipe(process.stdout, context)
         try:
-            _write(writable, [pickle.dumps((function, args)), body])
-            pickled, *buffers = _read(readable)
-            outcome: tuple[str, Any] = pickle.loads(pickled, buffers=buffers)
+            _write(_Pipe(process.stdin, context), [pickle.dumps((function, args)), body])
+            pickled, *buffers = _read(_Pipe(process.stdout, context))
+            outcome: R | ServingError = pickle.loads(pickled, buffers=buffers)
         except (OSError, EOFError) as error:
             self._end()
             logger.error("the subprocess that parses large JSON documents exited unexpectedly")
-            raise Overloaded(
-                "the document could not be parsed: the parser ran out of memory; send smaller requests"
-            ) from error
+            message = "the document could not be parsed: the parser ran out of memory; send smaller requests"
+            raise Overloaded(message) from error
         except BaseException:
             self._end()
             raise
+        if isinstance(outcome, ServingError):
+            raise outcome
         return outcome
 
     def _ensure_running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            package = Path(__file__).parents[2]
+            path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])},
+                env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C goes to the service only, which then closes stdin
             )
-            for stream in (self._process.stdin, self._process.stdout):
-                assert stream
-                os.set_blocking(stream.fileno(), False)
         return self._process
 
     def _end(self) -> None:
         if self._process:
-            self._process.kill()  # SIGKILL also ends a stopped process
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream:
-                    stream.close()
+            with self._process:  # closes the pipes, and waits for the exit
+                self._process.kill()  # SIGKILL also ends a stopped process
             self._process = None
 
 
 class _Pipe:
-    """One end of a non-blocking pipe to the subprocess; waits until the request's deadline or a client disconnect."""
+    """A pipe to or from the subprocess; waits until the request's deadline or a client disconnect."""
 
     def __init__(self, stream: Any, context: RequestContext) -> None:
+        os.set_blocking(stream.fileno(), False)
         self._stream = stream
         self._context = context
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: memoryview) -> int:
         """Write some of the data; returns the number of bytes written."""
         return self._wait_for(select.POLLOUT, lambda: self._stream.write(data))
 
@@ -151,11 +138,7 @@ class _Pipe:
         """Read into some of the view; returns the number of bytes read, 0 at the end of the stream."""
         return self._wait_for(select.POLLIN, lambda: self._stream.readinto(view))
 
-    def flush(self) -> None:
-        """Do nothing: the pipe is unbuffered."""
-
     def _wait_for(self, event: int, transfer: Callable[[], int | None]) -> int:
-        """Wait until data can be transferred, and return the number of bytes transferred."""
         poll = select.poll()  # `select.select` fails for file descriptors above 1,023
         poll.register(self._stream, event)
         while True:
@@ -164,7 +147,7 @@ class _Pipe:
                 return count
 
 
-def serve(requests: IO[bytes], responses: IO[bytes]) -> None:
+def serve(requests: io.FileIO, responses: io.FileIO) -> None:
     """Parse documents until `requests` ends; the main loop of the subprocess."""
     os.nice(_NICENESS)
     while True:
@@ -175,11 +158,10 @@ def serve(requests: IO[bytes], responses: IO[bytes]) -> None:
         function, args = pickle.loads(call)
         buffers: list[pickle.PickleBuffer] = []
         try:
-            outcome: tuple[str, Any] = ("result", function(bytes(body), *args))
-        except ServingError as error:
-            outcome = ("error", error)
+            outcome = function(bytes(body), *args)
         except Exception as error:
-            outcome = ("error", ServingError(f"the document could not be parsed ({type(error).__name__})"))
+            why = f"the document could not be parsed ({type(error).__name__})"
+            outcome = error if isinstance(error, ServingError) else ServingError(why)
         del body
         stream = io.BytesIO()
         _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(outcome)
@@ -202,38 +184,28 @@ class _Pickler(pickle.Pickler):
 
 
 def _unpack_strings(ends: np.ndarray, joined: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.empty(len(ends), object)
-    start = 0
-    for index, end in enumerate(ends):
-        array[index] = joined[start:end]
-        start = end
-    return array.reshape(shape)
+    strings = [joined[start:end] for start, end in pairwise([0, *ends.tolist()])]
+    return np.array(strings, object).reshape(shape)
 
 
-def _write(stream: IO[bytes] | _Pipe, parts: list[Any]) -> None:
-    _write_all(stream, _LENGTH.pack(len(parts)))
-    for part in parts:
-        _write_all(stream, _LENGTH.pack(len(part)))
-        _write_all(stream, part)
-    stream.flush()
+def _write(stream: io.FileIO | _Pipe, parts: list[Any]) -> None:
+    """Write the number of parts, their lengths, and the parts."""
+    for data in (struct.pack(f"<{len(parts) + 1}Q", len(parts), *map(len, parts)), *parts):
+        view = memoryview(data)
+        while view:
+            view = view[stream.write(view) :]
 
 
-def _write_all(stream: IO[bytes] | _Pipe, data: bytes | bytearray | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view) :]
+def _read(stream: io.FileIO | _Pipe) -> list[bytearray]:
+    (count,) = struct.unpack("<Q", _read_exactly(stream, 8))
+    return [_read_exactly(stream, size) for size in struct.unpack(f"<{count}Q", _read_exactly(stream, 8 * count))]
 
 
-def _read(stream: IO[bytes] | _Pipe) -> list[bytearray]:
-    (count,) = _LENGTH.unpack(_read_exactly(stream, _LENGTH.size))
-    return [_read_exactly(stream, _LENGTH.unpack(_read_exactly(stream, _LENGTH.size))[0]) for _ in range(count)]
-
-
-def _read_exactly(stream: IO[bytes] | _Pipe, size: int) -> bytearray:
+def _read_exactly(stream: io.FileIO | _Pipe, size: int) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
     while view:
-        count = stream.readinto(view)  # type: ignore[union-attr]
+        count = stream.readinto(view)
         if not count:
             raise EOFError
         view = view[count:]
@@ -244,4 +216,4 @@ if __name__ == "__main__":
     # Imported under its own name, so that both processes pickle the same classes.
     from serving.api import json_process
 
-    json_process.serve(sys.stdin.buffer, sys.stdout.buffer)
+    json_process.serve(io.FileIO(0, "rb"), io.FileIO(1, "wb"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -39,25 +40,12 @@ MAX_CONNECTIONS = 10_000  # connections whose last message size is stored
 # Limits gRPC's receive buffer to 64 KB per call; with the probe, gRPC adapts it to the network.
 CHANNEL_OPTIONS = (("grpc.http2.bdp_probe", 0),)
 
-
-def _retrieve(reading: asyncio.Future[Any]) -> None:
-    """Retrieve the exception of a read, for example of an aborted call; asyncio logs unretrieved exceptions."""
-    if not reading.cancelled():
-        reading.exception()
-
-
-def _begin_reading(context: Any) -> asyncio.Future[Any]:
-    reading: asyncio.Future[Any] = asyncio.ensure_future(context.read())
-    reading.add_done_callback(_retrieve)
-    return reading
+_TOO_MANY_NEW = "too many calls on new connections are queued; try again later"
+_NO_MEMORY = "no memory is free for a large message; try again later, or send less at a time"
 
 
 class MessageReceiver:
-    """Receives the messages of all calls of a server, in its event loop.
-
-    Args:
-        max_message_bytes: the largest message that the server accepts.
-    """
+    """Receives the messages of all calls of a server, up to `max_message_bytes` each, in its event loop."""
 
     def __init__(self, max_message_bytes: int) -> None:
         self._needed_bytes = COPIES * max_message_bytes
@@ -67,12 +55,7 @@ class MessageReceiver:
         self._late = 0
 
     async def receive(self, context: Any, memory: RequestMemory, *, deadline_s: float | None) -> bytes:
-        """Receive the message of a call, and reserve memory for it.
-
-        Args:
-            context: the context of the call.
-            memory: the memory of the request.
-            deadline_s: the deadline of the call, a `time.monotonic()` timestamp.
+        """Receive the message of a call until `deadline_s` of `time.monotonic()`, and reserve memory for it.
 
         Raises:
             Overloaded: no memory was free, or the message did not arrive in time.
@@ -106,7 +89,7 @@ class MessageReceiver:
         elif not is_large:
             await memory.grow_body(len(data), is_small=True, deadline_s=deadline_s)
         elif not memory.try_large_body(len(data)):
-            raise _no_memory()  # waiting here would keep the message in memory
+            raise Overloaded(_NO_MEMORY)  # waiting here would keep the message in memory
         return data
 
     def _note(self, connection: str, *, sends_large: bool) -> None:
@@ -118,46 +101,52 @@ class MessageReceiver:
     async def _read_first(self, context: Any, memory: RequestMemory, deadline_s: float) -> asyncio.Future[Any]:
         """Read on a connection that has sent no message yet, with MAX_NEW_READS at a time."""
         if self._waiting >= MAX_WAITING:
-            raise _too_many_new()
+            raise Overloaded(_TOO_MANY_NEW)
         self._waiting += 1
         try:
             async with asyncio.timeout(deadline_s - time.monotonic()):
                 await self._new_reads.acquire()
         except TimeoutError:
-            raise _too_many_new() from None
+            raise Overloaded(_TOO_MANY_NEW) from None
         finally:
             self._waiting -= 1
         try:
             reading = _begin_reading(context)
-            count = 0
-            while not await self._poll(reading, memory):
-                count += 1
-                if count >= (GRACE_POLLS if self._waiting else MAX_POLLS):
-                    raise _no_memory()
+            if not await self._poll(reading, memory, lambda: GRACE_POLLS if self._waiting else MAX_POLLS):
+                raise Overloaded(_NO_MEMORY)
         finally:
             self._new_reads.release()
         return reading
 
     async def _wait_for_small(self, reading: asyncio.Future[Any], memory: RequestMemory) -> None:
         """Poll for the next message of a connection that has sent a small one."""
-        for _ in range(GRACE_POLLS):
-            if await self._poll(reading, memory):
-                return
+        if await self._poll(reading, memory, lambda: GRACE_POLLS):
+            return
         if self._late >= MAX_LATE_READS:
-            raise _no_memory()
+            raise Overloaded(_NO_MEMORY)
         self._late += 1
         try:
-            for _ in range(MAX_POLLS):
-                if await self._poll(reading, memory):
-                    return
+            if not await self._poll(reading, memory, lambda: MAX_POLLS):
+                raise Overloaded(_NO_MEMORY)
         finally:
             self._late -= 1
-        raise _no_memory()
 
-    async def _poll(self, reading: asyncio.Future[Any], memory: RequestMemory) -> bool:
-        """Wait POLL_S; returns whether the message has arrived, or memory for the largest is now reserved."""
-        await asyncio.wait((reading,), timeout=POLL_S)
-        return reading.done() or memory.try_large_body(self._needed_bytes)
+    async def _poll(self, reading: asyncio.Future[Any], memory: RequestMemory, limit: Callable[[], int]) -> bool:
+        """Wait up to `limit()` times POLL_S, until the message has arrived or memory for the largest is reserved."""
+        count = 0
+        while count < limit():
+            await asyncio.wait((reading,), timeout=POLL_S)
+            if reading.done() or memory.try_large_body(self._needed_bytes):
+                return True
+            count += 1
+        return False
+
+
+def _begin_reading(context: Any) -> asyncio.Future[Any]:
+    reading: asyncio.Future[Any] = asyncio.ensure_future(context.read())
+    # Retrieves the exception, for example of an aborted call: asyncio logs unretrieved ones.
+    reading.add_done_callback(lambda _: reading.cancelled() or reading.exception())
+    return reading
 
 
 async def _wait_with_memory(reading: asyncio.Future[Any], memory: RequestMemory) -> None:
@@ -167,11 +156,3 @@ async def _wait_with_memory(reading: asyncio.Future[Any], memory: RequestMemory)
         await asyncio.wait((reading,), timeout=CHECK_S)
         if time.monotonic() - began_s > (CONTENDED_TIMEOUT_S if memory.is_contended else TIMEOUT_S):
             raise Overloaded("the message did not arrive in time")
-
-
-def _too_many_new() -> Overloaded:
-    return Overloaded("too many calls on new connections are queued; try again later")
-
-
-def _no_memory() -> Overloaded:
-    return Overloaded("no memory is free for a large message; try again later, or send less at a time")

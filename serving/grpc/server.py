@@ -11,22 +11,31 @@ from typing import Any
 
 import grpc
 import uvloop
+from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
-from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_management_pb2, predict_pb2
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    inference_pb2,
+    model_management_pb2,
+    predict_pb2,
+    regression_pb2,
+)
 
 from serving.errors import ModelNotFound, StartupError
 from serving.greenlets import LoopGreenlets, lower_priority
-from serving.grpc.handlers import SharedState, make_handler
-from serving.grpc.model_service import ModelService
-from serving.grpc.prediction_service import PredictionService
+from serving.grpc.handlers import make_handler
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
-from serving.grpc.service_names import MODEL_SERVICE, PREDICTION_SERVICE, describe_services
+from serving.grpc.services import ModelService, PredictionService
 from serving.inference.liveness import Liveness
 from serving.inference.service import InferenceService
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 
+PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
+MODEL_SERVICE = "tensorflow.serving.ModelService"
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 # Calls that are not yet processed. gRPC refuses further ones without details, so the limit is high: the batcher does
@@ -35,6 +44,23 @@ MAX_PENDING_CALLS = 100_000
 
 # TensorFlow Serving's health service uses the short names.
 _KNOWN = ("", "PredictionService", "ModelService", PREDICTION_SERVICE, MODEL_SERVICE)
+
+# For reflection, the methods with the module and the common name of their messages: <name>Request and <name>Response.
+# The official package's modules that describe the services were generated for an old protobuf version and cannot be
+# imported.
+_DESCRIBED = {
+    ("prediction_service", PREDICTION_SERVICE): {
+        "Classify": (classification_pb2, "Classification"),
+        "Regress": (regression_pb2, "Regression"),
+        "Predict": (predict_pb2, "Predict"),
+        "MultiInference": (inference_pb2, "MultiInference"),
+        "GetModelMetadata": (get_model_metadata_pb2, "GetModelMetadata"),
+    },
+    ("model_service", MODEL_SERVICE): {
+        "GetModelStatus": (get_model_status_pb2, "GetModelStatus"),
+        "HandleReloadConfigRequest": (model_management_pb2, "ReloadConfig"),
+    },
+}
 
 
 class GrpcServer:
@@ -65,10 +91,7 @@ class GrpcServer:
         max_message_bytes: int,
     ) -> None:
         self._inference = inference
-        self._metrics = metrics
-        self._budget = budget
         self._liveness = liveness
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grpc", initializer=lower_priority)
         self._max_message_bytes = min(max_message_bytes, budget.large.body_limit // COPIES)
         # gRPC logs an error when a client disconnects before its response was sent.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
@@ -76,13 +99,14 @@ class GrpcServer:
         thread = Thread(target=self._loop.run_forever, name="grpc-loop", daemon=True)
         thread.start()
         liveness.watch_thread(thread)
-        self._server = asyncio.run_coroutine_threadsafe(self._start(address), self._loop).result()
+        start = self._start(address, metrics, budget, threads)
+        self._server = asyncio.run_coroutine_threadsafe(start, self._loop).result()
 
     def stop(self, *, grace_s: float) -> None:
         """Graceful shutdown: refuse new calls, and wait up to `grace_s` for in-flight calls."""
         asyncio.run_coroutine_threadsafe(self._server.stop(grace_s), self._loop).result()
 
-    async def _start(self, address: str) -> grpc.aio.Server:
+    async def _start(self, address: str, metrics: Metrics, budget: MemoryBudget, threads: int) -> grpc.aio.Server:
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
@@ -93,9 +117,29 @@ class GrpcServer:
                 ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
             ]
         )
-        for service, methods in self._make_handlers().items():
+        make = partial(
+            make_handler,
+            greenlets=LoopGreenlets(ThreadPoolExecutor(threads, "grpc", initializer=lower_priority)),
+            budget=budget,
+            receiver=MessageReceiver(self._max_message_bytes),
+        )
+        prediction = PredictionService(self._inference, metrics, max_bytes=self._max_message_bytes)
+        models = ModelService(self._inference)
+        metadata, reload = get_model_metadata_pb2.GetModelMetadataRequest, model_management_pb2.ReloadConfigRequest
+        handlers = {
+            PREDICTION_SERVICE: {
+                "Predict": make(prediction.predict, predict_pb2.PredictRequest),
+                "GetModelMetadata": make(prediction.get_model_metadata, metadata),
+            },
+            MODEL_SERVICE: {
+                "GetModelStatus": make(models.get_model_status, get_model_status_pb2.GetModelStatusRequest),
+                "HandleReloadConfigRequest": make(models.handle_reload_config_request, reload, is_long=True),
+            },
+            HEALTH_SERVICE: {"Check": make(self._check_health, health_pb2.HealthCheckRequest)},
+        }
+        for service, methods in handlers.items():
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
-        describe_services()
+        _describe_services()
         reflection.enable_server_reflection(
             (PREDICTION_SERVICE, MODEL_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server
         )
@@ -105,25 +149,6 @@ class GrpcServer:
             raise StartupError(f"cannot listen on {address} for gRPC; choose another with --grpc-port") from error
         await server.start()
         return server
-
-    def _make_handlers(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
-        prediction = PredictionService(self._inference, self._metrics, max_bytes=self._max_message_bytes)
-        models = ModelService(self._inference)
-        shared = SharedState(LoopGreenlets(self._threads), self._budget, MessageReceiver(self._max_message_bytes))
-        make = partial(make_handler, shared=shared)
-        return {
-            PREDICTION_SERVICE: {
-                "Predict": make(prediction.predict, predict_pb2.PredictRequest),
-                "GetModelMetadata": make(prediction.get_model_metadata, get_model_metadata_pb2.GetModelMetadataRequest),
-            },
-            MODEL_SERVICE: {
-                "GetModelStatus": make(models.get_model_status, get_model_status_pb2.GetModelStatusRequest),
-                "HandleReloadConfigRequest": make(
-                    models.handle_reload_config_request, model_management_pb2.ReloadConfigRequest, is_long=True
-                ),
-            },
-            HEALTH_SERVICE: {"Check": make(self._check_health, health_pb2.HealthCheckRequest)},
-        }
 
     def _check_health(self, request: Any) -> Any:
         """Return the health of a service, or of the server, computed from readiness and liveness.
@@ -135,3 +160,20 @@ class GrpcServer:
         serving = self._inference.not_ready_because is None and self._liveness.problem is None
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if serving else states.NOT_SERVING)
+
+
+def _describe_services() -> None:
+    """Add TensorFlow Serving's services to the descriptor pool that reflection uses. Idempotent."""
+    for (file_name, full_name), methods in _DESCRIBED.items():
+        package, _, service_name = full_name.rpartition(".")
+        file = descriptor_pb2.FileDescriptorProto(
+            name=f"tensorflow_serving/apis/{file_name}.proto",
+            package=package,
+            syntax="proto3",
+            dependency=sorted(module.DESCRIPTOR.name for module, _ in methods.values()),
+        )
+        service = file.service.add(name=service_name)
+        for method, (_, name) in methods.items():
+            request, response = f".{package}.{name}Request", f".{package}.{name}Response"
+            service.method.add(name=method, input_type=request, output_type=response)
+        descriptor_pool.Default().AddSerializedFile(file.SerializeToString())

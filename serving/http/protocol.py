@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import sys
 import time
@@ -21,11 +22,9 @@ from uvicorn.server import ServerState
 
 from serving.errors import Overloaded, ServingError
 from serving.greenlets import SMALL_BYTES, LoopGreenlets, lower_priority
-from serving.http.body_receiver import BodyReceiver
 from serving.http.parser import RequestParser
-from serving.http.request import Request, RequestFault, parse_timeout
-from serving.http.responses import encode_fault, encode_head, error_response, serving_error_response
-from serving.http.wsgi import Response, WsgiApp, call_app, make_environ, set_body
+from serving.http.request import BodyReceiver, Request, RequestFault
+from serving.http.wsgi import Response, WsgiApp, call_app, encode_head, error_response, make_environ, refusal_response
 from serving.memory import MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 
@@ -46,25 +45,15 @@ TCP_CLOSED = 7  # Linux's TCP state after a reset
 
 @dataclass(eq=False)
 class SharedState:
-    """State shared by all connections of one server.
-
-    Args:
-        app: the WSGI application.
-        budget: memory for request bodies.
-        max_body_bytes: the longest body.
-        request_timeout_s: the time from the end of a request to its response.
-        threads: worker threads for calls that would block the event loop.
-        access_log: log a line for each request.
-        urgent_paths: processed before other requests: health checks.
-    """
+    """State shared by all connections of one server; made in the thread of its event loop."""
 
     app: WsgiApp
-    budget: MemoryBudget
+    budget: MemoryBudget  # for request bodies
     max_body_bytes: int
-    request_timeout_s: float
-    threads: int
+    request_timeout_s: float  # from the end of a request to its response
+    threads: int  # for calls that would block the event loop
     access_log: bool
-    urgent_paths: Collection[bytes]
+    urgent_paths: Collection[bytes]  # processed before other requests: health checks
 
     def __post_init__(self) -> None:
         threads = ThreadPoolExecutor(self.threads, thread_name_prefix="request", initializer=lower_priority)
@@ -79,16 +68,14 @@ class Connection(RequestParser):
     def __init__(self, config: Config, server_state: ServerState, shared: SharedState) -> None:
         super().__init__(config, server_state)
         self.shared = shared
-        # Per-connection state
         self._eof = False
-        self._idle_since_s: float | None = self.loop.time()
+        self.idle_since_s = self.loop.time()  # when the last response was written, or the connection made
         self.has_responded = False
-        self._closing_since_s: float | None = None
+        self._is_closing = False  # the last response is written
         self._lingered_bytes = 0
         self._draining: Request | None = None  # its response is written, but still in the transport's buffer
-        self._draining_since_s = 0.0
+        self._unread_since_s = 0.0  # the client has read nothing, while the transport's buffer is full or it closes
         self._buffered_bytes = 0  # in the transport's write buffer, at the last check
-        # Per-request state
         self._memory = RequestMemory(shared.budget)
         self._receiver: BodyReceiver | None = None
         self._receive_task: asyncio.Task[None] | None = None
@@ -127,7 +114,7 @@ class Connection(RequestParser):
     @override
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._draining_since_s = self.loop.time()
+        self._unread_since_s = self.loop.time()
 
     @override
     def resume_writing(self) -> None:
@@ -146,10 +133,14 @@ class Connection(RequestParser):
 
     @override
     def _begin(self, request: Request) -> None:
-        self._idle_since_s = None
+        self.idle_since_s = math.inf
         request.timeout_s = self.shared.request_timeout_s
         if request.timeout is not None:
-            if (seconds := parse_timeout(request.timeout)) is None:
+            try:
+                seconds = float(request.timeout)
+            except ValueError:
+                seconds = math.nan
+            if not 0.0 < seconds < math.inf:
                 got = request.timeout[:40].decode("latin-1")
                 message = f"expected seconds in the header X-Request-Timeout-S, such as 0.5, got {got}"
                 self._write(request, error_response("400 Bad Request", message))
@@ -178,7 +169,7 @@ class Connection(RequestParser):
             raise
         except ServingError as error:
             request.keep_alive = False
-            self._write(request, serving_error_response(error))
+            self._write(request, refusal_response(error))
             return
         if body is not None:
             self._dispatch(request, body)
@@ -200,7 +191,7 @@ class Connection(RequestParser):
         is_urgent = request.scope["raw_path"] in self.shared.urgent_paths
         if not is_urgent and (late_s := greenlets.queue_s - request.timeout_s) > 0:
             message = "server overloaded: the request would exceed its timeout in the queue; try again later"
-            self._write(request, serving_error_response(Overloaded(message, retry_after_s=max(1, round(late_s)))))
+            self._write(request, refusal_response(Overloaded(message, retry_after_s=max(1, round(late_s)))))
         else:
             greenlets.enqueue(self._respond, request, body, context, is_urgent=is_urgent)
 
@@ -214,9 +205,7 @@ class Connection(RequestParser):
 
     def _respond(self, request: Request, body: bytes, context: RequestContext) -> None:
         current_request.set(context)
-        environ = make_environ(request.scope)
-        if body:
-            set_body(environ, body)
+        environ = make_environ(request.scope, body)
         del body  # frees the memory as soon as the application drops it
         try:
             response = call_app(self.shared.app, environ)
@@ -238,7 +227,10 @@ class Connection(RequestParser):
             request.keep_alive = False
         elif self.shared.is_stopping or self._eof:  # the last response closes the connection
             request.keep_alive = request.keep_alive and bool(self._pipelined or self._unparsed)
-        head = encode_head(request, response, date_header=self.shared.date_header)
+        connection = None if request.keep_alive else "close"
+        if request.keep_alive and request.scope["http_version"] == "1.0":
+            connection = "keep-alive"
+        head = encode_head(response, self.shared.date_header, connection=connection)
         if request.scope["method"] == "HEAD":
             self.transport.write(head)
         elif len(response.body) > SMALL_BYTES:  # not copied
@@ -246,7 +238,6 @@ class Connection(RequestParser):
             self.transport.write(response.body)
         else:
             self.transport.write(head + response.body)
-        request.response_started = True
         if self.flow.write_paused:
             self._draining = request
         else:
@@ -258,26 +249,21 @@ class Connection(RequestParser):
         request.response_complete = True
         request.message_event.set()
         self.has_responded = True
-        self._idle_since_s = self.loop.time()
+        self.idle_since_s = self.loop.time()
         if self.transport.is_closing():
             return
         if not request.keep_alive:
             self._close(linger=request.more_body)
             return
         has_next = bool(self._pipelined)
-        self.on_response_complete()
+        if has_next:
+            self._begin(self._pipelined.popleft())
         if self._fault and not has_next:
             self._refuse(self._fault)
         elif self._unparsed:
             self.loop.call_soon(self._parse)
-
-    @override
-    def on_response_complete(self) -> None:
-        self.server_state.total_requests += 1
-        if not self._pipelined and not self._unparsed:
+        elif not has_next:
             self.flow.resume_reading()
-        if self._pipelined:
-            self._begin(self._pipelined.popleft())
 
     def _log(self, request: Request, response: Response) -> None:
         scope = request.scope
@@ -304,7 +290,9 @@ class Connection(RequestParser):
                 return
         elif self.cycle and not self.cycle.response_complete:
             return
-        self.transport.write(encode_fault(fault, has_body=self.parser.get_method() != b"HEAD"))
+        response = error_response(fault.status, str(fault))
+        head = encode_head(response, self.shared.date_header, connection="close")
+        self.transport.write(head if self.parser.get_method() == b"HEAD" else head + response.body)
         self._close(linger=True)
 
     def _close(self, *, linger: bool = False) -> None:
@@ -312,7 +300,7 @@ class Connection(RequestParser):
 
         Closing with unread data would reset the connection, and the client could lose the response.
         """
-        self._closing_since_s = self.loop.time()
+        self._is_closing, self._unread_since_s = True, self.loop.time()
         if not linger or self._eof:
             self.transport.close()
             return
@@ -336,22 +324,16 @@ class Connection(RequestParser):
             self._receiver.period_started_s += late_s  # the event loop did not read meanwhile
         buffered_bytes = self.transport.get_write_buffer_size()
         if buffered_bytes < self._buffered_bytes:  # the client reads
-            self._draining_since_s = now_s
-            if self._closing_since_s is not None:
-                self._closing_since_s = now_s
+            self._unread_since_s = now_s
         self._buffered_bytes = buffered_bytes
-        if self._closing_since_s is not None:
-            if now_s - self._closing_since_s > UNREAD_TIMEOUT_S:
-                self.transport.abort()
-        elif self.flow.write_paused:
-            if now_s - self._draining_since_s > UNREAD_TIMEOUT_S:
+        if self._is_closing or self.flow.write_paused:
+            if now_s - self._unread_since_s > UNREAD_TIMEOUT_S:
                 self.transport.abort()
         elif self._head_started_s is not None:
             if now_s - self._head_started_s > HEAD_TIMEOUT_S and (self.cycle is None or self.cycle.response_complete):
                 self._refuse(RequestFault("408 Request Timeout", f"the headers took longer than {HEAD_TIMEOUT_S:g} s"))
-        elif self._idle_since_s is not None:
-            limit_s = KEEP_ALIVE_S if self.has_responded else FIRST_REQUEST_TIMEOUT_S
-            if now_s - self._idle_since_s > limit_s and self.is_idle:
+        elif self.is_idle:
+            if now_s - self.idle_since_s > (KEEP_ALIVE_S if self.has_responded else FIRST_REQUEST_TIMEOUT_S):
                 self._close()
         elif self._receiver and self._receiver.waits_for_memory:
             if self._was_reset():
@@ -376,11 +358,6 @@ class Connection(RequestParser):
     def is_idle(self) -> bool:
         """Whether no request is being received or processed."""
         return self._head_started_s is None and (self.cycle is None or self.cycle.response_complete)
-
-    @property
-    def idle_since_s(self) -> float:
-        """When the last response was written, or the connection made, on the loop's clock."""
-        return self._idle_since_s or 0.0
 
     @override
     def shutdown(self) -> None:

@@ -16,7 +16,6 @@ from functools import partial
 from typing import cast
 
 import uvicorn
-import uvloop
 from typing_extensions import override
 
 from serving.http.protocol import Connection, SharedState
@@ -39,11 +38,7 @@ CHECK_INTERVAL_S = 1.0  # between two checks of the connections' timeouts
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Raises:
-        OSError: the port is in use, or the address does not belong to this machine.
-    """
+    """Return a listening socket; raises OSError if the port is in use or the address is not one of this machine's."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -57,56 +52,35 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run_http_server(
-    make_shared: Callable[[], SharedState],
-    listener: socket.socket,
-    *,
-    max_connections: int,
-    drain_timeout_s: int,
-    on_stop: Callable[[], None],
-    on_second_signal: Callable[[int], None],
-) -> None:
-    """Serve requests until SIGTERM, SIGINT or SIGHUP, then shut down gracefully.
+class Server(uvicorn.Server):
+    """uvicorn's server with a connection limit; `run` serves requests until SIGTERM, SIGINT or SIGHUP.
+
+    Its graceful shutdown finishes in-flight requests.
 
     Args:
         make_shared: makes the state shared by the connections; called in the event-loop thread.
-        listener: a listening socket.
         max_connections: open at the same time; fewer if the process may open fewer files.
         drain_timeout_s: how long a graceful shutdown waits for in-flight requests.
         on_stop: called once on the first signal.
         on_second_signal: called with the number of the second signal; expected to end the process.
     """
 
-    async def serve() -> None:
-        server = Server(
-            make_shared(),
-            max_connections=max_connections,
-            drain_timeout_s=drain_timeout_s,
-            on_stop=on_stop,
-            on_second_signal=on_second_signal,
-        )
-        await server.serve(sockets=[listener])
-
-    uvloop.run(serve())
-
-
-class Server(uvicorn.Server):
-    """uvicorn's server with a connection limit, and a graceful shutdown that finishes in-flight requests."""
+    shared: SharedState
 
     def __init__(
         self,
-        shared: SharedState,
+        make_shared: Callable[[], SharedState],
         *,
         max_connections: int,
         drain_timeout_s: int,
         on_stop: Callable[[], None],
         on_second_signal: Callable[[int], None],
     ) -> None:
-        config = uvicorn.Config(
-            app=_no_asgi_app, ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False
+        # Connection calls the WSGI application itself, so the ASGI application is never called.
+        super().__init__(
+            uvicorn.Config(lambda: None, loop="uvloop", ws="none", lifespan="off", log_config=None, access_log=False)
         )
-        super().__init__(config)
-        self.shared = shared
+        self._make_shared = make_shared
         self._max_connections = min(max_connections, allowed_connections())
         self._drain_timeout_s = drain_timeout_s
         self._on_stop = on_stop
@@ -116,11 +90,10 @@ class Server(uvicorn.Server):
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         assert sockets
-        (listener,) = sockets
-        make_protocol = partial(Connection, self.config, self.server_state, self.shared)
+        self.shared = self._make_shared()
         self._acceptor = Acceptor(
-            listener,
-            make_protocol,
+            sockets[0],
+            partial(Connection, self.config, self.server_state, self.shared),
             self._close_longest_idle,
             may_accept=lambda: self._connections < self._max_connections,
         )
@@ -128,7 +101,7 @@ class Server(uvicorn.Server):
 
     @property
     def _connections(self) -> int:
-        return len(self.server_state.connections) + self._acceptor.pending
+        return len(self.server_state.connections) + len(self._acceptor.connecting)
 
     @override
     async def on_tick(self, counter: int) -> bool:
@@ -228,15 +201,10 @@ class Acceptor:
         self._make_protocol = make_protocol
         self._make_room = make_room
         self._may_accept = may_accept
-        self._tasks: set[asyncio.Task[object]] = set()  # the event loop has only weak references
+        self.connecting: set[asyncio.Task[object]] = set()  # accepted connections that have no transport yet
         self._logged_s = -LOG_INTERVAL_S
         listener.setblocking(False)
         self._loop.add_reader(listener, self._accept)
-
-    @property
-    def pending(self) -> int:
-        """Accepted connections that have no transport yet."""
-        return len(self._tasks)
 
     def _accept(self) -> None:
         until_s = time.monotonic() + ACCEPT_FOR_S
@@ -251,23 +219,16 @@ class Acceptor:
             except ConnectionError:
                 continue  # reset by the client
             except OSError as error:  # out of file descriptors or memory
-                if not self._make_room():
-                    self._pause(error.strerror or str(error))
-                    return
-                self._pause_until_closed()
+                self._pause(None if self._make_room() else error.strerror or str(error))
                 return
-            try:
-                connection.getpeername()
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except OSError:  # reset by the client
-                connection.close()
-                continue
             task = self._loop.create_task(self._connect(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self.connecting.add(task)
+            task.add_done_callback(self.connecting.discard)
 
     async def _connect(self, connection: socket.socket) -> None:
         try:
+            connection.getpeername()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setblocking(False)
             # uvloop never returns if the connection is reset meanwhile.
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -275,17 +236,14 @@ class Acceptor:
         except (OSError, TimeoutError):  # reset by the client
             connection.close()
 
-    def _pause(self, reason: str) -> None:
+    def _pause(self, reason: str | None) -> None:
+        """Stop accepting for RETRY_S; without a reason until the connections that were aborted are closed."""
         now_s = self._loop.time()
-        if now_s - self._logged_s > LOG_INTERVAL_S:
+        if reason and now_s - self._logged_s > LOG_INTERVAL_S:
             self._logged_s = now_s
             logger.error("cannot accept connections: %s", reason)
         self._loop.remove_reader(self._listener)
-        self._loop.call_later(RETRY_S, self._resume)
-
-    def _pause_until_closed(self) -> None:
-        self._loop.remove_reader(self._listener)
-        self._loop.call_soon(self._resume)
+        self._loop.call_later(RETRY_S if reason else 0, self._resume)
 
     def _resume(self) -> None:
         if self._listener.fileno() >= 0:
@@ -300,14 +258,7 @@ class Acceptor:
 def allowed_connections() -> int:
     """Raise the limit on open files to its maximum; returns how many connections it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    if soft == resource.RLIM_INFINITY:
-        return 1_000_000
-    return max(8, soft - SPARE_FILES)
-
-
-async def _no_asgi_app(scope: object, receive: object, send: object) -> None:  # noqa: ARG001
-    raise AssertionError("unused: Connection calls the WSGI application")
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return 1_000_000 if soft == resource.RLIM_INFINITY else max(8, soft - SPARE_FILES)

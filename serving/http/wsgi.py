@@ -1,4 +1,4 @@
-"""WSGI (PEP 3333): builds the environ of a request, and calls the application."""
+"""WSGI (PEP 3333): the environ of a request, the call of the application, and responses as bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes
+
+import orjson
+
+from serving.errors import ServingError
 
 Environ = dict[str, Any]
 WsgiApp = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
@@ -23,12 +27,10 @@ class Response:
     body: bytes
 
 
-def make_environ(scope: Mapping[str, Any]) -> Environ:
-    """Make the environ of a request without a body.
+def make_environ(scope: Mapping[str, Any], body: bytes) -> Environ:
+    """Make the environ of a request from its ASGI scope, which also has the raw request target as "target".
 
-    Args:
-        scope: the ASGI scope, with the raw request target as "target". Headers with "_" in their name are dropped,
-            because in an environ they cannot be distinguished from those with "-".
+    Headers with "_" in their name are dropped: in an environ they cannot be distinguished from those with "-".
     """
     path: bytes = scope["raw_path"]
     host, port = scope["server"] or ("", 0)
@@ -44,7 +46,7 @@ def make_environ(scope: Mapping[str, Any]) -> Environ:
         "REMOTE_ADDR": scope["client"][0] if scope["client"] else "",
         "wsgi.version": (1, 0),
         "wsgi.url_scheme": "http",
-        "wsgi.input": io.BytesIO(),
+        "wsgi.input": io.BytesIO(body),
         "wsgi.input_terminated": True,
         "wsgi.errors": sys.stderr,
         "wsgi.multithread": True,
@@ -55,14 +57,10 @@ def make_environ(scope: Mapping[str, Any]) -> Environ:
         if key := _environ_key(name):
             text = value.decode("latin-1")
             environ[key] = f"{environ[key]},{text}" if key in environ else text
+    if body:
+        environ["CONTENT_LENGTH"] = str(len(body))
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
     return environ
-
-
-def set_body(environ: Environ, body: bytes) -> None:
-    """Add a fully received body."""
-    environ["wsgi.input"] = io.BytesIO(body)
-    environ["CONTENT_LENGTH"] = str(len(body))
-    environ.pop("HTTP_TRANSFER_ENCODING", None)
 
 
 def call_app(app: WsgiApp, environ: Environ) -> Response:
@@ -78,6 +76,35 @@ def call_app(app: WsgiApp, environ: Environ) -> Response:
     finally:
         if close := getattr(chunks, "close", None):
             close()
+    return response
+
+
+def encode_head(response: Response, date_header: str, *, connection: str | None) -> bytes:
+    """Encode status line and headers: the application's, `Connection` unless None, and last `date_header`."""
+    head = [f"HTTP/1.1 {response.status}\r\n"]
+    has_length = False
+    for name, value in response.headers:
+        head.append(f"{name}: {value}\r\n")
+        has_length = has_length or name == "Content-Length"
+    if not has_length:
+        head.append(f"content-length: {len(response.body)}\r\n")
+    if connection:
+        head.append(f"connection: {connection}\r\n")
+    head.append(date_header)
+    return "".join(head).encode("latin-1")
+
+
+def error_response(status: str, message: str) -> Response:
+    """Make a JSON error response; `status` is like "400 Bad Request"."""
+    return Response(status, [("Content-Type", "application/json")], orjson.dumps({"error": message}))
+
+
+def refusal_response(error: ServingError) -> Response:
+    """Make the response to a request that was refused before it reached the application."""
+    reason = {413: "Content Too Large", 503: "Service Unavailable"}.get(error.status, "Error")
+    response = error_response(f"{error.status} {reason}", str(error))
+    if error.retry_after_s is not None:
+        response.headers.append(("Retry-After", str(error.retry_after_s)))
     return response
 
 

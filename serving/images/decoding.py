@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from image_formats.content import HAS_AVIF, HEAD_BYTES, explain_unreadable, read_header
+from image_formats.content import HEAD_BYTES, explain_unreadable, read_header
 from image_formats.decoding import decode_rgb
-from image_formats.errors import UnreadableImage
-from image_formats.header import ImageHeader
+from image_formats.header import ImageHeader, UnreadableImage
 from serving.errors import InvalidRequest
 from serving.greenlets import offload
-from serving.images.decode_cost import is_quick
-from serving.images.limits import ImageLimits, check_image
+from serving.images.limits import ImageLimits, check_image, is_quick
 
 PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow refuses larger images
 
@@ -30,8 +28,8 @@ def read_image(data: bytes, *, size: tuple[int, int], limits: ImageLimits) -> np
         uint8 array of shape (height, width, 3), RGB.
 
     Raises:
-        InvalidRequest: the format is not supported, or the file is damaged or truncated.
-        TooLarge: the header declares a larger image than allowed; nothing is decoded.
+        InvalidRequest: the file is damaged or truncated.
+        InvalidRequest, TooLarge: see `check_file`; nothing is decoded.
     """
     header = check_file(data, limits)
     if is_quick(header):
@@ -47,7 +45,7 @@ def check_file(data: bytes, limits: ImageLimits) -> ImageHeader:
         TooLarge: the header declares a larger image than allowed.
     """
     header = read_header(data)
-    if header is None or (header.format == "AVIF" and not HAS_AVIF):
+    if header is None:
         raise InvalidRequest(explain_unreadable(data[:HEAD_BYTES]))
     check_image(header, limits, decoder="pillow")
     return header

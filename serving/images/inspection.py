@@ -12,8 +12,7 @@ from image_formats.content import read_header
 from image_formats.header import ImageHeader
 from serving.errors import InvalidRequest, TooLarge
 from serving.greenlets import run_sized
-from serving.images.decode_cost import QUICK_S, decode_cost, decode_seconds
-from serving.images.limits import ImageLimits, check_image
+from serving.images.limits import QUICK_S, ImageLimits, check_image, decode_cost, decode_seconds
 from serving.inference.signatures import Predictor, Signature
 from serving.request_context import current_request
 
@@ -37,14 +36,7 @@ class DecodeEstimate:
 
 
 def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> DecodeEstimate:
-    """Check every element of string tensors that has the signature of an image file.
-
-    Args:
-        arrays: the string inputs of one call, object arrays of bytes.
-        limits: the service's limits.
-
-    Returns:
-        Memory and time to decode the images.
+    """Check every element of string tensors (the inputs of one call) that has the signature of an image file.
 
     Raises:
         TooLarge: an image has too many pixels or frames, or a side is too long.
@@ -63,26 +55,19 @@ def check_encoded_images(arrays: Iterable[np.ndarray], limits: ImageLimits) -> D
             memory_bytes += header.file_bytes * count
             cost = decode_cost(header, decoder="tensorflow") - header.file_bytes
             costs += [cost] * min(count, IMAGES_AT_ONCE)
-        if len(costs) > IMAGES_AT_ONCE:
-            costs = sorted(costs)[-IMAGES_AT_ONCE:]
-        memory_bytes += sum(costs)
+        memory_bytes += sum(sorted(costs)[-IMAGES_AT_ONCE:])
     return DecodeEstimate(memory_bytes, seconds)
 
 
 def _find_images(array: np.ndarray) -> list[tuple[int, int, ImageHeader]]:
-    """Find the elements that have the signature of an image file.
-
-    A tensor may contain the same object a million times, because the last value of a message is repeated.
-
-    Returns:
-        For each image: the index of its first element, the number of its elements, and its header.
-    """
+    """Return for each image: the index of its first element, the number of its elements, and its header."""
     if array.dtype != np.object_:
         return []  # not a string tensor: `check_inputs` refuses it
     elements = array.ravel().tolist()
     if len(elements) == 1:
         header = read_header(elements[0]) if isinstance(elements[0], bytes) else None
         return [(0, 1, header)] if header else []
+    # The last value of a message is repeated, so a tensor may contain the same object a million times.
     counts = Counter(map(id, elements))
     images = []
     for index, data in enumerate(elements):
@@ -91,42 +76,36 @@ def _find_images(array: np.ndarray) -> list[tuple[int, int, ImageHeader]]:
     return images
 
 
-class ImageInspector:
-    """Checks the encoded images in the inputs of a call, and reserves memory for decoding them."""
+def inspect_images(limits: ImageLimits, signature: Signature, inputs: Mapping[str, np.ndarray]) -> bool:
+    """Check the images in string inputs and reserve memory for decoding them; returns True if they decode slowly.
 
-    def __init__(self, limits: ImageLimits) -> None:
-        self._limits = limits
-
-    def inspect(self, signature: Signature, inputs: Mapping[str, np.ndarray]) -> bool:
-        """Check the images in the string inputs and reserve memory for them; returns True if they decode slowly.
-
-        Raises:
-            InvalidRequest, TooLarge: see `check_encoded_images`.
-            Overloaded: the memory budget was exhausted until the deadline.
-        """
-        arrays = [inputs[name] for name, spec in signature.inputs.items() if spec.dtype == "DT_STRING"]
-        if not arrays:
-            return False
-        files = sum([array.size for array in arrays])
-        estimate = run_sized(files * _ELEMENT_BYTES, check_encoded_images, arrays, self._limits)
-        if estimate.memory_bytes > UNCOUNTED_BYTES:
-            current_request.get().reserve(estimate.memory_bytes)
-        return files > MAX_QUICK_FILES or estimate.seconds > QUICK_S
+    Raises:
+        InvalidRequest, TooLarge: see `check_encoded_images`.
+        Overloaded: the memory budget was exhausted until the deadline.
+    """
+    arrays = [inputs[name] for name, spec in signature.inputs.items() if spec.dtype == "DT_STRING"]
+    if not arrays:
+        return False
+    files = sum([array.size for array in arrays])
+    estimate = run_sized(files * _ELEMENT_BYTES, check_encoded_images, arrays, limits)
+    if estimate.memory_bytes > UNCOUNTED_BYTES:
+        current_request.get().reserve(estimate.memory_bytes)
+    return files > MAX_QUICK_FILES or estimate.seconds > QUICK_S
 
 
 class InspectedPredictor:
     """Predictor that checks the images in its inputs before it calls another predictor, for example a remote one."""
 
-    def __init__(self, inner: Predictor, inspector: ImageInspector) -> None:
+    def __init__(self, inner: Predictor, limits: ImageLimits) -> None:
         self._inner = inner
-        self._inspector = inspector
+        self._limits = limits
         self.signatures: Mapping[str, Signature] = inner.signatures
 
     def predict(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
     ) -> dict[str, np.ndarray]:
-        """See `Predictor.predict`. Also raises the errors of `ImageInspector.inspect`."""
+        """See `Predictor.predict`. Also raises the errors of `inspect_images`."""
         described = self.signatures.get(signature)
         if described and described.inputs.keys() <= inputs.keys():  # otherwise the inner predictor refuses it
-            self._inspector.inspect(described, inputs)
+            inspect_images(self._limits, described, inputs)
         return self._inner.predict(signature, inputs, deadline_s=deadline_s)

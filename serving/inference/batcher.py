@@ -196,7 +196,6 @@ class Batcher:
     def _predict_in_parts(
         self, key: _GroupKey, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
     ) -> dict[str, np.ndarray]:
-        """Process a request that exceeds the maximum batch size."""
         self._admit(self._long, key, rows, deadline_s)
         try:
             outputs = list(self._run_parts(self._long, self._split(key, inputs, rows, deadline_s)))
@@ -215,10 +214,7 @@ class Batcher:
             yield _Request(key, part, min(step, rows - start), False, deadline_s, is_disconnected)
 
     def _run_parts(self, lane: _Lane, parts: Iterator[_Request]) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the outputs of each part.
-
-        Only `max_calls` parts are queued at a time, so that long requests alternate. Stops after a part that failed.
-        """
+        """Yield the outputs of each part, until one fails. Only `max_calls` are queued, so long requests alternate."""
         waiting: deque[_Request] = deque()
         for part in parts:
             if len(waiting) >= lane.max_calls:
@@ -320,7 +316,6 @@ class Batcher:
         lane.threads.submit(self._call_until_idle, lane)
 
     def _should_start_call(self, lane: _Lane) -> bool:
-        """Return True if another model call should start now."""
         if lane is self._long or self._few_rows_s > LONG_CALL_S:
             return lane.calls < lane.max_calls
         if lane.calls == 0:
@@ -349,7 +344,6 @@ class Batcher:
             return True
 
     def _call_until_idle(self, lane: _Lane) -> None:
-        """Worker thread: call the model until the queue is empty."""
         while self._call_once(lane):
             pass
 

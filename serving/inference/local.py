@@ -11,16 +11,14 @@ from pathlib import Path
 from typing_extensions import override
 
 from serving.errors import ModelFailed, ModelLoadError, StartupError
-from serving.inference.checksums import Verification, has_checksums, verify_checksums
 from serving.inference.model_config import ModelConfig, Volumes, describe_unreadable, find_versions
 from serving.inference.model_info import INFO_FILE, read_label_names, read_model_info
-from serving.inference.path_hiding import hide_paths
 from serving.inference.repository import MAX_MESSAGE, FolderProblem, ModelRepository, ModelVersion, VersionStatus
-from serving.inference.retries import Retries, Stamp, read_stamp
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Predictor
+from serving.inference.version_files import Retries, Stamp, Verification, has_checksums, read_stamp, verify_checksums
 from serving.inference.warmup import WARMUP_FILE, replay_warmup_records
-from serving.quoting import printable
+from serving.quoting import hide_paths, printable
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ class LocalRepository(ModelRepository):
 
     Args:
         configs: returns the models to serve; called at every poll.
-        required: the models without which the repository is not ready.
+        required: see `ModelRepository`.
         load_predictor: loads a predictor from a version's folder; raises `ModelLoadError`.
         find_dependent: returns the signatures of a version whose rows influence each other.
         wrap_predictor: wraps the warmed-up predictor for requests, for example in a `Batcher`. Its arguments are the
@@ -128,8 +126,7 @@ class LocalRepository(ModelRepository):
     def _list_models(self) -> list[tuple[ModelConfig, dict[int, Path] | None]] | None:
         """List the models to serve, each with its versions on disk, or None if its folder is unreadable.
 
-        Returns:
-            None if the models folder itself is unreadable: then the served versions do not change.
+        If the models folder itself is unreadable, the result is None: the served versions do not change.
         """
         try:
             configs = self._list_configs()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from serving.errors import ModelLoadError
 from serving.inference.signatures import DEFAULT_SIGNATURE, Predictor
+from serving.inference.version_files import read_file
 from serving.quoting import printable
 
 logger = logging.getLogger(__name__)
@@ -25,17 +26,11 @@ LABELS_SIGNATURE = "labels"  # maps class_id to label in the models that this pr
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The fields of a model's `model.json` that the service shows.
+    """The fields of a model's `model.json` that the service shows."""
 
-    Args:
-        class_names: unique names in the order of the class ids; empty if unknown.
-        dataset: name of the training dataset.
-        test_accuracy: from 0 to 1.
-    """
-
-    class_names: tuple[str, ...] = ()
-    dataset: str | None = None
-    test_accuracy: float | None = None
+    class_names: tuple[str, ...] = ()  # unique, in the order of the class ids; empty if unknown
+    dataset: str | None = None  # name of the training dataset
+    test_accuracy: float | None = None  # from 0 to 1
 
 
 def read_model_info(path: Path) -> tuple[ModelInfo, str]:
@@ -47,17 +42,9 @@ def read_model_info(path: Path) -> tuple[ModelInfo, str]:
     file = path / INFO_FILE
     info = ModelInfo()
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would block
-            return info, f"{file} is not a regular file"
-        with file.open("rb") as stream:
-            text = stream.read(MAX_INFO_BYTES + 1)
-        if len(text) > MAX_INFO_BYTES:
-            return info, f"{file} is larger than {MAX_INFO_BYTES:,} bytes"
-        document = json.loads(text)
-    except FileNotFoundError:
-        return info, ""
-    except OSError as error:
-        return info, f"{file} cannot be read: {error.strerror or error}"
+        document = json.loads(read_file(file, max_bytes=MAX_INFO_BYTES))
+    except ModelLoadError as error:
+        return info, "" if isinstance(error.__cause__, FileNotFoundError) else str(error)
     except RecursionError:
         return info, f"{file} is nested too deeply"
     except (ValueError, MemoryError) as error:

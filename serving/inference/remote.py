@@ -27,12 +27,11 @@ from serving.errors import InvalidBackendResponse, InvalidRequest, ModelFailed, 
 from serving.greenlets import run_blocking
 from serving.inference.model_config import ModelConfig
 from serving.inference.model_info import ModelInfo, read_label_names
-from serving.inference.path_hiding import hide_paths
 from serving.inference.repository import ModelRepository, ModelVersion, VersionStatus
 from serving.inference.saved_model import read_signature_defs
 from serving.inference.signatures import NUMPY_DTYPES, Predictor, Signature, TensorSpec, check_inputs
 from serving.inference.tensor_proto import read_tensor, write_tensor
-from serving.quoting import printable
+from serving.quoting import hide_paths, printable
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class RemoteRepository(ModelRepository):
     Args:
         address: the server's gRPC address, "host:port".
         names: the models to serve; the server's API cannot list its models.
-        required: the models without which the repository is not ready.
+        required: see `ModelRepository`.
         wrap_predictor: wraps the predictor for requests. Its arguments are the model's name and the predictor.
     """
 
@@ -92,12 +91,7 @@ class RemoteRepository(ModelRepository):
 
     @override
     def resolve(self, name: str, *, version: int | None = None, label: str | None = None) -> ModelVersion:
-        """See `ModelRepository.resolve`.
-
-        Raises:
-            NotReady: the server cannot be reached.
-            InvalidBackendResponse: the server's description of the model is invalid.
-        """
+        """See `ModelRepository.resolve`. Also raises InvalidBackendResponse; NotReady if the server is unreachable."""
         try:
             return super().resolve(name, version=version, label=label)
         except ModelNotFound:
@@ -116,8 +110,8 @@ class RemoteRepository(ModelRepository):
         return self._problems[name][1] if name in self._problems else super().problem(name)
 
     def _raise_problem(self, name: str) -> None:
-        if (problem := self._problems.get(name)) is not None:
-            kind, message = problem
+        if name in self._problems:
+            kind, message = self._problems[name]
             raise kind(message)
 
     @override
@@ -181,15 +175,7 @@ class RemoteRepository(ModelRepository):
 
 
 class RemotePredictor:
-    """Predictor for one model version on a remote TensorFlow Serving.
-
-    Args:
-        stub: the server's PredictionService stub.
-        model: the model's name.
-        version: the model's version.
-        signatures: the version's signatures.
-        address: the server's address, for error messages.
-    """
+    """Predictor for one model version on a remote TensorFlow Serving; `stub` is its PredictionService."""
 
     def __init__(
         self, stub: Any, model: str, version: int, signatures: Mapping[str, Signature], *, address: str

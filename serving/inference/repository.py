@@ -9,16 +9,15 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from serving.errors import HTTP_STATUS_OF_CODE, InvalidRequest, ModelNotFound, NotReady, ServingError
 from serving.inference.model_config import ModelConfig
 from serving.inference.model_info import ModelInfo
-from serving.inference.path_hiding import hide_paths
 from serving.inference.signatures import Predictor
-from serving.quoting import printable, quote
+from serving.quoting import hide_paths, printable, quote
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +115,6 @@ class ModelRepository(ABC):
     def all_names(self) -> list[str]:
         """List every configured model, including those that could not be loaded."""
         return list(self._names)
-
-    def labels(self, name: str) -> Mapping[str, int]:
-        """Return the version of each label of a model."""
-        return self._labels.get(name, {})
-
-    def available_versions(self, name: str) -> list[int]:
-        """List the available versions of a model, oldest first."""
-        return sorted(self._available.get(name, {}))
 
     def resolve(self, name: str, *, version: int | None = None, label: str | None = None) -> ModelVersion:
         """Return the newest available version of a model, or the version with this number or label.

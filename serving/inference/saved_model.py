@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from serving.errors import InvalidRequest, ModelFailed, ModelLoadError, ServingError, deadline_exceeded
-from serving.inference.path_hiding import hide_paths
 from serving.inference.signatures import Signature, TensorSpec, check_inputs
+from serving.quoting import hide_paths
 
 
 class SavedModelPredictor:
@@ -47,15 +47,12 @@ class SavedModelPredictor:
             with graph.as_default():
                 tf.compat.v1.saved_model.load(self._session, ["serve"], str(path))
             self._callables = {name: self._make_callable(signature) for name, signature in self.signatures.items()}
-        except tf.errors.OpError as error:
-            self._session.close()
-            raise ModelLoadError(f"cannot load {path}: {_error_message(error)}", code=_error_code(error)) from error
-        except MemoryError as error:
-            self._session.close()
-            raise ModelLoadError(f"not enough memory to load {path}", code="RESOURCE_EXHAUSTED") from error
         except Exception as error:  # a damaged graph can raise any type of error
             self._session.close()
-            raise ModelLoadError(f"cannot load {path}: {_error_message(error)}") from error
+            if isinstance(error, MemoryError):
+                raise ModelLoadError(f"not enough memory to load {path}", code="RESOURCE_EXHAUSTED") from error
+            code = _error_code(error) if isinstance(error, tf.errors.OpError) else "UNKNOWN"
+            raise ModelLoadError(f"cannot load {path}: {_error_message(error)}", code=code) from error
 
     def _make_callable(self, signature: Signature) -> Callable[..., list[Any]] | None:
         if not signature.inputs or not signature.outputs:
@@ -148,7 +145,7 @@ def read_signatures(path: Path) -> dict[str, Signature]:
         raise ModelLoadError(f'{file} has no graph with the single tag "serve"{found}', code="NOT_FOUND")
     try:
         return read_signature_defs(saved_model.meta_graphs[tag_sets.index({"serve"})].signature_def)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ModelLoadError(f"{file}: {error}", code="INVALID_ARGUMENT") from error
 
 
@@ -177,8 +174,10 @@ def read_signature_defs(definitions: Mapping[str, Any]) -> dict[str, Signature]:
     """Convert SignatureDef messages of a saved_model.pb or of a server's metadata.
 
     Raises:
-        ValueError: an input or output has an unknown dtype, or a default value cannot be read.
+        ValueError: an input or output has an unknown dtype.
+        TypeError, ValueError: a default value cannot be read.
     """
+    import tensorflow as tf
     from tensorflow.core.framework import types_pb2
 
     def describe(signature: str, key: str, tensor: Any) -> TensorSpec:
@@ -199,23 +198,13 @@ def read_signature_defs(definitions: Mapping[str, Any]) -> dict[str, Signature]:
             inputs={key: describe(name, key, tensor) for key, tensor in sorted(definition.inputs.items())},
             outputs={key: describe(name, key, tensor) for key, tensor in sorted(definition.outputs.items())},
             defaults={
-                key: _make_array(tensor)
+                key: tf.make_ndarray(tensor)
                 for key, tensor in sorted(definition.defaults.items())
                 if key in definition.inputs
             },
         )
         for name, definition in sorted(definitions.items())
     }
-
-
-def _make_array(tensor: Any) -> np.ndarray:
-    import tensorflow as tf
-
-    try:
-        array: np.ndarray = tf.make_ndarray(tensor)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    return array
 
 
 def _to_serving_error(error: Any) -> ServingError:

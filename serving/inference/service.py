@@ -20,15 +20,10 @@ from serving.request_context import current_request
 
 @dataclass(eq=False)
 class InferenceRequest:
-    """A parsed request: the inputs of one signature.
-
-    Args:
-        signature: its name; the version has it.
-        inputs: one array per input, of its dtype; strings are object arrays of bytes.
-    """
+    """A parsed request: the inputs of one signature, which the version has."""
 
     signature: str
-    inputs: Mapping[str, np.ndarray]
+    inputs: Mapping[str, np.ndarray]  # one array per input, of its dtype; strings are object arrays of bytes
 
 
 @dataclass(eq=False)
@@ -41,11 +36,7 @@ class InferenceResult:
 
 
 class InferenceService:
-    """Runs inference requests on the versions of a repository.
-
-    Args:
-        repository: the models.
-        max_rows: maximum number of rows in a request.
+    """Runs inference requests, of at most `max_rows` rows each, on the versions of a repository.
 
     Example:
         >>> version = service.resolve("colours", version="7")
@@ -61,11 +52,6 @@ class InferenceService:
         """Return the newest version of a model, or the version with this number or label.
 
         Protocols resolve the version before they parse the request, because parsing depends on its signatures.
-
-        Args:
-            model: the model's name.
-            version: the version's number, or its text.
-            label: a version label of the model config.
 
         Raises:
             InvalidRequest: the version is not a number, no version has the label, or both are given.

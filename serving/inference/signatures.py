@@ -11,21 +11,12 @@ import numpy as np
 from serving.errors import InvalidRequest, TooLarge
 
 DEFAULT_SIGNATURE = "serving_default"
+_NUMBERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128")
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "DT_HALF": np.dtype(np.float16),
     "DT_FLOAT": np.dtype(np.float32),
     "DT_DOUBLE": np.dtype(np.float64),
-    "DT_INT8": np.dtype(np.int8),
-    "DT_INT16": np.dtype(np.int16),
-    "DT_INT32": np.dtype(np.int32),
-    "DT_INT64": np.dtype(np.int64),
-    "DT_UINT8": np.dtype(np.uint8),
-    "DT_UINT16": np.dtype(np.uint16),
-    "DT_UINT32": np.dtype(np.uint32),
-    "DT_UINT64": np.dtype(np.uint64),
-    "DT_BOOL": np.dtype(np.bool_),
-    "DT_HALF": np.dtype(np.float16),
-    "DT_COMPLEX64": np.dtype(np.complex64),
-    "DT_COMPLEX128": np.dtype(np.complex128),
+    **{f"DT_{name.upper()}": np.dtype(name) for name in _NUMBERS},
     "DT_STRING": np.dtype(np.object_),  # elements are bytes
 }
 
@@ -51,7 +42,13 @@ class TensorSpec:
 
     def fits(self, array: np.ndarray) -> bool:
         """Return True if an array has this dtype and shape."""
-        return array.dtype == self.numpy_dtype and _fits(array.shape, self.shape)
+        expected, shape = self.shape, array.shape
+        if array.dtype != self.numpy_dtype or (expected is not None and len(shape) != len(expected)):
+            return False
+        for want, have in zip(expected or (), shape):  # noqa: B905, SIM110 - strict zip and `all` are slower
+            if want is not None and want != have:
+                return False
+        return True
 
     def __str__(self) -> str:
         """Return dtype and shape: `uint8 (n, 32, 32, 3)`."""
@@ -148,17 +145,6 @@ def _refuse_names(signature: Signature, inputs: Mapping[str, np.ndarray]) -> NoR
         f'signature "{signature.name}" has no input {", ".join(sorted(inputs.keys() - expected.keys()))}; '
         f"it takes {', '.join(f'{name}: {spec}' for name, spec in expected.items())}"
     )
-
-
-def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> bool:
-    if expected is None:
-        return True
-    if len(shape) != len(expected):
-        return False
-    for want, have in zip(expected, shape, strict=True):  # noqa: SIM110 - `all` with a generator is slower
-        if want is not None and want != have:
-            return False
-    return True
 
 
 def _shape_text(shape: tuple[int | None, ...]) -> str:

@@ -15,26 +15,16 @@ from serving.errors import InvalidRequest, TooLarge
 from serving.inference.signatures import NUMPY_DTYPES
 
 # The field with the values of each dtype, unless they are in `tensor_content`.
+_SMALL_INTEGERS = ("DT_INT8", "DT_INT16", "DT_UINT8", "DT_UINT16")
+_NAMESAKES = ("int64", "uint32", "uint64", "half", "float", "double", "bool", "string")
 _VALUE_FIELDS: Mapping[str, str] = {
-    "DT_FLOAT": "float_val",
-    "DT_DOUBLE": "double_val",
-    "DT_INT8": "int_val",
-    "DT_INT16": "int_val",
-    "DT_INT32": "int_val",
-    "DT_INT64": "int64_val",
-    "DT_UINT8": "int_val",
-    "DT_UINT16": "int_val",
-    "DT_UINT32": "uint32_val",
-    "DT_UINT64": "uint64_val",
-    "DT_BOOL": "bool_val",
-    "DT_HALF": "half_val",
+    **dict.fromkeys((*_SMALL_INTEGERS, "DT_INT32"), "int_val"),
+    **{f"DT_{name.upper()}": f"{name}_val" for name in _NAMESAKES},
     "DT_COMPLEX64": "scomplex_val",
     "DT_COMPLEX128": "dcomplex_val",
-    "DT_STRING": "string_val",
 }
 SLICE_ELEMENTS = 64 * 1024
 MAX_DIMENSIONS = 64  # numpy's limit; TensorFlow's is 254
-_SMALL_INTEGERS = ("DT_INT8", "DT_INT16", "DT_UINT8", "DT_UINT16")
 
 
 def count_elements(tensor: Any) -> int:
@@ -45,12 +35,7 @@ def count_elements(tensor: Any) -> int:
 def read_tensor(tensor: Any, *, name: str, max_bytes: int) -> np.ndarray:
     """Convert a TensorProto to an array; strings become an object array of bytes.
 
-    If it has fewer values than elements, the last value is repeated, as in TensorFlow.
-
-    Args:
-        tensor: the message.
-        name: the input's name, for error messages.
-        max_bytes: maximum size of the array.
+    If it has fewer values than elements, the last value is repeated, as in TensorFlow. `name` is for error messages.
 
     Raises:
         InvalidRequest: the values do not fit the declared dtype and shape.

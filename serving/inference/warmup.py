@@ -21,12 +21,8 @@ MAX_RECORDS = 1_000
 def replay_warmup_records(path: Path, predictor: Predictor) -> int:
     """Run every record of a version's warm-up file.
 
-    Args:
-        path: the version's folder; the warm-up file is optional.
-        predictor: the version's predictor.
-
     Returns:
-        The number of records replayed.
+        The number of records; 0 if the folder `path` has no warm-up file.
 
     Raises:
         ModelLoadError: a record is damaged, not a predict request, or fails, or there are too many.
@@ -44,9 +40,7 @@ def replay_warmup_records(path: Path, predictor: Predictor) -> int:
 def read_warmup_records(path: Path, signatures: Mapping[str, Signature]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yield the signature and the inputs of every record of a version's warm-up file, if it has one.
 
-    Args:
-        path: the version's folder.
-        signatures: the version's signatures, whose defaults replace the inputs that a record omits.
+    The defaults of a signature replace the inputs that a record omits.
 
     Raises:
         ModelLoadError: a record is damaged or not a predict request, or there are too many.

@@ -15,7 +15,7 @@ from PIL import Image
 
 import client.images
 from client import AsyncClient, Client, ClientError, Failure, ImageRejected, ImageSource, Prediction, ServerBusy
-from client.http import AsyncHttpTransport, make_httpx_client
+from client.http import make_httpx_client, run_async
 from client.images import LoadedImage
 from client.rest import RestApi
 from tests.client.conftest import pixels_of, png_of
@@ -87,11 +87,8 @@ def test_failures_are_retried_after_waits(service: Service) -> None:
 
     async def run() -> list[Prediction | Failure]:
         api = RestApi(service.url, timeout_s=30, retries=3)
-        transport = AsyncHttpTransport(api, make_httpx_client(httpx.AsyncClient, api), sleep=sleep)
-        try:
-            return await transport.predict_batch([LoadedImage(0, None, png_of("red"))])
-        finally:
-            await transport.aclose()
+        async with make_httpx_client(httpx.AsyncClient, api) as http:
+            return await run_async(api.predict([LoadedImage(0, None, png_of("red"))]), api, http, sleep=sleep)
 
     service.script.extend([busy(), hang_up, busy("2")])
     (outcome,) = asyncio.run(run())

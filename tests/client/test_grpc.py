@@ -109,7 +109,6 @@ def test_too_large_request_is_sent_in_parts(grpc_service: GrpcService) -> None:
 def test_version_is_requested(grpc_service: GrpcService) -> None:
     predict(grpc_service, png_of("red"), version=4)
     assert grpc_service.requests[0].model_spec.version.value == 4
-    assert set(grpc_service.requests[0].output_filter) == {"probabilities", "class_id", "label"}
 
 
 def test_class_numbers_replace_missing_labels(grpc_service: GrpcService) -> None:
@@ -178,11 +177,25 @@ def break_response(change: Callable[[Any], None]) -> Script:
     return respond
 
 
+@pytest.mark.parametrize("missing", [["class_id", "label"], ["label"], ["class_id"]])
+def test_a_model_may_return_probabilities_alone(grpc_service: GrpcService, missing: list[str]) -> None:
+    def drop(outputs: Any) -> None:
+        for name in missing:
+            outputs.pop(name)
+
+    expected = predict(grpc_service, png_of("green"), png_of("blue"))
+    grpc_service.script = [break_response(drop)]
+    assert predict(grpc_service, png_of("green"), png_of("blue")) == expected
+    assert [(p.label, p.class_id) for p in expected] == [("green", 1), ("blue", 2)]
+    grpc_service.has_labels = False
+    grpc_service.script = [break_response(drop)]
+    assert [p.label for p in predict(grpc_service, png_of("green"))] == ["1"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda outputs: outputs.clear(),
-        lambda outputs: outputs.pop("label"),
         lambda outputs: outputs["label"].string_val.append(b"red"),
         lambda outputs: outputs["probabilities"].float_val.pop(),
         lambda outputs: outputs["probabilities"].tensor_shape.dim.pop(),
@@ -321,9 +334,9 @@ def test_constants_are_tensorflow_servings() -> None:
 def test_tensors_are_those_of_tensorflow() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3), np.uint8)
     for ours, expected in (
-        (tensors.make_pixels_tensor(list(pixels)), pixels),
-        (tensors.make_class_ids_tensor(3), np.arange(3)),
-        (tensors.make_files_tensor([b"one", b"two"]), np.array([b"one", b"two"], object)),
+        (tensors.make_tensor(tensors.DT_UINT8, *pixels.shape, tensor_content=pixels.tobytes()), pixels),
+        (tensors.make_tensor(tensors.DT_INT64, 3, int64_val=range(3)), np.arange(3)),
+        (tensors.make_tensor(tensors.DT_STRING, 2, string_val=[b"one", b"two"]), np.array([b"one", b"two"], object)),
     ):
         values = tf.make_ndarray(tensor_pb2.TensorProto.FromString(ours.SerializeToString()))
         assert values.dtype == expected.dtype

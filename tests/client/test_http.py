@@ -14,7 +14,6 @@ import httpx
 import pytest
 from PIL import Image
 
-from client.backoff import LONGEST_WAIT_S, choose_wait_s
 from client.errors import (
     ClientError,
     ConnectionFailed,
@@ -28,7 +27,7 @@ from client.errors import (
 from client.grpc import GrpcTransport
 from client.http import HttpTransport, make_httpx_client
 from client.images import LoadedImage
-from client.options import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S
+from client.options import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, LONGEST_WAIT_S, choose_wait_s
 from client.predictions import ModelStatus, Prediction, ServiceStatus
 from client.rest import RestApi
 from tests.client.conftest import png_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,15 +13,28 @@ import pytest
 from PIL import Image
 
 from client import images
-from client.errors import ImageRejected
-from client.images import find_images, load_image
+from client.images import LoadedImage, find_images, load_image
+from client.predictions import Failure
 from tests.client.conftest import pixels_of, png_of, write_png
 
 NOISE = np.random.default_rng(0).integers(0, 256, (9, 14, 3), np.uint8)
 
 
+def load(source: images.ImageSource) -> LoadedImage:
+    image = load_image(source, index=0)
+    assert isinstance(image, LoadedImage)
+    return image
+
+
+def why_rejected(source: images.ImageSource) -> str:
+    failure = load_image(source, index=5)
+    assert isinstance(failure, Failure)
+    assert failure.index == 5
+    return failure.reason
+
+
 def sent(source: images.ImageSource) -> Image.Image:
-    return Image.open(io.BytesIO(load_image(source, index=0).data))
+    return Image.open(io.BytesIO(load(source).data))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
@@ -102,29 +116,24 @@ def test_array_may_be_a_view() -> None:
     ],
 )
 def test_rejected_images_give_the_reason(source: images.ImageSource, reason: str) -> None:
-    with pytest.raises(ImageRejected, match=reason) as caught:
-        load_image(source, index=5)
-    assert caught.value.index == 5
+    assert re.search(reason, why_rejected(source))
 
 
 def test_truncated_pillow_image_is_rejected() -> None:
     stream = io.BytesIO()
     Image.fromarray(NOISE).resize((300, 300)).save(stream, "JPEG")
-    with pytest.raises(ImageRejected, match="truncated"):
-        load_image(Image.open(io.BytesIO(stream.getvalue()[:-900])), index=0)
+    assert "truncated" in why_rejected(Image.open(io.BytesIO(stream.getvalue()[:-900])))
 
 
 def test_folder_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ImageRejected, match="is a folder; find_images"):
-        load_image(tmp_path, index=0)
+    assert "is a folder; find_images" in why_rejected(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_file_without_permission_is_rejected(tmp_path: Path) -> None:
     path = write_png(tmp_path / "secret.png", "red")
     path.chmod(0)
-    with pytest.raises(ImageRejected, match="cannot be read: Permission denied"):
-        load_image(path, index=0)
+    assert "cannot be read: Permission denied" in why_rejected(path)
 
 
 def test_file_size_is_limited(tmp_path: Path) -> None:
@@ -132,10 +141,9 @@ def test_file_size_is_limited(tmp_path: Path) -> None:
     with path.open("wb") as stream:
         stream.truncate(images.MAX_IMAGE_BYTES + 1)
     for source in (path, "/dev/zero"):
-        with pytest.raises(ImageRejected, match="larger than 67,108,864 bytes"):
-            load_image(source, index=0)
+        assert "larger than 67,108,864 bytes" in why_rejected(source)
     os.truncate(path, images.MAX_IMAGE_BYTES)
-    assert len(load_image(path, index=0).data) == images.MAX_IMAGE_BYTES
+    assert len(load(path).data) == images.MAX_IMAGE_BYTES
 
 
 def test_pipe_is_read_like_a_file(tmp_path: Path) -> None:
@@ -143,7 +151,7 @@ def test_pipe_is_read_like_a_file(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     original = write_png(tmp_path / "original.png", "red")
     with subprocess.Popen(["cp", original, pipe]):
-        assert load_image(pipe, index=0).data == png_of("red")
+        assert load(pipe).data == png_of("red")
 
 
 def test_find_images_sorts_and_recognises_content(tmp_path: Path) -> None:
@@ -181,7 +189,6 @@ def test_every_form_gives_the_same_pixels() -> None:
 def test_size_of_encoded_pixels_is_limited(monkeypatch):
     monkeypatch.setattr("client.images.MAX_IMAGE_BYTES", 20_000)
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
-    with pytest.raises(ImageRejected, match="larger than 20,000 bytes"):
-        load_image(noise, index=0)
+    assert "larger than 20,000 bytes" in why_rejected(noise)
     flat = np.zeros((90, 90, 3), np.uint8)  # larger in memory than 20,000 bytes, and not when it is sent
-    assert len(load_image(flat, index=0).data) < 20_000
+    assert len(load(flat).data) < 20_000

@@ -29,7 +29,7 @@ def find_images(content: bytes) -> list[int]:
     return [image.index for image in IMAGES if image.data in content]
 
 
-def make_api(retries: int = 3) -> RestApi:
+def make_api(retries: int = 3) -> Any:  # RestApi, whose flows yield requests or the result
     return RestApi("http://service", model="m", version=2, timeout_s=60, retries=retries)
 
 
@@ -40,9 +40,7 @@ def test_requests_have_the_model_and_the_images() -> None:
     assert request.headers["Content-Type"].startswith("multipart/form-data; boundary=")
     assert find_images(request.content) == [0, 1, 2, 3]
     assert request.delay_s == 0
-    with pytest.raises(StopIteration) as stop:
-        flow.send(make_predictions(4))
-    assert [prediction.label for prediction in stop.value.value] == ["red"] * 4
+    assert [prediction.label for prediction in flow.send(make_predictions(4))] == ["red"] * 4
 
 
 def test_images_are_sent_again_without_the_unreadable_ones_and_in_halves() -> None:
@@ -54,23 +52,34 @@ def test_images_are_sent_again_without_the_unreadable_ones_and_in_halves() -> No
     assert find_images(request.content) == [0]
     request = flow.send(make_response(413, {"error": "image-0: too many pixels"}))
     assert find_images(request.content) == [2, 3]
-    with pytest.raises(StopIteration) as stop:
-        flow.send(make_predictions(2))
-    assert stop.value.value[:2] == [Failure(0, None, "too many pixels"), Failure(1, None, "not an image")]
-    assert all(isinstance(outcome, Prediction) for outcome in stop.value.value[2:])
+    outcomes = flow.send(make_predictions(2))
+    assert outcomes[:2] == [Failure(0, None, "too many pixels"), Failure(1, None, "not an image")]
+    assert all(isinstance(outcome, Prediction) for outcome in outcomes[2:])
+
+
+def test_limits_of_predictions_are_read() -> None:
+    flow = make_api().predict(IMAGES[:2])
+    next(flow)
+    limits = {"typicality": 0.01, "is_typical": False, "label_set": ["red", "blue"]}
+    body = {"model": {"name": "m", "version": 1}, "predictions": [{**ROW, **limits}, {**ROW, "typicality": "much"}]}
+    limited, plain = flow.send(make_response(200, body))
+    assert (limited.typicality, limited.is_typical, limited.label_set) == (0.01, False, ("red", "blue"))
+    assert limited.describe_limits() == "unlike the training images; red or blue"
+    assert (plain.typicality, plain.is_typical, plain.label_set) == (None, None, None)
+    assert not plain.describe_limits()
 
 
 def test_retries_are_delayed_and_keep_the_deadline() -> None:
     flow = make_api(retries=2).predict(IMAGES)
     first = next(flow)
-    second = flow.throw(ConnectionFailed("cannot connect"))
+    second = flow.send(ConnectionFailed("cannot connect"))
     third = flow.send(make_response(503, {"error": "loading"}, retry_after="3"))
     assert 0 < second.delay_s <= 0.25
     assert third.delay_s == 3
     assert first.deadline_s == second.deadline_s == third.deadline_s
     assert first.content == second.content == third.content
     with pytest.raises(ConnectionFailed, match=r"cannot connect \(tried 3 times\)"):
-        flow.throw(ConnectionFailed("cannot connect"))
+        flow.send(ConnectionFailed("cannot connect"))
 
 
 def test_status_is_requested_once() -> None:
@@ -81,4 +90,4 @@ def test_status_is_requested_once() -> None:
     flow = make_api().get_status()
     next(flow)
     with pytest.raises(ClientError, match=r"cannot connect$"):
-        flow.throw(ConnectionFailed("cannot connect"))
+        flow.send(ConnectionFailed("cannot connect"))

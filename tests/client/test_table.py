@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 import pytest
 
@@ -27,6 +29,26 @@ def test_row_has_file_label_confidence_and_bar() -> None:
 def test_next_labels_are_the_most_probable_first() -> None:
     assert make_table(top=2).row("cat.png", CAT).endswith("  █████████▎  airplane 5.9 %")
     assert make_table(top=9).row("cat.png", CAT).endswith("  airplane 5.9 %, dog 1.0 %")
+
+
+@pytest.mark.parametrize(
+    ("is_typical", "label_set", "expected"),
+    [
+        (True, ("cat",), ""),
+        (False, ("cat",), "unlike the training images"),
+        (True, ("cat", "dog"), "cat or dog"),
+        (True, ("airplane", "cat", "dog"), "airplane, cat or dog"),
+        (False, (), "unlike the training images; no label is certain"),
+        (None, None, ""),
+    ],
+)
+def test_limits_of_the_prediction_end_the_line(
+    is_typical: bool | None, label_set: tuple[str, ...] | None, expected: str
+) -> None:
+    prediction = dataclasses.replace(CAT, is_typical=is_typical, label_set=label_set)
+    assert (
+        make_table().row("cat.png", prediction) == f"cat.png       cat        93.1 %  █████████▎  {expected}".rstrip()
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.004, 0.0063, 0.1, 0.5, 0.999, 1.0, 1.0000001, -0.0])

@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from serving.server_process import free_ports
 from tests.contract.conftest import Served
-from tests.serving.conftest import free_ports, picture
+from tests.serving.conftest import picture
 
 PROJECT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))]
@@ -135,8 +136,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, shapes: Served) -> Iterat
     checkout.stop()
 
 
-@pytest.mark.parametrize("page", ["docs/getting-started.md", "docs/importing.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/getting-started.md", "docs/importing.md", "README.md", "docs/convert.md"])
 def test_every_block_of_code_runs(page: str, checkout: Checkout) -> None:
+    if page == "docs/convert.md":
+        for package in ("tf2onnx", "onnxruntime", "ai_edge_litert"):
+            pytest.importorskip(package, reason=f"needs {package}, of the extra [convert]")
     blocks = [block for block in read_blocks(page) if block.language in ("sh", "python")]
     assert {block.language for block in blocks} == {"sh", "python"}
     for block in blocks:

@@ -18,7 +18,7 @@ from keras import layers
 from tests.contract.conftest import Served
 from tests.contract.test_same_prediction import SAME, SMALL_JPEG, SMALL_PNG, Routes
 from tests.serving.conftest import Server
-from training.data.image_file import read_image
+from training.data.image_reading import read_image
 
 LABELS = [f"label {number}" for number in range(10)]
 

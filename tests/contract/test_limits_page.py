@@ -11,12 +11,12 @@ from client.__main__ import main as client
 from image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving.__main__ import main
 from serving.api import compression, json_cost, json_process
-from serving.api.predict import parsing
+from serving.api.predict import messages
 from serving.api.tensorflow_serving import json_document
 from serving.grpc import receiving
-from serving.http import body_receiver, framing, protocol, request, server
+from serving.http import parser, protocol, request, server
 from serving.images import limits as image_limits
-from serving.images.decode_cost import decode_cost
+from serving.images.limits import decode_cost
 from serving.memory import BODIES_SHARE, SMALL_SHARE, MemoryBudget
 from serving.process_memory import SAFETY_SHARE
 from serving.settings import Settings
@@ -40,7 +40,7 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
         ("levels of nested JSON", f"{json_document.MAX_DEPTH}", None),
         ("rows of a request", f"{Settings.max_rows:,}", "--max-rows"),
         ("images in one form", f"{Settings.max_images}", "--max-images"),
-        ("other fields in one form", f"{parsing.MAX_FORM_FIELDS}", None),
+        ("other fields in one form", f"{messages.MAX_FORM_FIELDS}", None),
         ("pixels of an image", f"{Settings.max_image_pixels:,}", "--max-image-pixels"),
         ("longest side", f"{Settings.max_image_side:,}", "--max-image-side"),
         ("frames of an animation", f"{image_limits.MAX_FRAMES:,}", None),
@@ -51,12 +51,12 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
             None,
         ),
         ("request line and headers", f"{request.MAX_HEAD_BYTES // KIB} KiB", None),
-        ("trailers", f"{framing.MAX_TRAILER_BYTES // KIB} KiB", None),
+        ("trailers", f"{parser.MAX_TRAILER_BYTES // KIB} KiB", None),
         ("time for the headers", f"{protocol.HEAD_TIMEOUT_S:.0f} s", None),
-        ("upload rate", f"{body_receiver.UPLOAD_BYTES // KIB} KiB in {body_receiver.UPLOAD_PERIOD_S:.0f} s", None),
+        ("upload rate", f"{request.UPLOAD_BYTES // KIB} KiB in {request.UPLOAD_PERIOD_S:.0f} s", None),
         (
             "upload rate",
-            f"{body_receiver.CONTENDED_BYTES // KIB} KiB in {body_receiver.CONTENDED_PERIOD_S:.0f} s while",
+            f"{request.CONTENDED_BYTES // KIB} KiB in {request.CONTENDED_PERIOD_S:.0f} s while",
             None,
         ),
         ("idle connection", f"{protocol.FIRST_REQUEST_TIMEOUT_S:.0f} s until the first request", None),

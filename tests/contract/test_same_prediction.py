@@ -23,7 +23,7 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from client import Client, GrpcClient
 from tests.contract.test_awkward_files import app1, damaged, exif, jpeg_with, png_with
 from tests.serving.image_files import chunk, segment
-from training.data.image_file import read_image
+from training.data.image_reading import read_image
 from training.data.shapes import draw_shapes
 
 # float32 rounding: batches of different sizes add in different orders.

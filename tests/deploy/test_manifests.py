@@ -23,7 +23,7 @@ from image_formats.header import ImageHeader
 from serving.__main__ import main
 from serving.grpc.handlers import OBJECT_BYTES
 from serving.grpc.receiving import COPIES
-from serving.images.decode_cost import decode_cost
+from serving.images.limits import decode_cost
 from serving.memory import MemoryBudget
 from serving.process_memory import SAFETY_SHARE
 from serving.settings import Settings

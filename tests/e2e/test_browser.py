@@ -52,9 +52,9 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Path:
-    """`colours` (32 x 32, blocked in its warm-up by the gate) and `wide` (48 x 20)."""
+    """`colours` (32 x 32, with heat maps, blocked in its warm-up by the gate) and `wide` (48 x 20)."""
     folder = tmp_path_factory.mktemp("models")
-    colours = save_colour_classifier(folder / "colours" / "4", gate=gate)
+    colours = save_colour_classifier(folder / "colours" / "4", gate=gate, explain=True)
     write_warmup_records(colours, [np.zeros((1, 32, 32, 3), np.uint8)])
     save_colour_classifier(folder / "wide" / "1", size=(20, 48))
     return folder
@@ -118,13 +118,13 @@ class Page:
         size = self.browser.execute_script("return getComputedStyle(arguments[0], '::before').backgroundSize", bar)
         return float(size.split("%")[0])
 
-    def canvas(self, card: WebElement) -> np.ndarray:
+    def canvas(self, card: WebElement, selector: str = "canvas") -> np.ndarray:
         """Return the pixels of a card's canvas, uint8 (height, width, 4)."""
-        self.wait(lambda: card.find_element(By.CSS_SELECTOR, "canvas").is_displayed())
+        self.wait(lambda: card.find_element(By.CSS_SELECTOR, selector).is_displayed())
         width, height, data = self.browser.execute_script(
             "const {width, height} = arguments[0];"
             "return [width, height, [...arguments[0].getContext('2d').getImageData(0, 0, width, height).data]];",
-            card.find_element(By.CSS_SELECTOR, "canvas"),
+            card.find_element(By.CSS_SELECTOR, selector),
         )
         return np.array(data, np.uint8).reshape(height, width, 4)
 
@@ -296,6 +296,58 @@ def test_another_model_can_be_chosen(page: Page, tmp_path: Path) -> None:
     page.wait_for_state("classified", [card])
     assert "wide, version 1" in text(card, ".timing")
     assert page.canvas(card).shape == (20, 48, 4)
+
+
+def half_red(path: Path) -> Path:
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:, 16:, 0] = 255
+    return write(path, encode(Image.fromarray(pixels)))
+
+
+def test_a_heat_map_is_shown_on_request(page: Page, tmp_path: Path) -> None:
+    (card,) = page.send(half_red(tmp_path / "half.png"))
+    page.wait_for_state("classified", [card])
+    page.wait(lambda: card.find_element(By.CSS_SELECTOR, ".explain").is_displayed())
+    button = card.find_element(By.CSS_SELECTOR, ".explain")
+    heat = card.find_element(By.CSS_SELECTOR, ".heat")
+    assert not heat.is_displayed()
+    button.click()
+    alpha = page.canvas(card, ".heat")[..., 3]
+    assert np.all(alpha[:, :16] == 0)
+    assert np.all(alpha[:, 16:] == 200)
+    top = "const box = arguments[0].getBoundingClientRect(); return document.elementFromPoint(box.x + 9, box.y + 9)"
+    page.browser.execute_script("arguments[0].scrollIntoView()", heat)
+    assert page.browser.execute_script(top, heat) == heat
+    assert text(card, ".statement") == "yellow speaks for red"
+    assert button.get_attribute("aria-pressed") == "true"
+    button.click()
+    page.wait(lambda: not heat.is_displayed())
+    assert (text(card, ".statement"), button.get_attribute("aria-pressed")) == ("", "false")
+    page.browser.execute_script("window.fetch = () => Promise.reject(new Error('requested again'))")
+    button.click()
+    page.wait(heat.is_displayed)
+    assert text(card, ".statement") == "yellow speaks for red"
+
+
+def test_a_heat_map_that_cannot_be_computed_has_the_services_reason(page: Page, tmp_path: Path) -> None:
+    (card,) = page.send(half_red(tmp_path / "half.png"))
+    page.wait_for_state("classified", [card])
+    page.wait(lambda: card.find_element(By.CSS_SELECTOR, ".explain").is_displayed())
+    page.browser.execute_script(
+        'window.fetch = async () => new Response(\'{"error": "version 4 is gone"}\', {status: 404})'
+    )
+    card.find_element(By.CSS_SELECTOR, ".explain").click()
+    page.wait(lambda: text(card, ".statement") == "no explanation: version 4 is gone")
+    assert not card.find_element(By.CSS_SELECTOR, ".heat").is_displayed()
+    assert card.find_element(By.CSS_SELECTOR, ".explain").is_enabled()
+
+
+def test_a_model_without_heat_maps_has_no_button_for_them(page: Page, tmp_path: Path) -> None:
+    Select(page.element("#model-choice")).select_by_visible_text("wide")
+    (card,) = page.send(half_red(tmp_path / "half.png"))
+    page.wait_for_state("classified", [card])
+    page.canvas(card)
+    assert not card.find_element(By.CSS_SELECTOR, ".explain").is_displayed()
 
 
 def test_images_can_be_pasted_and_dropped(page: Page) -> None:

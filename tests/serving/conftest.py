@@ -25,6 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks import memory_cgroup
 from serving.app import make_app
+from serving.server_process import free_ports
 from serving.settings import Settings
 from tests.serving import saved_models
 
@@ -76,16 +77,6 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 def picture(colour: str, size: tuple[int, int] = (32, 32), kind: str = "PNG") -> bytes:
     return encode(Image.new("RGB", size, colour), kind)
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 class Server:

@@ -43,6 +43,20 @@ class ColourClassifier(tf.Module):
         }
 
     @tf.function
+    def explain(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Where the picture has most of the colour."""
+        images = tf.ensure_shape(images, (None, *self._size, 3))
+        class_id = self.classify(images)["class_id"]
+        share = tf.gather(tf.cast(images, tf.float32), class_id, axis=3, batch_dims=1) / 255
+        return {"heat_map": share, "class_id": class_id}
+
+    def guard(self, outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Call a confident prediction typical, and put every colour above a tenth into the set."""
+        confidence = tf.reduce_max(outputs["probabilities"], axis=1)
+        limits = {"typicality": confidence, "is_typical": confidence > 0.5, "label_set": outputs["probabilities"] > 0.1}
+        return outputs | limits
+
+    @tf.function
     def classify_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         def decode(data: tf.Tensor) -> tf.Tensor:
             image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
@@ -55,18 +69,31 @@ class ColourClassifier(tf.Module):
 
 
 def save_colour_classifier(
-    path: Path, *, size: tuple[int, int] = (32, 32), gate: Path | None = None, card: bool = True
+    path: Path,
+    *,
+    size: tuple[int, int] = (32, 32),
+    gate: Path | None = None,
+    card: bool = True,
+    explain: bool = False,
+    guarded: bool = False,
 ) -> Path:
     """Write a classifier of three colours to `path`, with a card and without warm-up records."""
     model = ColourClassifier(size, gate)
+    images = tf.TensorSpec((None, *size, 3), tf.uint8, name="images")
     signatures = {
-        "serving_default": model.classify.get_concrete_function(
-            tf.TensorSpec((None, *size, 3), tf.uint8, name="images")
-        ),
+        "serving_default": model.classify.get_concrete_function(images),
         "image_bytes": model.classify_bytes.get_concrete_function(
             tf.TensorSpec((None,), tf.string, name="image_bytes")
         ),
     }
+    if explain:
+        signatures["explain"] = model.explain.get_concrete_function(images)
+    if guarded:
+        for name, classify in (("guarded", model.classify), ("guarded_bytes", model.classify_bytes)):
+            plain = signatures["serving_default" if name == "guarded" else "image_bytes"]
+            (spec,) = plain.structured_input_signature[0]
+            function = tf.function(lambda tensor, classify=classify: model.guard(classify(tensor)))
+            signatures[name] = function.get_concrete_function(spec)
     tf.saved_model.save(model, str(path), signatures=signatures)
     extra = path / "assets.extra"
     extra.mkdir()

@@ -22,7 +22,7 @@ from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 from serving.api.flask_app import ServingApp
 from serving.app import make_app
 from serving.errors import ModelFailed
-from serving.grpc.model_service import ModelService
+from serving.grpc.services import ModelService
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelConfig, ModelsFolder, VersionPolicy
 from serving.inference.saved_model import SavedModelPredictor

@@ -17,7 +17,8 @@ import pytest
 import serving
 from serving import app as app_module
 from serving import server_process
-from tests.serving.conftest import PROJECT, free_ports, picture
+from serving.server_process import free_ports
+from tests.serving.conftest import PROJECT, picture
 
 
 def test_the_public_names() -> None:

@@ -293,6 +293,21 @@ def test_failed_export_prints_the_export_command(run, tmp_path, capfd, monkeypat
     assert call("export", run, "--models-dir", models, "--name", "pets") == 0
 
 
+def test_the_options_of_the_export_are_in_the_command_that_repeats_it(run, tmp_path, capfd):
+    """These images are so small that the last feature map has one pixel, so they have no heat maps."""
+    models, outputs = tmp_path / "models", ("--default-outputs", "probabilities")
+    options = ["--models-dir", models, "--name", "pets", *outputs]
+    assert call("train", "--resume", run, *options, "--explain") == 1
+    error = capfd.readouterr().err
+    assert "error: heat maps need a feature map of several pixels; this model's has one" in error
+    assert "Use larger images (--image-size), or leave out --explain" in error
+    assert f"not exported. Export it:  {format_command('export', run, *options, '--explain')}" in error
+    assert not models.exists()
+    assert call("export", run, *options) == 0
+    default = tf.saved_model.load(str(models / "pets" / "1")).signatures["serving_default"]
+    assert set(default.structured_outputs) == {"probabilities"}
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,10 @@ from training.config import TrainingConfig
         ("image_size", (0, 32)),
         ("seed", -1),
         ("seed", 2**31),
+        ("preset", "quick"),
+        ("backbone", "MobileNetV3Small"),
+        ("weights", Path("small.h5")),
+        ("weights_sha256", "ab"),
     ],
 )
 def test_value_out_of_range_is_named(field, value):
@@ -34,6 +40,22 @@ def test_json_round_trip():
     config = TrainingConfig(data=Path("some/where"), image_size=(48, 64), epochs=3, deterministic=True)
     assert TrainingConfig.from_json(config.to_json()) == config
     assert TrainingConfig.from_json(TrainingConfig().to_json()) == TrainingConfig()
+    transfer = TrainingConfig.fill_in(variant="transfer", weights=Path("some/where.h5"), weights_sha256="ab")
+    assert transfer.backbone == "MobileNetV3Small"
+    assert TrainingConfig.from_json(transfer.to_json()) == transfer
+
+
+def test_a_resumed_run_may_find_the_same_files_in_other_places():
+    config = TrainingConfig.fill_in(variant="transfer", weights=Path("a.h5"), weights_sha256="ab", data=Path("a"))
+    earlier = json.loads(config.to_json())
+    moved = dataclasses.replace(config, weights=Path("b.h5"), data=Path("b"))
+    assert moved.changes_from(earlier) == {}
+    assert dataclasses.replace(moved, weights_sha256="cd").changes_from(earlier) == {"weights_sha256": ("cd", "ab")}
+
+
+def test_unknown_backbone_is_rejected_with_the_choices():
+    with pytest.raises(ValueError, match=r"backbone must be one of MobileNetV3Small, .* got 'VGG16'"):
+        TrainingConfig.fill_in(variant="transfer", backbone="VGG16")
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"epochs": 3, "optimiser": "adam"}', '{"epochs": 0}'])

@@ -15,7 +15,8 @@ ROOT = Path(training.__file__).parent
     [
         ("__main__", set()),
         ("api", {"__init__.py"}),
-        ("exporter", {"__main__.py", "api.py", "exporter", "importer"}),
+        ("converter", {"__main__.py", "converter"}),
+        ("exporter", {"__main__.py", "api.py", "converter", "exporter", "importer"}),
         ("importer", {"__main__.py", "api.py", "importer"}),
         ("trainer", {"__main__.py", "api.py", "exporter"}),
         ("callbacks", {"trainer.py"}),

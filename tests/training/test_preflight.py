@@ -57,7 +57,9 @@ def test_models_folder_check_leaves_no_files(tmp_path):
         check_models_folder(Path("/proc/models"), "pets")
 
 
-@pytest.mark.parametrize(("variant", "height", "width"), [("sequential", 40, 57), ("airbench", 33, 40)])
+@pytest.mark.parametrize(
+    ("variant", "height", "width"), [("sequential", 40, 57), ("airbench", 33, 40), ("transfer", 24, 40)]
+)
 def test_checkpoint_size_estimate_matches_its_tensors(variant, height, width):
     config = TrainingConfig.fill_in(variant=variant)
     model = build_model(variant, (height, width, 3), classes=7)
@@ -80,6 +82,24 @@ def test_too_little_memory_error_has_the_numbers(monkeypatch):
     assert "--batch-size" in text
     with pytest.raises(MemoryTooSmallError, match=r"network with a batch of 1 \("):  # its Dense layer alone
         check_memory(TrainingConfig(batch_size=1), dataset(4, 1500, 2000))
+
+
+def test_features_that_are_kept_count_as_memory_and_as_disk_space(tmp_path, monkeypatch):
+    config, images = TrainingConfig.fill_in(variant="transfer", batch_size=1), dataset(10_000, 1, 1)
+    features = 4 * 576 * 10_000  # 22 MiB
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * features)
+    with pytest.raises(MemoryTooSmallError, match=r"of 1x1 \(0\.1 MiB\), their features \(43\.9 MiB\) and the network"):
+        check_memory(config, images)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * features + 2**23)
+    check_memory(config, images)
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=features))
+    with pytest.raises(StorageFullError, match="the run needs about 3"):
+        check_free_space(config, images, run_folder=tmp_path, models_dir=None)
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "part.npy").write_bytes(bytes(features))
+    check_free_space(config, images, run_folder=tmp_path, models_dir=None)
 
 
 def test_error_for_images_larger_than_memory_has_the_numbers(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from training.data.cifar10 import load_cifar10
 from training.data.dataset import Dataset, Split
 from training.data.image_folder import load_image_folder
+from training.data.image_reading import DEFAULT_SIZE
 from training.data.shapes import load_shapes
 from training.errors import DatasetError
 
@@ -30,7 +31,8 @@ def load_dataset(config: TrainingConfig) -> Dataset:
             raise DatasetError(
                 "a folder of images must be named: --data FOLDER (make train DATASET=folder DATA=FOLDER)"
             )
-        return load_image_folder(config.data, image_size=config.image_size, seed=config.seed)
+        default_size = config.recipe.default_image_size or DEFAULT_SIZE
+        return load_image_folder(config.data, image_size=config.image_size, seed=config.seed, default_size=default_size)
     if config.image_size is not None:
         raise DatasetError(f"--image-size is for --dataset folder: the images of {config.dataset} are 32x32")
     if config.dataset == "cifar10":

@@ -50,7 +50,7 @@ def load_cifar10(
             return _load_from(Path(named), seed=seed)
         except DatasetError as error:
             raise DatasetError(f"{error}\n(the path comes from the environment variable CIFAR10_DATA)") from error
-    cache = _keras_cache()
+    cache = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "datasets"
     for place in _KERAS_PLACES:
         if (cache / place).exists():
             try:
@@ -73,11 +73,6 @@ def load_cifar10(
             "  make demo    (the same, and serve the model)"
         ) from error
     return _load_from(cache / ARCHIVE, seed=seed)
-
-
-def _keras_cache() -> Path:
-    home = os.environ.get("KERAS_HOME")
-    return (Path(home) if home else Path.home() / ".keras") / "datasets"
 
 
 def _load_from(path: Path, *, seed: int) -> Dataset:

@@ -1,7 +1,7 @@
 """CIFAR-10's original files: six pickled batches, in a folder or in the original archive.
 
 The format is described at https://www.cs.toronto.edu/~kriz/cifar.html. A pickle can run arbitrary code, so the
-unpickler here allows numpy arrays only.
+unpickler here allows numpy arrays only. Missing, damaged and other files raise `DatasetError`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,7 @@ _ALLOWED = {
 
 
 def read_batches(folder: Path) -> tuple[Split, Split]:
-    """Read training and test images of the extracted archive, in the order of the batches' numbers.
-
-    Raises:
-        DatasetError: a batch is missing or damaged.
-    """
+    """Read training and test images of the extracted archive, in the order of the batches' numbers."""
 
     def read(name: str) -> bytes:
         try:
@@ -55,11 +51,7 @@ def read_batches(folder: Path) -> tuple[Split, Split]:
 
 
 def read_archive(path: Path) -> tuple[Split, Split]:
-    """Read training and test images from the archive, without extracting it to disk.
-
-    Raises:
-        DatasetError: the archive is damaged or another one, or a batch is missing or damaged.
-    """
+    """Read training and test images from the archive, without extracting it to disk."""
     if kind := describe_foreign_file(path):
         raise DatasetError(f"{path} {kind}. CIFAR-10 is read from {ARCHIVE}, its extracted folder, or an image folder")
     contents: dict[str, bytes] = {}
@@ -79,7 +71,7 @@ def read_archive(path: Path) -> tuple[Split, Split]:
                 pass
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         # If no format matches, the error has a line for each of them.
-        reason = f"{error}" if "\n" not in f"{error}" else "it is empty, or does not start like an archive"
+        reason = "it is empty, or does not start like an archive" if "\n" in str(error) else error
         raise DatasetError(f"{path} is not a complete tar archive ({reason}): download it again") from error
 
     def read(name: str) -> bytes:

@@ -1,12 +1,14 @@
-"""Datasets in memory."""
+"""Datasets in memory, and files of their test images."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,22 @@ class Split:
         if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be int64 {images.shape[:1]}; got {labels.dtype} {labels.shape}")
 
-    def split_off(self, fraction: float, *, seed: int) -> tuple[Split, Split]:
-        """Return the other images, and a random `fraction` of each class, at least one image; both in their order."""
+    def choose(self, fraction: float, *, seed: int) -> np.ndarray:
+        """Return bool (n,), true for a random `fraction` of each class, at least one image."""
         rng = np.random.default_rng(seed)
         chosen = np.zeros(len(self.labels), bool)
         for class_id in np.unique(self.labels):
             members = np.flatnonzero(self.labels == class_id)
             chosen[rng.choice(members, max(1, round(fraction * len(members))), replace=False)] = True
+        return chosen
+
+    def divide(self, chosen: np.ndarray) -> tuple[Split, Split]:
+        """Return the other images, and the chosen ones, bool (n,); both in their order."""
         return Split(self.images[~chosen], self.labels[~chosen]), Split(self.images[chosen], self.labels[chosen])
+
+    def split_off(self, fraction: float, *, seed: int) -> tuple[Split, Split]:
+        """Return the other images, and a random `fraction` of each class, at least one image; both in their order."""
+        return self.divide(self.choose(fraction, seed=seed))
 
 
 @dataclass(frozen=True)
@@ -81,3 +91,14 @@ class Dataset:
                 digest.update(repr((array.shape, array.dtype.str)).encode())
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+
+def write_samples(dataset: Dataset, folder: Path, *, per_class: int) -> list[Path]:
+    """Write the first `per_class` test images of each class as `folder/<class>-<number>.png`; return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for class_id, name in enumerate(dataset.class_names):
+        for number, row in enumerate(np.flatnonzero(dataset.test.labels == class_id)[:per_class], start=1):
+            paths.append(folder / f"{name}-{number}.png")
+            Image.fromarray(dataset.test.images[row]).save(paths[-1])
+    return paths

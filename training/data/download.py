@@ -26,10 +26,9 @@ def download(url: str, path: Path, *, sha256: str, timeout_s: float) -> None:
 
     Args:
         url: redirects are followed; a proxy is taken from the environment.
-        path: of the file; its folder is created.
+        path: its folder is created.
         sha256: expected checksum, in hexadecimal digits.
-        timeout_s: limit for connecting, for the response to start, and between two chunks of it. Name resolution has
-            the limits of the system's resolver.
+        timeout_s: for connecting, for the response to start, and between two chunks of it; not for name resolution.
 
     Raises:
         DownloadError: network error, HTTP error, wrong checksum, or the file cannot be written.

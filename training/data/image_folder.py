@@ -13,18 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from image_formats.content import EXPECTED
+from image_formats.files import is_image_file, is_system_name
 from training.data.dataset import Dataset, Split
 from training.data.file_kind import describe_file
-from training.data.image_file import is_image_file
 from training.data.image_reading import DEFAULT_SIZE, read_images
+from training.data.shared_images import warn_of_shared_images
 from training.errors import DatasetError
 
 TEST_FRACTION = 0.1  # of a folder without a test split
 LAYOUTS = "train/<class>/* and test/<class>/*, or <class>/*"
 # Names of the folders of a split, case-insensitive.
 _SPLITS = {"train": ("train", "training"), "test": ("test", "testing"), "validation": ("val", "valid", "validation")}
-# Files and folders of file managers and file systems; hidden files are skipped too.
-_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir", "lost+found")
 _SHOWN_AT_MOST = 5
 _SAMPLED_AT_MOST = 1_000  # files that are opened to detect an image folder
 
@@ -36,9 +35,6 @@ def find_image_folders(folder: Path) -> list[Path]:
 
     An image folder has folders `train/<class>/`, or a folder with image files, detected by their content. Several
     folders with images in deeper folders are classes, as for Keras; a single one is searched.
-
-    Raises:
-        DatasetError: the folder is missing or cannot be listed.
     """
     if _is_image_folder(folder):
         return [folder]
@@ -50,11 +46,7 @@ def find_image_folders(folder: Path) -> list[Path]:
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
-    """Return the class names of a folder found by `find_image_folders`, sorted.
-
-    Raises:
-        DatasetError: there are fewer than two, or one is not UTF-8.
-    """
+    """Return the sorted class names of an image folder; raise `DatasetError` if one is not UTF-8, or has no other."""
     by_class = _find_splits(folder)["train"][0] if has_splits(folder) else folder
     names = tuple(path.name for path in _subfolders(by_class))
     for name in names:
@@ -139,14 +131,11 @@ def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size:
     (test_folder,) = tests
     if not splits["test"]:
         logger.info("%s has no test/, so the images of %s/ are the test images", folder, test_folder.name)
-    read = (train_folder.name, test_folder.name)
-    if others := [path.name for path in _subfolders(folder) if path.name not in read]:
+    train_name, test_name = train_folder.name, test_folder.name
+    if others := [path.name for path in _subfolders(folder) if path.name not in (train_name, test_name)]:
         logger.warning(
-            "of %s, only %s/ and %s/ are read, not %s; the validation images are split off from %s/",
-            folder,
-            *read,
-            _listed(others),
-            train_folder.name,
+            f"of {folder}, only {train_name}/ and {test_name}/ are read, not {_listed(others)}; "
+            f"the validation images are split off from {train_name}/"
         )
     test_classes = [path.name for path in _subfolders(test_folder)]
     if not test_classes and any(map(is_image_file, _list(test_folder))):
@@ -161,6 +150,7 @@ def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size:
     paths, labels = _list_classes(train_folder, class_names, at_least=2, needed_for="to train and validate")
     test_paths, test_labels = _list_classes(test_folder, class_names, at_least=1, needed_for="to test")
     images = read_images([*paths, *test_paths], image_size=image_size, folder=folder, default_size=default_size)
+    warn_of_shared_images(images, [*paths, *test_paths], is_test=np.arange(len(images)) >= len(paths), folder=folder)
     train, test = Split(images[: len(paths)], labels), Split(images[len(paths) :], test_labels)
     return Dataset(folder.resolve().name, _shown(folder), class_names, train, test)
 
@@ -175,7 +165,10 @@ def _load_and_split(
     class_names = read_class_names(folder)
     paths, labels = _list_classes(folder, class_names, at_least=3, needed_for="to train, validate and test")
     images = read_images(paths, image_size=image_size, folder=folder, default_size=default_size)
-    train, test = Split(images, labels).split_off(test_fraction, seed=seed)
+    split = Split(images, labels)
+    is_test = split.choose(test_fraction, seed=seed)
+    warn_of_shared_images(images, paths, is_test=is_test, folder=folder)
+    train, test = split.divide(is_test)
     part = "a tenth" if test_fraction == TEST_FRACTION else f"{test_fraction:.0%}"
     source = f"{_shown(folder)} ({part} split off for testing, seed {seed})"
     return Dataset(folder.resolve().name, source, class_names, train, test)
@@ -208,9 +201,7 @@ def _shown(path: Path) -> str:
 
 
 def _is_image_folder(folder: Path) -> bool:
-    return has_splits(folder) or any(
-        is_image_file(path) for subfolder in _subfolders(folder) for path in _list(subfolder)
-    )
+    return has_splits(folder) or any(map(is_image_file, itertools.chain.from_iterable(map(_list, _subfolders(folder)))))
 
 
 def _find_splits(folder: Path) -> dict[str, list[Path]]:
@@ -251,7 +242,7 @@ def _list(folder: Path) -> list[Path]:
         paths = sorted(folder.iterdir())
     except OSError as error:
         raise DatasetError(f"{folder} cannot be read as a folder: {error.strerror}") from error
-    return [path for path in paths if not path.name.startswith(".") and path.name.lower() not in _LITTER]
+    return [path for path in paths if not is_system_name(path.name)]
 
 
 def _classes(names: Sequence[str]) -> str:

@@ -8,12 +8,15 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from training.data.image_file import MAX_PIXELS, read_image
+from image_formats.decoding import read_rgb
+from image_formats.header import MAX_PIXELS, UnreadableImage
 from training.errors import DatasetError
 from training.memory import available_bytes, require_memory
 
@@ -23,6 +26,31 @@ _DECODING_BYTES = 9 * MAX_PIXELS  # of the largest image: decoded, converted and
 _SHOWN_AT_MOST = 5
 
 logger = logging.getLogger(__name__)
+
+
+def read_image(file: Path | BinaryIO, *, image_size: tuple[int, int] | None) -> np.ndarray:
+    """Read one image, upright and in RGB, with antialiased bilinear resizing: the same pixels as in the exported model.
+
+    Args:
+        file: path or open file, JPEG, PNG, WebP, AVIF, BMP or GIF; the first frame of an animation.
+        image_size: (height, width); `None` keeps the image's size.
+
+    Returns:
+        uint8 (height, width, 3). Transparency is composited over white, grey repeated, 16-bit samples keep their high
+        byte.
+
+    Raises:
+        DatasetError: the file is damaged, not an image, or has more than `MAX_PIXELS` according to its header.
+    """
+    try:
+        image = read_rgb(file.read_bytes() if isinstance(file, Path) else file.read())
+    except UnreadableImage as error:
+        raise DatasetError(f"{file}: {error}") from error
+    except OSError as error:
+        raise DatasetError(f"{file} cannot be read: {error.strerror or error}") from error
+    if image_size is not None and image.size != image_size[::-1]:
+        image = image.resize(image_size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 class _NoCommonSizeError(Exception):
@@ -36,17 +64,14 @@ def read_images(
     folder: Path,
     default_size: tuple[int, int] | None = DEFAULT_SIZE,
 ) -> np.ndarray:
-    """Read image files.
+    """Read image files, at least one.
 
     Args:
-        paths: at least one file.
+        paths: in the order of the result, uint8 (n, height, width, 3).
         image_size: (height, width) to resize to; `None` keeps small images of equal size.
         folder: for messages.
         default_size: (height, width) for other images if `image_size` is `None`. If both are, large images are kept,
             and images of different sizes are an error.
-
-    Returns:
-        uint8 (n, height, width, 3), in the order of the paths.
 
     Raises:
         DatasetError: files are damaged, or differ in size.
@@ -57,11 +82,8 @@ def read_images(
     except _NoCommonSizeError as reason:
         if default_size is None:
             raise DatasetError(str(reason)) from None
-        logger.info(
-            "%s: all are resized to %s; choose another size with --image-size HEIGHTxWIDTH (make: IMAGE_SIZE=)",
-            reason,
-            _text(default_size),
-        )
+        advice = "choose another size with --image-size HEIGHTxWIDTH (make: IMAGE_SIZE=)"
+        logger.info("%s: all are resized to %s; %s", reason, _text(default_size), advice)
     return _read(paths, default_size, folder, largest_side=None)
 
 
@@ -107,26 +129,17 @@ def _decode(
         except DatasetError as error:
             return error
 
+    # One thread per core, as far as their images fit into memory.
+    available, threads = available_bytes(), os.cpu_count() or 1
+    if available is not None:
+        threads = max(1, min(threads, available // _DECODING_BYTES))
     console = Console(stderr=True)
-    pool = ThreadPoolExecutor(_count_threads())
+    pool = ThreadPoolExecutor(threads)
     try:
-        yield from track(
-            pool.map(read, paths),
-            f"reading {folder}",
-            total=len(paths),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        images, title, is_hidden = pool.map(read, paths), f"reading {folder}", not console.is_terminal
+        yield from track(images, title, total=len(paths), console=console, transient=True, disable=is_hidden)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _count_threads() -> int:
-    """Return the number of decoding threads: one per core, as far as their images fit into memory."""
-    available = available_bytes()
-    cores = os.cpu_count() or 1
-    return cores if available is None else max(1, min(cores, available // _DECODING_BYTES))
 
 
 def _allocate(count: int, image: np.ndarray) -> np.ndarray:

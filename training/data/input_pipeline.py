@@ -19,7 +19,7 @@ VALIDATION_FRACTION = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class LoopData:
-    """Input of a training loop. Batches are (images uint8 (n, height, width, 3), labels int64 (n,)).
+    """Input of a training loop. Batches are (the model's inputs (n, ...), labels int64 (n,)).
 
     Attributes:
         train: endless training batches, beginning with the first epoch to train.
@@ -35,14 +35,7 @@ class LoopData:
 
 
 def split_validation(train: Split, *, seed: int) -> tuple[Split, Split]:
-    """Split off a tenth of each class for validation.
-
-    Args:
-        train: the training images, at least two of each class.
-        seed: of the random choice.
-
-    Returns:
-        Training and validation images, in their original order.
+    """Return the images for training and validation, a random tenth of each class; both in their original order.
 
     Raises:
         DatasetError: a class has a single image.
@@ -61,19 +54,22 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
 
 
 def training_batches(
-    split: Split, *, batch_size: int, seed: int, first_epoch: int, augmentation: Augmentation | None = None
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    first_epoch: int,
+    augmentation: Augmentation | None = None,
+    inputs: np.ndarray | None = None,
 ) -> tf.data.Dataset:
     """Return endless shuffled batches of (images uint8 (batch, height, width, 3), labels int64 (batch,)).
 
-    Args:
-        split: the images and labels; each occurs once in an epoch.
-        batch_size: the last batch of an epoch may be smaller.
-        seed: the order is a function of seed and epoch.
-        first_epoch: to begin with, counted from 0.
-        augmentation: flip every image horizontally in every other epoch, and apply these changes.
+    Each image occurs once in an epoch, whose last batch may be smaller. Epochs are counted from 0. With augmentation,
+    every image is also flipped horizontally in every other epoch. `inputs` (n, ...) take the place of the images.
     """
     # Outside the functions below, whose graphs would otherwise contain copies.
-    images, labels = tf.constant(split.images), tf.constant(split.labels)
+    images = tf.constant(split.images if inputs is None else inputs)
+    labels = tf.constant(split.labels)
     positions = tf.range(len(split.labels))
     # The images that are flipped first; in later epochs they alternate (arXiv 2404.00498, section 3.6). So two epochs
     # show each image both ways; independent random flips would show half of the images the same way twice.
@@ -145,7 +141,8 @@ def _squares(count: tf.Tensor, height: int, width: int, *, side: int, seed: tf.T
     return is_row[:, :, None] & is_column[:, None, :]
 
 
-def evaluation_batches(split: Split, *, batch_size: int) -> tf.data.Dataset:
-    """Return `split` once, in order, in batches of (images uint8, labels int64)."""
-    images, labels = tf.constant(split.images), tf.constant(split.labels)
+def evaluation_batches(split: Split, *, batch_size: int, inputs: np.ndarray | None = None) -> tf.data.Dataset:
+    """Return `split` once, in order, in batches of (images uint8 or `inputs`, labels int64)."""
+    images = tf.constant(split.images if inputs is None else inputs)
+    labels = tf.constant(split.labels)
     return tf.data.Dataset.from_tensor_slices((images, labels)).batch(batch_size).prefetch(2)

@@ -7,7 +7,7 @@ noise. The same seed gives bit-identical images for the same versions of numpy a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -36,13 +36,8 @@ def _star(points: int, inner: float) -> list[Point]:
 
 def _cross(arm: float) -> list[Point]:
     quarter = [(arm, arm), (arm, 1.0), (-arm, 1.0)]
-    turns: Sequence[Callable[[float, float], Point]] = (
-        lambda x, y: (x, y),
-        lambda x, y: (-y, x),
-        lambda x, y: (-x, -y),
-        lambda x, y: (y, -x),
-    )
-    return [turn(x, y) for turn in turns for x, y in quarter]
+    half = [*quarter, *((-y, x) for x, y in quarter)]
+    return [*half, *((-x, -y) for x, y in half)]
 
 
 def _crescent() -> list[Point]:
@@ -92,15 +87,9 @@ def load_shapes(*, seed: int) -> Dataset:
 
 
 def draw_shapes(count: int, *, seed: int, stream: int = 0) -> Split:
-    """Draw shapes in random order, with balanced classes.
+    """Draw `count` shapes in random order, with balanced classes; the labels are indices into `CLASS_NAMES`.
 
-    Args:
-        count: number of images, at least 1.
-        seed: of the random numbers.
-        stream: another stream gives other images for the same seed.
-
-    Returns:
-        Images uint8 (count, 32, 32, 3), and labels as indices into `CLASS_NAMES`.
+    Another stream gives other images for the same seed.
     """
     rng = np.random.default_rng((seed, stream))
     labels = np.arange(count, dtype=np.int64) % len(CLASS_NAMES)

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 
 from training.config import TrainingConfig
 from training.data import Dataset
+from training.evaluation.guard_evaluation import GuardEvaluation
+from training.evaluation.guard_section import describe_guard, plot_atypical, plot_roc
 from training.evaluation.metrics import CALIBRATION_BINS, CalibratedEvaluation
 from training.evaluation.plots import plot_calibration, plot_confusion, plot_curves, render_png
 from training.evaluation.sample_sheet import plot_samples
@@ -65,6 +67,7 @@ def write_report(
     test: CalibratedEvaluation,
     mirrored: CalibratedEvaluation | None,
     best: EpochResult,
+    guard: GuardEvaluation | None = None,
 ) -> Path:
     """Write `report.md` and its plots into the run directory.
 
@@ -75,6 +78,7 @@ def write_report(
         test: evaluation on the test images.
         mirrored: the same with horizontal-flip test-time augmentation, if it was requested.
         best: metrics of the epoch whose weights were kept.
+        guard: evaluation of the guarded signatures, for a section of its own.
 
     Returns:
         The path of `report.md`.
@@ -82,10 +86,18 @@ def write_report(
     # A run killed between saving its best checkpoint and its history has a best epoch that the history lacks.
     by_epoch = {result.epoch: result for result in (*run.read_history(), best)}
     history = [by_epoch[epoch] for epoch in sorted(by_epoch)]
-    return write_model_report(run, _describe_run(config, dataset, mirrored, history, best), dataset=dataset, test=test)
+    origin = _describe_run(config, dataset, mirrored, history, best)
+    return write_model_report(run, origin, dataset=dataset, test=test, guard=guard)
 
 
-def write_model_report(run: RunDir, origin: Origin, *, dataset: Dataset, test: CalibratedEvaluation) -> Path:
+def write_model_report(
+    run: RunDir,
+    origin: Origin,
+    *,
+    dataset: Dataset,
+    test: CalibratedEvaluation,
+    guard: GuardEvaluation | None = None,
+) -> Path:
     """Write `report.md` and its plots.
 
     Args:
@@ -93,6 +105,7 @@ def write_model_report(run: RunDir, origin: Origin, *, dataset: Dataset, test: C
         origin: of the model.
         dataset: with the test images.
         test: evaluation on the test images.
+        guard: evaluation of the guarded signatures, for a section of its own.
 
     Returns:
         The path of `report.md`.
@@ -104,8 +117,12 @@ def write_model_report(run: RunDir, origin: Origin, *, dataset: Dataset, test: C
         "calibration": plot_calibration(test.uncalibrated, evaluation.calibration, temperature=test.temperature),
         "samples": plot_samples(dataset.test.images, dataset.test.labels, test.probabilities, names),
     }
+    if guard:
+        plots["typicality"] = plot_roc(guard)
+        plots["atypical"] = plot_atypical(dataset, guard, test.probabilities)
     return run.write_report(
-        _markdown(origin, dataset, test), {name: render_png(figure) for name, figure in plots.items()}
+        _markdown(origin, dataset, test, limits=describe_guard(guard) if guard else ""),
+        {name: render_png(figure) for name, figure in plots.items()},
     )
 
 
@@ -165,7 +182,7 @@ The circle marks the epoch whose weights are kept; dashed lines mark reductions 
     )
 
 
-def _markdown(origin: Origin, dataset: Dataset, test: CalibratedEvaluation) -> str:
+def _markdown(origin: Origin, dataset: Dataset, test: CalibratedEvaluation, *, limits: str) -> str:
     evaluation = test.evaluation
     results = [
         *origin.earlier,
@@ -207,6 +224,7 @@ accuracy in {CALIBRATION_BINS} bins, weighted by their images.
 
 ![Correct predictions and confident errors](samples.png)
 
+{limits}
 ## Configuration
 
 {make_table(("setting", "value"), settings)}

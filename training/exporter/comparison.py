@@ -14,6 +14,8 @@ from training.errors import ExportError
 RELATIVE_TOLERANCE = 2e-4
 ABSOLUTE_TOLERANCE = 1e-5  # for small logits, whose probabilities are rounded to float32
 
+HEAT_MAP_TOLERANCE = 1e-3  # of maps from 0 to 1
+
 # Smaller probabilities count as equal. TensorFlow's softmax rounds those below 2.4e-38 to 0 (measured), so relative
 # differences near it mean nothing.
 _SMALLEST = 1e-36
@@ -51,7 +53,7 @@ def compare_outputs(
     """Check that the outputs of an exported signature match the trained model.
 
     Args:
-        outputs: `probabilities`, `class_id` and `label`.
+        outputs: `probabilities`; `class_id` and `label` where the signature has them.
         expected: (n, classes), logits of the trained model.
         class_names: a label for each class.
         where: what returned the outputs, for the error message.
@@ -72,8 +74,33 @@ def compare_outputs(
     class_ids = outputs["probabilities"].argmax(axis=1)
     _compare_classes(class_ids, expected, tolerance, where=where)
     labels = [class_names[class_id].encode() for class_id in class_ids]
-    if outputs["class_id"].tolist() != class_ids.tolist() or outputs["label"].tolist() != labels:
-        raise ExportError(f"{where} returns labels that do not match its probabilities")
+    for name, matching in (("class_id", class_ids.tolist()), ("label", labels)):
+        if name in outputs and outputs[name].tolist() != matching:
+            raise ExportError(f"{where} returns labels that do not match its probabilities")
+
+
+def compare_heat_maps(
+    outputs: dict[str, np.ndarray], *, expected: dict[str, np.ndarray], logits: np.ndarray, where: str
+) -> None:
+    """Check that the heat maps of an exported signature are those of the graph that was exported.
+
+    Args:
+        outputs: `heat_map` float32 (n, height, width) and `class_id` int64 (n,).
+        expected: the same, computed before the export.
+        logits: (n, classes), of the trained model.
+        where: what returned the outputs, for the error message.
+
+    Raises:
+        ExportError: a class differs from the largest logit's, or a heat map from the expected one of the same class.
+    """
+    _compare_classes(outputs["class_id"], logits, _tolerance(logits, where=where), where=where)
+    maps, expected_maps = outputs["heat_map"], expected["heat_map"]
+    if maps.shape != expected_maps.shape or not ((maps >= 0) & (maps <= 1)).all():  # so that NaN fails
+        raise ExportError(f"{where} returns heat maps that are not {expected_maps.shape} from 0 to 1: {maps.shape}")
+    is_same_class = outputs["class_id"] == expected["class_id"]
+    difference = float(np.abs(maps - expected_maps)[is_same_class].max(initial=0))
+    if difference > HEAT_MAP_TOLERANCE:
+        raise ExportError(f"{where} differs from the exported graph: its heat maps by {difference:.2g} of 1")
 
 
 def _tolerance(expected: np.ndarray, *, where: str) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from training.data.image_file import MAX_PIXELS
+from image_formats.header import MAX_PIXELS
 from training.exporter.exif_orientation import jpeg_orientation, png_orientation
 
 _JPEG_SIGNATURE = b"\xff\xd8\xff"

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from training.command_options import ImageSize, models_options
+from training.command_options import ImageSize, models_options, signature_options
 from training.importer.scaling import COLORS, SCALES
 
 _COLUMN = 15  # of what was inferred
@@ -38,6 +38,7 @@ _COLUMN = 15  # of what was inferred
     help="The model's own layers and functions. THIS FILE IS EXECUTED.",
 )
 @models_options("the file's")
+@signature_options
 def import_command(model: Path, *, models_dir: Path, **options: Any) -> None:
     """Export a Keras MODEL for serving: a .keras or .h5 file, or a SavedModel that Keras exported.
 

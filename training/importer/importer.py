@@ -48,7 +48,16 @@ class ImportedModel:
     metadata: dict[str, Any]
 
 
-def import_model(given: Any, *, models_dir: Path, tell: Tell, name: str | None = None, **options: Any) -> Path:
+def import_model(
+    given: Any,
+    *,
+    models_dir: Path,
+    tell: Tell,
+    name: str | None = None,
+    default_outputs: str = "all",
+    explain: bool = False,
+    **options: Any,
+) -> Path:
     """Publish a Keras classifier as the next version of `models_dir/name`.
 
     Args:
@@ -56,6 +65,8 @@ def import_model(given: Any, *, models_dir: Path, tell: Tell, name: str | None =
         models_dir: the folder of all models.
         tell: receives what was inferred.
         name: of the model; by default that of the file or model.
+        default_outputs: "all" or "probabilities"; see `publish_model`.
+        explain: add the signature `explain`.
         options: of `read_model`.
 
     Returns:
@@ -79,6 +90,8 @@ def import_model(given: Any, *, models_dir: Path, tell: Tell, name: str | None =
         class_names=model.class_names,
         input_shape=model.input_shape,
         metadata=model.metadata,
+        default_outputs=default_outputs,
+        explain=explain,
     )
 
 

@@ -15,7 +15,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from training.errors import ModelError
 from training.importer.loading import Source
 from training.models.inference_graph import TensorFunction
-from training.stderr import hide_stderr
+from training.native_output import discard_stderr
 
 # Operations that return their first input unchanged, but for its dtype.
 _TRANSPARENT = ("Identity", "StopGradient", "PreventGradient", "EnsureShape", "Cast")
@@ -48,7 +48,7 @@ class Network:
             ModelError: it has state that is no constant.
         """
         try:
-            with hide_stderr():
+            with discard_stderr():
                 frozen = convert_variables_to_constants_v2(self.concrete, lower_control_flow=False)
             return _simplify(frozen)
         except Exception as error:
@@ -74,7 +74,7 @@ class Network:
 
     def original(self, inputs: np.ndarray) -> np.ndarray:
         """Compute the output with the model's own variables, float32, of a batch as the model takes it."""
-        with hide_stderr():  # where an optimization fails, TensorFlow leaves it out and prints an error
+        with discard_stderr():  # where an optimization fails, TensorFlow leaves it out and prints an error
             output: np.ndarray = flatten(self.concrete(tf.constant(inputs)))[self.index].numpy()
         return output.astype(np.float32)
 

@@ -1,8 +1,9 @@
 """What a model returns: probabilities or logits, of several classes or of two by one value.
 
 What is exported is a softmax over logits. A final softmax or sigmoid is removed, so that the logits are exact. One
-sigmoid p of two classes becomes the probabilities (1 - p, p): the softmax of the logits (0, z), where p is the sigmoid
-of z. Several sigmoids are rejected: an image may have several of their labels or none, which one label cannot say.
+sigmoid p of two classes becomes the probabilities (1 - p, p): the softmax of the logits (-z/2, z/2), where p is the
+sigmoid of z. With (0, z) the first class would have no gradient, and so no heat map. Several sigmoids are rejected: an
+image may have several of their labels or none, which one label cannot say.
 """
 
 from __future__ import annotations
@@ -82,16 +83,16 @@ def read_outputs(network: Network, values: np.ndarray, *, source: Source) -> Out
 
 def _read_single(activation: str, inner: tf.Tensor, last: tf.Tensor, *, is_probability: bool) -> Outputs:
     if activation == "Sigmoid":
-        return Outputs("one sigmoid, the probability of the second of two classes", 2, inner, _add_zero, _add_other)
+        return Outputs("one sigmoid, the probability of the second of two classes", 2, inner, _split, _add_other)
     if activation == "Softmax":
         raise ModelError(
             "the model returns a softmax of one value, which is always 1. Use a sigmoid, and train it again"
         )
     if is_probability and activation not in _LINEAR:
         text = "one probability, of the second of two classes"
-        return Outputs(text, 2, last, lambda p: _add_zero(_log(p) - _log(1 - p)), _add_other)
+        return Outputs(text, 2, last, lambda p: _split(_log(p) - _log(1 - p)), _add_other)
     text = "one logit, of the second of two classes"
-    return Outputs(text, 2, last, _add_zero, lambda z: _add_other(1 / (1 + np.exp(-z.astype(np.float64)))))
+    return Outputs(text, 2, last, _split, lambda z: _add_other(1 / (1 + np.exp(-z.astype(np.float64)))))
 
 
 def _reject_sigmoids(found: str, count: int, values: np.ndarray) -> str:
@@ -113,8 +114,9 @@ def _log(values: tf.Tensor) -> tf.Tensor:
     return tf.math.log(tf.maximum(_cast(values), _TINY))
 
 
-def _add_zero(logit: tf.Tensor) -> tf.Tensor:
-    return tf.pad(_cast(logit), [[0, 0], [1, 0]])
+def _split(logit: tf.Tensor) -> tf.Tensor:
+    half = _cast(logit) / 2
+    return tf.concat([-half, half], axis=1)
 
 
 def _same(values: np.ndarray) -> np.ndarray:

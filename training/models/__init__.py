@@ -20,11 +20,12 @@ def build_model(
     classes: int,
     conv_activation: str = "relu",
     preset: str | None = None,
+    backbone: str | None = None,
     dtype: str = "float32",
 ) -> keras.Model:
     """Build a model with random weights: uint8 (batch, height, width, 3) in, probabilities (batch, classes) out.
 
-    A model with a method `adapt` must be adapted to the training images before it is trained.
+    `Recipe.prepare` must prepare it before it is trained.
 
     Args:
         variant: a key of `RECIPES`.
@@ -32,6 +33,7 @@ def build_model(
         classes: number of classes.
         conv_activation: activation after each convolution of the article's network.
         preset: size of the airbench network; "quick" by default.
+        backbone: of the transfer variant; "MobileNetV3Small" by default.
         dtype: Keras dtype policy of airbench's blocks.
 
     Raises:
@@ -45,4 +47,6 @@ def build_model(
             f"the images are {height}x{width}, but the network needs at least {size}: choose a size with --image-size, "
             "such as --image-size 32x32 (make: IMAGE_SIZE=32x32)"
         )
-    return recipe.build(input_shape, classes=classes, conv_activation=conv_activation, preset=preset, dtype=dtype)
+    return recipe.build(
+        input_shape, classes=classes, conv_activation=conv_activation, preset=preset, backbone=backbone, dtype=dtype
+    )

@@ -5,74 +5,21 @@ Importing this module does not import TensorFlow: the methods import the network
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from training.models.presets import PRESETS, Preset
+from training.models.presets import PRESETS
+from training.models.recipe import NetworkSize, Recipe, Shape, TrainedPart
+from training.models.transfer_recipe import TransferRecipe
 
 if TYPE_CHECKING:
     import keras
+    import numpy as np
 
     from training.config import TrainingConfig
     from training.models.inference_graph import InferenceGraph
-
-Shape = tuple[int, int, int]  # (height, width, channels) of an image
-
-
-class NetworkSize(NamedTuple):
-    """Number of weights of a network, and of feature values that it computes for one image."""
-
-    weights: int
-    features: int
-
-
-class Recipe(ABC):
-    """One model variant.
-
-    Attributes:
-        presets: by name; empty if the variant has a single size.
-        dtypes: Keras dtype policies that the variant can be trained with.
-        min_image_size: smallest height and width of the images, in pixels.
-        values_per_weight: the weight itself and the optimizer's variables for it.
-        uses_plateau: the learning rate is reduced when the validation loss stops improving.
-    """
-
-    presets: Mapping[str, Preset] = MappingProxyType({})
-    dtypes: tuple[str, ...] = ("float32",)
-    min_image_size: int
-    values_per_weight: int
-    uses_plateau: bool
-
-    def defaults(self, *, preset: str | None, dtype: str | None) -> dict[str, Any]:  # noqa: ARG002
-        """Return the fields of `TrainingConfig` that differ from its own defaults, for a preset and a dtype."""
-        return {}
-
-    @abstractmethod
-    def build(
-        self, input_shape: Shape, *, classes: int, conv_activation: str, preset: str | None, dtype: str
-    ) -> keras.Model:
-        """Build the network with random weights; see `training.models.build_model`."""
-
-    @abstractmethod
-    def make_loss(self) -> keras.losses.Loss:
-        """Return the loss of (labels, probabilities)."""
-
-    @abstractmethod
-    def make_optimizer(self, config: TrainingConfig, *, steps_per_epoch: int) -> keras.optimizers.Optimizer:
-        """Return a new optimizer."""
-
-    @abstractmethod
-    def fold(self, model: keras.Model, config: TrainingConfig, *, temperature: float) -> InferenceGraph:
-        """Return the inference graph of a trained model, with its logits divided by `temperature`."""
-
-    @abstractmethod
-    def size(self, config: TrainingConfig, input_shape: Shape, *, classes: int) -> NetworkSize:
-        """Return the size of the network without building it."""
 
 
 class ArticleRecipe(Recipe):
@@ -87,7 +34,14 @@ class ArticleRecipe(Recipe):
 
     @override
     def build(
-        self, input_shape: Shape, *, classes: int, conv_activation: str, preset: str | None, dtype: str
+        self,
+        input_shape: Shape,
+        *,
+        classes: int,
+        conv_activation: str,
+        preset: str | None,
+        backbone: str | None,
+        dtype: str,
     ) -> keras.Model:
         from training.models.sequential import build_sequential
         from training.models.subclass import build_subclass
@@ -148,12 +102,34 @@ class AirbenchRecipe(Recipe):
 
     @override
     def build(
-        self, input_shape: Shape, *, classes: int, conv_activation: str, preset: str | None, dtype: str
+        self,
+        input_shape: Shape,
+        *,
+        classes: int,
+        conv_activation: str,
+        preset: str | None,
+        backbone: str | None,
+        dtype: str,
     ) -> keras.Model:
         from training.models.airbench import build_airbench
 
         blocks = self.presets[preset or self.default_preset].blocks
         return build_airbench(input_shape, classes=classes, blocks=blocks, dtype=dtype)
+
+    @override
+    def prepare(
+        self,
+        model: keras.Model,
+        config: TrainingConfig,
+        train: np.ndarray,
+        validation: np.ndarray,
+        *,
+        is_new: bool,
+        cache: Path,
+    ) -> TrainedPart:
+        if is_new:
+            model.adapt(train)
+        return TrainedPart(model, train, validation)
 
     @override
     def make_loss(self) -> keras.losses.Loss:
@@ -197,6 +173,7 @@ RECIPES: dict[str, Recipe] = {
     "sequential": ArticleRecipe(subclassed=False),
     "subclass": ArticleRecipe(subclassed=True),
     "airbench": AirbenchRecipe(),
+    "transfer": TransferRecipe(),
 }
 
 

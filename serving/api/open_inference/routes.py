@@ -11,20 +11,11 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import Any
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint, Response, request
 
-from serving.api.flask_app import current_app
-from serving.api.open_inference.parsing import (
-    HEADER_LENGTH,
-    InferRequest,
-    find_signature,
-    inflate_body,
-    json_length,
-    parse,
-)
-from serving.api.open_inference.rendering import render
+from serving.api.flask_app import PlainResponse, current_app, encoded_response
+from serving.api.open_inference.messages import HEADER_LENGTH, InferRequest, decompress, find_signature, parse, render
 from serving.api.open_inference.tensors import datatype_of
-from serving.api.responses import PlainResponse, encoded_response
 from serving.errors import ModelNotFound, NotReady
 from serving.greenlets import SMALL_BYTES, run_sized
 from serving.inference.repository import ModelVersion
@@ -33,15 +24,17 @@ from serving.inference.signatures import DEFAULT_SIGNATURE, TensorSpec
 blueprint = Blueprint("open_inference", __name__, url_prefix="/v2")
 
 SERVER_NAME = "image-classifier-serving"
-PLATFORM = "tensorflow_savedmodel"
-EXTENSIONS = ["binary_tensor_data"]
 
 
 @blueprint.get("")
 @blueprint.get("/")
 def server_metadata() -> dict[str, Any]:
     """Describe the server."""
-    return {"name": SERVER_NAME, "version": _server_version(), "extensions": EXTENSIONS}
+    try:
+        version = installed_version(SERVER_NAME)
+    except PackageNotFoundError:
+        version = "unreleased"  # run from source, not installed
+    return {"name": SERVER_NAME, "version": version, "extensions": ["binary_tensor_data"]}
 
 
 @blueprint.get("/health/live")
@@ -66,11 +59,10 @@ def server_ready() -> tuple[dict[str, Any], int]:
 def model_ready(model: str, version: str | None = None) -> tuple[dict[str, Any], int]:
     """Return 200 if a model, or a version of it, is available, else 400; 404 for an unknown one."""
     try:
-        _resolve(model, version)
-    except NotReady as error:
-        return {"name": model, "ready": False, "error": str(error)}, 400
-    except ModelNotFound as error:
-        if version is not None or model not in current_app.inference.repository.all_names():
+        current_app.resolve(model, version=version)
+    except (NotReady, ModelNotFound) as error:
+        is_known = version is None and model in current_app.inference.repository.all_names()
+        if isinstance(error, ModelNotFound) and not is_known:
             raise
         return {"name": model, "ready": False, "error": str(error)}, 400
     return {"name": model, "ready": True}, 200
@@ -80,14 +72,14 @@ def model_ready(model: str, version: str | None = None) -> tuple[dict[str, Any],
 @blueprint.get("/models/<model>/versions/<version>")
 def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
     """Describe a model by one of its signatures: `serving_default`, or the query parameter `signature_name`."""
-    found = _resolve(model, version)
+    found = current_app.resolve(model, version=version)
     name = request.args.get("signature_name", DEFAULT_SIGNATURE)
     signature = find_signature(found.name, found.predictor.signatures, name)
     versions = (status.version for status in current_app.inference.status(found.name) if status.state == "AVAILABLE")
     return {
         "name": found.name,
         "versions": [str(number) for number in sorted(versions)],
-        "platform": PLATFORM,
+        "platform": "tensorflow_savedmodel",
         "inputs": _describe(signature.inputs.values()),
         "outputs": _describe(signature.outputs.values()),
     }
@@ -97,7 +89,7 @@ def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
 @blueprint.post("/models/<model>/versions/<version>/infer")
 def infer(model: str, version: str | None = None) -> Response:
     """Run a model: the signature in the parameter `signature_name`, or the one that has the request's inputs."""
-    found = _resolve(model, version)
+    found = current_app.resolve(model, version=version)
     parsed = _parse_body(found)
     result = current_app.inference.predict(found, parsed)
     size = sum(array.nbytes for array in result.outputs.values())
@@ -111,34 +103,21 @@ def infer(model: str, version: str | None = None) -> Response:
 
 def _parse_body(version: ModelVersion) -> InferRequest:
     header_length = request.headers.get(HEADER_LENGTH)
-    body = inflate_body(request.get_data(cache=False), request.headers.get("Content-Encoding", ""), header_length)
-    json_bytes = json_length(body, header_length)
-    arguments = header_length, version.name, version.predictor.signatures
+    encoding = request.headers.get("Content-Encoding", "")
+    body, json_bytes = decompress(request.get_data(cache=False), encoding, header_length)
+    arguments = json_bytes, version.name, version.predictor.signatures
     if json_bytes <= SMALL_BYTES:  # binary data is not parsed, so its size does not matter
         return parse(body, *arguments)
     return current_app.json_process.parse(parse, body, *arguments, json_bytes=json_bytes)
 
 
-def _resolve(model: str, version: str | None) -> ModelVersion:
-    found = current_app.inference.resolve(model, version=version)
-    g.model = found.name
-    return found
-
-
 def _describe(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
     return [
-        {"name": spec.name, "datatype": datatype_of(spec).name, "shape": _describe_shape(spec.shape)} for spec in specs
+        {
+            "name": spec.name,
+            "datatype": datatype_of(spec).name,
+            # The protocol cannot express an unknown rank: it is described like one unknown size.
+            "shape": [-1 if size is None else size for size in ((None,) if spec.shape is None else spec.shape)],
+        }
+        for spec in specs
     ]
-
-
-def _describe_shape(shape: tuple[int | None, ...] | None) -> list[int]:
-    if shape is None:
-        return [-1]  # unknown rank, which the protocol cannot express
-    return [-1 if size is None else size for size in shape]
-
-
-def _server_version() -> str:
-    try:
-        return installed_version(SERVER_NAME)
-    except PackageNotFoundError:
-        return "unreleased"  # run from source, not installed

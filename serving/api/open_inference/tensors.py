@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.api.nested_lists import flatten
+from serving.api.json_arrays import flatten
 from serving.errors import InvalidRequest
 from serving.inference.signatures import NUMPY_DTYPES, TensorSpec
 from serving.quoting import quote
@@ -57,11 +57,7 @@ _DATATYPES: Mapping[str, Datatype] = {
 
 
 def datatype_of(spec: TensorSpec) -> Datatype:
-    """Return the datatype of an input or output.
-
-    Raises:
-        InvalidRequest: the protocol has no such datatype, for example for complex numbers.
-    """
+    """Return the datatype of an input or output; raises InvalidRequest if the protocol has none: complex numbers."""
     datatype = _DATATYPES.get(spec.dtype)
     if datatype is None:
         raise InvalidRequest(f"tensor {spec.name}: {spec.dtype} has no datatype in this protocol")
@@ -73,34 +69,30 @@ def decode_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarr
 
     A float without a fraction (106.0) is accepted as an integer, because some clients send all numbers as floats.
 
-    Args:
-        data: the data, parsed by orjson.
-        spec: the input.
-        shape: the shape in the request; at most MAX_DIMENSIONS sizes.
-
     Raises:
         InvalidRequest: the data is not such a list, does not fit the shape, or has an element of the wrong type or out
             of range. Nothing is rounded, wrapped or turned into infinity.
     """
     datatype = datatype_of(spec)
     if not datatype.json_types:
-        raise InvalidRequest(f"input {spec.name}: {datatype.name} cannot be sent as JSON; send it as binary data")
+        raise _refusal(spec, f"{datatype.name} cannot be sent as JSON; send it as binary data")
     if type(data) is not list:
-        raise InvalidRequest(f"input {spec.name}: data must be a list, not {quote(data)}")
+        raise _refusal(spec, f"data must be a list, not {quote(data)}")
     flat = flatten(data)
     if flat is None:
-        raise InvalidRequest(f"input {spec.name}: lists at one level of data differ in length")
+        raise _refusal(spec, "lists at one level of data differ in length")
     elements, sizes, types = flat
     if float in types and datatype.json_types == _WHOLE[0]:
-        elements = list(map(_to_whole, elements))
+        elements = [int(n) if type(n) is float and n.is_integer() else n for n in elements]
         types = set(map(type, elements))
     if not types <= datatype.json_types:
         odd = next(element for element in elements if type(element) not in datatype.json_types)
-        raise InvalidRequest(f"input {spec.name}: {datatype.name} takes {datatype.json_description}, not {quote(odd)}")
+        raise _refusal(spec, f"{datatype.name} takes {datatype.json_description}, not {quote(odd)}")
     if sizes != shape and sizes != (math.prod(shape),):
-        raise InvalidRequest(
-            f"input {spec.name}: the shape {list(shape)} takes {math.prod(shape)} elements, flat or nested like it; "
-            f"data has {len(elements)}, nested like {list(sizes[:MAX_DIMENSIONS])}"
+        raise _refusal(
+            spec,
+            f"the shape {list(shape)} takes {math.prod(shape)} elements, flat or nested like it; "
+            f"data has {len(elements)}, nested like {list(sizes[:MAX_DIMENSIONS])}",
         )
     return _reshape(_array_of(elements, datatype, spec), spec, shape)
 
@@ -117,36 +109,24 @@ def decode_binary(data: memoryview, spec: TensorSpec, shape: tuple[int, ...]) ->
         return _reshape(_split_strings(data, count, spec), spec, shape)
     needed = count * datatype.dtype.itemsize
     if len(data) != needed:
-        raise InvalidRequest(
-            f"input {spec.name}: {datatype.name} of the shape {list(shape)} needs {needed} bytes, got {len(data)}"
-        )
-    if datatype.dtype != np.bool_:
-        return _reshape(np.frombuffer(data, datatype.dtype), spec, shape)
-    raw = np.frombuffer(data, np.uint8)
-    if raw.max(initial=0) > 1:
-        raise InvalidRequest(f"input {spec.name}: a byte of BOOL is 0 or 1, not {raw.max()}")
-    return _reshape(raw.view(np.bool_), spec, shape)
+        raise _refusal(spec, f"{datatype.name} of the shape {list(shape)} needs {needed} bytes, got {len(data)}")
+    flat = np.frombuffer(data, datatype.dtype)
+    if datatype.dtype == np.bool_ and (largest := flat.view(np.uint8).max(initial=0)) > 1:
+        raise _refusal(spec, f"a byte of BOOL is 0 or 1, not {largest}")
+    return _reshape(flat, spec, shape)
 
 
 def encode_json(array: np.ndarray, spec: TensorSpec) -> Any:
-    """Return an output's elements as a flat list, or as a one-dimensional array for orjson.
-
-    Raises:
-        InvalidRequest: JSON cannot represent an element: NaN, an infinity, or bytes that are not UTF-8.
-    """
-    flat = array.ravel()
+    """Return an output's elements as a flat list or one-dimensional array; raises InvalidRequest if JSON cannot."""
+    flat, odd = array.ravel(), "NaN or infinity"
     if array.dtype.hasobject:
         try:
             return [element.decode() for element in flat]
-        except UnicodeDecodeError as error:
-            raise InvalidRequest(
-                f"output {spec.name} has bytes that are not UTF-8, which JSON cannot hold; request it as binary data"
-            ) from error
-    if array.dtype.kind == "f" and not np.isfinite(flat).all():
-        raise InvalidRequest(
-            f"output {spec.name} has NaN or infinity, which JSON cannot hold; request it as binary data"
-        )
-    return flat
+        except UnicodeDecodeError:
+            odd = "bytes that are not UTF-8"
+    elif array.dtype.kind != "f" or np.isfinite(flat).all():
+        return flat
+    raise InvalidRequest(f"output {spec.name} has {odd}, which JSON cannot hold; request it as binary data")
 
 
 def encode_binary(array: np.ndarray, spec: TensorSpec) -> tuple[Any, int]:
@@ -159,15 +139,9 @@ def encode_binary(array: np.ndarray, spec: TensorSpec) -> tuple[Any, int]:
     return flat, flat.nbytes
 
 
-def _to_whole(element: Any) -> Any:
-    return int(element) if type(element) is float and element.is_integer() else element
-
-
 def _array_of(elements: list[Any], datatype: Datatype, spec: TensorSpec) -> np.ndarray:
     if datatype.name == "BYTES":
-        array = np.empty(len(elements), datatype.dtype)
-        array[:] = [element.encode() for element in elements]
-        return array
+        return np.array([element.encode() for element in elements], object)
     try:
         if datatype.name == "UINT8":
             return np.frombuffer(bytes(elements), np.uint8)  # pixels; several times faster than np.array of a list
@@ -177,41 +151,39 @@ def _array_of(elements: list[Any], datatype: Datatype, spec: TensorSpec) -> np.n
         limits = np.iinfo(datatype.dtype)
         odd = next(element for element in elements if not limits.min <= element <= limits.max)
         odd = odd if abs(odd) <= 2**64 else float(odd)  # an int may have 300 digits
-        raise InvalidRequest(
-            f"input {spec.name}: {datatype.name} is from {limits.min} to {limits.max}, not {odd}"
-        ) from error
+        raise _refusal(spec, f"{datatype.name} is from {limits.min} to {limits.max}, not {odd}") from error
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         odd = elements[int(np.argmin(np.isfinite(array)))]
-        raise InvalidRequest(f"input {spec.name}: {odd} is beyond the range of {datatype.name}")
+        raise _refusal(spec, f"{odd} is beyond the range of {datatype.name}")
     return array
 
 
 def _split_strings(data: memoryview, count: int, spec: TensorSpec) -> np.ndarray:
     """Split binary data into exactly `count` elements of BYTES."""
     if count > len(data) // _LENGTH.size:
-        raise InvalidRequest(f"input {spec.name}: {len(data)} bytes cannot hold {count} elements with their lengths")
+        raise _refusal(spec, f"{len(data)} bytes cannot hold {count} elements with their lengths")
     elements = []
     start = 0
     for index in range(count):
         start += _LENGTH.size
         if start > len(data):
-            raise InvalidRequest(f"input {spec.name}: the bytes end before element {index}")
+            raise _refusal(spec, f"the bytes end before element {index}")
         (length,) = _LENGTH.unpack_from(data, start - _LENGTH.size)
         if length > len(data) - start:
-            raise InvalidRequest(
-                f"input {spec.name}: element {index} has a length of {length} bytes, but {len(data) - start} are left"
-            )
+            raise _refusal(spec, f"element {index} has a length of {length} bytes, but {len(data) - start} are left")
         elements.append(bytes(data[start : start + length]))
         start += length
     if start != len(data):
-        raise InvalidRequest(f"input {spec.name}: {len(data) - start} bytes are left after {count} elements")
-    array = np.empty(count, object)
-    array[:] = elements
-    return array
+        raise _refusal(spec, f"{len(data) - start} bytes are left after {count} elements")
+    return np.array(elements, object)
 
 
 def _reshape(flat: np.ndarray, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
     try:
         return flat.reshape(shape)
     except ValueError as error:  # no elements, but the other sizes overflow
-        raise InvalidRequest(f"input {spec.name}: no tensor can have the shape {list(shape)}") from error
+        raise _refusal(spec, f"no tensor can have the shape {list(shape)}") from error
+
+
+def _refusal(spec: TensorSpec, why: str) -> InvalidRequest:
+    return InvalidRequest(f"input {spec.name}: {why}")

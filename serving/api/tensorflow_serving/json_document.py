@@ -1,28 +1,30 @@
-"""Parses JSON like TensorFlow Serving: with RapidJSON's leniency and RapidJSON's error messages."""
+"""JSON like in TensorFlow Serving: parsed and quoted in messages as RapidJSON does it."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import orjson
 import rapidjson
 
-from serving.api.tensorflow_serving.json_quoting import RepeatedKeys
 from serving.errors import InvalidRequest
 
 # TensorFlow's tensors have at most 254 dimensions. A document nested much deeper crashes recursive parsers.
 MAX_DEPTH = 300
+_QUOTED_DOCUMENT_BYTES = 256
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ASCII = bytes(code if code < 128 else ord("?") for code in range(256))
-_MAX_KEYS_COUNTED = 64
+_MAX_KEYS_COUNTED = 64  # parsing again is faster than counting more keys
 _BASE64_KEY = b'"b64"'
 _STRING_START = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*"')
 _OBJECT_END = re.compile(rb"[ \t\r\n]*\}")
 _ESCAPED_LETTER = re.compile(rb"\\u00[2-7]")  # may be part of a key
-_CONTROL_CHARACTER = "Invalid encoding in string."
 
 
 def parse_document(body: bytes) -> Any:
@@ -58,9 +60,9 @@ def _may_repeat_keys(document: Any, body: bytes) -> bool:
     if isinstance(instances, list) and instances and isinstance(instances[0], dict):
         for key in instances[0]:
             counts[key] = counts.get(key, 0) + len(instances)
-    if len(counts) > _MAX_KEYS_COUNTED:
-        return True  # parsing again is faster than counting so many keys
-    return any(body.count(b'"%b"' % key.encode()) > count for key, count in counts.items())
+    return len(counts) > _MAX_KEYS_COUNTED or any(
+        body.count(b'"%b"' % key.encode()) > count for key, count in counts.items()
+    )
 
 
 def _has_repeated_base64(body: bytes) -> bool:
@@ -121,7 +123,7 @@ def _parse_as_bytes(text: bytes, skipped: int) -> Any:
 
 
 def _parse_error(what: str, offset: int) -> InvalidRequest:
-    if what == _CONTROL_CHARACTER:  # RapidJSON 1.1, which TensorFlow Serving uses, has another message
+    if what == "Invalid encoding in string.":  # a control character, for which RapidJSON 1.1 has another message
         what = "Invalid escape character in string."
     return InvalidRequest(f"JSON Parse error: {what} at offset: {offset}")
 
@@ -132,3 +134,91 @@ def _depth(text: bytes) -> int:
     opening = ((symbols == ord("[")) | (symbols == ord("{"))).astype(np.int8)
     closing = ((symbols == ord("]")) | (symbols == ord("}"))).astype(np.int8)
     return int(np.cumsum(opening - closing, dtype=np.int64).max(initial=0))
+
+
+class RepeatedKeys(dict[str, Any]):
+    """An object with repeated keys. The first of equal keys counts; messages quote all members."""
+
+    def __init__(self, members: list[tuple[str, Any]]) -> None:
+        super().__init__(reversed(members))
+        self.members = members
+
+
+class _NotWritable(Exception):  # noqa: N818
+    """A number is not finite; RapidJSON's writer stops there."""
+
+
+def document_error(document: Any, why: str) -> InvalidRequest:
+    """Return the error about a request document, which it quotes and truncates like TensorFlow Serving."""
+    return InvalidRequest(f"JSON Value: {quote_json(document, max_bytes=_QUOTED_DOCUMENT_BYTES)} {why}")
+
+
+def quote_json(value: Any, *, max_bytes: int | None = None) -> str:
+    """Return a value as TensorFlow Serving's messages quote it."""
+    pieces: list[str] = []
+    length = 0
+    try:
+        for piece in _pieces(value, "\n"):
+            pieces.append(piece)
+            length += len(piece)
+            if max_bytes is not None and length >= max_bytes:
+                break
+    except _NotWritable:
+        pass
+    except RecursionError as error:
+        raise InvalidRequest("JSON Value: the objects are nested deeper than any tensor") from error
+    return "".join(pieces).encode("utf-8", "replace")[:max_bytes].decode("utf-8", "ignore")
+
+
+def type_name(value: Any) -> str:
+    """Return RapidJSON's name for the type of a value."""
+    if value is None:
+        return "Null"
+    if isinstance(value, bool):
+        return str(value)
+    names: dict[type, str] = {dict: "Object", list: "Array", str: "String"}
+    return names.get(type(value), "Number")
+
+
+def replace_surrogates(text: str) -> str:
+    """Replace the surrogates of bytes that are not UTF-8, so that the text can be encoded in a response."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _pieces(value: Any, line: str) -> Iterator[str]:
+    """Yield the text of a value in pieces; `line` is a line break with the current indentation."""
+    if isinstance(value, dict):
+        inner = line + "    "
+        members = value.members if isinstance(value, RepeatedKeys) else value.items()
+        for index, (key, item) in enumerate(members):
+            yield ("{" if index == 0 else ",") + inner + _string(key) + ": "
+            yield from _pieces(item, inner)
+        yield line + "}" if value else "{}"
+    elif isinstance(value, list):
+        yield "["
+        for index, item in enumerate(value):
+            if index:
+                yield ", "
+            yield from _pieces(item, line)
+        yield "]"
+    elif isinstance(value, float) or (isinstance(value, int) and not -(2**63) <= value < 2**64):
+        yield _float(float(value))
+    elif isinstance(value, str):
+        yield _string(value)
+    else:
+        yield rapidjson.dumps(value)
+
+
+def _string(text: str) -> str:
+    return rapidjson.dumps(replace_surrogates(text), ensure_ascii=False)
+
+
+def _float(number: float) -> str:
+    """Format a float like `internal/dtoa.h` of RapidJSON."""
+    if not math.isfinite(number):
+        raise _NotWritable
+    digits = Decimal(repr(number)).normalize()
+    if -6 <= digits.adjusted() < 21:
+        text = f"{digits:f}"
+        return text if "." in text else text + ".0"
+    return f"{digits:e}".replace("e+", "e")

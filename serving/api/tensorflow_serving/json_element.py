@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.api.tensorflow_serving.json_quoting import RepeatedKeys, quote_json, type_name
+from serving.api.tensorflow_serving.json_document import RepeatedKeys, quote_json, type_name
 from serving.errors import InvalidRequest
 from serving.inference.signatures import TensorSpec
 
@@ -28,11 +28,7 @@ _BASE64 = re.compile(rb"([A-Za-z0-9+/]*)([=.]*)")
 
 
 def decode_element(value: Any, spec: TensorSpec) -> Any:
-    """Validate and convert one element.
-
-    Raises:
-        InvalidRequest: the value does not have the input's dtype, or is out of its range.
-    """
+    """Convert one element; raises InvalidRequest if it does not have the input's dtype, or is out of its range."""
     dtype = spec.numpy_dtype
     if dtype is None or dtype.kind not in JSON_TYPES:
         raise InvalidRequest(f"Conversion of JSON Value: {quote_json(value)} to type: {dtype_name(spec.dtype)}")
@@ -54,11 +50,7 @@ def decode_element(value: Any, spec: TensorSpec) -> Any:
 
 
 def decode_string(value: str | dict[str, Any]) -> bytes:
-    """Return the bytes of a string, or of an object whose only key is "b64".
-
-    Raises:
-        InvalidRequest: the object has other keys, or its value is not base64.
-    """
+    """Return the bytes of a string or a base64 object; raises InvalidRequest if an object is not base64."""
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")
     if not is_base64(value):

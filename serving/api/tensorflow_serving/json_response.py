@@ -21,7 +21,7 @@ _MARK_STRING = "\ud800"  # in no output: "surrogateescape" decodes to U+DC80 and
 
 
 def encode_outputs(outputs: Mapping[str, np.ndarray], signature: Signature, *, as_rows: bool) -> bytes:
-    """Encode the response to a predict request: `predictions` for the row format, `outputs` for the columnar format.
+    """Encode the response to a predict request.
 
     Floats have the fewest digits that their own dtype needs, whole ones end in ".0". Strings are written as they are,
     UTF-8 or not. Those of outputs whose name ends in `_bytes` become `{"b64": ...}`.
@@ -29,7 +29,7 @@ def encode_outputs(outputs: Mapping[str, np.ndarray], signature: Signature, *, a
     Args:
         outputs: an array for each output of the signature.
         signature: the signature that returned them.
-        as_rows: one element per row, split along axis 0, instead of one element per output.
+        as_rows: `predictions`, one element per row, split along axis 0, instead of `outputs`, one element per output.
 
     Raises:
         InvalidRequest: JSON cannot hold an output's dtype, or the outputs cannot be split into rows.
@@ -60,10 +60,9 @@ def _check_rows(outputs: Mapping[str, np.ndarray]) -> None:
             raise InvalidRequest(f"Tensor name: {name} has no shape information \n{advice}")
         if not len(array):
             raise InvalidRequest(f"Tensor name: {name} has invalid batch size: 0\n{advice}")
-        if row_count is not None and len(array) != row_count:
-            raise InvalidRequest(
-                f"Tensor name: {name} has inconsistent batch size: {len(array)} expecting: {row_count}\n{advice}"
-            )
+        if row_count not in (None, len(array)):
+            sizes = f"{len(array)} expecting: {row_count}"
+            raise InvalidRequest(f"Tensor name: {name} has inconsistent batch size: {sizes}\n{advice}")
         row_count = len(array)
 
 
@@ -89,14 +88,14 @@ def _dump(document: dict[str, Any]) -> bytes:
     else:
         if not _has_null(text):  # orjson's spelling of NaN and infinities
             return text
-    slow = json.dumps(document, ensure_ascii=False, separators=(",", ":"), default=_to_plain)
+
+    def to_plain(value: Any) -> Any:
+        return _MARK_STRING if value is PLACEHOLDER else to_python(value)
+
+    slow = json.dumps(document, ensure_ascii=False, separators=(",", ":"), default=to_plain)
     return slow.replace(f'"{_MARK_STRING}"', MARK).encode("utf-8", "surrogateescape")
 
 
 def _has_null(text: bytes) -> bool:
     # In slices, so that other threads can take the GIL in between.
     return any(text.find(b"null", start, start + SLICE_BYTES + 3) >= 0 for start in range(0, len(text), SLICE_BYTES))
-
-
-def _to_plain(value: Any) -> Any:
-    return _MARK_STRING if value is PLACEHOLDER else to_python(value)

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from serving.api.nested_lists import flatten
+from serving.api.json_arrays import flatten
+from serving.api.tensorflow_serving.json_document import document_error, quote_json, replace_surrogates
 from serving.api.tensorflow_serving.json_element import JSON_TYPES, decode_element, decode_string, is_base64
-from serving.api.tensorflow_serving.json_quoting import quote_document, quote_json, replace_surrogates
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
 
 MAX_DIMENSIONS = 254  # TensorFlow's limit; numpy's is lower
 _MAX_ARRAY_DIMENSIONS = 63  # of a row: numpy's 64, minus the batch dimension
+
+_SEVERAL_INPUTS = "as multiple input tensors required as per tensorinfo_map"
 
 
 class _TooManyDimensions(InvalidRequest):
@@ -29,10 +31,6 @@ class _TooManyDimensions(InvalidRequest):
 
 def decode_inputs(document: Mapping[str, Any], signature: Signature) -> dict[str, np.ndarray]:
     """Return the arrays of a predict request, in row format (`instances`) or columnar format (`inputs`).
-
-    Args:
-        document: the request, with one of the two keys.
-        signature: the signature to decode for; it has at least one input.
 
     Returns:
         An array of each input's dtype. The shapes are those of the JSON lists, and not yet validated.
@@ -48,16 +46,13 @@ def decode_inputs(document: Mapping[str, Any], signature: Signature) -> dict[str
 def _decode_rows(document: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
     instances = document["instances"]
     if not isinstance(instances, list):
-        raise InvalidRequest(f"JSON Value: {quote_document(document)} Expecting 'instances' to be an list/array")
+        raise document_error(document, "Expecting 'instances' to be an list/array")
     if not instances:
-        raise InvalidRequest(f"JSON Value: {quote_document(document)} No values in 'instances' array")
+        raise document_error(document, "No values in 'instances' array")
     are_named = _is_named(instances[0])
-    if not are_named and len(specs) > 1:
-        raise InvalidRequest(
-            "instances is a plain list, but expecting list of objects as multiple input tensors required as per "
-            "tensorinfo_map"
-        )
     if not are_named:
+        if len(specs) > 1:
+            raise InvalidRequest(f"instances is a plain list, but expecting list of objects {_SEVERAL_INPUTS}")
         ((name, spec),) = specs.items()
         array = _convert(instances, spec)
         return _walk_rows(instances, specs) if array is None else {name: array}
@@ -76,23 +71,18 @@ def _walk_rows(instances: list[Any], specs: Mapping[str, TensorSpec]) -> dict[st
     are_named = _is_named(instances[0])
     rows: dict[str, list[np.ndarray]] = {name: [] for name in specs}
     for index, instance in enumerate(instances):
-        where = f"Failed to process element: {index}"
-        if not are_named:
-            if _is_named(instance):
-                raise InvalidRequest(f"Expecting value/list but got object at item {index} of input list")
-            (name,) = specs
-            _append_row(rows[name], instance, specs[name], where=where)
-            continue
-        if not _is_named(instance):
-            raise InvalidRequest(f"Expecting object but got list at item {index} of input list")
-        for key, value in instance.items():
-            where_key = f"{where} key: {replace_surrogates(key)}"
+        if _is_named(instance) != are_named:
+            kinds = "object but got list" if are_named else "value/list but got object"
+            raise InvalidRequest(f"Expecting {kinds} at item {index} of input list")
+        element = f"Failed to process element: {index}"
+        for key, value in instance.items() if are_named else [(next(iter(specs)), instance)]:
+            where = f"{element} key: {replace_surrogates(key)}" if are_named else element
             if key not in specs:
-                raise _row_error(where_key, f"JSON object: does not have named input: {replace_surrogates(key)}")
-            _append_row(rows[key], value, specs[key], where=where_key)
-        if len(instance) != len(specs):
+                raise _row_error(where, f"JSON object: does not have named input: {replace_surrogates(key)}")
+            _append_row(rows[key], value, specs[key], where=where)
+        if are_named and len(instance) != len(specs):
             raise InvalidRequest(
-                f"{where} of 'instances' list. JSON object: {quote_json(instance)} "
+                f"{element} of 'instances' list. JSON object: {quote_json(instance)} "
                 f"keys must be equal to: {','.join(specs)}"
             )
     return {name: np.stack(arrays) for name, arrays in rows.items()}
@@ -108,17 +98,15 @@ def _append_row(rows: list[np.ndarray], value: Any, spec: TensorSpec, *, where: 
     if rows and row.size != rows[0].size:
         raise _row_error(where, f"Expecting tensor size: {rows[0].size} but got: {row.size}")
     if rows and row.shape != rows[0].shape:
-        raise _row_error(where, f"Expecting shape {_shape_text(rows[0])} but got: {_shape_text(row)}")
+        expected, got = (",".join(map(str, array.shape)) for array in (rows[0], row))
+        raise _row_error(where, f"Expecting shape [{expected}] but got: [{got}]")
     rows.append(row)
 
 
 def _decode_columns(inputs: Any, specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
     if not _is_named(inputs):
         if len(specs) > 1:
-            raise InvalidRequest(
-                "inputs is a plain value/list, but expecting an object as multiple input tensors required as per "
-                "tensorinfo_map"
-            )
+            raise InvalidRequest(f"inputs is a plain value/list, but expecting an object {_SEVERAL_INPUTS}")
         ((name, spec),) = specs.items()
         return {name: _to_array(inputs, spec)}
     arrays = {}
@@ -158,9 +146,7 @@ def _array_of(elements: list[Any], dtype: np.dtype[Any]) -> np.ndarray:
     if dtype == np.uint8:
         return np.frombuffer(bytes(elements), dtype)  # pixels; several times faster than np.array of a list
     if dtype.kind == "O":
-        array = np.empty(len(elements), dtype)
-        array[:] = [decode_string(element) for element in elements]
-        return array
+        elements = [decode_string(element) for element in elements]
     return np.array(elements, dtype)
 
 
@@ -175,13 +161,11 @@ def _walk(value: Any, spec: TensorSpec) -> np.ndarray:
         raise _TooManyDimensions(f"input {spec.name}: expected {spec}, got {len(shape)} dimensions")
     if spec.numpy_dtype is None:  # an empty list, so no element was refused
         raise InvalidRequest(f"input {spec.name}: JSON cannot hold {spec}")
-    array = np.empty(len(elements), spec.numpy_dtype)
-    array[:] = elements
-    return array.reshape(shape)
+    return np.array(elements, spec.numpy_dtype).reshape(shape)
 
 
 def _first_shape(value: Any) -> tuple[int, ...]:
-    """Return the shape given by the first element of every list (GetDenseTensorShape)."""
+    """Return the shape that the first element of every list has (GetDenseTensorShape)."""
     shape = []
     while isinstance(value, list):
         shape.append(len(value))
@@ -214,7 +198,3 @@ def _is_named(value: Any) -> bool:
 
 def _row_error(where: str, message: str) -> InvalidRequest:
     return InvalidRequest(f"{where} of 'instances' list. Error: INVALID_ARGUMENT: {message}")
-
-
-def _shape_text(array: np.ndarray) -> str:
-    return f"[{','.join(map(str, array.shape))}]"

@@ -7,6 +7,8 @@ the intended differences.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -16,10 +18,10 @@ from werkzeug.exceptions import NotImplemented as MethodNotImplemented
 from werkzeug.routing import BaseConverter, Rule
 
 from serving.api.compression import inflate
-from serving.api.flask_app import current_app
+from serving.api.flask_app import current_app, encoded_response, error_response, json_response
 from serving.api.json_process import LARGE_JSON_BYTES
-from serving.api.responses import encoded_response, error_response, json_response
-from serving.api.tensorflow_serving import classify_regress, predict
+from serving.api.tensorflow_serving.json_response import encode_outputs
+from serving.api.tensorflow_serving.messages import parse_examples, parse_pixels, parse_predict, refusal
 from serving.errors import InvalidRequest, ServingError
 from serving.greenlets import offload, run_sized
 from serving.inference.model_config import read_version_number
@@ -99,66 +101,56 @@ def _predict(call: re.Match[str]) -> Response:
         problem = error  # raised later: an error in the body takes precedence
     signatures = version.predictor.signatures if version else None
     if signatures is not None and len(body) <= LARGE_JSON_BYTES:
-        parsed = run_sized(len(body), predict.parse_pixels, body, signatures)
+        parsed = run_sized(len(body), parse_pixels, body, signatures)
     if parsed is None:
-        max_rows = current_app.inference.max_rows
-        parsed = current_app.json_process.parse(predict.parse, body, signatures, max_rows)
+        parsed = current_app.json_process.parse(parse_predict, body, signatures, current_app.inference.max_rows)
     if problem:
         raise problem
     assert version is not None
     assert parsed is not None
     result = current_app.inference.predict(version, parsed)
     size = sum(array.size for array in result.outputs.values()) * JSON_ELEMENT_BYTES
-    return encoded_response(run_sized(size, predict.render, result, as_rows=parsed.as_rows))
+    return encoded_response(run_sized(size, encode_outputs, result.outputs, result.signature, as_rows=parsed.as_rows))
 
 
 def _classify_or_regress(call: re.Match[str]) -> Response:
     number = _version(call)
-    name = current_app.json_process.parse(classify_regress.parse, _read_body())
-    signatures = _resolve(call, number).predictor.signatures
-    raise classify_regress.refusal(name, signatures, method=call["method"])
+    name = current_app.json_process.parse(parse_examples, _read_body())
+    raise refusal(name, _resolve(call, number).predictor.signatures, method=call["method"])
 
 
 def _resolve(match: re.Match[str], number: int | None) -> ModelVersion:
     label = None if match["label"] is None else unquote(match["label"])
-    version = current_app.inference.resolve(_model_name(match), version=number, label=label)
-    g.model = version.name
-    return version
+    return current_app.resolve(_model_name(match), version=number, label=label)
 
 
 def _status(match: re.Match[str]) -> Response:
     number = _version(match)
     versions = current_app.inference.status(_model_name(match), number)
-
-    def describe() -> dict[str, Any]:
-        from serving import tfs_messages
-
-        return _to_json(tfs_messages.make_status(versions))
-
-    return json_response(offload(describe))  # the import of TensorFlow may take seconds
+    return json_response(_to_json(lambda messages: messages.make_status(versions)))
 
 
 def _metadata(match: re.Match[str]) -> Response:
     version = _resolve(match, _version(match))
+    document = {
+        "model_spec": {"name": version.name, "signature_name": "", "version": str(version.version)},
+        "metadata": {"signature_def": _to_json(lambda messages: messages.make_signature_defs(version))},
+    }
+    return json_response(document)
 
-    def describe() -> dict[str, Any]:
+
+def _to_json(make: Callable[[ModuleType], Any]) -> dict[str, Any]:
+    """Return the message that a function makes with `serving.tfs_messages`, as JSON."""
+
+    def convert() -> dict[str, Any]:
+        from google.protobuf.json_format import MessageToDict
+
         from serving import tfs_messages
 
-        return {
-            "model_spec": {"name": version.name, "signature_name": "", "version": str(version.version)},
-            "metadata": {"signature_def": _to_json(tfs_messages.make_signature_defs(version))},
-        }
+        message = make(tfs_messages)
+        return dict(MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
 
-    return json_response(offload(describe))
-
-
-def _to_json(message: Any) -> dict[str, Any]:
-    from google.protobuf import json_format
-
-    document: dict[str, Any] = json_format.MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return document
+    return offload(convert)  # the import of TensorFlow may take seconds
 
 
 def _read_body() -> bytes:
@@ -179,6 +171,4 @@ def _model_name(match: re.Match[str]) -> str:
 
 
 def _version(match: re.Match[str]) -> int | None:
-    if match["version"] is None:
-        return None
-    return read_version_number(match["version"])
+    return None if match["version"] is None else read_version_number(match["version"])

@@ -8,7 +8,7 @@ from flask import Blueprint, Response, render_template
 
 from serving.api.flask_app import current_app
 from serving.errors import InvalidBackendResponse, ModelNotFound, NotReady, ServingError
-from serving.inference.image_classifier import class_names, image_size
+from serving.inference.image_classifier import can_explain, class_names, image_size
 from serving.inference.model_info import MAX_CLASSES
 from serving.inference.repository import ModelRepository, ModelVersion
 from serving.inference.signatures import DEFAULT_SIGNATURE
@@ -31,6 +31,8 @@ _CONTENT_SECURITY_POLICY = "; ".join(
     )
 )
 
+_UNAVAILABLE = {"available": False, "loading": False}
+
 
 @blueprint.after_request
 def _restrict(response: Response) -> Response:
@@ -44,30 +46,26 @@ def _restrict(response: Response) -> Response:
 @blueprint.get("/")
 def page() -> str:
     """Return the page, with the models embedded as JSON."""
-    return render_template("page.html", models=describe_models())
+    return render_template("page.html", models=models())
 
 
 @blueprint.get("/models.json")
 def models() -> list[dict[str, Any]]:
-    """Return the models, so that an open page can refresh them after a version swap."""
-    return describe_models()
-
-
-def describe_models() -> list[dict[str, Any]]:
     """Describe all models in alphabetical order, then the model folders that cannot be read.
+
+    An open page refreshes them after a version swap.
 
     Returns:
         For each model its `name`, whether a version is `available`, whether it is `loading`, and its `problem`: None,
         or the reason why it cannot classify images. Without a problem also its `version`, `height` and `width` in
-        pixels, `class_names`, and from its model info `dataset` (a name or None) and `test_accuracy` (0 to 1 or None).
+        pixels, `class_names`, whether it `explains` its predictions by heat maps, and from its model info `dataset` (a
+        name or None) and `test_accuracy` (0 to 1 or None).
     """
     repository = current_app.inference.repository
     names = repository.all_names()
-    described = [_describe(repository, name) for name in names]
     unreadable = (problem for problem in repository.folder_problems if problem.model not in (None, *names))
-    return described + [
-        {"name": each.model, "available": False, "loading": False, "problem": each.reason} for each in unreadable
-    ]
+    described = [{"name": each.model, **_UNAVAILABLE, "problem": each.reason} for each in unreadable]
+    return [_describe(repository, name) for name in names] + described
 
 
 def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
@@ -77,14 +75,10 @@ def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
     except NotReady as error:
         return {"name": name, "available": False, "loading": True, "problem": str(error)}
     except ModelNotFound:
-        return {"name": name, "available": False, "loading": False, "problem": repository.problem(name)}
+        return {"name": name, **_UNAVAILABLE, "problem": repository.problem(name)}
     except ServingError as error:
-        return {
-            "name": name,
-            "available": not isinstance(error, InvalidBackendResponse),
-            "loading": False,
-            "problem": str(error),
-        }
+        available = not isinstance(error, InvalidBackendResponse)
+        return {"name": name, "available": available, "loading": False, "problem": str(error)}
     return {
         "name": name,
         "available": True,
@@ -94,6 +88,7 @@ def _describe(repository: ModelRepository, name: str) -> dict[str, Any]:
         "height": height,
         "width": width,
         "class_names": _class_names(version),
+        "explains": can_explain(version.predictor),
         "dataset": version.info.dataset,
         "test_accuracy": version.info.test_accuracy,
     }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serving.api import json_cost as module
 from serving.api.json_cost import JsonCost, json_cost
 from serving.api.json_process import LARGE_JSON_BYTES, JsonProcess
-from serving.api.tensorflow_serving.predict import parse as parse_predict
+from serving.api.tensorflow_serving.messages import parse_predict
 from serving.errors import ServingError
 from tests.serving.api.test_json_process import MAX_ROWS, SIGNATURES
 

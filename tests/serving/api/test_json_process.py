@@ -20,10 +20,9 @@ import pytest
 
 from serving.api import json_process
 from serving.api.json_process import ARRAY_BYTES, LARGE_JSON_BYTES, JsonProcess
-from serving.api.open_inference.parsing import InferRequest
-from serving.api.open_inference.parsing import parse as parse_infer
-from serving.api.tensorflow_serving.classify_regress import parse as parse_examples
-from serving.api.tensorflow_serving.predict import parse as parse_predict
+from serving.api.open_inference.messages import InferRequest
+from serving.api.open_inference.messages import parse as parse_infer
+from serving.api.tensorflow_serving.messages import parse_examples, parse_predict
 from serving.errors import InvalidRequest, ModelFailed, Overloaded, ServingError, TooLarge, UnreadableImages
 from serving.greenlets import SMALL_BYTES
 from serving.inference.signatures import Signature, TensorSpec
@@ -177,19 +176,19 @@ V2_DOCUMENTS = {
 @pytest.mark.parametrize("name", V2_DOCUMENTS)
 def test_the_subprocess_parses_inference_requests_alike(process: JsonProcess, name: str) -> None:
     body = V2_DOCUMENTS[name] + PADDING
-    expected = outcome(parse_infer, body, None, "m", SIGNATURES)
-    assert outcome(process.parse, parse_infer, body, None, "m", SIGNATURES) == expected
+    expected = outcome(parse_infer, body, len(body), "m", SIGNATURES)
+    assert outcome(process.parse, parse_infer, body, len(body), "m", SIGNATURES) == expected
 
 
 def test_binary_tensors_after_a_large_document_are_returned_intact(process: JsonProcess) -> None:
     pixels = np.arange(600_000, dtype=np.float32)
     text = v2([v2_tensor("x", "FP32", [2, 300_000], parameters={"binary_data_size": pixels.nbytes})]) + PADDING
     body = text + pixels.tobytes()
-    read = process.parse(parse_infer, body, str(len(text)), "m", SIGNATURES)
+    read = process.parse(parse_infer, body, len(text), "m", SIGNATURES)
     assert read.inputs["x"].shape == (2, 300_000)
     assert (read.inputs["x"].ravel() == pixels).all()
-    short = outcome(parse_infer, body[:-4], str(len(text)), "m", SIGNATURES)
-    assert outcome(process.parse, parse_infer, body[:-4], str(len(text)), "m", SIGNATURES) == short
+    short = outcome(parse_infer, body[:-4], len(text), "m", SIGNATURES)
+    assert outcome(process.parse, parse_infer, body[:-4], len(text), "m", SIGNATURES) == short
     assert short[0] is InvalidRequest
 
 
@@ -343,8 +342,8 @@ def test_a_frozen_subprocess_is_restarted_at_the_deadline(
 def test_a_subprocess_that_does_not_read_is_restarted_at_the_deadline(
     process: JsonProcess, monkeypatch: pytest.MonkeyPatch, has_deadline: bool
 ) -> None:
-    monkeypatch.setattr(json_process, "PARSE_TIMEOUT_S", 0.5)
     pid = int(process.parse(return_pid, PADDING))
+    monkeypatch.setattr(json_process, "PARSE_TIMEOUT_S", 0.5)
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(2) as threads:
         deadline = {"deadline_s": time.monotonic() + 0.5} if has_deadline else {}

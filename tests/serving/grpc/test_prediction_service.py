@@ -28,7 +28,7 @@ from serving.api.flask_app import ServingApp
 from serving.app import make_app
 from serving.errors import InvalidRequest
 from serving.greenlets import SMALL_BYTES
-from serving.grpc.prediction_service import PredictionService
+from serving.grpc.services import PredictionService
 from serving.metrics import Metrics
 from serving.settings import Settings
 from tests.serving.conftest import Server, picture

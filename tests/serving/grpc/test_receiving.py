@@ -21,7 +21,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from serving.errors import InvalidRequest
 from serving.greenlets import LoopGreenlets, Waiter, wake_all
 from serving.grpc import receiving
-from serving.grpc.handlers import OBJECT_BYTES, SharedState, make_handler
+from serving.grpc.handlers import OBJECT_BYTES, make_handler
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.memory import MemoryBudget, Reservation
 from serving.request_context import current_request
@@ -42,10 +42,16 @@ class Service:
         self._method = method
 
     async def start(self, threads: ThreadPoolExecutor) -> None:
-        shared = SharedState(LoopGreenlets(threads), self.budget, MessageReceiver(self.max_bytes))
         options = [("grpc.max_receive_message_length", self.max_bytes), *CHANNEL_OPTIONS]
         self.server = grpc.aio.server(options=options)
-        handlers = {"Echo": make_handler(self._method, BytesValue, shared=shared)}
+        handler = make_handler(
+            self._method,
+            BytesValue,
+            greenlets=LoopGreenlets(threads),
+            budget=self.budget,
+            receiver=MessageReceiver(self.max_bytes),
+        )
+        handlers = {"Echo": handler}
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()

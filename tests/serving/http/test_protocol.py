@@ -19,9 +19,9 @@ from uvicorn.server import ServerState
 
 from serving.errors import ModelFailed
 from serving.greenlets import offload
-from serving.http import body_receiver, protocol
+from serving.http import protocol, request
 from serving.http.protocol import Connection, SharedState
-from serving.http.server import Acceptor, Server, _no_asgi_app, listen
+from serving.http.server import Acceptor, Server, listen
 from serving.memory import MemoryBudget, RequestMemory, Reservation
 from serving.request_context import RequestContext, current_request
 
@@ -47,7 +47,7 @@ class Service:
         }
         self.shared = SharedState(self._app, self.budget, **settings)
         self.state = ServerState()
-        config = uvicorn.Config(app=_no_asgi_app, ws="none", lifespan="off", log_config=None, access_log=False)
+        config = uvicorn.Config(lambda: None, ws="none", lifespan="off", log_config=None, access_log=False)
         listener = listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.acceptor = Acceptor(listener, lambda: Connection(config, self.state, self.shared))
@@ -242,7 +242,7 @@ def test_memory_for_a_body_is_held_until_the_response(size: int) -> None:
     async def check(service: Service) -> None:
         service.work = lambda: held.append(service.budget.used_bytes)
         assert (await service.send(post(size)))[1] == b"%d" % size
-        assert size <= held[0] <= size + body_receiver.GROW_BYTES
+        assert size <= held[0] <= size + request.GROW_BYTES
         await until(lambda: service.budget.used_bytes == 0)
 
     run(check)

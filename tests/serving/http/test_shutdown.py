@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.serving.conftest import PROJECT, Server, free_ports, picture
+from serving.server_process import free_ports
+from tests.serving.conftest import PROJECT, Server, picture
 from tests.serving.http.conftest import ALIVE, HEALTH, ROUTES, Client, head, post, request, wait_until
 from tests.serving.saved_models import save_colour_classifier, write_warmup_records
 

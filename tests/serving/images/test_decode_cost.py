@@ -11,7 +11,7 @@ from PIL import Image
 
 from image_formats.content import read_header
 from image_formats.header import ImageHeader
-from serving.images.decode_cost import decode_cost, is_quick
+from serving.images.limits import decode_cost, is_quick
 from tests.serving.conftest import PROJECT
 from tests.serving.image_files import bmp, chunk, encode, gif, jpeg_of_scans, noise, png
 

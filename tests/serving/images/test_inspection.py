@@ -18,15 +18,13 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from image_formats.content import read_header
 from serving.errors import InvalidRequest, TooLarge
-from serving.images.decode_cost import decode_cost, decode_seconds
 from serving.images.inspection import (
     IMAGES_AT_ONCE,
     DecodeEstimate,
-    ImageInspector,
     InspectedPredictor,
     check_encoded_images,
 )
-from serving.images.limits import ImageLimits
+from serving.images.limits import ImageLimits, decode_cost, decode_seconds
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Signature
 from tests.serving import saved_models
@@ -76,7 +74,7 @@ def test_the_time_of_all_images_is_summed() -> None:
 
 
 def test_the_error_names_the_index_of_the_image() -> None:
-    with pytest.raises(TooLarge, match="image 1: the picture has 1 x 5001 pixels"):
+    with pytest.raises(TooLarge, match="image 1: the image has 1 x 5001 pixels"):
         check_encoded_images([strings(picture("red"), png(1, 5_001))], LIMITS)
     with pytest.raises(InvalidRequest, match="image 2: the JPEG file has more than 100 scans"):
         check_encoded_images([strings(b"", b"x" * 50, jpeg_of_scans(200))], LIMITS)
@@ -110,7 +108,7 @@ class CountingPredictor:
 
 def test_strings_are_checked_before_the_inner_predictor_is_called(colours: Path) -> None:
     inner = CountingPredictor(SavedModelPredictor(colours).signatures)
-    predictor = InspectedPredictor(inner, ImageInspector(LIMITS))
+    predictor = InspectedPredictor(inner, LIMITS)
     assert predictor.signatures == inner.signatures
     with pytest.raises(TooLarge):
         predictor.predict("image_bytes", {"image_bytes": strings(png(1, 5_001))})
@@ -127,7 +125,7 @@ def test_strings_are_checked_before_the_inner_predictor_is_called(colours: Path)
 def test_the_inner_predictor_gives_the_outputs(colours: Path) -> None:
     inner = SavedModelPredictor(colours)
     inputs = {"image_bytes": strings(picture("red"), picture("blue", (50, 60), "JPEG"))}
-    outputs = InspectedPredictor(inner, ImageInspector(LIMITS)).predict("image_bytes", inputs)
+    outputs = InspectedPredictor(inner, LIMITS).predict("image_bytes", inputs)
     for name, expected in inner.predict("image_bytes", inputs).items():
         np.testing.assert_array_equal(outputs[name], expected)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.inference import checksums
-from serving.inference.checksums import SUMS_FILE
+from serving.inference import version_files
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
+from serving.inference.version_files import SUMS_FILE
 from tests.serving.inference.test_local import publish, states, wait_until
 from training.exporter.checksums import write_checksums
 
@@ -96,14 +96,14 @@ def replace(path: Path, make: Callable[[Path], object]) -> None:
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Blocks the verification of `colours` until set, like files of many gigabytes."""
     gate = threading.Event()
-    verify = checksums.verify_checksums
+    verify = version_files.verify_checksums
 
     def verify_slowly(path: Path) -> None:
         if path.parent.name == "colours":
             gate.wait(60)
         verify(path)
 
-    monkeypatch.setattr(checksums, "verify_checksums", verify_slowly)
+    monkeypatch.setattr(version_files, "verify_checksums", verify_slowly)
     return gate
 
 

@@ -114,4 +114,4 @@ def test_a_pipe_is_reported_and_does_not_block(tmp_path: Path) -> None:
     assert "is not a regular file" in read_model_info(tmp_path)[1]
     file.unlink()
     file.symlink_to(file)
-    assert "cannot be read" in read_model_info(tmp_path)[1]
+    assert "cannot read" in read_model_info(tmp_path)[1]

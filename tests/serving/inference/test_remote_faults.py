@@ -26,8 +26,9 @@ from werkzeug.test import TestResponse
 
 from serving.api.flask_app import ServingApp
 from serving.app import make_app
+from serving.server_process import free_ports
 from serving.settings import Settings
-from tests.serving.conftest import Server, free_ports, picture
+from tests.serving.conftest import Server, picture
 
 PREDICT = "tensorflow.serving.PredictionService"
 JSON = {"content_type": "application/json"}

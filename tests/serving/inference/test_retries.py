@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.inference import retries
+from serving.inference import version_files
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
-from serving.inference.retries import FIRST_DELAY_S, LONGEST_DELAY_S, MAX_ENTRIES, Retries, read_stamp
+from serving.inference.version_files import FIRST_DELAY_S, LONGEST_DELAY_S, MAX_ENTRIES, Retries, read_stamp
 
 KEY = ("m", 1)
 
@@ -21,7 +21,7 @@ KEY = ("m", 1)
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1_000.0
-        monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        monkeypatch.setattr(version_files, "time", SimpleNamespace(monotonic=lambda: self.now_s))
 
 
 @pytest.fixture

@@ -29,17 +29,17 @@ def remove(*folders):
         shutil.rmtree(folder)
 
 
-def make_classes(folder, *, classes=("cat", "dog"), count=4, size=(32, 32)):
+def make_classes(folder, *, classes=("cat", "dog"), count=4, size=(32, 32), blue=99):
     """One level of folders, by class; every picture has a colour of its own."""
     for number, name in enumerate(classes):
         for image in range(count):
-            save(folder / name / f"{image}.png", size=size, colour=(80 * number, 10 * image, 99))
+            save(folder / name / f"{image}.png", size=size, colour=(80 * number, 10 * image, blue))
     return folder
 
 
 def make_splits(folder, **options):
-    for split in ("train", "test"):
-        make_classes(folder / split, **options)
+    for number, split in enumerate(("train", "test")):
+        make_classes(folder / split, blue=99 + number, **options)
     return folder
 
 
@@ -161,6 +161,12 @@ def test_images_of_different_sizes_are_resized_and_logged(tmp_path, caplog):
     assert dataset.train.images.shape == (9, 24, 48, 3)
 
 
+def test_photos_are_larger_for_transfer_learning(tmp_path):
+    make_splits(tmp_path / "pets", size=(200, 150))
+    config = TrainingConfig.fill_in(variant="transfer", dataset="folder", data=tmp_path / "pets")
+    assert load_dataset(config).train.images.shape[1:] == (160, 160, 3)
+
+
 def test_large_photos_are_resized_and_logged(tmp_path, caplog):
     folder = make_classes(tmp_path / "photos", size=(2000, 1500), count=3)
     with caplog.at_level(logging.INFO):
@@ -187,9 +193,9 @@ def test_train_and_test_images_have_the_same_size(tmp_path):
 
 
 def test_images_below_a_class_folder_belong_to_the_class(tmp_path, caplog):
-    for batch in ("batch1", "batch2"):
+    for number, batch in enumerate(("batch1", "batch2")):
         for name in ("cat", "dog"):
-            make_classes(tmp_path / "pets" / name, classes=(batch,))
+            make_classes(tmp_path / "pets" / name, classes=(batch,), blue=100 * number + ord(name[0]))
     with caplog.at_level(logging.INFO):
         dataset = load(tmp_path / "pets")
     assert dataset.class_names == ("cat", "dog")
@@ -227,7 +233,7 @@ def test_links_to_a_parent_folder_are_skipped(tmp_path):
 )
 def test_usual_names_of_splits_are_recognized(tmp_path, caplog, train, test, logged):
     make_classes(tmp_path / train)
-    make_classes(tmp_path / test, count=2)
+    make_classes(tmp_path / test, count=2, blue=50)
     with caplog.at_level(logging.INFO):
         dataset = load(tmp_path)
     assert (dataset.class_names, len(dataset.train.labels), len(dataset.test.labels)) == (("cat", "dog"), 8, 4)
@@ -295,7 +301,7 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "test" / "dog" / "empty.png").touch()
     message = refusal(folder)
     assert "3 of 19 files" in message
-    assert "train/cat/half.png: the picture is damaged or cut off" in message
+    assert "train/cat/half.png: the image is damaged or cut off" in message
     assert "train/dog/notes.txt: unknown image format: expected JPEG" in message
     assert "test/dog/empty.png: the file is empty" in message
     for number in range(9):
@@ -433,3 +439,34 @@ def test_progress_is_shown_on_terminals_only(tmp_path):
     assert on_terminal.stdout == b""
     assert b"reading" in os.read(controller, 10_000)
     os.close(controller)
+
+
+@pytest.mark.parametrize("layout", ["splits", "classes"])
+def test_test_images_that_are_training_images_are_counted_and_named(layout, tmp_path, caplog):
+    if layout == "splits":
+        folder = make_splits(tmp_path / "pets")
+        # Another name, class and format: what counts is the pixels.
+        Image.open(folder / "train" / "dog" / "2.png").save(folder / "test" / "cat" / "copy.bmp", "BMP")
+        shutil.copy(folder / "train" / "cat" / "1.png", folder / "test" / "cat" / "another.png")
+        expected = (
+            f"2 of the 10 test images of {folder} are training images too, so the test accuracy is too high: "
+            "test/cat/another.png = train/cat/1.png, test/cat/copy.bmp = train/dog/2.png. Keep one file of each"
+        )
+    else:
+        folder = make_classes(tmp_path / "pets", classes=("cat", "dog"), count=5)
+        for number in range(5):
+            shutil.copy(folder / "dog" / "0.png", folder / "dog" / f"copy{number}.png")
+            shutil.copy(folder / "cat" / f"{number}.png", folder / "cat" / f"copy{number}.png")
+        expected = f"2 of the 2 test images of {folder} are training images too"
+    with caplog.at_level(logging.WARNING):
+        load(folder)
+    assert [message[: len(expected)] for message in caplog.messages] == [expected]
+
+
+def test_copies_within_the_training_images_are_no_reason_to_warn(tmp_path, caplog):
+    folder = make_splits(tmp_path / "pets")
+    shutil.copy(folder / "train" / "dog" / "2.png", folder / "train" / "dog" / "copy.png")
+    shutil.copy(folder / "test" / "dog" / "2.png", folder / "test" / "dog" / "copy.png")
+    with caplog.at_level(logging.WARNING):
+        load(folder)
+    assert caplog.messages == []

@@ -8,7 +8,7 @@ from PIL import Image
 
 from training.config import TrainingConfig
 from training.data import load_dataset
-from training.data.samples import write_samples
+from training.data.dataset import write_samples
 from training.data.shapes import CLASS_NAMES, draw_shapes
 
 

@@ -3,7 +3,13 @@ import pytest
 import tensorflow as tf
 
 from training.errors import ExportError
-from training.exporter.comparison import RELATIVE_TOLERANCE, compare_logits, compare_outputs
+from training.exporter.comparison import (
+    HEAT_MAP_TOLERANCE,
+    RELATIVE_TOLERANCE,
+    compare_heat_maps,
+    compare_logits,
+    compare_outputs,
+)
 
 NAMES = ("cat", "dog", "fox")
 LARGE = np.array([[800.0, -300.0, 20.0], [-5.0, 750.0, 700.0]])
@@ -71,3 +77,30 @@ def test_probabilities_that_a_softmax_rounds_to_0_are_equal():
     compare_outputs(rounded, logits, NAMES, where="it")
     with pytest.raises(ExportError, match="the logarithms of its probabilities by"):
         compare_outputs(rounded, logits + np.array([0, 0.1, 0], np.float32), NAMES, where="it")
+
+
+def test_a_signature_may_return_probabilities_alone():
+    alone = {"probabilities": softmax(LARGE)}
+    compare_outputs(alone, LARGE, NAMES, where="it")
+    with pytest.raises(ExportError, match="differs from the trained model"):
+        compare_outputs(alone, LARGE[:, ::-1], NAMES, where="it")
+
+
+def test_heat_maps_are_compared_where_the_classes_are_equal():
+    logits = np.array([[2.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    maps = np.random.default_rng(0).random((2, 4, 5), np.float32) * 0.9
+    expected = {"heat_map": maps, "class_id": np.array([0, 0])}
+
+    def compare(heat_map, class_id=(0, 0)):
+        given = {"heat_map": heat_map, "class_id": np.array(class_id)}
+        compare_heat_maps(given, expected=expected, logits=logits, where="it")
+
+    compare(maps + 0.9 * HEAT_MAP_TOLERANCE)
+    compare(np.stack([maps[0], 1 - maps[1]]), class_id=(0, 1))  # equal logits
+    with pytest.raises(ExportError, match="it differs from the exported graph: its heat maps by"):
+        compare(maps + 2 * HEAT_MAP_TOLERANCE)
+    with pytest.raises(ExportError, match="it returns other labels for 1 of 2 images"):
+        compare(maps, class_id=(1, 0))
+    for wrong in (maps[:, :3], maps * np.nan, maps - 1, maps + 1):
+        with pytest.raises(ExportError, match=r"heat maps that are not \(2, 4, 5\) from 0 to 1"):
+            compare(wrong)

@@ -1,6 +1,7 @@
 """Export of trained runs, on images of other sizes than CIFAR-10's."""
 
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -20,7 +21,8 @@ from training.models.inference_graph import InferenceGraph
 from training.models.presets import PRESETS
 from training.models.recipes import AirbenchRecipe
 from training.run_dir import RunDir
-from training.trainer import load_best_model, train_and_evaluate
+from training.shell_command import format_command
+from training.trainer import evaluate_run, load_best_model, train_and_evaluate
 
 
 def draw_photos(count, *, seed):
@@ -53,9 +55,13 @@ def trained(request, tmp_path_factory):
     return run, dataset.test.images
 
 
-def test_airbench_is_exported_for_any_image_size(trained, tmp_path):
-    run, images = trained
-    version = export_run(run, models_dir=tmp_path)
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    return export_run(trained[0], models_dir=tmp_path_factory.mktemp("models"))
+
+
+def test_airbench_is_exported_for_any_image_size(trained, exported):
+    (run, images), version = trained, exported
     model = load_best_model(run).model
     expected = compute_logits(model, tf.constant(images)).numpy() / run.read_evaluation()["test"]["temperature"]
     outputs = tf.saved_model.load(str(version)).signatures["serving_default"](images=tf.constant(images))
@@ -73,6 +79,69 @@ def test_airbench_is_exported_for_any_image_size(trained, tmp_path):
     listed = {line.removesuffix(": OK") for line in done.stdout.splitlines()}
     files = {path.relative_to(version).as_posix() for path in version.rglob("*") if path.is_file()}
     assert listed == files - {"assets.extra/SHA256SUMS"}
+
+
+def test_exported_run_has_the_guard_of_its_evaluation(trained, exported):
+    (run, images), version = trained, exported
+    info = json.loads((version / "assets.extra" / "model.json").read_text())
+    evaluation = run.read_evaluation()["test"]
+    for field in ("typicality", "prediction_sets"):
+        assert info[field] == evaluation[field]
+    outputs = tf.saved_model.load(str(version)).signatures["guarded"](images=tf.constant(images))
+    assert np.mean(outputs["typicality"] < 0.05) == pytest.approx(info["typicality"]["flagged_test_images"])
+    sizes = tf.reduce_sum(tf.cast(outputs["label_set"], tf.int32), axis=1)
+    assert np.mean(sizes) == pytest.approx(info["prediction_sets"]["mean_size"])
+    report = (run.path / "report.md").read_text()
+    assert "## Limits of the predictions" in report
+    for plot in ("typicality.png", "atypical.png"):
+        assert f"({plot})" in report
+        assert (run.path / plot).stat().st_size > 5_000
+
+
+def forget_guard(run):
+    """Leave the evaluation as versions without guards wrote it."""
+    evaluation = run.read_evaluation()
+    del evaluation["test"]["typicality"], evaluation["test"]["prediction_sets"]
+    run.write_evaluation(evaluation)
+
+
+LOST = {
+    "guard.npz is lost": lambda run: run.guard_path(mirror=False).unlink(),
+    "guard.npz is damaged": lambda run: run.guard_path(mirror=False).write_bytes(b"PK"),
+    "the run was evaluated by an earlier version": forget_guard,
+}
+
+
+@pytest.mark.parametrize("trained", ["shapes"], indirect=True)
+@pytest.mark.parametrize("lost", LOST)
+def test_run_without_a_guard_is_exported_without_it(trained, tmp_path, caplog, lost):
+    run, _ = trained
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    LOST[lost](copy)
+    version = export_run(copy, models_dir=tmp_path / "models")
+    assert f"without the signatures guarded and guarded_bytes (typicality and prediction sets): {lost}" in (
+        caplog.text.replace(f"{copy.path}/", "")
+    )
+    assert f"To add them: {format_command('evaluate', copy.path)}, then export again" in caplog.text
+    assert set(tf.saved_model.load(str(version)).signatures) == {"serving_default", "image_bytes", "labels"}
+    assert not {"typicality", "prediction_sets"} & json.loads((version / "assets.extra/model.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("trained", ["shapes"], indirect=True)
+def test_mirrored_export_has_a_guard_of_its_own(trained, tmp_path):
+    run, images = trained
+    dataset = DATASETS[run.read_dataset().name]()
+    mirrored = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    evaluate_run(mirrored, dataset, config=mirrored.read_config(), mirror=True)
+    version = export_run(mirrored, models_dir=tmp_path / "models", mirror=True)
+    info = json.loads((version / "assets.extra" / "model.json").read_text())
+    evaluation = mirrored.read_evaluation()
+    for field in ("typicality", "prediction_sets"):
+        assert info[field] == evaluation["mirror"][field]
+    assert mirrored.guard_path(mirror=True).read_bytes() != mirrored.guard_path(mirror=False).read_bytes()
+    guarded = tf.saved_model.load(str(version)).signatures["guarded"]
+    once, flipped = (guarded(images=tf.constant(given))["typicality"] for given in (images, images[:, :, ::-1]))
+    np.testing.assert_allclose(once, flipped, atol=1e-3)
 
 
 def test_folding_error_is_detected_when_all_probabilities_are_0_or_1(trained, tmp_path, monkeypatch):

@@ -11,19 +11,24 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
-from training.config import VARIANTS, TrainingConfig
+from training.config import TrainingConfig
+from training.data import Split
 from training.errors import ExportError
-from training.exporter import publish as publish_module
+from training.evaluation.typicality import fit_guard
 from training.exporter.publish import publish_model
+from training.exporter.saved_model import write_saved_model
 from training.exporter.versions import next_version
-from training.models import build_model
+from training.models import RECIPES, build_model
 from training.models.folding import compute_logits
+from training.models.guard import Guard
 from training.models.inference_graph import InferenceGraph
 
+# `transfer` trains a part of its network: tests/training/test_transfer.py.
+TRAINED_WHOLE = [variant for variant, recipe in RECIPES.items() if not recipe.backbones]
 CLASSES = ("cat", "dog", "größe")  # labels are text, not ASCII
 
 
-def publish(models_dir, *, variant="sequential", model=None, name="pets", graph=None, expected=None):
+def publish(models_dir, *, variant="sequential", model=None, name="pets", graph=None, expected=None, **options):
     model = model or build_model(variant, (24, 32, 3), classes=3, conv_activation="relu")
     config = TrainingConfig.fill_in(variant=variant)
     return publish_model(
@@ -35,15 +40,38 @@ def publish(models_dir, *, variant="sequential", model=None, name="pets", graph=
         input_shape=(24, 32, 3),
         # These fields of the metadata are replaced.
         metadata={"seed": 7, "class_names": ["a"], "version": 99, "input_shape": [1, 1, 1]},
+        **options,
     )
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    return publish(tmp_path_factory.mktemp("models"))
+    return publish(tmp_path_factory.mktemp("models"), explain=True)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.fixture(scope="module")
+def exported_probabilities(tmp_path_factory):
+    """Like `exported`, with `default_outputs="probabilities"` and without heat maps."""
+    return publish(tmp_path_factory.mktemp("models"), default_outputs="probabilities")
+
+
+@pytest.fixture(scope="module")
+def guardable():
+    """A model, its guard, and images that are as typical as those that the guard was fitted on."""
+    model = build_model("sequential", (24, 32, 3), classes=3, conv_activation="relu")
+    rng = np.random.default_rng(0)
+    images = (rng.integers(0, 256, (60, 24, 32, 3)) * rng.random((60, 1, 1, 1))).astype(np.uint8)
+    graph = TrainingConfig().recipe.fold(model, TrainingConfig(), temperature=1.0)
+    return model, fit_guard(graph, Split(images[:40], rng.integers(0, 3, 40))), images[40:]
+
+
+@pytest.fixture(scope="module")
+def exported_with_guard(guardable, tmp_path_factory):
+    model, guard, _ = guardable
+    return publish(tmp_path_factory.mktemp("guarded"), model=model, guard=guard)
+
+
+@pytest.mark.parametrize("variant", TRAINED_WHOLE)
 def test_export_gives_the_outputs_of_the_model(variant, tmp_path):
     model = build_model(variant, (24, 32, 3), classes=3, conv_activation="relu")
     loaded = tf.saved_model.load(str(publish(tmp_path, variant=variant, model=model)))
@@ -58,22 +86,116 @@ def test_export_gives_the_outputs_of_the_model(variant, tmp_path):
         assert outputs["class_id"].dtype == tf.int64
         assert outputs["class_id"].numpy().tolist() == expected.argmax(axis=1).tolist()
         assert [label.decode() for label in outputs["label"].numpy()] == [CLASSES[i] for i in expected.argmax(axis=1)]
+    alone = loaded.signatures["probabilities"](images=tf.constant(images))
+    np.testing.assert_allclose(alone["probabilities"], expected, atol=1e-5)
 
 
-def test_signatures_have_the_documented_inputs_and_outputs(exported):
-    signatures = tf.saved_model.load(str(exported)).signatures
-    assert set(signatures) == {"serving_default", "image_bytes", "labels"}
-    pixels = signatures["serving_default"].structured_input_signature[1]["images"]
-    assert (pixels.dtype, pixels.shape.as_list()) == (tf.uint8, [None, 24, 32, 3])
-    files = signatures["image_bytes"].structured_input_signature[1]["image_bytes"]
-    assert (files.dtype, files.shape.as_list()) == (tf.string, [None])
-    for signature in (signatures["serving_default"], signatures["image_bytes"]):
-        outputs = signature.structured_outputs
-        assert {name: (spec.dtype, spec.shape.as_list()) for name, spec in outputs.items()} == {
-            "probabilities": (tf.float32, [None, 3]),
-            "class_id": (tf.int64, [None]),
-            "label": (tf.string, [None]),
-        }
+PREDICTION = {
+    "probabilities": (tf.float32, [None, 3]),
+    "class_id": (tf.int64, [None]),
+    "label": (tf.string, [None]),
+}
+ALONE = {"probabilities": PREDICTION["probabilities"]}
+
+
+def described(version):
+    """Return the outputs of every signature of a version; checks their inputs."""
+    signatures = tf.saved_model.load(str(version)).signatures
+    inputs = {"image_bytes": ("image_bytes", tf.string, [None]), "labels": ("class_id", tf.int64, [None])}
+    for name, signature in signatures.items():
+        input_name, dtype, shape = inputs.get(name, ("images", tf.uint8, [None, 24, 32, 3]))
+        spec = signature.structured_input_signature[1][input_name]
+        assert (spec.dtype, spec.shape.as_list()) == (dtype, shape)
+    return {
+        name: {key: (spec.dtype, spec.shape.as_list()) for key, spec in signature.structured_outputs.items()}
+        for name, signature in signatures.items()
+    }
+
+
+def test_signatures_have_the_documented_inputs_and_outputs(exported, exported_probabilities):
+    common = {"image_bytes": PREDICTION, "probabilities": ALONE, "labels": {"label": PREDICTION["label"]}}
+    explained = {"heat_map": (tf.float32, [None, 24, 32]), "class_id": (tf.int64, [None])}
+    assert described(exported) == {**common, "serving_default": PREDICTION, "explain": explained}
+    assert described(exported_probabilities) == {**common, "serving_default": ALONE}
+
+
+def test_unknown_default_outputs_are_rejected(tmp_path):
+    with pytest.raises(ValueError, match="default_outputs must be all or probabilities, not 'label'"):
+        publish(tmp_path, default_outputs="label")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_weights_are_stored_once_for_all_signatures(tmp_path):
+    model = build_model("sequential", (24, 32, 3), classes=3, conv_activation="relu")
+    graph = TrainingConfig().recipe.fold(model, TrainingConfig(), temperature=1.0)
+    write_saved_model(graph, tmp_path, class_names=CLASSES, input_shape=(24, 32, 3), explain=True)
+    content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    kernel = model.layers[4].kernel.numpy()
+    assert kernel.shape == (3, 3, 64, 64)
+    assert content.count(kernel.tobytes()) == 1
+
+
+GUARD_OUTPUTS = {
+    "typicality": (tf.float32, [None]),
+    "is_typical": (tf.bool, [None]),
+    "label_set": (tf.bool, [None, 3]),
+}
+
+
+def test_guarded_signatures_have_the_inputs_and_outputs_of_the_others_and_more(exported_with_guard):
+    signatures = tf.saved_model.load(str(exported_with_guard)).signatures
+    assert set(signatures) == {"serving_default", "image_bytes", "probabilities", "labels", "guarded", "guarded_bytes"}
+    for guarded, plain in (("guarded", "serving_default"), ("guarded_bytes", "image_bytes")):
+        ours, others = signatures[guarded], signatures[plain]
+        assert ours.structured_input_signature == others.structured_input_signature
+        specs = (
+            {name: (o.dtype, o.shape.as_list()) for name, o in f.structured_outputs.items()} for f in (ours, others)
+        )
+        found, expected = specs
+        assert found == expected | GUARD_OUTPUTS
+
+
+def test_guarded_signatures_return_what_the_guard_says(guardable, exported_with_guard):
+    model, guard, images = guardable
+    signatures = tf.saved_model.load(str(exported_with_guard)).signatures
+    files = [tf.io.encode_png(image).numpy() for image in images]
+    graph = TrainingConfig().recipe.fold(model, TrainingConfig(), temperature=1.0)
+    features = graph.features(tf.constant(images))
+    expected = guard.outputs(features, graph.head(features), model(images))
+    assert 0 < np.mean(expected["typicality"]) < 1
+    plain = signatures["serving_default"](images=tf.constant(images))
+    for outputs in (
+        signatures["guarded"](images=tf.constant(images)),
+        signatures["guarded_bytes"](image_bytes=tf.constant(files)),
+    ):
+        np.testing.assert_allclose(outputs["typicality"], expected["typicality"], atol=1e-3)
+        for name in ("is_typical", "label_set"):
+            np.testing.assert_array_equal(outputs[name], expected[name])
+        np.testing.assert_allclose(outputs["probabilities"], plain["probabilities"], atol=1e-6)
+        np.testing.assert_array_equal(outputs["label"], plain["label"])
+
+
+def test_a_guard_of_another_model_is_not_published(guardable, tmp_path):
+    model, guard, _ = guardable
+    values = {**vars(guard), "example_typicality": guard.example_typicality[::-1]}
+    with pytest.raises(ExportError, match=r"guarded, loaded by tf.saved_model.load.* fitted guard: its typicality by"):
+        publish(tmp_path, model=model, guard=Guard(**values))
+    assert not list(tmp_path.glob("pets/[0-9]*"))
+
+
+@pytest.mark.parametrize(
+    ("output", "wrong", "message"),
+    [
+        ("typicality", lambda value: value * np.nan, "a typicality that is not from 0 to 1"),
+        ("label_set", tf.logical_not, "is_typical or label_set that do not match"),
+    ],
+)
+def test_inconsistent_guarded_outputs_are_not_published(guardable, tmp_path, monkeypatch, output, wrong, message):
+    model, guard, _ = guardable
+    right = Guard.outputs
+    monkeypatch.setattr(Guard, "outputs", lambda *given: (found := right(*given)) | {output: wrong(found[output])})
+    with pytest.raises(ExportError, match=message):
+        publish(tmp_path, model=model, guard=guard)
 
 
 def test_the_labels_can_be_looked_up(exported):
@@ -107,8 +229,9 @@ with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         except tf.errors.InvalidArgumentError as error:
             print(str(error).splitlines()[0])
     wrong = [(3,), (2, 2), (0,), (1, 31, 32, 3), (1, 24, 32, 1), (24, 32, 3), (1, 1, 24, 32, 3)]
-    for shape in [*wrong, (0, 24, 32, 3), (2, 24, 32, 3)]:
-        ask("serving_default", np.zeros(shape, np.uint8))
+    for signature in ["serving_default", "probabilities", "explain"]:
+        for shape in [*wrong, (0, 24, 32, 3), (2, 24, 32, 3)]:
+            ask(signature, np.zeros(shape, np.uint8))
     for files in [[], [[b"a"]], b"a", [b"a"]]:
         ask("image_bytes", np.array(files, object))
 """
@@ -123,12 +246,13 @@ def test_wrong_shapes_and_empty_batches_are_rejected_in_the_graph(exported):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    *wrong_shapes, no_rows, two_images, no_files, nested_files, scalar, no_image = done.stdout.splitlines()
-    assert len(wrong_shapes) == 7
-    for line in wrong_shapes:
-        assert re.match(r"Shape of tensor .* is not compatible with expected shape \[\?,24,32,3\]", line)
-    assert "images must hold at least one row; got a batch of 0" in no_rows
-    assert two_images == "ok"
+    *pixels, no_files, nested_files, scalar, no_image = done.stdout.splitlines()
+    assert len(pixels) == 3 * 9
+    for *wrong_shapes, no_rows, two_images in (pixels[:9], pixels[9:18], pixels[18:]):
+        for line in wrong_shapes:
+            assert re.match(r"Shape of tensor .* is not compatible with expected shape \[\?,24,32,3\]", line)
+        assert "images must hold at least one row; got a batch of 0" in no_rows
+        assert two_images == "ok"
     assert "image_bytes must hold at least one row; got a batch of 0" in no_files
     for line in (nested_files, scalar):
         assert re.match(r"Shape of tensor .* is not compatible with expected shape \[\?\]", line)
@@ -143,17 +267,25 @@ def test_model_json_contains_the_metadata(exported):
     assert metadata["input_shape"] == [24, 32, 3]
 
 
-def test_warmup_records_are_valid_requests(exported):
-    signatures = tf.saved_model.load(str(exported)).signatures
-    records = tf.data.TFRecordDataset(str(exported / "assets.extra" / "tf_serving_warmup_requests"))
-    requests = []
-    for record in records.as_numpy_iterator():
-        request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
-        assert request.model_spec.name == "pets"
-        inputs = {name: tf.constant(tf.make_ndarray(proto)) for name, proto in request.inputs.items()}
-        outputs = signatures[request.model_spec.signature_name](**inputs)
-        requests.append((request.model_spec.signature_name, len(outputs["class_id"])))
-    assert sorted(requests) == [(name, size) for name in ("image_bytes", "serving_default") for size in (1, 8, 64)]
+def test_warmup_records_are_valid_requests(exported, exported_probabilities, exported_with_guard):
+    often = [(name, size) for name in ("image_bytes", "serving_default") for size in (1, 8, 64)]
+    guarded = [(name, size) for name in ("guarded", "guarded_bytes") for size in (1, 8, 64)]
+    for version, others in (
+        (exported, [("explain", 1)]),
+        (exported_probabilities, []),
+        (exported_with_guard, guarded),
+    ):
+        signatures = tf.saved_model.load(str(version)).signatures
+        records = tf.data.TFRecordDataset(str(version / "assets.extra" / "tf_serving_warmup_requests"))
+        requests = []
+        for record in records.as_numpy_iterator():
+            request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
+            assert request.model_spec.name == "pets"
+            ((name, proto),) = request.inputs.items()
+            batch = tf.constant(tf.make_ndarray(proto))
+            signatures[request.model_spec.signature_name](**{name: batch})
+            requests.append((request.model_spec.signature_name, len(batch)))
+        assert sorted(requests) == sorted([*often, ("probabilities", 1), *others])
 
 
 def test_versions_only_grow(tmp_path):
@@ -206,14 +338,42 @@ def test_export_with_different_outputs_is_not_published(tmp_path):
 
 
 def test_a_saved_model_with_other_outputs_than_the_graph_is_not_published(tmp_path, monkeypatch):
-    write = publish_module.write_saved_model
-
     def write_other(graph, *arguments, **options):
-        write(InferenceGraph(graph.features, lambda features: 1.1 * graph.head(features)), *arguments, **options)
+        write_saved_model(
+            InferenceGraph(graph.features, lambda features: 1.1 * graph.head(features)), *arguments, **options
+        )
 
-    monkeypatch.setattr(publish_module, "write_saved_model", write_other)
+    monkeypatch.setattr("training.exporter.publish.write_saved_model", write_other)
     with pytest.raises(ExportError, match=r"serving_default.*at batch size 1 differs from the trained model"):
         publish(tmp_path)
+    assert [path.name for path in (tmp_path / "pets").iterdir()] == [".last_version"]
+
+
+def test_heat_maps_that_differ_from_the_graph_s_are_not_published(tmp_path, monkeypatch):
+    def write_other(graph, *arguments, **options):
+        """The same logits, and features from right to left."""
+
+        def flip(tensor):
+            return tf.reverse(tensor, [2])
+
+        flipped = InferenceGraph(lambda images: flip(graph.features(images)), lambda maps: graph.head(flip(maps)))
+        write_saved_model(flipped, *arguments, **options)
+
+    monkeypatch.setattr("training.exporter.publish.write_saved_model", write_other)
+    with pytest.raises(ExportError, match=r"signature explain.* differs from the exported graph: its heat maps by"):
+        publish(tmp_path, explain=True)
+    assert [path.name for path in (tmp_path / "pets").iterdir()] == [".last_version"]
+
+
+def test_a_saved_model_with_other_default_outputs_is_not_published(tmp_path, monkeypatch):
+    def write_all(*arguments, **options):
+        write_saved_model(*arguments, **{**options, "default_outputs": "all"})
+
+    monkeypatch.setattr("training.exporter.publish.write_saved_model", write_all)
+    with pytest.raises(
+        ExportError, match=r"serving_default.* returns class_id, label, probabilities, not probabilities$"
+    ):
+        publish(tmp_path, default_outputs="probabilities")
     assert [path.name for path in (tmp_path / "pets").iterdir()] == [".last_version"]
 
 
@@ -249,10 +409,13 @@ _EXPORT_FOREVER = """
 import sys
 from pathlib import Path
 from tests.training.exporter.test_saved_model import publish
+from training.models import build_model
 
+model = build_model("sequential", (24, 32, 3), classes=3, conv_activation="relu")
+publish(Path(sys.argv[1]), model=model)
 print("ready", flush=True)
 while True:
-    publish(Path(sys.argv[1]))
+    publish(Path(sys.argv[1]), model=model)
 """
 
 
@@ -272,6 +435,7 @@ def test_killed_export_leaves_no_incomplete_version(tmp_path):
         for version in (tmp_path / "pets").iterdir():
             if version.name.isdigit():
                 assert {path.name for path in version.iterdir()} == files
-                assert set(tf.saved_model.load(str(version)).signatures) == {"serving_default", "image_bytes", "labels"}
+                signatures = tf.saved_model.load(str(version)).signatures
+                assert set(signatures) == {"serving_default", "image_bytes", "probabilities", "labels"}
     publish(tmp_path)
     assert not list((tmp_path / "pets").glob(".*.partial"))

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training.config import VARIANTS, TrainingConfig
+from training.config import TrainingConfig
 from training.data.input_pipeline import LoopData, evaluation_batches, steps_per_epoch, training_batches
 from training.data.shapes import draw_shapes
 from training.errors import DivergedError
 from training.loops import TRAIN_FUNCTIONS
-from training.models import build_model
+from training.models import RECIPES, build_model
+from training.models.losses import ClassWeightedLoss
+
+# `transfer` trains a part of its network: tests/training/test_transfer.py.
+TRAINED_WHOLE = [variant for variant, recipe in RECIPES.items() if not recipe.backbones]
 
 
 class Recorder:
@@ -35,7 +39,7 @@ def shapes():
     return draw_shapes(200, seed=0), draw_shapes(70, seed=1)
 
 
-def train(loop, variant, shapes, *, epochs=2, learning_rate=None, first_epoch=0):
+def train(loop, variant, shapes, *, epochs=2, learning_rate=None, first_epoch=0, class_weights=None):
     train_split, validation = shapes
     keras.utils.set_random_seed(0)
     config = TrainingConfig.fill_in(variant=variant, epochs=epochs, learning_rate=learning_rate)
@@ -44,11 +48,14 @@ def train(loop, variant, shapes, *, epochs=2, learning_rate=None, first_epoch=0)
         model.adapt(train_split.images)
     optimizer = config.recipe.make_optimizer(config, steps_per_epoch=steps_per_epoch(train_split, 64))
     optimizer.build(model.trainable_variables)
+    loss = config.recipe.make_loss()
+    if class_weights is not None:
+        loss = ClassWeightedLoss(loss, class_weights)
     recorder = Recorder()
     results = TRAIN_FUNCTIONS[loop](
         model,
         optimizer,
-        config.recipe.make_loss(),
+        loss,
         LoopData(
             train=training_batches(train_split, batch_size=64, seed=0, first_epoch=first_epoch),
             validation=evaluation_batches(validation, batch_size=64),
@@ -67,7 +74,7 @@ def metrics(results):
     return np.array([[getattr(result, name) for name in names] for result in results])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TRAINED_WHOLE)
 def test_both_loops_give_the_same_metrics_and_weights(variant, shapes):
     (fit_model, fit), (custom_model, custom) = (train(loop, variant, shapes) for loop in ("fit", "custom"))
     np.testing.assert_allclose(metrics(fit.results), metrics(custom.results), rtol=1e-4)
@@ -98,6 +105,32 @@ def test_metrics_are_averaged_over_images_not_batches(loop, shapes):
     result = recorder.results[-1]
     assert result.val_loss == pytest.approx(-np.log(own).mean(), rel=1e-4)
     assert result.val_accuracy == pytest.approx((probabilities.argmax(axis=1) == validation.labels).mean())
+
+
+@pytest.mark.parametrize(("loop", "variant"), [("fit", "sequential"), ("custom", "airbench")])
+def test_class_weights_multiply_the_loss_of_each_image(loop, variant, shapes):
+    weights = np.linspace(0.1, 3, 10)
+    model, recorder = train(loop, variant, shapes, epochs=1, class_weights=weights)
+    validation = shapes[1]
+    loss = RECIPES[variant].make_loss()
+    own = loss.call(tf.constant(validation.labels), model(validation.images)).numpy()
+    expected = (weights[validation.labels] * own).mean()
+    assert recorder.results[-1].val_loss == pytest.approx(expected, rel=1e-3)
+    assert expected != pytest.approx(own.mean(), rel=1e-2)
+
+
+def test_a_class_weighted_loss_has_the_gradients_of_repeated_images():
+    """Weight 3 for a class is the same as each of its images three times."""
+    labels = tf.constant([0, 1, 0, 1, 1, 1])
+    logits = tf.Variable(np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32))
+    inner = RECIPES["sequential"].make_loss()
+    rows = tf.constant([0, 0, 0, 1, 2, 2, 2, 3, 4, 5])
+    with tf.GradientTape(persistent=True) as tape:
+        probabilities = tf.nn.softmax(logits)
+        weighted = 6 * ClassWeightedLoss(inner, np.array([3.0, 1.0]))(labels, probabilities)
+        repeated = 10 * inner(tf.gather(labels, rows), tf.gather(probabilities, rows))
+    np.testing.assert_allclose(weighted, repeated, rtol=1e-6)
+    np.testing.assert_allclose(tape.gradient(weighted, logits), tape.gradient(repeated, logits), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("loop", TRAIN_FUNCTIONS)

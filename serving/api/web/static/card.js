@@ -1,3 +1,4 @@
+import { Explanation } from "./explanation.js";
 import { decode, reduce } from "./reduce.js";
 
 const BARS_AT_FIRST = 5;
@@ -39,8 +40,11 @@ export class Card {
   }
 
   /** Show the prediction, and the image at the model's size. */
-  showResult({ model, predictions: [prediction], timing_ms, elapsed_ms }, { width, height }) {
+  showResult({ model, predictions: [prediction], timing_ms, elapsed_ms }, description) {
     this.#show({ state: "classified", headline: prediction.label, confidence: percent(prediction.confidence) });
+    const limits = describeLimits(prediction);
+    this.#find(".limits").replaceChildren(...limits);
+    this.#find(".limits").hidden = limits.length === 0;
     const server_ms = timing_ms.decode + timing_ms.predict;
     this.#find(".timing").textContent =
       `${model.name}, version ${model.version}: ${milliseconds(server_ms)} in the service, ` +
@@ -50,7 +54,7 @@ export class Card {
     this.#find(".bars").hidden = false;
     this.#find(".more").hidden = probabilities.length <= BARS_AT_FIRST;
     this.#showBars(false);
-    reducing = reducing.then(() => this.#showReduced(width, height)).catch(() => this.#showNotReduced());
+    reducing = reducing.then(() => this.#showReduced(description)).catch(() => this.#showNotReduced());
   }
 
   /** Show an error: a headline, and the details from the service or the browser. */
@@ -75,6 +79,7 @@ export class Card {
     this.#find(".details").textContent = details;
     this.#find(".details").hidden = details === "";
     this.#find(".retry").hidden = true;
+    this.#find(".limits").hidden = true;
   }
 
   #toggleBars() {
@@ -90,10 +95,11 @@ export class Card {
     this.#find(".more").textContent = all ? `Only the top ${BARS_AT_FIRST}` : `All ${rows.length} classes`;
   }
 
-  async #showReduced(width, height) {
+  async #showReduced(description) {
     if (!this.#item.isConnected) {
       return;
     }
+    const { width, height, explains } = description;
     const bitmap = await decode(this.#file);
     const image = await reduce(bitmap, width, height);
     bitmap.close();
@@ -104,6 +110,9 @@ export class Card {
     canvas.setAttribute("aria-label", `${this.#file.name} at ${width} × ${height} pixels`);
     this.#find(".seen .size").textContent = `${width} × ${height}`;
     this.#find(".seen").hidden = false;
+    if (explains) {
+      new Explanation(this.#find(".seen"), this.#find(".explain"), image, description);
+    }
   }
 
   #showNotReduced() {
@@ -111,6 +120,35 @@ export class Card {
     this.#find(".seen .size").textContent = "cannot be shown by this browser";
     this.#find(".seen").hidden = false;
   }
+}
+
+/** Say what limits a prediction. Models without a guard have no such fields. */
+function describeLimits({ typicality, is_typical, label_set }) {
+  const limits = [];
+  if (is_typical === false) {
+    limits.push(limit("unlike", "Unlike the training images", `typicality ${percent(typicality)}`));
+  }
+  if (label_set && label_set.length !== 1) {
+    limits.push(limit("plausible", describeSet(label_set), "at the 90% level"));
+  }
+  return limits;
+}
+
+function describeSet(labels) {
+  if (labels.length === 0) {
+    return "No label is certain";
+  }
+  return labels.length > 4 ? `One of ${labels.length} labels` : `${labels.slice(0, -1).join(", ")} or ${labels.at(-1)}`;
+}
+
+function limit(kind, text, note) {
+  const item = document.createElement("li");
+  const detail = document.createElement("span");
+  item.className = kind;
+  detail.className = "note";
+  detail.textContent = note;
+  item.append(text, " ", detail);
+  return item;
 }
 
 function bar(name, share) {

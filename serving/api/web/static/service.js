@@ -33,9 +33,33 @@ export async function classify(file, model) {
   if (response.ok && content !== null) {
     return { ...content, elapsed_ms: performance.now() - started };
   }
+  throw failure(response, content);
+}
+
+/**
+ * Request a heat map of the predicted class for an ImageData of the model's size. Returns `heat_map`, rows of numbers from
+ * 0 to 1, and `class_id`.
+ */
+export async function explain(image, { name, version }) {
+  const url = `v1/models/${encodeURIComponent(name)}/versions/${version}:predict`;
+  const body = JSON.stringify({ signature_name: "explain", instances: [rows(image)] });
+  const response = await request(url, { method: "POST", body });
+  const content = await response.json().catch(() => null);
+  if (response.ok && content !== null) {
+    return content.predictions[0];
+  }
+  throw failure(response, content);
+}
+
+function rows({ data, width, height }) {
+  const pixel = (at) => [data[at], data[at + 1], data[at + 2]];
+  return Array.from({ length: height }, (_, y) => Array.from({ length: width }, (_, x) => pixel(4 * (y * width + x))));
+}
+
+function failure(response, content) {
   // For an unreadable image only the reason: the headline has the rest.
   const reason = content?.errors?.[0]?.error ?? content?.error ?? `the service responded ${response.status} ${response.statusText} without a reason`;
-  throw response.status === 503 ? new Unavailable(reason) : new Refusal(reason, response.status);
+  return response.status === 503 ? new Unavailable(reason) : new Refusal(reason, response.status);
 }
 
 /** The reason why a model is not ready, or null if it is. */

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
 from serving.api.flask_app import ServingApp
-from serving.api.open_inference.parsing import parse as parse_infer
+from serving.api.open_inference.messages import parse as parse_infer
 from serving.app import make_app
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
@@ -392,19 +392,28 @@ def test_the_inputs_select_the_signature(client: FlaskClient) -> None:
     )
     assert shouted["outputs"][0]["data"] == ["A"]
     both = {"inputs": [tensor, images()]}
-    assert 'signature "serving_default" has no input "image_bytes"; it takes images' in error(
+    assert 'signature "serving_default" has no input "image_bytes"; it has images' in error(
         post(client, "colours", both)
     )
+
+
+def test_inputs_of_several_signatures_select_the_one_that_has_their_name() -> None:
+    files = {"image_bytes": TensorSpec("image_bytes", "DT_STRING", (None,), "x:0")}
+    body = b'{"inputs":[{"name":"image_bytes","shape":[1],"datatype":"BYTES","data":["a"]}]}'
+    signatures = {name: Signature(name, "", files, files) for name in ("guarded_bytes", "image_bytes")}
+    assert parse_infer(body, len(body), "m", signatures).signature == "image_bytes"
 
 
 def test_inputs_of_several_signatures_select_serving_default_or_none() -> None:
     x = {"x": TensorSpec("x", "DT_FLOAT", (None,), "x:0")}
     body = b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}'
     signatures = {name: Signature(name, "", x, x) for name in ("half", "serving_default", "twice")}
-    assert parse_infer(body, None, "m", signatures).signature == "serving_default"
+    assert parse_infer(body, len(body), "m", signatures).signature == "serving_default"
     del signatures["serving_default"]
+    as_its_input = {**signatures, "x": Signature("x", "", x, x)}
+    assert parse_infer(body, len(body), "m", as_its_input).signature == "x"
     with pytest.raises(InvalidRequest) as refused:
-        parse_infer(body, None, "m", signatures)
+        parse_infer(body, len(body), "m", signatures)
     message = "several signatures have the input x: half, twice; choose one with the parameter signature_name"
     assert str(refused.value) == message
 
@@ -420,8 +429,8 @@ def test_inputs_of_several_signatures_select_serving_default_or_none() -> None:
         ({"inputs": {}}, "inputs must be a list of objects, not an object"),
         ({"inputs": [1]}, "inputs must be a list of objects, not a list of 1"),
         ({"inputs": []}, "needs the input images"),
-        ({"inputs": [images(name="x" * 1000)]}, '"...; it takes images'),
-        ({"inputs": [images(name=None)]}, "has no input null; it takes images"),
+        ({"inputs": [images(name="x" * 1000)]}, '"...; it has images'),
+        ({"inputs": [images(name=None)]}, "has no input null; it has images"),
         ({"inputs": [images(name=["images"])]}, "has no input a list of 1"),
         ({"inputs": [images(), images()]}, "input images is repeated"),
         ({"inputs": [images(datatype="FP32")]}, 'the datatype is UINT8, not "FP32"'),

@@ -157,7 +157,7 @@ def test_requests_over_the_limits_are_413(client: FlaskClient) -> None:
     assert "at most 5" in read(send_files(client, *[("f", "a.png", RED)] * 6), 413)["error"]
     assert len(read(send_files(client, *[("f", "a.png", RED)] * 5))["predictions"]) == 5
     too_wide = picture("red", (1000, 251))
-    assert "wide.png: the picture has 1000 x 251" in read(send_files(client, ("f", "wide.png", too_wide)), 413)["error"]
+    assert "wide.png: the image has 1000 x 251" in read(send_files(client, ("f", "wide.png", too_wide)), 413)["error"]
     assert "250,000" in read(send_body(client, too_wide), 413)["error"]
     assert read(send_body(client, picture("red", (1000, 250))))["predictions"][0]["label"] == "red"
     assert "200,000 bytes" in read(send_body(client, b"x" * 200_001), 413)["error"]

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.api.tensorflow_serving.json_document import parse_document
-from serving.api.tensorflow_serving.json_quoting import quote_document, quote_json, type_name
+from serving.api.tensorflow_serving.json_document import document_error, parse_document, quote_json, type_name
 from serving.errors import InvalidRequest
 
 
@@ -146,8 +145,9 @@ def test_values_are_quoted_like_by_rapidjson(value: object, quoted: str) -> None
 
 
 def test_a_quoted_document_is_truncated_to_256_bytes() -> None:
-    assert quote_document({"instances": list(range(1000))}) == quote_json({"instances": list(range(1000))})[:256]
-    assert len(quote_document(["é" * 500]).encode()) == 256
+    document = {"instances": list(range(1000))}
+    assert str(document_error(document, "is odd")) == f"JSON Value: {quote_json(document)[:256]} is odd"
+    assert len(str(document_error(["é" * 500], "is odd")).encode()) == 256 + len("JSON Value:  is odd")
     assert len(quote_json(["é" * 500]).encode()) == 1004
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.api.tensorflow_serving.json_document import parse_document
-from serving.api.tensorflow_serving.json_pixels import find_pixel_input, read_pixels
 from serving.api.tensorflow_serving.json_tensor import decode_inputs
+from serving.api.tensorflow_serving.messages import find_pixel_input, read_pixels
 from serving.errors import InvalidRequest
 from serving.inference.signatures import Signature, TensorSpec
 

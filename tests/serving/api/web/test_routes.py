@@ -29,6 +29,7 @@ COLOURS = {
     "height": 32,
     "width": 32,
     "class_names": ["red", "green", "blue"],
+    "explains": False,
     "dataset": None,
     "test_accuracy": None,
 }
@@ -53,6 +54,14 @@ def test_the_image_size_comes_from_the_signature(tmp_path: Path) -> None:
     app.inference.repository.load()
     (model,) = app.test_client().get("/models.json").json or []
     assert (model["height"], model["width"], model["class_names"]) == (20, 48, ["0", "1", "2"])
+
+
+def test_a_model_with_heat_maps_explains(tmp_path: Path) -> None:
+    save_colour_classifier(tmp_path / "colours" / "1", explain=True)
+    app = make_app(Settings(models_dir=tmp_path))
+    app.inference.repository.load()
+    (model,) = app.test_client().get("/models.json").json or []
+    assert model["explains"] is True
 
 
 def test_valid_parts_of_the_model_info_are_shown(models_dir: Path) -> None:

@@ -1,0 +1,1 @@
+"""Conversion of exported models for other runtimes: ONNX and LiteRT."""
