@@ -16,7 +16,7 @@ ROOT = Path(training.__file__).parent
         ("__main__", set()),
         ("api", {"__init__.py"}),
         ("converter", {"__main__.py", "converter"}),
-        ("exporter", {"__main__.py", "api.py", "converter", "exporter", "importer"}),
+        ("exporter", {"__main__.py", "api.py", "command_options.py", "converter", "exporter", "importer"}),
         ("importer", {"__main__.py", "api.py", "importer"}),
         ("trainer", {"__main__.py", "api.py", "exporter"}),
         ("callbacks", {"trainer.py"}),

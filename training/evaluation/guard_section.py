@@ -28,7 +28,7 @@ def describe_guard(guard: GuardEvaluation) -> str:
     return f"""## Limits of the predictions
 
 The `guarded` signatures of the exported model tell how typical an image is, from 0 to 1, and which labels cannot be \
-ruled out. They were fitted on the validation images.
+ruled out. They were fitted on other held-out images.
 
 Images with a typicality below {guard.threshold:.0%} are flagged as not typical; so are {guard.flagged:.1%} of the \
 test images. The AUROC is the probability that a drawn image of another kind is less typical than a test image.

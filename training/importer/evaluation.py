@@ -13,6 +13,7 @@ from training.data import Dataset, Split
 from training.data.image_folder import find_image_folders, has_splits, load_image_folder
 from training.errors import ModelError
 from training.evaluation.calibration import apply_temperature, fit_temperature
+from training.evaluation.guard_evaluation import GuardEvaluation
 from training.evaluation.metrics import CalibratedEvaluation, evaluate
 from training.evaluation.report import Origin, escape, make_table, write_model_report
 from training.importer.choice import Candidate, table_rows
@@ -139,6 +140,7 @@ def write_import_report(
     name: str,
     settings: Mapping[str, str],
     candidates: Sequence[Candidate],
+    limits: GuardEvaluation,
 ) -> Path:
     """Write the report of an imported model into a new directory `runs/import-NAME`.
 
@@ -148,6 +150,7 @@ def write_import_report(
         name: of the model.
         settings: what was given or inferred, by its name.
         candidates: input scales that were evaluated, if one was chosen.
+        limits: evaluation of the guarded signatures.
 
     Returns:
         The path of `report.md`.
@@ -174,8 +177,8 @@ def write_import_report(
         ],
     )
     run = RunDir(make_numbered(Path("runs") / f"import-{name}"))
-    run.write_evaluation({"test": test.to_json()})
-    return write_model_report(run, origin, dataset=dataset, test=test)
+    run.write_evaluation({"test": {**test.to_json(), **limits.to_json()}})
+    return write_model_report(run, origin, dataset=dataset, test=test, guard=limits)
 
 
 def _listed(names: Sequence[str]) -> str:

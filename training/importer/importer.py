@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from training.errors import ModelError
+from training.evaluation.typicality import evaluate_guard, fit_guard
 from training.exporter.publish import publish_model
 from training.exporter.verify import ExpectedLogits
 from training.importer.checks import check_frozen, check_outputs, sample_images
@@ -32,6 +33,7 @@ from training.importer.outputs import Outputs, read_outputs
 from training.importer.preprocessing import Preprocessing
 from training.importer.scaling import RANGES
 from training.importer.tracing import has_mixed_precision, trace
+from training.models.guard import Guard
 from training.models.inference_graph import InferenceGraph
 from training.preflight import check_model_name, check_models_folder
 
@@ -46,6 +48,7 @@ class ImportedModel:
     graph: InferenceGraph
     expected: ExpectedLogits
     metadata: dict[str, Any]
+    guard: Guard | None
 
 
 def import_model(
@@ -92,6 +95,7 @@ def import_model(
         metadata=model.metadata,
         default_outputs=default_outputs,
         explain=explain,
+        guard=model.guard,
     )
 
 
@@ -172,16 +176,24 @@ def read_model(
         "temperature": 1.0,
         "libraries": {library: library_version(library) for library in ("tensorflow", "keras", "numpy")},
     }
+    guard = None
     if images is None:
         tell("calibration", "none: the confidences are the model's own; --data calibrates and evaluates them")
     else:
         test = calibrate_and_evaluate(images, lambda pixels: classifier.predict(preprocessing, pixels))
-        metadata |= describe_evaluation(images, test)
+        calibrated = classifier.build_graph(preprocessing, test.temperature)
+        guard = fit_guard(calibrated, images.calibration)
+        limits = evaluate_guard(calibrated, guard, images.dataset.test, dataset_name=name)
+        metadata |= describe_evaluation(images, test) | limits.to_json()
         tell("calibration", f"temperature {test.temperature:.3f}, fitted on {len(images.calibration.labels):,} images")
         accuracy, count, loss = test.evaluation.accuracy, test.evaluation.count, test.evaluation.loss
         tell("test accuracy", f"{accuracy:.2%} of {count:,} other images, loss {loss:.4f}")
+        tell(
+            "label sets",
+            f"{limits.sets.coverage:.1%} have the true label, {limits.sets.mean_size:.2f} labels on average",
+        )
         settings = {key.replace("_", " "): value for key, value in metadata["imported"].items()}
-        report = write_import_report(images, test, name=name, settings=settings, candidates=candidates)
+        report = write_import_report(images, test, name=name, settings=settings, candidates=candidates, limits=limits)
         tell("report", str(report))
     temperature = metadata["temperature"]
     return ImportedModel(
@@ -191,6 +203,7 @@ def read_model(
         graph=classifier.build_graph(preprocessing, temperature),
         expected=lambda pixels: classifier.logits_numpy(preprocessing, pixels) / temperature,
         metadata=metadata,
+        guard=guard,
     )
 
 

@@ -68,6 +68,7 @@ def test_everything_inferred_is_told_on_a_line_each(imported):
         r"features       \(n, 8, 8, 1\), .*",
         r"calibration    temperature \d+\.\d{3}, fitted on 40 images",
         r"test accuracy  \d\d\.\d\d% of 40 other images, loss \d\.\d{4}",
+        r"label sets     \d+\.\d% have the true label, \d\.\d\d labels on average",
         r"report         runs/import-brightness/report\.md",
         r"exported       models/brightness/1",
     ):
@@ -90,6 +91,11 @@ def test_the_export_has_labels_metrics_and_temperature(imported):
     logits = build().predict(images.astype(np.float32) / 255, verbose=0) / info["temperature"]
     np.testing.assert_allclose(outputs["probabilities"], tf.nn.softmax(logits), atol=1e-5)
     assert outputs["label"].numpy().tolist() == [b"dark", b"bright", b"bright"]
+    guarded = tf.saved_model.load(str(version)).signatures["guarded"](images=tf.constant(images))
+    np.testing.assert_allclose(guarded["probabilities"], outputs["probabilities"], atol=1e-6)
+    assert guarded["label_set"].shape == (3, 2)
+    assert info["prediction_sets"]["coverage"] > 0.7
+    assert info["typicality"]["auroc"].keys()
     files = tf.constant([tf.io.encode_png(image).numpy() for image in images])
     decoded = tf.saved_model.load(str(version)).signatures["image_bytes"](image_bytes=files)
     np.testing.assert_allclose(decoded["probabilities"], outputs["probabilities"], atol=1e-6)
@@ -106,7 +112,7 @@ def test_the_report_has_what_a_runs_report_has(imported):
     assert "| input scale | 0..1 |" in text
     assert "| calibration images | 40 |" in text
     assert "## By class" in text
-    for plot in ("confusion", "calibration", "samples"):
+    for plot in ("confusion", "calibration", "samples", "typicality", "atypical"):
         assert f"({plot}.png)" in text
         assert (run / f"{plot}.png").is_file()
     assert "loss.png" not in text
