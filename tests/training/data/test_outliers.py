@@ -9,7 +9,8 @@ def test_outliers_have_the_size_of_the_images(height, width):
     sets = draw_outliers(3, height=height, width=width)
     assert list(sets) == ["shapes", "uniform noise", "smooth noise", "text", "flat colours"]
     for images in sets.values():
-        assert (images.dtype, images.shape) == (np.uint8, (3, height, width, 3))
+        assert images.dtype == np.uint8
+        assert images.shape == (3, height, width, 3)
 
 
 def test_outliers_are_of_their_kind():
