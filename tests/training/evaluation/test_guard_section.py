@@ -43,10 +43,14 @@ def test_curves_are_readable_and_named_with_their_area(outliers):
     figure = plot_roc(evaluation)
     assert_readable(figure)
     (axes,) = figure.axes
-    curves = {line.get_label(): np.asarray(line.get_xydata()) for line in axes.lines if not str(line.get_label()).startswith("_")}
+    curves = {
+        str(line.get_label()): np.asarray(line.get_xydata())
+        for line in axes.lines
+        if not str(line.get_label()).startswith("_")
+    }
     assert set(curves) == {f"{name}, AUROC {area:.3f}" for name, area in evaluation.auroc.items()}
     for label, points in curves.items():
-        assert np.trapezoid(points[:, 1], points[:, 0]) == pytest.approx(float(str(label)[-5:]), abs=1e-3)
+        assert np.trapezoid(points[:, 1], points[:, 0]) == pytest.approx(float(label[-5:]), abs=1e-3)
 
 
 @pytest.mark.parametrize(("count", "height", "width"), [(40, 32, 32), (3, 150, 200), (20, 200, 60)])
