@@ -135,7 +135,7 @@ def test_command_in_the_report_gives_the_same_config(tmp_path, config):
     (line,) = [line for line in text.splitlines() if " -m training train " in line]
     assert line.startswith(format_command("train"))
     values = train_command.make_context("train", shlex.split(line)[4:]).params
-    for other in ("run_path", "resume", "export", "models_dir", "name"):
+    for other in ("run_path", "resume", "export", "models_dir", "name", "default_outputs", "explain"):
         del values[other]
     assert TrainingConfig.fill_in(**values) == config
 
