@@ -52,11 +52,11 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Path:
-    """`colours` (32 x 32, with heat maps, blocked in its warm-up by the gate) and `wide` (48 x 20)."""
+    """`colours` (32 x 32, with heat maps, blocked in its warm-up by the gate) and `wide` (48 x 20, with a guard)."""
     folder = tmp_path_factory.mktemp("models")
     colours = save_colour_classifier(folder / "colours" / "4", gate=gate, explain=True)
     write_warmup_records(colours, [np.zeros((1, 32, 32, 3), np.uint8)])
-    save_colour_classifier(folder / "wide" / "1", size=(20, 48))
+    save_colour_classifier(folder / "wide" / "1", size=(20, 48), guarded=True)
     return folder
 
 
@@ -340,6 +340,20 @@ def test_a_heat_map_that_cannot_be_computed_has_the_services_reason(page: Page, 
     page.wait(lambda: text(card, ".statement") == "no explanation: version 4 is gone")
     assert not card.find_element(By.CSS_SELECTOR, ".heat").is_displayed()
     assert card.find_element(By.CSS_SELECTOR, ".explain").is_enabled()
+
+
+def test_the_limits_of_a_prediction_are_below_it(page: Page, tmp_path: Path) -> None:
+    Select(page.element("#model-choice")).select_by_visible_text("wide")
+    grey, red = page.send(write(tmp_path / "grey.png", picture("grey")), write(tmp_path / "red.png", picture("red")))
+    page.wait_for_state("classified", [grey, red])
+    unlike, plausible = grey.find_elements(By.CSS_SELECTOR, ".limits li")
+    assert unlike.text == "Unlike the training images typicality 33.3%"
+    assert plausible.text == "red, green or blue at the 90% level"
+    above, below = (grey.find_element(By.CSS_SELECTOR, selector) for selector in (".headline", ".bars"))
+    assert above.rect["y"] < unlike.rect["y"] < plausible.rect["y"] < below.rect["y"]
+    level = plausible.find_element(By.CSS_SELECTOR, "span")
+    assert plausible.rect["y"] <= level.rect["y"] <= plausible.rect["y"] + plausible.rect["height"]
+    assert not red.find_element(By.CSS_SELECTOR, ".limits").is_displayed()
 
 
 def test_a_model_without_heat_maps_has_no_button_for_them(page: Page, tmp_path: Path) -> None:

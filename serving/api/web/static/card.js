@@ -145,7 +145,7 @@ function limit(kind, text, note) {
   const item = document.createElement("li");
   const detail = document.createElement("span");
   item.className = kind;
-  detail.className = "note";
+  detail.className = "figure";
   detail.textContent = note;
   item.append(text, " ", detail);
   return item;
