@@ -287,9 +287,9 @@ DAMAGED = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_every_decoder_refuses_damaged_files(graph, name):
     data = DAMAGED[name]
-    with pytest.raises(InvalidRequest, match=r"picture|image format"):
+    with pytest.raises(InvalidRequest, match=r"the image is|image format"):
         read_upload(data, size=(SIDE, SIDE), limits=LIMITS)
-    with pytest.raises(DatasetError, match=r"picture|image format"):
+    with pytest.raises(DatasetError, match=r"the image is|image format"):
         read_training_image(io.BytesIO(data), image_size=None)
     with pytest.raises(tf.errors.InvalidArgumentError):
         graph([data])

@@ -84,12 +84,12 @@ def test_every_option_that_a_page_names_exists() -> None:
     # TensorFlow Serving's have underscores. `--way` is an option of a benchmark, `--help` of all.
     options |= {"--way", "--help"}
     for page in (PROJECT / "docs").glob("*.md"):
-        named = set(re.findall(r"`(--[a-z-]+)(?![a-z_-])", page.read_text()))
+        named = set(re.findall(r"`(--[a-z0-9-]+)(?![a-z0-9_-])", page.read_text()))
         assert named <= options, page.name
 
 
 def test_every_option_has_a_page() -> None:
-    pages = "".join((PROJECT / "docs" / name).read_text() for name in ("commands.md", "limits.md"))
+    pages = "".join((PROJECT / "docs" / name).read_text() for name in ("commands.md", "importing.md", "limits.md"))
     for command in (main, *training.commands.values(), *client.commands.values()):
         for parameter in command.params:
             for option in (*parameter.opts, *parameter.secondary_opts):

@@ -123,7 +123,8 @@ def test_run_without_a_guard_is_exported_without_it(trained, tmp_path, caplog, l
         caplog.text.replace(f"{copy.path}/", "")
     )
     assert f"To add them: {format_command('evaluate', copy.path)}, then export again" in caplog.text
-    assert set(tf.saved_model.load(str(version)).signatures) == {"serving_default", "image_bytes", "labels"}
+    signatures = set(tf.saved_model.load(str(version)).signatures)
+    assert signatures == {"serving_default", "image_bytes", "probabilities", "labels"}
     assert not {"typicality", "prediction_sets"} & json.loads((version / "assets.extra/model.json").read_text()).keys()
 
 
