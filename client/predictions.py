@@ -51,9 +51,9 @@ class Prediction:
             'cat or dog'
         """
         limits = ["unlike the training images"] if self.is_typical is False else []
-        if self.label_set is not None and len(self.label_set) != 1:
-            *others, last = self.label_set or ("no label is certain",)
-            limits.append(f"{', '.join(others)} or {last}" if others else last)
+        if self.label_set is not None and len(self.label_set) > 1:
+            *others, last = self.label_set
+            limits.append(f"{', '.join(others)} or {last}")
         return "; ".join(limits)
 
     def top(self, k: int) -> list[tuple[str, float]]:

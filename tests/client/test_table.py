@@ -38,7 +38,8 @@ def test_next_labels_are_the_most_probable_first() -> None:
         (False, ("cat",), "unlike the training images"),
         (True, ("cat", "dog"), "cat or dog"),
         (True, ("airplane", "cat", "dog"), "airplane, cat or dog"),
-        (False, (), "unlike the training images; no label is certain"),
+        (False, (), "unlike the training images"),
+        (False, ("cat", "dog"), "unlike the training images; cat or dog"),
         (None, None, ""),
     ],
 )

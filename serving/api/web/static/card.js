@@ -128,16 +128,13 @@ function describeLimits({ typicality, is_typical, label_set }) {
   if (is_typical === false) {
     limits.push(limit("unlike", "Unlike the training images", `typicality ${percent(typicality)}`));
   }
-  if (label_set && label_set.length !== 1) {
+  if (label_set && label_set.length > 1) {
     limits.push(limit("plausible", describeSet(label_set), "at the 90% level"));
   }
   return limits;
 }
 
 function describeSet(labels) {
-  if (labels.length === 0) {
-    return "No label is certain";
-  }
   return labels.length > 4 ? `One of ${labels.length} labels` : `${labels.slice(0, -1).join(", ")} or ${labels.at(-1)}`;
 }
 
