@@ -198,7 +198,12 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
 def describe(value: Any) -> Any:
     """Return the keys of a JSON document, of the first element of each list, and the types of its values."""
     if isinstance(value, dict):
-        return {key: describe(child) for key, child in value.items() if key != "probabilities"}
+        # A prediction set may be empty.
+        return {
+            key: list if key == "label_set" else describe(child)
+            for key, child in value.items()
+            if key != "probabilities"
+        }
     if isinstance(value, list):
         return [describe(child) for child in value[:1]]
     return type(value)
