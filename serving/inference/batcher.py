@@ -85,6 +85,8 @@ class _Load:
 
     def rows_before(self, own_rows: float) -> float:
         """Return the rows that are processed before a request with `own_rows` ends: parts of requests alternate."""
+        if not self.split_rows:
+            return self.pending_rows
         return self.pending_rows + sum(min(rows, own_rows) for rows in self.split_rows)
 
 
@@ -103,9 +105,12 @@ class _Lane:
 
     def load(self, key: _GroupKey) -> _Load:
         """Return the load of a key. If there are too many, those without pending rows are forgotten."""
-        if key not in self.loads and len(self.loads) >= MAX_SHAPES:
-            self.loads = {other: load for other, load in self.loads.items() if load.pending_rows or load.split_rows}
-        return self.loads.setdefault(key, _Load())
+        load = self.loads.get(key)
+        if load is None:
+            if len(self.loads) >= MAX_SHAPES:
+                self.loads = {other: each for other, each in self.loads.items() if each.pending_rows or each.split_rows}
+            load = self.loads[key] = _Load()
+        return load
 
     def estimate_s(self, own_rows: float = math.inf) -> float:
         """Return the time that the pending requests take, or as much of it as passes before a request of `own_rows`."""
