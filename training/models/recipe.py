@@ -126,13 +126,22 @@ class Recipe(ABC):
         """
         return TrainedPart(model, train, validation)
 
-    @abstractmethod
     def make_loss(self) -> keras.losses.Loss:
         """Return the loss of (labels, probabilities)."""
+        import keras
 
-    @abstractmethod
-    def make_optimizer(self, config: TrainingConfig, *, steps_per_epoch: int) -> keras.optimizers.Optimizer:
+        return keras.losses.SparseCategoricalCrossentropy()
+
+    def make_optimizer(
+        self,
+        config: TrainingConfig,
+        *,
+        steps_per_epoch: int,  # noqa: ARG002
+    ) -> keras.optimizers.Optimizer:
         """Return a new optimizer."""
+        import keras
+
+        return keras.optimizers.Adam(config.learning_rate)
 
     @abstractmethod
     def fold(self, model: keras.Model, config: TrainingConfig, *, temperature: float) -> InferenceGraph:

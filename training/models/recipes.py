@@ -50,18 +50,6 @@ class ArticleRecipe(Recipe):
         return build(input_shape, classes=classes, conv_activation=conv_activation)
 
     @override
-    def make_loss(self) -> keras.losses.Loss:
-        import keras
-
-        return keras.losses.SparseCategoricalCrossentropy()
-
-    @override
-    def make_optimizer(self, config: TrainingConfig, *, steps_per_epoch: int) -> keras.optimizers.Optimizer:
-        import keras
-
-        return keras.optimizers.Adam(config.learning_rate)
-
-    @override
     def fold(self, model: keras.Model, config: TrainingConfig, *, temperature: float) -> InferenceGraph:
         from training.models.folding import fold_article_network
 

@@ -65,18 +65,6 @@ class TransferRecipe(Recipe):
         return build_transfer(input_shape, classes=classes, backbone=backbone or DEFAULT_BACKBONE)
 
     @override
-    def make_loss(self) -> keras.losses.Loss:
-        import keras
-
-        return keras.losses.SparseCategoricalCrossentropy()
-
-    @override
-    def make_optimizer(self, config: TrainingConfig, *, steps_per_epoch: int) -> keras.optimizers.Optimizer:
-        import keras
-
-        return keras.optimizers.Adam(config.learning_rate)
-
-    @override
     def prepare(
         self,
         model: keras.Model,
