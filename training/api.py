@@ -154,7 +154,7 @@ def export(
     }
     if not _is_model(source):
         if given := [option for option, value in options.items() if value is not None]:
-            raise RunError(f"{source} is no model but a run, which has them already: leave out {', '.join(given)}")
+            raise RunError(f"{source} is a run, which has its own settings: leave out {', '.join(given)}")
         return export_run(
             RunDir.open(Path(source)), models_dir=Path(models_dir), name=name, mirror=mirror, **signatures
         )

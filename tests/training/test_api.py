@@ -83,7 +83,7 @@ def test_a_model_is_exported_like_a_run(tmp_path, caplog):
 
 def test_a_run_takes_no_options_of_a_model_and_a_model_no_mirror(tmp_path):
     RunDir.create(tmp_path / "run", TrainingConfig())
-    with pytest.raises(RunError, match="is no model but a run, which has them already: leave out labels, color"):
+    with pytest.raises(RunError, match="is a run, which has its own settings: leave out labels, color"):
         training.export(tmp_path / "run", labels=["a", "b"], color="rgb")
     with pytest.raises(RunError, match="is not a run directory"):
         training.export(tmp_path / "nothing")

@@ -125,7 +125,7 @@ def _check_packages(form: Format) -> None:
 def _convert(signature: PixelSignature, form: Format, model_info: str, *, version: Path) -> bytes:
     try:
         content: bytes = import_module(form.module).convert(signature, model_info)
-    except Exception as error:  # whatever a converter raises for a graph that it does not know
+    except Exception as error:  # converters raise various errors for unsupported graphs
         reason = error if isinstance(error, ExportError) else f"its converter fails: {_first_line(error).rstrip('.')}"
         raise ExportError(
             f"{version} cannot be converted to {form.title}: {reason}. Serve it as it is, or change the network"

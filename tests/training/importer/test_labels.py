@@ -1,4 +1,4 @@
-"""The forms of labels, and what is no label."""
+"""Accepted forms of `--labels`, and rejected ones."""
 
 import json
 
