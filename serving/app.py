@@ -30,6 +30,7 @@ from serving.inference.service import InferenceService
 from serving.inference.signatures import Predictor
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
+from serving.observer import RequestObserver
 from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def make_app(settings: Settings) -> ServingApp:
         settings,
         inference=InferenceService(repository, max_rows=settings.max_rows),
         metrics=metrics,
+        observer=RequestObserver(metrics),
         liveness=liveness,
         memory=memory,
     )

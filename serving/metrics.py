@@ -44,7 +44,9 @@ class Metrics:
         self.in_flight = Gauge("serving_requests_in_flight", "In-flight requests.", registry=registry)
         requests = counter("serving_requests", "Completed requests.", ["route", "model", "status"])
         request_seconds = histogram(
-            "serving_request_seconds", "Time from a request's headers to its response.", ["route"]
+            "serving_request_seconds",
+            "Time from the end of a request to its response.",
+            ["route", "model", "version"],
         )
         self._decode_seconds = histogram("serving_decode_seconds", "Time to decode one uploaded image.")
         self._predict_seconds = histogram("serving_predict_seconds", "Time of one model call.", ["model", "signature"])
@@ -54,7 +56,7 @@ class Metrics:
         )
         tfs_latency = histogram(
             ":tensorflow:serving:request_latency",
-            "Time from a request's headers to its response, in microseconds.",
+            "Time from the end of a request to its response, in microseconds.",
             ["model_name", "API", "entrypoint"],
             buckets=TFS_MICROSECONDS,
         )
@@ -86,10 +88,10 @@ class Metrics:
         """Record the time to decode one image."""
         self._decode_seconds.observe(seconds)
 
-    def observe_request(self, *, route: str, model: str, status: int, seconds: float) -> None:
-        """Record a completed request; `model` is empty if the request names no known model."""
+    def observe_request(self, *, route: str, model: str, version: int | None, status: str, seconds: float) -> None:
+        """Record a completed request; `model` is empty if the request names no served model."""
         self._requests(route, model, status).inc()
-        self._request_seconds(route).observe(seconds)
+        self._request_seconds(route, model, "" if version is None else version).observe(seconds)
 
     def observe_tfs_predict(self, *, model: str, code: str, seconds: float, api: str) -> None:
         """Record a completed predict call of TensorFlow Serving's API; `api` is "REST" or "GRPC"."""

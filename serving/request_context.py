@@ -1,4 +1,4 @@
-"""The context of the current request: deadline, client disconnect and memory, the same for every protocol."""
+"""The context of the current request, the same for every protocol: its limits, and what is reported about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from serving.errors import client_disconnected, deadline_exceeded
@@ -25,6 +25,17 @@ class RequestContext:
     client_disconnected: Callable[[], bool] = lambda: False
     # The request's part of the memory budget; released by the protocol after the response. None: unlimited.
     memory: RequestMemory | None = None
+
+    # What metrics, log and traces report about the request; filled in while it is processed.
+    started_s: float = field(default_factory=time.perf_counter)
+    request_id: str = ""
+    status: str = ""  # the HTTP status, or the name of the gRPC code
+    route: str = ""  # "/v1/models/<model>:predict", or the path of a gRPC method
+    model: str = ""  # empty unless the request names a served model
+    version: int | None = None
+    rows: int = 0
+    queue_s: float = 0.0  # in the batcher's queue
+    model_s: float = 0.0  # of the model calls with its rows; the parts of a long request may overlap
 
     def reserve(self, size_bytes: int) -> None:
         """Reserve memory for the next step; waits until it is free.

@@ -136,7 +136,7 @@ class _ServerRun:
         address: str = self._listener.getsockname()[0]
         server = GrpcServer(
             app.inference,
-            app.metrics,
+            app.observer,
             app.memory,
             app.liveness,
             address=f"[{address}]:{settings.grpc_port}" if ":" in address else f"{address}:{settings.grpc_port}",

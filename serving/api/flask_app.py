@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import flask
 import orjson
-from flask import Flask, Request, Response, g, request, request_tearing_down
+from flask import Flask, Request, Response, request, request_tearing_down
 from flask.json.provider import JSONProvider
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import RequestEntityTooLarge
@@ -18,11 +18,11 @@ from werkzeug.routing import MapAdapter, Rule
 from serving.api.json_process import JsonProcess
 from serving.errors import ServingError
 from serving.inference.liveness import Liveness
-from serving.inference.repository import ModelVersion
 from serving.inference.service import InferenceService
 from serving.memory import MemoryBudget, RequestMemory
-from serving.metrics import TFS_STATUS, Metrics
+from serving.metrics import Metrics
 from serving.model_watcher import ModelWatcher
+from serving.observer import RequestObserver
 from serving.request_context import RequestContext, current_request
 from serving.settings import Settings
 
@@ -78,6 +78,7 @@ class ServingApp(Flask):
         *,
         inference: InferenceService,
         metrics: Metrics,
+        observer: RequestObserver,
         liveness: Liveness,
         memory: MemoryBudget,
     ) -> None:
@@ -85,6 +86,7 @@ class ServingApp(Flask):
         self.settings = settings
         self.inference = inference
         self.metrics = metrics
+        self.observer = observer
         self.liveness = liveness
         self.memory = memory
         self.watcher = ModelWatcher(inference.repository, memory, liveness, poll_interval_s=settings.poll_interval_s)
@@ -118,12 +120,6 @@ class ServingApp(Flask):
             self.loads_models = not self.watcher.has_tried
         context.deadline_s = time.monotonic() + self.settings.request_timeout_s
 
-    def resolve(self, name: str, *, version: int | str | None = None, label: str | None = None) -> ModelVersion:
-        """Return what `InferenceService.resolve` does, and count the request as one of this model."""
-        found = self.inference.resolve(name, version=version, label=label)
-        g.model = found.name
-        return found
-
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         """Match by path and method alone, unless hosts or subdomains matter."""
         by_host = self.url_map.host_matching or self.subdomain_matching
@@ -144,35 +140,27 @@ class ServingApp(Flask):
         return adapter
 
     def preprocess_request(self) -> ResponseReturnValue | None:
-        """Note when the request began, and call the hooks."""
-        g.started_s = time.perf_counter()
-        self.metrics.in_flight.inc()
+        """Begin the request, and call the hooks."""
+        self.observer.begin(current_request.get())
         if self.before_request_funcs or self.url_value_preprocessors:
             return super().preprocess_request()
         return None
 
     def process_response(self, response: Response) -> Response:
-        """Call the hooks, and count the request."""
+        """Call the hooks, and note the status."""
         response = super().process_response(response)
         if response.status_code in (429, 503) and "Retry-After" not in response.headers:
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
-        context: Any = cast(Any, g)._get_current_object()
-        seconds = time.perf_counter() - context.started_s
-        status = response.status_code
-        model = context.get("model", "")
-        if model not in self.inference.repository.all_names():
-            model = ""  # made-up names must not become labels that stay for ever
-        elif "is_tfs_predict" in context:
-            code = TFS_STATUS.get(status, "INTERNAL")
-            self.metrics.observe_tfs_predict(model=model, code=code, seconds=seconds, api="REST")
-        rule = request.url_rule
-        route = rule.rule if rule else "unmatched"
-        self.metrics.observe_request(route=route, model=model, status=status, seconds=seconds)
+        context = current_request.get()
+        if not context.route:
+            rule = request.url_rule
+            context.route = rule.rule if rule else "unmatched"
+        context.status = str(response.status_code)
         return response
 
     def do_teardown_request(self, exc: BaseException | None = None) -> None:
-        """Call the hooks, and note that the request has ended."""
-        self.metrics.in_flight.dec()
+        """End the request, and call the hooks."""
+        self.observer.end(current_request.get())
         if self.teardown_request_funcs or request_tearing_down.receivers:
             super().do_teardown_request(exc)
 

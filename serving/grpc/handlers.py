@@ -14,6 +14,7 @@ from serving.errors import ServingError
 from serving.greenlets import LoopGreenlets, call_from_loop, run_sized
 from serving.grpc.receiving import MessageReceiver
 from serving.memory import MemoryBudget, RequestMemory
+from serving.observer import RequestObserver
 from serving.request_context import RequestContext, current_request
 
 logger = logging.getLogger(__name__)
@@ -29,44 +30,56 @@ def make_handler(
     method: _Method,
     request_type: Any,
     *,
+    route: str,
     greenlets: LoopGreenlets,
     budget: MemoryBudget,
     receiver: MessageReceiver,
+    observer: RequestObserver,
     is_long: bool = False,
 ) -> grpc.RpcMethodHandler:
-    """Make the handler of a unary method: callable(request) that returns the response.
+    """Make the handler of a unary method: callable(request) that returns the response. `route` is its path.
 
     Greenlets call it, or a thread if it `is_long`: it blocks for long.
     """
 
-    async def handle(_: Any, context: Any) -> bytes:
-        remaining_s = context.time_remaining()
+    async def handle(_: Any, call: Any) -> bytes:
+        remaining_s = call.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         memory = RequestMemory(budget)
+        context = RequestContext(deadline_s, memory=memory, route=route)
+        observer.begin(context)
+
+        def set_disconnected(is_cancelled: Callable[[], bool]) -> RequestContext:
+            context.client_disconnected = is_cancelled
+            return context
+
         is_processed = False
         response, failure = b"", None
         try:
             try:
-                data = await receiver.receive(context, memory, deadline_s=deadline_s)
+                data = await receiver.receive(call, memory, deadline_s=deadline_s)
             except ServingError as error:
+                context.status = error.code
                 failure = getattr(grpc.StatusCode, error.code), str(error)
             else:
-                # Runs to its end even if the client cancels the call, so it releases the memory itself.
+                # Runs to its end even if the client cancels the call, so it ends the request itself.
                 is_processed = True
                 response, failure = await call_from_loop(
-                    lambda: _respond(method, request_type, data, greenlets),
+                    lambda: _respond(method, request_type, data, greenlets, observer),
                     greenlets=greenlets,
                     in_thread=is_long,
-                    make_context=lambda is_cancelled: RequestContext(deadline_s, is_cancelled, memory),
+                    make_context=set_disconnected,
                 )
                 del data
             # The exception of `abort` is in a reference cycle, which keeps the local variables of this frame until a
             # garbage collection. They must not reference the message, directly or through another exception.
             if failure:
-                await context.abort(*failure)
+                await call.abort(*failure)
             return response
         finally:
             if not is_processed:
+                context.status = context.status or "CANCELLED"
+                observer.end(context)
                 memory.release_in(greenlets.threads)
 
     # A unary request is on the wire a stream of one message. As a stream handler, this one reads the message itself and
@@ -75,24 +88,28 @@ def make_handler(
 
 
 def _respond(
-    method: _Method, request_type: Any, data: bytes, greenlets: LoopGreenlets
+    method: _Method, request_type: Any, data: bytes, greenlets: LoopGreenlets, observer: RequestObserver
 ) -> tuple[bytes, tuple[grpc.StatusCode, str] | None]:
-    """Return the serialized response, or the status code and details of the failure; release the request's memory."""
+    """Return the serialized response, or the status code and details of the failure; end the request."""
     context = current_request.get()
+    context.status = "INTERNAL"
     try:
         context.reserve(len(data) * OBJECT_BYTES)
         # No local variable for the message: it is freed before its memory is released.
         response: bytes = method(run_sized(len(data), request_type.FromString, data)).SerializeToString()
+        context.status = "OK"
     except DecodeError:
         name = request_type.DESCRIPTOR.full_name
         return b"", (grpc.StatusCode.INTERNAL, f"the message cannot be parsed as {name}")
     except ServingError as error:
         error = error.tensorflow_serving or error
+        context.status = error.code
         return b"", (getattr(grpc.StatusCode, error.code), str(error)[:MAX_DETAILS])
     except Exception:
         logger.exception("unhandled exception in a gRPC method")
         return b"", (grpc.StatusCode.INTERNAL, "internal error; the reason is in the service's log")
     finally:
+        observer.end(context)
         assert context.memory is not None
         context.memory.release_in(greenlets.threads)
     return response, None

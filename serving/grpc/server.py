@@ -32,7 +32,7 @@ from serving.grpc.services import ModelService, PredictionService
 from serving.inference.liveness import Liveness
 from serving.inference.service import InferenceService
 from serving.memory import MemoryBudget
-from serving.metrics import Metrics
+from serving.observer import RequestObserver
 
 PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
 MODEL_SERVICE = "tensorflow.serving.ModelService"
@@ -41,6 +41,8 @@ HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 # Calls that are not yet processed. gRPC refuses further ones without details, so the limit is high: the batcher does
 # the load shedding, with an error message.
 MAX_PENDING_CALLS = 100_000
+
+_LONG_METHODS = ("HandleReloadConfigRequest",)  # they block for long: they load models
 
 # TensorFlow Serving's health service uses the short names.
 _KNOWN = ("", "PredictionService", "ModelService", PREDICTION_SERVICE, MODEL_SERVICE)
@@ -68,7 +70,7 @@ class GrpcServer:
 
     Args:
         inference: runs the requests.
-        metrics: records every Predict call.
+        observer: reports every call.
         budget: memory for messages.
         liveness: the health service reports NOT_SERVING while it has a problem.
         address: "host:port".
@@ -82,7 +84,7 @@ class GrpcServer:
     def __init__(
         self,
         inference: InferenceService,
-        metrics: Metrics,
+        observer: RequestObserver,
         budget: MemoryBudget,
         liveness: Liveness,
         *,
@@ -99,14 +101,16 @@ class GrpcServer:
         thread = Thread(target=self._loop.run_forever, name="grpc-loop", daemon=True)
         thread.start()
         liveness.watch_thread(thread)
-        start = self._start(address, metrics, budget, threads)
+        start = self._start(address, observer, budget, threads)
         self._server = asyncio.run_coroutine_threadsafe(start, self._loop).result()
 
     def stop(self, *, grace_s: float) -> None:
         """Graceful shutdown: refuse new calls, and wait up to `grace_s` for in-flight calls."""
         asyncio.run_coroutine_threadsafe(self._server.stop(grace_s), self._loop).result()
 
-    async def _start(self, address: str, metrics: Metrics, budget: MemoryBudget, threads: int) -> grpc.aio.Server:
+    async def _start(
+        self, address: str, observer: RequestObserver, budget: MemoryBudget, threads: int
+    ) -> grpc.aio.Server:
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
@@ -122,23 +126,28 @@ class GrpcServer:
             greenlets=LoopGreenlets(ThreadPoolExecutor(threads, "grpc", initializer=lower_priority)),
             budget=budget,
             receiver=MessageReceiver(self._max_message_bytes),
+            observer=observer,
         )
-        prediction = PredictionService(self._inference, metrics, max_bytes=self._max_message_bytes)
+        prediction = PredictionService(self._inference, max_bytes=self._max_message_bytes)
         models = ModelService(self._inference)
         metadata, reload = get_model_metadata_pb2.GetModelMetadataRequest, model_management_pb2.ReloadConfigRequest
-        handlers = {
+        services: dict[str, dict[str, tuple[Any, Any]]] = {
             PREDICTION_SERVICE: {
-                "Predict": make(prediction.predict, predict_pb2.PredictRequest),
-                "GetModelMetadata": make(prediction.get_model_metadata, metadata),
+                "Predict": (prediction.predict, predict_pb2.PredictRequest),
+                "GetModelMetadata": (prediction.get_model_metadata, metadata),
             },
             MODEL_SERVICE: {
-                "GetModelStatus": make(models.get_model_status, get_model_status_pb2.GetModelStatusRequest),
-                "HandleReloadConfigRequest": make(models.handle_reload_config_request, reload, is_long=True),
+                "GetModelStatus": (models.get_model_status, get_model_status_pb2.GetModelStatusRequest),
+                "HandleReloadConfigRequest": (models.handle_reload_config_request, reload),
             },
-            HEALTH_SERVICE: {"Check": make(self._check_health, health_pb2.HealthCheckRequest)},
+            HEALTH_SERVICE: {"Check": (self._check_health, health_pb2.HealthCheckRequest)},
         }
-        for service, methods in handlers.items():
-            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
+        for service, methods in services.items():
+            handlers = {
+                name: make(method, request, route=f"/{service}/{name}", is_long=name in _LONG_METHODS)
+                for name, (method, request) in methods.items()
+            }
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         _describe_services()
         reflection.enable_server_reflection(
             (PREDICTION_SERVICE, MODEL_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server

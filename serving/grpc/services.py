@@ -8,7 +8,6 @@ Classify, Regress and MultiInference return UNIMPLEMENTED.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -21,7 +20,6 @@ from serving.inference.repository import ModelVersion
 from serving.inference.service import InferenceRequest, InferenceService
 from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, check_rows
 from serving.inference.tensor_proto import count_elements, read_tensor, write_tensor
-from serving.metrics import Metrics
 from serving.tfs_messages import make_signature_defs, make_status
 
 logger = logging.getLogger(__name__)
@@ -30,45 +28,12 @@ logger = logging.getLogger(__name__)
 class PredictionService:
     """Runs Predict requests, with input tensors of up to `max_bytes`, and describes signatures."""
 
-    def __init__(self, inference: InferenceService, metrics: Metrics, *, max_bytes: int) -> None:
+    def __init__(self, inference: InferenceService, *, max_bytes: int) -> None:
         self._inference = inference
-        self._metrics = metrics
         self._max_bytes = max_bytes
 
     def predict(self, request: Any) -> Any:
         """Run a signature of a model."""
-        started_s = time.perf_counter()
-        code = ServingError.code
-        try:
-            with self._metrics.in_flight.track_inprogress():
-                response = self._predict(request)
-            code = "OK"
-        except ServingError as error:
-            code = error.code
-            raise
-        finally:
-            model = request.model_spec.name
-            if model in self._inference.repository.all_names():
-                seconds = time.perf_counter() - started_s
-                self._metrics.observe_tfs_predict(model=model, code=code, seconds=seconds, api="GRPC")
-        return response
-
-    def get_model_metadata(self, request: Any) -> Any:
-        """Describe the signatures of a model."""
-        _require_spec(request)
-        if not request.metadata_field:
-            raise InvalidRequest("GetModelMetadataRequest must specify at least one metadata_field")
-        for field in request.metadata_field:
-            if field != "signature_def":
-                raise InvalidRequest(f"Metadata field {field} is not supported")
-        version = _resolve(self._inference, request.model_spec)
-        response = get_model_metadata_pb2.GetModelMetadataResponse()
-        response.model_spec.name = version.name
-        response.model_spec.version.value = version.version
-        response.metadata["signature_def"].Pack(make_signature_defs(version))
-        return response
-
-    def _predict(self, request: Any) -> Any:
         _require_spec(request)
         version = _resolve(self._inference, request.model_spec)
         name = request.model_spec.signature_name or DEFAULT_SIGNATURE
@@ -92,6 +57,21 @@ class PredictionService:
         for alias in output_names:
             array, tensor = result.outputs[alias], response.outputs[alias]
             run_sized(array.nbytes, write_tensor, tensor, array, dtype_name=signature.outputs[alias].dtype)
+        return response
+
+    def get_model_metadata(self, request: Any) -> Any:
+        """Describe the signatures of a model."""
+        _require_spec(request)
+        if not request.metadata_field:
+            raise InvalidRequest("GetModelMetadataRequest must specify at least one metadata_field")
+        for field in request.metadata_field:
+            if field != "signature_def":
+                raise InvalidRequest(f"Metadata field {field} is not supported")
+        version = _resolve(self._inference, request.model_spec)
+        response = get_model_metadata_pb2.GetModelMetadataResponse()
+        response.model_spec.name = version.name
+        response.model_spec.version.value = version.version
+        response.metadata["signature_def"].Pack(make_signature_defs(version))
         return response
 
 

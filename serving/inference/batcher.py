@@ -25,7 +25,7 @@ from serving.errors import Overloaded, ServingError, client_disconnected, deadli
 from serving.greenlets import Waiter, call_soon, lower_priority, wake_all
 from serving.inference.liveness import Liveness
 from serving.inference.signatures import Predictor, Signature, count_rows
-from serving.request_context import current_request
+from serving.request_context import RequestContext, current_request
 
 # A call with fewer rows starts only when the event loop has no more requests to read.
 FEW_ROWS = 8
@@ -63,8 +63,9 @@ class _Request:
     rows: int
     is_unbatched: bool  # does not share a call with other requests
     deadline_s: float | None
-    is_disconnected: Callable[[], bool]
+    context: RequestContext
     waiter: Waiter = field(default_factory=Waiter)
+    queued_s: float = field(default_factory=time.perf_counter)
     outputs: dict[str, np.ndarray] | None = None
     error: Exception | None = None
 
@@ -187,7 +188,7 @@ class Batcher:
         is_long = is_long or (rows > FEW_ROWS and rows * self._row_s.get(key, 0.0) > LONG_REQUEST_S)
         lane = self._long if is_long else self._short
         is_unbatched = signature not in self._batched
-        request = _Request(key, inputs, rows, is_unbatched, deadline_s, current_request.get().client_disconnected)
+        request = _Request(key, inputs, rows, is_unbatched, deadline_s, current_request.get())
         self._admit(lane, key, rows, deadline_s)
         try:
             self._enqueue(lane, request)
@@ -212,11 +213,11 @@ class Batcher:
         self, key: _GroupKey, inputs: Mapping[str, np.ndarray], rows: int, deadline_s: float | None
     ) -> Iterator[_Request]:
         """Make requests of at most `max_batch_rows` rows each."""
-        is_disconnected = current_request.get().client_disconnected
+        context = current_request.get()
         step = self._max_batch_rows
         for start in range(0, rows, step):
             part = {name: array[start : start + step] for name, array in inputs.items()}
-            yield _Request(key, part, min(step, rows - start), False, deadline_s, is_disconnected)
+            yield _Request(key, part, min(step, rows - start), False, deadline_s, context)
 
     def _run_parts(self, lane: _Lane, parts: Iterator[_Request]) -> Iterator[dict[str, np.ndarray]]:
         """Yield the outputs of each part, until one fails. Only `max_calls` are queued, so long requests alternate."""
@@ -362,6 +363,9 @@ class Batcher:
             self._process(requests)
         call_s, rows = time.perf_counter() - started_s, sum(request.rows for request in requests)
         row_s = call_s / rows
+        for request in requests:
+            request.context.queue_s += started_s - request.queued_s
+            request.context.model_s += call_s
         with self._lock:
             lane.record_call(requests[0].key, rows, started_s, started_s + call_s)
         if lane is self._short:
@@ -385,7 +389,7 @@ class Batcher:
                 request = lane.queue[0]
                 if request.deadline_s is not None and request.deadline_s <= now_s:
                     request.error = deadline_exceeded()
-                elif request.is_disconnected():
+                elif request.context.client_disconnected():
                     request.error = client_disconnected()
                 elif chosen and (
                     request.is_unbatched or request.key != chosen[0].key or rows + request.rows > self._max_batch_rows

@@ -32,6 +32,7 @@ from serving.inference.saved_model import read_signature_defs
 from serving.inference.signatures import NUMPY_DTYPES, Predictor, Signature, TensorSpec, check_inputs
 from serving.inference.tensor_proto import read_tensor, write_tensor
 from serving.quoting import hide_paths, printable
+from serving.request_context import current_request
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,11 @@ class RemotePredictor:
         described = self.signatures[signature]
         check_inputs(described, inputs)
         deadline_s = deadline_s or time.monotonic() + CALL_TIMEOUT_S
-        return run_blocking(self._predict_rows, described, inputs, deadline_s)
+        started_s = time.perf_counter()
+        try:
+            return run_blocking(self._predict_rows, described, inputs, deadline_s)
+        finally:
+            current_request.get().model_s += time.perf_counter() - started_s
 
     def _predict_rows(
         self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float

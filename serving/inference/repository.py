@@ -116,6 +116,10 @@ class ModelRepository(ABC):
         """List every configured model, including those that could not be loaded."""
         return list(self._names)
 
+    def is_named(self, name: str) -> bool:
+        """Return whether a model is configured, even if it could not be loaded."""
+        return name in self._names
+
     def resolve(self, name: str, *, version: int | None = None, label: str | None = None) -> ModelVersion:
         """Return the newest available version of a model, or the version with this number or label.
 

@@ -60,8 +60,16 @@ class InferenceService:
         """
         if version is not None and label is not None:
             raise InvalidRequest("choose a version by its number or by its label, not by both")
+        self.name_model(model)
         number = read_version_number(version) if isinstance(version, str) else version
-        return self.repository.resolve(model, version=number, label=label)
+        found = self.repository.resolve(model, version=number, label=label)
+        current_request.get().version = found.version
+        return found
+
+    def name_model(self, model: str) -> None:
+        """Record the model of the current request, for metrics. Only names of served models are recorded."""
+        if self.repository.is_named(model):
+            current_request.get().model = model
 
     def predict(self, version: ModelVersion, request: InferenceRequest) -> InferenceResult:
         """Run a signature before the deadline of the current request.
@@ -74,8 +82,10 @@ class InferenceService:
         """
         signature = version.predictor.signatures[request.signature]
         check_inputs(signature, request.inputs)
-        check_rows(count_rows(signature, request.inputs), self.max_rows)
-        outputs = version.predictor.predict(signature.name, request.inputs, deadline_s=current_request.get().deadline_s)
+        context = current_request.get()
+        context.rows = count_rows(signature, request.inputs)
+        check_rows(context.rows, self.max_rows)
+        outputs = version.predictor.predict(signature.name, request.inputs, deadline_s=context.deadline_s)
         return InferenceResult(version, signature, outputs)
 
     def status(self, model: str, version: int | str | None = None) -> list[VersionStatus]:
@@ -86,6 +96,7 @@ class InferenceService:
             ModelNotFound: the model or the version does not exist.
             NotReady: the model is still being loaded.
         """
+        self.name_model(model)
         return self.repository.versions(model, read_version_number(version) if isinstance(version, str) else version)
 
     @property

@@ -57,7 +57,9 @@ def test_requests_images_and_durations_are_counted(fresh: ServingApp) -> None:
     assert value(samples, count, route="/predict", model="colours", status="400") == 1
     assert value(samples, count, route="/predict", model="", status="404") == 1
     assert value(samples, count, route="unmatched", model="", status="404") == 1
-    assert value(samples, "serving_request_seconds_count", route="/predict") == 3
+    durations = "serving_request_seconds_count"
+    assert value(samples, durations, route="/predict", model="colours", version="10") == 2
+    assert value(samples, durations, route="/predict", model="", version="") == 1
     assert value(samples, "serving_decode_seconds_count") == 4
     assert value(samples, "serving_predicted_rows_total", model="colours") == 3
     predict = {"model": "colours", "signature": "serving_default"}
@@ -113,8 +115,9 @@ def test_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: Servi
     samples = read(client, "/monitoring/prometheus/metrics")
     latency = {"model_name": "colours", "API": "predict", "entrypoint": "REST"}
     assert value(samples, ":tensorflow:serving:request_latency_count", **latency) == 3
-    seconds = value(samples, "serving_request_seconds_sum", route="/v1/<rest:_>")
-    assert 0 < value(samples, ":tensorflow:serving:request_latency_sum", **latency) < seconds * 1e6
+    route = "/v1/models/<model>:predict"
+    assert value(samples, "serving_request_seconds_count", route=route, model="colours", version="10") == 3
+    assert value(samples, "serving_request_seconds_count", route=route, model="", version="") == 1
 
 
 def test_only_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: ServingApp) -> None:
@@ -149,7 +152,7 @@ def test_the_memory_budget_is_exported(models_dir: Path) -> None:
 
 def test_concurrent_scrapes_share_the_next_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics()
-    metrics.observe_request(route="/a", model="", status=200, seconds=0.1)
+    metrics.observe_request(route="/a", model="", version=None, status="200", seconds=0.1)
     render = metrics._render
     began, finish = threading.Event(), threading.Event()
     count = 0
@@ -169,7 +172,7 @@ def test_concurrent_scrapes_share_the_next_rendering(monkeypatch: pytest.MonkeyP
         # The callbacks of a Future are in no stub.
         while not (metrics._page and len(metrics._page._done_callbacks) == len(others)):  # type: ignore[attr-defined]
             time.sleep(0.001)
-        metrics.observe_request(route="/b", model="", status=200, seconds=0.1)
+        metrics.observe_request(route="/b", model="", version=None, status="200", seconds=0.1)
         finish.set()
         pages = [future.result(10) for future in [first, *others]]
     assert count == 2

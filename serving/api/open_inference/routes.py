@@ -59,7 +59,7 @@ def server_ready() -> tuple[dict[str, Any], int]:
 def model_ready(model: str, version: str | None = None) -> tuple[dict[str, Any], int]:
     """Return 200 if a model, or a version of it, is available, else 400; 404 for an unknown one."""
     try:
-        current_app.resolve(model, version=version)
+        current_app.inference.resolve(model, version=version)
     except (NotReady, ModelNotFound) as error:
         is_known = version is None and model in current_app.inference.repository.all_names()
         if isinstance(error, ModelNotFound) and not is_known:
@@ -72,7 +72,7 @@ def model_ready(model: str, version: str | None = None) -> tuple[dict[str, Any],
 @blueprint.get("/models/<model>/versions/<version>")
 def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
     """Describe a model by one of its signatures: `serving_default`, or the query parameter `signature_name`."""
-    found = current_app.resolve(model, version=version)
+    found = current_app.inference.resolve(model, version=version)
     name = request.args.get("signature_name", DEFAULT_SIGNATURE)
     signature = find_signature(found.name, found.predictor.signatures, name)
     versions = (status.version for status in current_app.inference.status(found.name) if status.state == "AVAILABLE")
@@ -89,7 +89,7 @@ def model_metadata(model: str, version: str | None = None) -> dict[str, Any]:
 @blueprint.post("/models/<model>/versions/<version>/infer")
 def infer(model: str, version: str | None = None) -> Response:
     """Run a model: the signature in the parameter `signature_name`, or the one that has the request's inputs."""
-    found = current_app.resolve(model, version=version)
+    found = current_app.inference.resolve(model, version=version)
     parsed = _parse_body(found)
     result = current_app.inference.predict(found, parsed)
     size = sum(array.nbytes for array in result.outputs.values())

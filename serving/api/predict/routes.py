@@ -67,7 +67,7 @@ def _resolve() -> ModelVersion:
         if len(names) > 1:
             raise ModelNotNamed(names)
         name = names[0]
-    return current_app.resolve(name, version=query.get("version"), label=query.get("label"))
+    return current_app.inference.resolve(name, version=query.get("version"), label=query.get("label"))
 
 
 def _read_form() -> list[UploadedImage]:

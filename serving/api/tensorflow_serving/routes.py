@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint, Response, request
 from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import NotImplemented as MethodNotImplemented
 from werkzeug.routing import BaseConverter, Rule
@@ -26,6 +26,7 @@ from serving.errors import InvalidRequest, ServingError
 from serving.greenlets import offload, run_sized
 from serving.inference.model_config import read_version_number
 from serving.inference.repository import ModelVersion
+from serving.request_context import current_request
 
 JSON_ELEMENT_BYTES = 16  # in a response: a float32 and a comma
 
@@ -65,9 +66,12 @@ def respond(_: str) -> Response:
     path = _request_target()
     if method == "OPTIONS":
         return Response(status=200 if re.search("https?://", request.headers.get("Origin", "")) else 400)
+    context = current_request.get()
     if method == "POST" and (call := _CALL.fullmatch(path)):
+        context.route = f"/v1/models/<model>:{call['method']}"
         return _predict(call) if call["method"] == "predict" else _classify_or_regress(call)
     if method == "GET" and (status := _STATUS.fullmatch(path)):
+        context.route = f"/v1/models/<model>{status['metadata'] or ''}"
         return _metadata(status) if status["metadata"] == "/metadata" else _status(status)
     raise InvalidRequest(f"Malformed request: {method} {path}")
 
@@ -91,7 +95,7 @@ def _error_response(error: ServingError) -> Response:
 
 
 def _predict(call: re.Match[str]) -> Response:
-    g.model, g.is_tfs_predict = _model_name(call), True
+    current_app.inference.name_model(_model_name(call))  # an error in the body counts as one of its requests
     number = _version(call)
     body = _read_body()
     version, problem, parsed = None, None, None
@@ -121,7 +125,7 @@ def _classify_or_regress(call: re.Match[str]) -> Response:
 
 def _resolve(match: re.Match[str], number: int | None) -> ModelVersion:
     label = None if match["label"] is None else unquote(match["label"])
-    return current_app.resolve(_model_name(match), version=number, label=label)
+    return current_app.inference.resolve(_model_name(match), version=number, label=label)
 
 
 def _status(match: re.Match[str]) -> Response:

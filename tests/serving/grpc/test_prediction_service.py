@@ -29,7 +29,6 @@ from serving.app import make_app
 from serving.errors import InvalidRequest
 from serving.greenlets import SMALL_BYTES
 from serving.grpc.services import PredictionService
-from serving.metrics import Metrics
 from serving.settings import Settings
 from tests.serving.conftest import Server, picture
 from tests.serving.saved_models import save_colour_classifier, save_multiplier
@@ -134,7 +133,7 @@ def multiplier(tmp_path_factory: pytest.TempPathFactory) -> ServingApp:
 
 
 def multiply(app: ServingApp, **inputs: Any) -> Any:
-    service = PredictionService(app.inference, Metrics(), max_bytes=1_000)
+    service = PredictionService(app.inference, max_bytes=1_000)
     return service.predict(make_request("multiplier", **inputs))
 
 
@@ -184,7 +183,7 @@ def test_metadata_contains_the_default_values(multiplier: ServingApp) -> None:
     assert (defaults["k"]["dtype"], defaults["k"]["float_val"]) == ("DT_FLOAT", [3.0])
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
     request.model_spec.name = "multiplier"
-    service = PredictionService(multiplier.inference, Metrics(), max_bytes=1_000)
+    service = PredictionService(multiplier.inference, max_bytes=1_000)
     signatures = get_model_metadata_pb2.SignatureDefMap()
     service.get_model_metadata(request).metadata["signature_def"].Unpack(signatures)
     assert tf.make_ndarray(signatures.signature_def["serving_default"].defaults["k"]) == 3.0

@@ -24,6 +24,8 @@ from serving.grpc import receiving
 from serving.grpc.handlers import OBJECT_BYTES, make_handler
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.memory import MemoryBudget, Reservation
+from serving.metrics import Metrics
+from serving.observer import RequestObserver
 from serving.request_context import current_request
 
 BUDGET_BYTES = 160_000_000
@@ -47,6 +49,8 @@ class Service:
         handler = make_handler(
             self._method,
             BytesValue,
+            route="/test/Echo",
+            observer=RequestObserver(Metrics()),
             greenlets=LoopGreenlets(threads),
             budget=self.budget,
             receiver=MessageReceiver(self.max_bytes),
