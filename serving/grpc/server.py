@@ -76,6 +76,7 @@ class GrpcServer:
         address: "host:port".
         threads: worker threads for large requests.
         max_message_bytes: the largest request.
+        credentials: `grpc.ServerCredentials` for TLS, or None.
 
     Raises:
         StartupError: listening on the address failed.
@@ -91,9 +92,11 @@ class GrpcServer:
         address: str,
         threads: int,
         max_message_bytes: int,
+        credentials: Any = None,
     ) -> None:
         self._inference = inference
         self._liveness = liveness
+        self._credentials = credentials
         self._max_message_bytes = min(max_message_bytes, budget.large.body_limit // COPIES)
         # gRPC logs an error when a client disconnects before its response was sent.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
@@ -153,7 +156,10 @@ class GrpcServer:
             (PREDICTION_SERVICE, MODEL_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server
         )
         try:
-            server.add_insecure_port(address)
+            if self._credentials is None:
+                server.add_insecure_port(address)
+            else:
+                server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {address} for gRPC; choose another with --grpc-port") from error
         await server.start()
