@@ -112,6 +112,11 @@ def _read_model(text: str) -> tuple[str, Path]:
     "[default: 75 % of what the container or the machine leaves]",
     type=int,
 )
+@_option(
+    "--allow-model-control",
+    "Let requests of the Open Inference Protocol load and unload models.",
+    is_flag=True,
+)
 @_option("--log-level", "Log messages of this level and above, to standard error.", type=click.Choice(LOG_LEVELS))
 @_option("--access-log", "Log a line per request, to standard output.", is_flag=True)
 @click.pass_context

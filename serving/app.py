@@ -76,7 +76,9 @@ def make_app(settings: Settings) -> ServingApp:
     metrics.watch_memory(memory)
     app = ServingApp(
         settings,
-        inference=InferenceService(repository, max_rows=settings.max_rows),
+        inference=InferenceService(
+            repository, max_rows=settings.max_rows, allow_model_control=settings.allow_model_control
+        ),
         metrics=metrics,
         observer=RequestObserver(metrics),
         liveness=liveness,

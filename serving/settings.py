@@ -52,6 +52,7 @@ class Settings:
     max_connections: int = 10_000
     max_rows: int = 16_384
     memory_budget: int | None = None  # bytes; None: what is free
+    allow_model_control: bool = False
     log_level: str = "info"
     access_log: bool = False
 

@@ -17,6 +17,7 @@ from serving.inference.model_info import INFO_FILE, read_label_names, read_model
 from serving.inference.repository import MAX_MESSAGE, FolderProblem, ModelRepository, ModelVersion, VersionStatus
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Predictor
+from serving.inference.statistics import CountedPredictor, Statistics
 from serving.inference.version_files import (
     Retries,
     Stamp,
@@ -80,6 +81,7 @@ class LocalRepository(ModelRepository):
         self._retries = Retries()
         self._loaded_versions: dict[tuple[str, int], _LoadedVersion] = {}
         self._verifications: dict[tuple[str, int], Verification] = {}
+        self._unloaded: frozenset[str] = frozenset()  # models that `unload_model` took out of service
         self._unverified: set[tuple[str, int]] = set()  # that the last poll did not load yet
         for config, found in self._list_models() or ():
             for version in config.policy.candidates(found or ())[:1]:
@@ -100,12 +102,40 @@ class LocalRepository(ModelRepository):
     @override
     def reload(self, configs: Sequence[ModelConfig]) -> None:
         self._list_configs = lambda: configs
+        self._unloaded = frozenset()
         self._poll_until_verified()
         if missing := [config.name for config in configs if config.name not in self._available]:
             reasons = "; ".join(f"{name}: {self.problem(name)}" for name in missing)
             raise ModelFailed(f"Some models did not become available: {reasons}", code="UNKNOWN")
         if problem := self._find_label_problem():
             raise ModelFailed(problem, code="FAILED_PRECONDITION")
+
+    @override
+    def load_model(self, name: str) -> None:
+        if name not in self._names:
+            self.poll()  # its folder may be new
+        if name not in self._names:
+            raise self._unknown_model(name)
+        with self._update_lock:
+            self._unloaded -= {name}
+            self._retries.forget_missing(name, set())  # try again now
+        self._poll_until_verified()
+        if name not in self._available:
+            raise ModelFailed(f"model {name} could not be loaded: {self.problem(name)}", code="FAILED_PRECONDITION")
+
+    @override
+    def unload_model(self, name: str) -> None:
+        if name not in self._names:
+            raise self._unknown_model(name)
+        with self._update_lock:
+            self._unloaded |= {name}
+            self._unload(name, keep=set())
+
+    @override
+    def problem(self, name: str) -> str:
+        if name in self._unloaded:
+            return "it was unloaded; load it to use it again"
+        return super().problem(name)
 
     def _poll_until_verified(self) -> None:
         """Poll until every version was verified once; each is loaded as soon as its verification is done."""
@@ -123,7 +153,7 @@ class LocalRepository(ModelRepository):
         if models is None:
             return
         for config, found in models:
-            if found is None:
+            if found is None or config.name in self._unloaded:
                 continue
             try:
                 self._update_model(config, found)
@@ -288,8 +318,10 @@ class LocalRepository(ModelRepository):
             or before.predictor is not loaded.predictor
             or set(before.unbatched) != set(loaded.unbatched)
         ):
-            wrapped = self._wrap_predictor(status.name, loaded.predictor, loaded.unbatched)
-            self._serve(ModelVersion(status.name, status.version, wrapped, info))
+            statistics = Statistics()
+            counted = CountedPredictor(loaded.predictor, statistics)
+            wrapped = self._wrap_predictor(status.name, counted, loaded.unbatched)
+            self._serve(ModelVersion(status.name, status.version, wrapped, info, statistics))
         else:
             self._replace(replace(current, info=info))
         self._loaded_versions[status.name, status.version] = loaded
