@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +26,8 @@ class Server:
     """The service on loopback ports, in a process of its own; a context manager.
 
     Args:
-        models: the folder of the models: `<name>/<version>/saved_model.pb`.
+        models: the folder of the models: `<name>/<version>/saved_model.pb`; or the name and folder of each model, as
+            for `--model`.
         start_timeout_s: how long `start` waits until the models are loaded.
         client_cert: a certificate and its key (PEM files) with which `start` connects, where `tls_client_ca` is set.
         options: settings by their names in `serving.Settings`, such as `max_batch_size`. Ports that are not given are
@@ -39,7 +41,7 @@ class Server:
 
     def __init__(
         self,
-        models: str | Path = "models",
+        models: str | Path | Mapping[str, str | Path] = "models",
         *,
         start_timeout_s: float = 120.0,
         client_cert: tuple[str | Path, str | Path] | None = None,
@@ -48,7 +50,7 @@ class Server:
         if options.get("tls_client_ca") and client_cert is None:
             raise StartupError("tls_client_ca needs client_cert here: without it, nobody can tell when it is ready")
         self._client_cert = client_cert
-        self._models = Path(models)
+        self._models = models
         self._start_timeout_s = start_timeout_s
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -114,7 +116,11 @@ class Server:
         self.stop()
 
     def _command(self) -> list[str]:
-        command = [sys.executable, "-m", "serving", "--models-dir", str(self._models)]
+        command = [sys.executable, "-m", "serving"]
+        if isinstance(self._models, Mapping):
+            command += [part for name, path in self._models.items() for part in ("--model", f"{name}={path}")]
+        else:
+            command += ["--models-dir", str(self._models)]
         command += ["--rest-port", str(self._rest_port), "--grpc-port", str(self._grpc_port)]
         for name, value in self._options.items():
             flag = "--" + name.replace("_", "-")
