@@ -35,7 +35,8 @@ class ReflectionClient:
             response_deserializer=message_factory.GetMessageClass(described.output_type).FromString,
         )
         message = json_format.ParseDict(request, message_factory.GetMessageClass(described.input_type)())
-        return json_format.MessageToDict(call(message, timeout=30), descriptor_pool=self._pool)
+        response: dict[str, Any] = json_format.MessageToDict(call(message, timeout=30), descriptor_pool=self._pool)
+        return response
 
 
 @pytest.fixture(scope="module")

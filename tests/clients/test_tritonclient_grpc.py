@@ -5,6 +5,7 @@ the service's one; `make test-clients` runs it with its own.
 """
 
 import queue
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_several_inputs_of_several_datatypes(client):
 
 
 def test_concurrent_requests(client):
-    responses = queue.SimpleQueue()
+    responses: queue.SimpleQueue[tuple[int, Any, Any]] = queue.SimpleQueue()
     batches = [[(n + row) % 3 for row in range(n % 4 + 1)] for n in range(20)]
     for n, batch in enumerate(batches):
         client.async_infer(
