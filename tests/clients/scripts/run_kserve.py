@@ -27,7 +27,8 @@ def image_request(image: bytes) -> InferRequest:
 
 
 def outputs_of(response) -> dict:
-    assert (response.model_name, response.model_version) == ("colours", "7")
+    assert response.model_name == "colours"
+    assert response.model_version in ("7", None)  # the REST client does not read it
     return {output.name: output.as_numpy() for output in response.outputs}
 
 
