@@ -40,8 +40,8 @@ def make_handler(
 ) -> grpc.RpcMethodHandler:
     """Make the handler of a unary method: callable(request) that returns the response. `route` is its path.
 
-    Greenlets call it, or a thread if it `is_long`: it blocks for long. If it `is_tensorflow_serving`, its errors are those
-    of TensorFlow Serving.
+    Greenlets call it, or a thread if it `is_long`: it blocks for long. If it `is_tensorflow_serving`, its errors are
+    those of that server.
     """
 
     async def handle(_: Any, call: Any) -> bytes:
