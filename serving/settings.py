@@ -9,6 +9,7 @@ from pathlib import Path
 from serving.errors import StartupError
 from serving.images.decoding import PILLOW_MAX_PIXELS
 from serving.images.limits import ImageLimits
+from serving.log_format import LOG_FORMATS
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -49,6 +50,7 @@ class Settings:
     max_rows: int = 16_384
     memory_budget: int | None = None  # bytes; None: what is free
     log_level: str = "info"
+    log_format: str = "text"
     access_log: bool = False
 
     @property
@@ -86,5 +88,7 @@ class Settings:
             raise StartupError("--remote-model names a model at another server; name that too, with --remote")
         if self.grpc_port and self.grpc_port == self.rest_port:
             raise StartupError(f"--grpc-port and --rest-port are both {self.rest_port}; choose another for one")
+        if self.log_format not in LOG_FORMATS:
+            raise StartupError(f"--log-format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format}")
         if self.log_level not in LOG_LEVELS:
             raise StartupError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level}")

@@ -13,7 +13,14 @@ from typing_extensions import override
 from serving.errors import ModelFailed, ModelLoadError, StartupError
 from serving.inference.model_config import ModelConfig, Volumes, describe_unreadable, find_versions
 from serving.inference.model_info import INFO_FILE, read_label_names, read_model_info
-from serving.inference.repository import MAX_MESSAGE, FolderProblem, ModelRepository, ModelVersion, VersionStatus
+from serving.inference.repository import (
+    MAX_MESSAGE,
+    FolderProblem,
+    LoadCounts,
+    ModelRepository,
+    ModelVersion,
+    VersionStatus,
+)
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Predictor
 from serving.inference.version_files import Retries, Stamp, Verification, has_checksums, read_stamp, verify_checksums
@@ -203,6 +210,7 @@ class LocalRepository(ModelRepository):
         if not self._retries.is_due((name, version), stamp):
             return False
         started_s = time.perf_counter()
+        counts = self._load_counts.get(name, LoadCounts())
         before = self._statuses.get(name, {}).get(version)
         logger.info("loading %s version %d from %s", name, version, printable(str(path)))
         self._set_status(VersionStatus(name, version, state="LOADING"))
@@ -211,9 +219,11 @@ class LocalRepository(ModelRepository):
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a faulty model must not affect others
+            self._load_counts[name] = replace(counts, failed=counts.failed + 1)
             self._retries.record_failure((name, version), stamp)
             self._report_failure(VersionStatus(name, version, state="END"), error, path, before)
             return False
+        self._load_counts[name] = replace(counts, loaded=counts.loaded + 1)
         self._retries.forget((name, version))
         logger.info(
             "%s version %d is available after %.1f s, %s",
@@ -232,10 +242,20 @@ class LocalRepository(ModelRepository):
         if verification is not None and verification.error is not None:
             raise verification.error
         info_stamp, warmup_stamp = read_stamp(path / INFO_FILE), read_stamp(path / WARMUP_FILE)
+        started_s = time.perf_counter()
         predictor = self._load_predictor(path)
+        loaded_s = time.perf_counter()
         records = replay_warmup_records(path, predictor)
+        warmed_up_s = time.perf_counter()
         unbatched = self._find_dependent(path, predictor)
-        status = VersionStatus(name, version, state="AVAILABLE", warmup_records=records)
+        status = VersionStatus(
+            name,
+            version,
+            state="AVAILABLE",
+            warmup_records=records,
+            load_s=warmed_up_s - started_s,
+            warmup_s=warmed_up_s - loaded_s,
+        )
         self._publish(status, _LoadedVersion(path, predictor, unbatched, info_stamp, warmup_stamp))
         return records
 

@@ -51,7 +51,17 @@ class VersionStatus:
     error_code: str = "OK"
     error_message: str = ""
     warmup_records: int = 0
+    load_s: float = 0.0  # to load it, warm-up included; 0 until it is loaded
+    warmup_s: float = 0.0
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadCounts:
+    """How many loads of a model's versions have succeeded and failed."""
+
+    loaded: int = 0
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class ModelRepository(ABC):
         self._labels: dict[str, dict[str, int]] = {}
         self._statuses: dict[str, dict[int, VersionStatus]] = {}
         self._folder_problems: tuple[FolderProblem, ...] = ()
+        self._load_counts: dict[str, LoadCounts] = {}
         # Released versions, to be reported as unloaded; None requests an immediate poll.
         self._released: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
@@ -175,7 +186,7 @@ class ModelRepository(ABC):
             NotReady: the model is still being loaded and has no status yet.
             ModelNotFound: the model or the version does not exist.
         """
-        versions = self._list_versions(name)
+        versions = self.list_versions(name)
         found = versions if number is None else [version for version in versions if version.version == number]
         if not found:
             if not versions and not self._loaded and name in self._names:
@@ -187,9 +198,14 @@ class ModelRepository(ABC):
 
     def all_versions(self) -> list[VersionStatus]:
         """List the statuses of the versions of every configured model."""
-        return [version for name in self.all_names() for version in self._list_versions(name)]
+        return [version for name in self.all_names() for version in self.list_versions(name)]
 
-    def _list_versions(self, name: str) -> list[VersionStatus]:
+    def load_counts(self, name: str) -> LoadCounts:
+        """Return how many loads of a model's versions have succeeded and failed."""
+        return self._load_counts.get(name, LoadCounts())
+
+    def list_versions(self, name: str) -> list[VersionStatus]:
+        """List the statuses of a model's versions, newest first; empty if it has none or does not exist."""
         statuses = self._statuses.get(name, {})
         return [self._with_folder_problem(statuses[version]) for version in sorted(statuses, reverse=True)]
 

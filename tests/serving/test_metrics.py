@@ -15,6 +15,7 @@ from serving.api.flask_app import ServingApp
 from serving.app import make_app
 from serving.memory import RequestMemory
 from serving.metrics import Metrics
+from serving.request_context import RequestContext
 from serving.settings import Settings
 from tests.serving.conftest import picture
 
@@ -132,7 +133,8 @@ def test_only_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: 
 
 
 def test_model_names_are_escaped(fresh: ServingApp) -> None:
-    fresh.metrics.observe_tfs_predict(model='a"b\\c', code="OK", seconds=0.001, api="REST")
+    route = "/v1/models/<model>:predict"
+    fresh.metrics.requests.observe(RequestContext(route=route, model='a"b\\c', status="200"), 0.001)
     text = fresh.test_client().get("/metrics").text
     assert ':tensorflow:serving:request_count{model_name="a\\"b\\\\c",status="OK"} 1\n' in text
 
@@ -152,7 +154,7 @@ def test_the_memory_budget_is_exported(models_dir: Path) -> None:
 
 def test_concurrent_scrapes_share_the_next_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics()
-    metrics.observe_request(route="/a", model="", version=None, status="200", seconds=0.1)
+    metrics.requests.observe(RequestContext(route="/a", status="200"), 0.1)
     render = metrics._render
     began, finish = threading.Event(), threading.Event()
     count = 0
@@ -172,7 +174,7 @@ def test_concurrent_scrapes_share_the_next_rendering(monkeypatch: pytest.MonkeyP
         # The callbacks of a Future are in no stub.
         while not (metrics._page and len(metrics._page._done_callbacks) == len(others)):  # type: ignore[attr-defined]
             time.sleep(0.001)
-        metrics.observe_request(route="/b", model="", version=None, status="200", seconds=0.1)
+        metrics.requests.observe(RequestContext(route="/b", status="200"), 0.1)
         finish.set()
         pages = [future.result(10) for future in [first, *others]]
     assert count == 2
