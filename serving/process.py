@@ -20,6 +20,7 @@ from serving.request_log import access_logger
 
 logger = logging.getLogger("serving")
 
+STDOUT, STDERR = 1, 2  # file descriptors
 COLLECT_S = 0.05  # lines of requests are written together
 
 # How long a thread may hold the interpreter's lock while another waits for it. With Python's 5 ms, a model's thread
@@ -52,7 +53,7 @@ def configure_logging(level: str, *, log_format: str, log_requests: bool) -> Non
         log_requests: whether there is a request log.
     """
     formatter = make_formatter(log_format)
-    errors = BackgroundHandler(sys.stderr.fileno())
+    errors = BackgroundHandler(STDERR)
     errors.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=[errors])
     logging.captureWarnings(True)
@@ -61,7 +62,7 @@ def configure_logging(level: str, *, log_format: str, log_requests: bool) -> Non
         "thread %s has ended", args.thread.name if args.thread else "", exc_info=args.exc_value
     )
     if log_requests:
-        requests = BackgroundHandler(sys.stdout.fileno(), collect_s=COLLECT_S)
+        requests = BackgroundHandler(STDOUT, collect_s=COLLECT_S)
         requests.setFormatter(formatter)
         access_logger.addHandler(requests)
         access_logger.propagate = False
