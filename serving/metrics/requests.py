@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from serving.errors import SHED_REASONS
 from serving.metrics.histogram import QUEUE_SECONDS, ROWS, SECONDS, Histogram
 from serving.metrics.tensorflow_serving import PredictSeries, TensorFlowServingMetrics
 from serving.request_context import RequestContext
@@ -20,8 +21,8 @@ class _Series:
 
     count: Counter
     seconds: Histogram
-    queue_seconds: Histogram
-    rows: Histogram
+    queue_seconds: Histogram | None  # these two of a model only
+    rows: Histogram | None
     predict: PredictSeries | None  # of TensorFlow Serving's predict API only
 
 
@@ -59,8 +60,10 @@ class RequestMetrics:
             registry=registry,
         )
         self._shed = Counter(
-            "serving_shed_requests", "Requests refused by load shedding.", ["reason", "model"], registry=registry
+            "serving_shed_requests", "Requests refused by load shedding.", ["reason"], registry=registry
         )
+        for reason in SHED_REASONS:  # a rate needs the zero before the first one
+            self._shed.labels(reason)
         self._series: dict[_Key, _Series] = {}
         self._stale: set[_Key] = set()  # at the last `forget`
 
@@ -70,22 +73,22 @@ class RequestMetrics:
         series = self._series.get(key) or self._add_series(key)
         series.count.inc()
         series.seconds.observe(seconds)
-        if context.queue_s:
+        if context.queue_s and series.queue_seconds:
             series.queue_seconds.observe(context.queue_s)
-        if context.model_s:
+        if context.model_s and series.rows:
             series.rows.observe(context.rows)
         if series.predict:
             series.predict.observe(seconds, context.model_s)
         if context.shed_reason:
-            self._shed.labels(context.shed_reason, context.model).inc()
+            self._shed.labels(context.shed_reason).inc()
 
     def _add_series(self, key: _Key) -> _Series:
         route, model, version, status = key
         self._series[key] = series = _Series(
             self._requests.labels(route, model, status),
             self._seconds.labels(route, model, _label(version)),
-            self.queue_seconds.labels(model),
-            self.rows.labels(model),
+            self.queue_seconds.labels(model) if model else None,
+            self.rows.labels(model) if model else None,
             self._tensorflow_serving.predict_series(route, model, status),
         )
         return series
@@ -99,7 +102,8 @@ class RequestMetrics:
             is_known: callable(model, version); False if the series can go. `version` is None for the model itself.
         """
         stale = {key for key in tuple(self._series) if key[1] and not is_known(key[1], key[2])}
-        for key in stale & self._stale:
+        gone = stale & self._stale
+        for key in gone:
             route, model, version, status = key
             self._series.pop(key, None)
             self._seconds.remove(route, model, _label(version))
@@ -108,7 +112,7 @@ class RequestMetrics:
                 self.queue_seconds.remove(model)
                 self.rows.remove(model)
                 self._tensorflow_serving.forget(model)
-        self._stale = stale
+        self._stale = stale - gone
 
 
 def _label(version: int | None) -> str:

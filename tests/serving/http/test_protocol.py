@@ -222,9 +222,14 @@ def test_the_request_context_reports_a_client_disconnect() -> None:
 def test_load_shedding_refuses_a_request_that_would_miss_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(service: Service) -> None:
         monkeypatch.setattr(type(service.shared.greenlets), "queue_s", 3.0)
+        refused: list[RequestContext] = []
+        service.shared.report_refused = refused.append
         client = await service.connect()
-        client.send(get(b"X-Request-Timeout-S: 2"))
+        client.send(get(b"X-Request-Timeout-S: 2\r\nX-Request-ID: mine"))
         assert (await client.read())[0] == 503
+        (context,) = refused
+        assert (context.method, context.status, context.request_id) == ("GET", "503", "mine")
+        assert context.shed_reason == "loop_queue"
         client.send(get(b"X-Request-Timeout-S: 4"))
         assert (await client.read())[0] == 200
         client.send(HEALTH)  # never refused
