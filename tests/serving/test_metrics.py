@@ -321,7 +321,6 @@ def test_the_queue_of_a_model_is_exported_while_requests_wait() -> None:
     assert value(samples, "serving_queue_seconds_count", model="m") == 3
     waited = sum(context.queue_s for context in contexts)
     assert value(samples, "serving_queue_seconds_sum", model="m") == pytest.approx(waited)
-    assert contexts[1].queue_s > contexts[0].queue_s
     assert value(samples, "serving_request_rows_sum", model="m") == 6
     assert value(samples, ":tensorflow:serving:request_example_count_total", model="m") == 6
     assert value(samples, ":tensorflow:serving:request_example_counts_bucket", model="m", le="2") == 2

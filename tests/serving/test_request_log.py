@@ -154,7 +154,7 @@ def test_refusals_of_the_http_server_are_logged_counted_and_have_an_id(
 def test_errors_of_the_app_have_an_id_and_a_clients_invalid_one_is_replaced(server: Server) -> None:
     for path, status in (("/nowhere", 404), ("/v1/nowhere", 400), ("/v2/models/nothing", 404), ("/healthz", 200)):
         for sent in ("", "two words", "a" * 129, "caf\u00e9", "a\tb"):
-            headers = {"X-Request-ID": sent.encode("latin-1")}
+            headers = {b"X-Request-ID": sent.encode("latin-1")}
             response = httpx.get(server.url + path, headers=headers)
             assert response.status_code == status
             assert ID.fullmatch(response.headers["X-Request-ID"]), (path, sent)
