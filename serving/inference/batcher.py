@@ -201,6 +201,10 @@ class Batcher:
         with self._lock:
             return len(self._short.queue) + len(self._long.queue), self._short.queued_rows + self._long.queued_rows
 
+    def shared_rows(self, signature: str) -> int:
+        """Return the most rows in a call that several requests share; 1 if a signature's requests share none."""
+        return self._max_batch_rows if signature in self._batched else 1
+
     def _is_split(self, key: _GroupKey, rows: int) -> bool:
         return rows > self._max_batch_rows and key[0] in self._batched
 

@@ -288,6 +288,10 @@ class Statuses(ModelRepository):
 
     def reload(self, configs: object) -> None: ...
 
+    def load_model(self, name: str) -> None: ...
+
+    def unload_model(self, name: str) -> None: ...
+
 
 # Queues and model calls
 
