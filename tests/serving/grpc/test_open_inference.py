@@ -349,7 +349,7 @@ def test_a_timeout_shortens_the_deadline(served: Served) -> None:
 
 
 def test_classification(served: Served) -> None:
-    probabilities = np.float32(served.infer_over_both(images(), document())["probabilities"]).reshape(2, 3)
+    probabilities = np.array(served.infer_over_both(images(), document())["probabilities"], np.float32).reshape(2, 3)
     wanted = [("probabilities", {"classification": 2}), ("class_id", {"classification": 5})]
     as_json = [{"name": name, "parameters": parameters} for name, parameters in wanted]
     outputs = served.infer_over_both(images(outputs=wanted), document(outputs=as_json))
