@@ -125,15 +125,17 @@ class _ServerRun:
                 max_body_bytes=settings.max_request_bytes,
                 request_timeout_s=settings.request_timeout_s,
                 threads=settings.threads,
-                access_log=settings.access_log,
                 urgent_paths=URGENT_PATHS,
+                report_refused=app.observer.report,
             ),
             max_connections=settings.max_connections,
             drain_timeout_s=settings.drain_timeout_s,
             on_stop=self._is_stopping.set,
             on_second_signal=lambda number: exit_process(128 + number),
             ssl_context=self._certificates.get_ssl_context if self._certificates else None,
+            on_lag=app.metrics.process.observe_loop_lag,
         )
+        app.metrics.process.watch_connections(lambda: http_server.connections, limit=http_server.max_connections)
         http_server.run(sockets=[self._listener])
         if self._grpc_server is not None:
             self._grpc_server.stop(grace_s=settings.drain_timeout_s)

@@ -12,6 +12,7 @@ from typing import Any
 from serving.errors import StartupError
 from serving.images.decoding import PILLOW_MAX_PIXELS
 from serving.images.limits import ImageLimits
+from serving.log_format import LOG_FORMATS
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -58,6 +59,7 @@ class Settings:
     verify_key: Path | None = None
     allow_model_control: bool = False
     log_level: str = "info"
+    log_format: str = "text"
     access_log: bool = False
 
     @property
@@ -105,6 +107,8 @@ class Settings:
             raise StartupError("--tls-client-ca needs --tls-cert and --tls-key: client certificates are a part of TLS")
         if self.verify_key and self.remote:
             raise StartupError("--verify-key and --remote: the remote server loads the models, unverified; drop one")
+        if self.log_format not in LOG_FORMATS:
+            raise StartupError(f"--log-format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format}")
         if self.log_level not in LOG_LEVELS:
             raise StartupError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level}")
 

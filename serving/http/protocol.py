@@ -13,7 +13,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -27,10 +27,9 @@ from serving.http.parser import RequestParser
 from serving.http.request import BodyReceiver, Request, RequestFault
 from serving.http.wsgi import Response, WsgiApp, call_app, encode_head, error_response, make_environ, refusal_response
 from serving.memory import MemoryBudget, RequestMemory
-from serving.request_context import RequestContext, current_request
+from serving.request_context import UNROUTED, RequestContext, current_request
 
 logger = logging.getLogger("serving")
-access_logger = logging.getLogger("serving.access")
 
 HEAD_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its headers
 FIRST_REQUEST_TIMEOUT_S = 30.0  # idle timeout of a new connection
@@ -56,8 +55,9 @@ class SharedState:
     max_body_bytes: int
     request_timeout_s: float  # from the end of a request to its response
     threads: int  # for calls that would block the event loop
-    access_log: bool
     urgent_paths: Collection[bytes]  # processed before other requests: health checks
+    # Called with each request that is refused before it reaches the application; gives it an ID.
+    report_refused: Callable[[RequestContext], None] = lambda _: None
 
     def __post_init__(self) -> None:
         threads = ThreadPoolExecutor(self.threads, thread_name_prefix="request", initializer=lower_priority)
@@ -165,7 +165,7 @@ class Connection(RequestParser):
             if not 0.0 < seconds < math.inf:
                 got = request.timeout[:40].decode("latin-1")
                 message = f"expected seconds in the header X-Request-Timeout-S, such as 0.5, got {got}"
-                self._write(request, error_response("400 Bad Request", message))
+                self._reject(request, error_response("400 Bad Request", message))
                 return
             request.timeout_s = min(request.timeout_s, seconds)
         size = len(request.body)
@@ -191,13 +191,13 @@ class Connection(RequestParser):
             raise
         except ServingError as error:
             request.keep_alive = False
-            self._write(request, refusal_response(error))
+            self._reject(request, refusal_response(error), shed_reason=error.shed_reason)
             return
         if body is not None:
             self._dispatch(request, body)
         elif self._fault and not request.disconnected:
             request.keep_alive = False
-            self._write(request, error_response(self._fault.status, str(self._fault)))
+            self._reject(request, error_response(self._fault.status, str(self._fault)))
         else:
             self._release()
 
@@ -213,7 +213,8 @@ class Connection(RequestParser):
         is_urgent = request.scope["raw_path"] in self.shared.urgent_paths
         if not is_urgent and (late_s := greenlets.queue_s - request.timeout_s) > 0:
             message = "server overloaded: the request would exceed its timeout in the queue; try again later"
-            self._write(request, refusal_response(Overloaded(message, retry_after_s=max(1, round(late_s)))))
+            error = Overloaded(message, shed_reason="loop_queue", retry_after_s=max(1, round(late_s)))
+            self._reject(request, refusal_response(error), shed_reason=error.shed_reason)
         else:
             greenlets.enqueue(self._respond, request, body, context, is_urgent=is_urgent)
 
@@ -233,15 +234,35 @@ class Connection(RequestParser):
             response = call_app(self.shared.app, environ)
         except Exception:  # the application handles its own errors, so this is a bug
             logger.exception("the WSGI application raised an exception")
-            response = Response("500 Internal Server Error", [], b"")
+            response = Response("500 Internal Server Error", [("X-Request-ID", context.request_id)], b"")
         del environ
         self._write(request, response)
 
     # Responses
 
+    def _reject(self, request: Request, response: Response, *, shed_reason: str = "") -> None:
+        """Respond to a request that does not reach the application."""
+        self._report_refused(request, response, shed_reason)
+        self._write(request, response)
+
+    def _report_refused(self, request: Request | None, response: Response, shed_reason: str = "") -> None:
+        """Report a refused request, and add its ID to the response. Without a request, its headers are not known."""
+        context = RequestContext(
+            client=self.client[0] if self.client else "",
+            status=response.status[:3],
+            route=UNROUTED,
+            shed_reason=shed_reason,
+        )
+        if request:
+            context.method = request.scope["method"]
+            context.started_s -= request.waited_s
+            sent = (value for name, value in request.scope["headers"] if name == b"x-request-id")
+            context.request_id = next(sent, b"").decode("latin-1")
+        self.shared.report_refused(context)
+        if context.request_id:
+            response.headers.append(("X-Request-ID", context.request_id))
+
     def _write(self, request: Request, response: Response) -> None:
-        if self.shared.access_log:
-            self._log(request, response)
         if self.transport.is_closing() or self._is_lingering:
             self._release()
             return
@@ -301,13 +322,6 @@ class Connection(RequestParser):
         elif not has_next:
             self.flow.resume_reading()
 
-    def _log(self, request: Request, response: Response) -> None:
-        scope = request.scope
-        target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        client = scope["client"][0] if scope["client"] else "-"
-        line = f"{scope['method']} {target.decode('latin-1')} HTTP/{scope['http_version']}"
-        access_logger.info('%s "%s" %s', client, line, response.status[:3])
-
     @override
     def _refuse(self, fault: RequestFault) -> None:
         self._fault = fault
@@ -327,6 +341,7 @@ class Connection(RequestParser):
         elif self.cycle and not self.cycle.response_complete:
             return
         response = error_response(fault.status, str(fault))
+        self._report_refused(broken, response)
         head = encode_head(response, self.shared.date_header, connection="close")
         self.transport.write(head if self.parser.get_method() == b"HEAD" else head + response.body)
         self._close(linger=True)

@@ -64,6 +64,7 @@ class Server(uvicorn.Server):
         max_connections: open at the same time; fewer if the process may open fewer files.
         drain_timeout_s: how long a graceful shutdown waits for in-flight requests.
         on_stop: called once on the first signal.
+        on_lag: called ten times a second with the seconds by which a timer of the event loop was late.
         on_second_signal: called with the number of the second signal; expected to end the process.
         ssl_context: for HTTPS: returns the context of the current certificate, called for each connection.
     """
@@ -79,17 +80,20 @@ class Server(uvicorn.Server):
         on_stop: Callable[[], None],
         on_second_signal: Callable[[int], None],
         ssl_context: Callable[[], ssl.SSLContext] | None = None,
+        on_lag: Callable[[float], None] = lambda _: None,
     ) -> None:
         # Connection calls the WSGI application itself, so the ASGI application is never called.
         super().__init__(
             uvicorn.Config(lambda: None, loop="uvloop", ws="none", lifespan="off", log_config=None, access_log=False)
         )
         self._make_shared = make_shared
-        self._max_connections = min(max_connections, allowed_connections())
+        self.max_connections = min(max_connections, allowed_connections())
         self._drain_timeout_s = drain_timeout_s
         self._on_stop = on_stop
         self._on_second_signal = on_second_signal
         self._ssl_context = ssl_context
+        self._on_lag = on_lag
+        self._ticked_s = math.inf
         self._checked_s = math.inf  # last check of the connections' timeouts
 
     @override
@@ -100,17 +104,21 @@ class Server(uvicorn.Server):
             sockets[0],
             partial(Connection, self.config, self.server_state, self.shared),
             self._close_longest_idle,
-            may_accept=lambda: self._connections < self._max_connections,
+            may_accept=lambda: self.connections < self.max_connections,
             ssl_context=self._ssl_context,
         )
         self.started = True
 
     @property
-    def _connections(self) -> int:
+    def connections(self) -> int:
+        """The number of open connections."""
         return len(self.server_state.connections) + len(self._acceptor.connecting)
 
     @override
     async def on_tick(self, counter: int) -> bool:
+        now_s = asyncio.get_running_loop().time()
+        self._on_lag(max(0.0, now_s - self._ticked_s - 1 / TICKS_PER_SECOND))
+        self._ticked_s = now_s
         if counter % TICKS_PER_SECOND == 0:
             self.shared.date_header = f"date: {formatdate(usegmt=True)}\r\n\r\n"
             self._check_timeouts()

@@ -14,7 +14,14 @@ from serving.errors import ModelFailed, ModelLoadError, StartupError
 from serving.inference.model_config import ModelConfig, Volumes, describe_unreadable
 from serving.inference.model_folders import find_model_versions
 from serving.inference.model_info import INFO_FILE, read_label_names, read_model_info
-from serving.inference.repository import MAX_MESSAGE, FolderProblem, ModelRepository, ModelVersion, VersionStatus
+from serving.inference.repository import (
+    MAX_MESSAGE,
+    FolderProblem,
+    LoadCounts,
+    ModelRepository,
+    ModelVersion,
+    VersionStatus,
+)
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Predictor
 from serving.inference.statistics import CountedPredictor, Statistics
@@ -206,7 +213,7 @@ class LocalRepository(ModelRepository):
         return {
             version: loaded.path
             for (name, version), loaded in self._loaded_versions.items()
-            if name == config.name and loaded.path == config.base_path
+            if config.may_be_version and name == config.name and loaded.path == config.base_path
         }
 
     def _is_replaced(self, config: ModelConfig, version: int, path: Path) -> bool:
@@ -270,6 +277,7 @@ class LocalRepository(ModelRepository):
         if self._needs_verification(path) and (verification is None or verification.stamp != stamp):
             return False  # its files changed, or it became due, since `_is_verified`
         started_s = time.perf_counter()
+        counts = self._load_counts.get(name, LoadCounts())
         before = self._statuses.get(name, {}).get(version)
         logger.info("loading %s version %d from %s", name, version, printable(str(path)))
         if version not in self._available.get(name, {}):  # otherwise its files were replaced
@@ -281,9 +289,11 @@ class LocalRepository(ModelRepository):
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a faulty model must not affect others
+            self._load_counts[name] = replace(counts, failed=counts.failed + 1)
             self._retries.record_failure((name, version), stamp)
             self._report_failure(name, version, error, path, before)
             return False
+        self._load_counts[name] = replace(counts, loaded=counts.loaded + 1)
         self._retries.forget((name, version))
         logger.info(
             "%s version %d is available after %.1f s, %s",
@@ -300,10 +310,20 @@ class LocalRepository(ModelRepository):
             raise ModelLoadError(f"{path}: the name is not valid UTF-8; rename the folder", code="INVALID_ARGUMENT")
         model_stamp, info_stamp = read_model_stamp(path), read_stamp(path / INFO_FILE)
         warmup_stamp = read_stamp(path / WARMUP_FILE)
+        started_s = time.perf_counter()
         predictor = self._load_predictor(path)
+        loaded_s = time.perf_counter()
         records = replay_warmup_records(path, predictor)
+        warmed_up_s = time.perf_counter()
         unbatched = self._find_dependent(path, predictor)
-        status = VersionStatus(name, version, state="AVAILABLE", warmup_records=records)
+        status = VersionStatus(
+            name,
+            version,
+            state="AVAILABLE",
+            warmup_records=records,
+            load_s=warmed_up_s - started_s,
+            warmup_s=warmed_up_s - loaded_s,
+        )
         loaded = _LoadedVersion(path, predictor, unbatched, model_stamp, info_stamp, warmup_stamp)
         self._publish(status, loaded, verified=stamp)
         return records
