@@ -29,6 +29,7 @@ class RequestContext:
     # What metrics, log and traces report about the request; filled in while it is processed.
     started_s: float = field(default_factory=time.perf_counter)
     request_id: str = ""
+    caller: str = ""  # the name of its token
     status: str = ""  # the HTTP status, or the name of the gRPC code
     route: str = ""  # "/v1/models/<model>:predict", or the path of a gRPC method
     model: str = ""  # empty unless the request names a served model

@@ -15,6 +15,8 @@ from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.routing import MapAdapter, Rule
 
+from serving.access.http import TOKEN_NAME, HttpAccess
+from serving.access.policy import AccessPolicy
 from serving.api.json_process import JsonProcess
 from serving.errors import ServingError
 from serving.inference.liveness import Liveness
@@ -81,6 +83,7 @@ class ServingApp(Flask):
         observer: RequestObserver,
         liveness: Liveness,
         memory: MemoryBudget,
+        policy: AccessPolicy,
     ) -> None:
         super().__init__("serving.api", static_folder=None)
         self.settings = settings
@@ -89,6 +92,8 @@ class ServingApp(Flask):
         self.observer = observer
         self.liveness = liveness
         self.memory = memory
+        self.policy = policy
+        self.access: HttpAccess | None = None  # None: every request is admitted
         self.watcher = ModelWatcher(inference.repository, memory, liveness, poll_interval_s=settings.poll_interval_s)
         self.loads_models = False  # True: the first request starts the watcher; False: the server does
         self.json_process = JsonProcess()
@@ -104,6 +109,11 @@ class ServingApp(Flask):
             return self.wsgi_app(environ, start_response)
         memory = RequestMemory(self.memory)
         context = RequestContext(time.monotonic() + self.settings.request_timeout_s, memory=memory)
+        if self.access:
+            if refusal := self.access.admit(environ):
+                start_response(refusal.status, refusal.headers)
+                return [refusal.body]
+            context.caller = environ[TOKEN_NAME]
         token = current_request.set(context)
         try:
             if self.loads_models:
@@ -167,6 +177,11 @@ class ServingApp(Flask):
 
 # Flask's proxy of the app, typed.
 current_app = cast(ServingApp, flask.current_app)
+
+
+def shows_details() -> bool:
+    """Return whether the caller of an open route may see more than a status: with tokens, one that has sent a token."""
+    return not current_app.policy.has_tokens or bool(current_request.get().caller)
 
 
 class KnownPaths(MapAdapter):

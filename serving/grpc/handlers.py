@@ -46,7 +46,7 @@ def make_handler(
         remaining_s = call.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         memory = RequestMemory(budget)
-        context = RequestContext(deadline_s, memory=memory, route=route)
+        context = RequestContext(deadline_s, memory=memory, route=route, caller=current_request.get().caller)
         observer.begin(context)
 
         def set_disconnected(is_cancelled: Callable[[], bool]) -> RequestContext:

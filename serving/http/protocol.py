@@ -15,6 +15,7 @@ import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 from typing_extensions import override
 from uvicorn.config import Config
@@ -24,7 +25,17 @@ from serving.errors import Overloaded, ServingError
 from serving.greenlets import SMALL_BYTES, LoopGreenlets, lower_priority
 from serving.http.parser import RequestParser
 from serving.http.request import BodyReceiver, Request, RequestFault
-from serving.http.wsgi import Response, WsgiApp, call_app, encode_head, error_response, make_environ, refusal_response
+from serving.http.wsgi import (
+    Environ,
+    Response,
+    WsgiApp,
+    add_body,
+    call_app,
+    encode_head,
+    error_response,
+    make_environ,
+    refusal_response,
+)
 from serving.memory import MemoryBudget, RequestMemory
 from serving.request_context import RequestContext, current_request
 
@@ -43,6 +54,19 @@ CLOSE_IDLE_AFTER_S = 0.5  # graceful shutdown: requests that are already on thei
 TCP_CLOSED = 7  # Linux's TCP state after a reset
 
 
+class AccessControl(Protocol):
+    """Decides at the end of a request's headers, before its body is received."""
+
+    def admit(self, environ: Environ) -> Response | None:
+        """Return the response to a request that the application must not see; None if it may.
+
+        The environ may be changed; "REMOTE_ADDR" and "serving.token_name" are read from it.
+        """
+
+    def decorate(self, environ: Environ, response: Response) -> None:
+        """Add the headers that every response needs to one that the application has not made."""
+
+
 @dataclass(eq=False)
 class SharedState:
     """State shared by all connections of one server; made in the thread of its event loop."""
@@ -54,6 +78,7 @@ class SharedState:
     threads: int  # for calls that would block the event loop
     access_log: bool
     urgent_paths: Collection[bytes]  # processed before other requests: health checks
+    access: AccessControl | None = None  # None: every request is admitted
 
     def __post_init__(self) -> None:
         threads = ThreadPoolExecutor(self.threads, thread_name_prefix="request", initializer=lower_priority)
@@ -135,6 +160,13 @@ class Connection(RequestParser):
     def _begin(self, request: Request) -> None:
         self.idle_since_s = math.inf
         request.timeout_s = self.shared.request_timeout_s
+        if self.shared.access:
+            request.environ = make_environ(request.scope)
+            refusal = self.shared.access.admit(request.environ)
+            request.client = request.environ["REMOTE_ADDR"]
+            if refusal:
+                self._write(request, refusal)
+                return
         if request.timeout is not None:
             try:
                 seconds = float(request.timeout)
@@ -143,7 +175,7 @@ class Connection(RequestParser):
             if not 0.0 < seconds < math.inf:
                 got = request.timeout[:40].decode("latin-1")
                 message = f"expected seconds in the header X-Request-Timeout-S, such as 0.5, got {got}"
-                self._write(request, error_response("400 Bad Request", message))
+                self._write_error(request, error_response("400 Bad Request", message))
                 return
             request.timeout_s = min(request.timeout_s, seconds)
         size = len(request.body)
@@ -169,13 +201,13 @@ class Connection(RequestParser):
             raise
         except ServingError as error:
             request.keep_alive = False
-            self._write(request, refusal_response(error))
+            self._write_error(request, refusal_response(error))
             return
         if body is not None:
             self._dispatch(request, body)
         elif self._fault and not request.disconnected:
             request.keep_alive = False
-            self._write(request, error_response(self._fault.status, str(self._fault)))
+            self._write_error(request, error_response(self._fault.status, str(self._fault)))
         else:
             self._release()
 
@@ -187,11 +219,13 @@ class Connection(RequestParser):
             client_disconnected=lambda: self._client_disconnected(arrived_s),
             memory=self._memory,
         )
+        if request.environ is not None:
+            context.caller = request.environ["serving.token_name"]
         greenlets = self.shared.greenlets
         is_urgent = request.scope["raw_path"] in self.shared.urgent_paths
         if not is_urgent and (late_s := greenlets.queue_s - request.timeout_s) > 0:
             message = "server overloaded: the request would exceed its timeout in the queue; try again later"
-            self._write(request, refusal_response(Overloaded(message, retry_after_s=max(1, round(late_s)))))
+            self._write_error(request, refusal_response(Overloaded(message, retry_after_s=max(1, round(late_s)))))
         else:
             greenlets.enqueue(self._respond, request, body, context, is_urgent=is_urgent)
 
@@ -205,7 +239,8 @@ class Connection(RequestParser):
 
     def _respond(self, request: Request, body: bytes, context: RequestContext) -> None:
         current_request.set(context)
-        environ = make_environ(request.scope, body)
+        environ, request.environ = request.environ or make_environ(request.scope), None
+        add_body(environ, body, declared_bytes=request.declared_bytes)
         del body  # frees the memory as soon as the application drops it
         try:
             response = call_app(self.shared.app, environ)
@@ -216,6 +251,12 @@ class Connection(RequestParser):
         self._write(request, response)
 
     # Responses
+
+    def _write_error(self, request: Request, response: Response) -> None:
+        """Write a response that the application has not made."""
+        if self.shared.access and request.environ is not None:
+            self.shared.access.decorate(request.environ, response)
+        self._write(request, response)
 
     def _write(self, request: Request, response: Response) -> None:
         if self.shared.access_log:
@@ -268,9 +309,8 @@ class Connection(RequestParser):
     def _log(self, request: Request, response: Response) -> None:
         scope = request.scope
         target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        client = scope["client"][0] if scope["client"] else "-"
         line = f"{scope['method']} {target.decode('latin-1')} HTTP/{scope['http_version']}"
-        access_logger.info('%s "%s" %s', client, line, response.status[:3])
+        access_logger.info('%s "%s" %s', request.client or "-", line, response.status[:3])
 
     @override
     def _refuse(self, fault: RequestFault) -> None:
