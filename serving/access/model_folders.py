@@ -16,8 +16,9 @@ class ModelFolders:
     """Allows the models below some folders: the models folder, and those around the models of a config file."""
 
     def __init__(self, models_dir: Path, configured: Iterable[ModelConfig] = ()) -> None:
-        parents = {config.base_path.parent for config in configured} - {Path("/")}
-        self._folders = (models_dir, *sorted(parents))
+        self._configured = [config.base_path for config in configured]
+        parents = {path.parent for path in self._configured} - {Path("/")}  # below which is everything
+        self._folders = [models_dir, *sorted(parents)]
 
     def check(self, configs: Sequence[ModelConfig]) -> None:
         """Check the base paths of a new configuration, with all symbolic links followed.
@@ -26,9 +27,10 @@ class ModelFolders:
             InvalidRequest: a base path is not below an allowed folder.
         """
         folders = [folder.resolve() for folder in self._folders]
+        configured = [path.resolve() for path in self._configured]
         for config in configs:
             path = config.base_path.resolve()
-            if not any(path != folder and path.is_relative_to(folder) for folder in folders):
+            if path not in configured and not any(path != folder and path.is_relative_to(folder) for folder in folders):
                 logger.error("refused to load %s, which is not below %s", path, " or ".join(map(str, folders)))
                 raise InvalidRequest(
                     f"model {config.name}: its base_path must be below the folder of the server's --models-dir, or "
