@@ -54,6 +54,10 @@ _grpc_option = click.option(
     help="Use gRPC instead, of this service or any TensorFlow Serving; needs --model.",
 )
 
+_token_option = click.option(
+    "--token", envvar="CLIENT_TOKEN", show_envvar=True, help="The token, where the service requires one."
+)
+
 
 @click.group(cls=_Commands, context_settings={"max_content_width": 110})
 def main() -> None:
@@ -64,6 +68,7 @@ def main() -> None:
 @click.argument("images", nargs=-1, required=True, type=click.Path(allow_dash=True))
 @_url_option
 @_grpc_option
+@_token_option
 @click.option("--model", help="The model; required if the service has several, and with --grpc.")
 @click.option(
     "--model-version", "version", type=click.IntRange(0, MAX_VERSION), help="Its version.  [default: the newest]"
@@ -103,6 +108,7 @@ def predict(
     *,
     url: str,
     grpc_address: str | None,
+    token: str | None,
     model: str | None,
     version: int | None,
     top: int | None,
@@ -124,7 +130,14 @@ def predict(
     if labels_from_folders and STDIN in images:
         raise click.UsageError("--labels-from-folders: an image on standard input is not in a folder")
     client = _make_client(
-        url, grpc_address, model=model, version=version, timeout_s=timeout_s, retries=retries, batch_size=batch_size
+        url,
+        grpc_address,
+        token=token,
+        model=model,
+        version=version,
+        timeout_s=timeout_s,
+        retries=retries,
+        batch_size=batch_size,
     )
     file_width, count = _measure(images)
     output = Output(
@@ -148,14 +161,15 @@ def predict(
 @main.command()
 @_url_option
 @_grpc_option
+@_token_option
 @click.option("--model", help="The model; required with --grpc.")
 @click.pass_context
-def status(context: click.Context, *, url: str, grpc_address: str | None, model: str | None) -> None:
+def status(context: click.Context, *, url: str, grpc_address: str | None, token: str | None, model: str | None) -> None:
     """Show the models of the service, and whether it is ready.
 
     Exit codes: 0 ready; 2 wrong usage; 3 not ready, or no response.
     """
-    with _make_client(url, grpc_address, model=model) as client:
+    with _make_client(url, grpc_address, token=token, model=model) as client:
         service = client.status()
     for served in service.models:
         error = f"  {served.error}" if served.error else ""
@@ -164,13 +178,16 @@ def status(context: click.Context, *, url: str, grpc_address: str | None, model:
     context.exit(0 if service.ready else EXIT_NO_RESPONSE)
 
 
-def _make_client(url: str, grpc_address: str | None, *, model: str | None, **options: Any) -> BatchingClient:
+def _make_client(
+    url: str, grpc_address: str | None, *, token: str | None, model: str | None, **options: Any
+) -> BatchingClient:
+    credentials = {"authorization": f"Bearer {token}"} if token else {}
     try:
         if grpc_address is None:
-            return Client(url, model=model, **options)
+            return Client(url, headers=credentials, model=model, **options)
         if model is None:
             raise ValueError("--grpc needs --model: the gRPC API cannot list the models of a server")
-        return GrpcClient(grpc_address, model=model, **options)
+        return GrpcClient(grpc_address, metadata=list(credentials.items()), model=model, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
