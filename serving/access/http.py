@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Collection
 from typing import Any
 
 from serving.access.cors import CorsPolicy
@@ -36,14 +35,14 @@ class HttpAccess:
         self._prefix = prefix
         self._open_paths = OPEN_PATHS | METRICS_PATHS if metrics_public else OPEN_PATHS
 
-    def is_needed(self, paths: Collection[str]) -> bool:
-        """Return whether any request to an app with these paths could be refused or changed."""
+    def is_needed(self, *, allows_model_control: bool) -> bool:
+        """Return whether any request to an app could be refused or changed, if its routes load models or do not."""
         return bool(
             self._policy.checks_every_call
             or self._policy.proxies.are_any
             or self._cors
             or self._prefix
-            or any(scope_of_path(path) == ADMIN for path in paths)
+            or allows_model_control
         )
 
     def admit(self, environ: Environ) -> Response | None:

@@ -13,12 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 class ModelFolders:
-    """Allows the models below some folders: the models folder, and those around the models of a config file."""
+    """Allows the models below some `folders`, and those in some folders of their own, `models`."""
 
-    def __init__(self, models_dir: Path, configured: Iterable[ModelConfig] = ()) -> None:
-        self._configured = [config.base_path for config in configured]
-        parents = {path.parent for path in self._configured} - {Path("/")}  # below which is everything
-        self._folders = [models_dir, *sorted(parents)]
+    def __init__(self, folders: Iterable[Path], models: Iterable[Path] = ()) -> None:
+        self._folders = list(folders)
+        self._models = list(models)
 
     def check(self, configs: Sequence[ModelConfig]) -> None:
         """Check the base paths of a new configuration, with all symbolic links followed.
@@ -27,10 +26,10 @@ class ModelFolders:
             InvalidRequest: a base path is not below an allowed folder.
         """
         folders = [folder.resolve() for folder in self._folders]
-        configured = [path.resolve() for path in self._configured]
+        models = [path.resolve() for path in self._models]
         for config in configs:
             path = config.base_path.resolve()
-            if path not in configured and not any(path != folder and path.is_relative_to(folder) for folder in folders):
+            if path not in models and not any(path != folder and path.is_relative_to(folder) for folder in folders):
                 logger.error("refused to load %s, which is not below %s", path, " or ".join(map(str, folders)))
                 raise InvalidRequest(
                     f"model {config.name}: its base_path must be below the folder of the server's --models-dir, or "

@@ -126,7 +126,7 @@ def publish(colours: Path, models_dir: Path, version: int) -> None:
 def grpc_status(repository: Any, name: str) -> Any:
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = name
-    service = ModelService(InferenceService(repository, max_rows=1), ModelFolders(Path()))
+    service = ModelService(InferenceService(repository, max_rows=1), ModelFolders([]))
     return service.get_model_status(request).model_version_status
 
 

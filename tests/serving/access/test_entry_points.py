@@ -46,7 +46,14 @@ def server(tmp_path_factory: pytest.TempPathFactory, colours: Path, token_file: 
     folder = tmp_path_factory.mktemp("access")
     shutil.copytree(colours, folder / "models" / "colours" / "7")
     options = ("--auth-token-file", str(token_file), "--url-prefix", PREFIX, "--cors-origin", ORIGIN)
-    limits = ("--max-request-bytes", "200000", "--forwarded-allow-ips", "127.0.0.1", "--access-log")
+    limits = (
+        "--max-request-bytes",
+        "200000",
+        "--forwarded-allow-ips",
+        "127.0.0.1",
+        "--access-log",
+        "--allow-model-control",
+    )
     server = Server(folder / "models", folder / "log", *options, *limits)
     server.wait_for("/readyz")
     yield server
@@ -76,6 +83,7 @@ def closed_routes(token_file: Path, tmp_path_factory: pytest.TempPathFactory) ->
     routes = list_routes(make_app(Settings(tmp_path_factory.mktemp("models"), auth_token_file=token_file)))
     assert {("POST", "/predict"), ("GET", "/"), ("GET", "/static/page.js"), ("OPTIONS", "/healthz")} <= routes
     assert {("POST", "/v1/models/colours:predict"), ("POST", "/v2/models/colours/infer"), ("GET", "/metrics")} <= routes
+    assert ("POST", "/v2/repository/models/colours/unload") in routes
     opened = {(method, path) for path in OPEN_PATHS for method in ("GET", "HEAD")}
     assert opened <= routes
     return routes - opened | {("GET", "/nothing"), ("POST", "/v3"), ("GET", "//healthz"), ("TRACE", "/healthz")}
@@ -91,8 +99,9 @@ def check_routes(send: Callable[..., Any], routes: set[tuple[str, str]]) -> None
         assert status != 401, (method, path)
         is_admin = path.endswith(("/load", "/unload"))
         assert (status == 403) == is_admin, (method, path)
-        if not is_admin:
-            assert send(method, path, headers=bearer(ADMIN)).status_code == 403, (method, path)
+        status = send(method, path.replace("colours", "missing"), headers=bearer(ADMIN)).status_code
+        assert status != 401, (method, path)
+        assert (status == 403) != is_admin, (method, path)
     for path in sorted(OPEN_PATHS):
         for headers in ({}, bearer(WRONG)):
             assert send("GET", path, headers=headers).status_code in (200, 400, 503), path
@@ -111,7 +120,7 @@ def test_no_route_but_health_responds_without_a_token(server: Server, closed_rou
 def test_no_route_but_health_responds_in_another_wsgi_server(
     token_file: Path, tmp_path: Path, closed_routes: set[tuple[str, str]]
 ) -> None:
-    client = make_app(Settings(tmp_path, auth_token_file=token_file)).test_client()
+    client = make_app(Settings(tmp_path, auth_token_file=token_file, allow_model_control=True)).test_client()
 
     def send(method: str, path: str, headers: dict[str, str]) -> Any:
         return client.open(path, method=method, headers=headers)
@@ -264,6 +273,7 @@ def test_no_grpc_method_but_health_responds_without_a_token(
 ) -> None:
     methods = start_grpc(auth_token_file=token_file)
     known = {"Predict", "GetModelStatus", "HandleReloadConfigRequest", "Check", "ServerReflectionInfo"}
+    known |= {"ServerLive", "ModelInfer", "RepositoryModelUnload"}
     assert known <= {path.rpartition("/")[2] for path in methods.paths}
     unknown = {"/tensorflow.serving.PredictionService/Nothing", "/a.Service/Method", "/grpc.health.v1.Health/List"}
     for path in sorted(methods.paths | unknown | ADMIN_METHODS):
@@ -277,8 +287,10 @@ def test_no_grpc_method_but_health_responds_without_a_token(
             continue
         allowed, other = (ADMIN, PREDICT) if path in ADMIN_METHODS else (PREDICT, ADMIN)
         assert methods.call(path, token=other)[0] == "PERMISSION_DENIED", path
-        assert methods.call(path, token=allowed)[0] not in ("UNAUTHENTICATED", "PERMISSION_DENIED"), path
-        assert path not in unknown or methods.call(path, token=allowed)[0] == "UNIMPLEMENTED"
+        code, error = methods.call(path, token=allowed)
+        assert code != "UNAUTHENTICATED", path
+        assert code != "PERMISSION_DENIED" or "--allow-model-control" in error.details(), path  # admitted to a method
+        assert path not in unknown or code == "UNIMPLEMENTED"
 
 
 def test_what_changes_the_models_is_an_admin_method(start_grpc: Callable[..., GrpcMethods]) -> None:
@@ -329,5 +341,7 @@ def test_without_tokens_only_local_callers_reload(start_grpc: Callable[..., Grpc
         code, error = local.call(reload, header=header)
         assert code == "PERMISSION_DENIED"
         assert "--auth-token-file or --allow-remote-reload" in error.details()
+        code, error = local.call("/inference.GRPCInferenceService/RepositoryModelUnload", header=header)
+        assert (code, "--allow-remote-reload" in error.details()) == ("PERMISSION_DENIED", True)
     anyone = start_grpc(allow_remote_reload=True)
     assert anyone.call(reload, header=("x-forwarded-for", "203.0.113.7"))[0] == "INVALID_ARGUMENT"

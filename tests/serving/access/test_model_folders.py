@@ -30,7 +30,7 @@ def models_dir(tmp_path: Path) -> Path:
 
 
 def test_folders_below_the_models_folder(models_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folders = ModelFolders(models_dir)
+    folders = ModelFolders([models_dir])
     other = models_dir.parent / "other" / "pets"
     assert is_allowed(folders, models_dir / "pets", models_dir / "deep" / "pets", models_dir / "later")
     for path in (other, models_dir, models_dir / ".." / "other" / "pets", Path("/"), Path("/etc")):
@@ -45,14 +45,21 @@ def test_symbolic_links_are_followed(models_dir: Path) -> None:
     (models_dir / "out").symlink_to(models_dir.parent / "other" / "pets")
     (models_dir / "in").symlink_to(models_dir / "deep")
     (models_dir.parent / "current").symlink_to(models_dir)
-    for folders in (ModelFolders(models_dir), ModelFolders(models_dir.parent / "current")):
+    for folders in (ModelFolders([models_dir]), ModelFolders([models_dir.parent / "current"])):
         assert not is_allowed(folders, models_dir / "out")
         assert is_allowed(folders, models_dir / "in" / "pets", models_dir.parent / "current" / "pets")
 
 
 def test_a_relative_models_folder(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(models_dir.parent)
-    assert is_allowed(ModelFolders(Path("models")), models_dir / "pets")
+    assert is_allowed(ModelFolders([Path("models")]), models_dir / "pets")
+
+
+def test_the_folders_of_single_models(models_dir: Path) -> None:
+    other = models_dir.parent / "other"
+    folders = make_policy(Settings(models_dir, models=(("pets", other / "pets"),))).model_folders
+    assert is_allowed(folders, other / "pets", models_dir / "pets")
+    assert not is_allowed(folders, other / "cats")
 
 
 def test_the_folders_around_the_models_of_a_config_file(models_dir: Path) -> None:
