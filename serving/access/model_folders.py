@@ -33,5 +33,5 @@ class ModelFolders:
                 logger.error("refused to load %s, which is not below %s", path, " or ".join(map(str, folders)))
                 raise InvalidRequest(
                     f"model {config.name}: its base_path must be below the folder of the server's --models-dir, or "
-                    "below a folder that holds a model of its --model-config-file"
+                    "below a folder that holds a model of its --model-config-file, or the folder of a --model"
                 )

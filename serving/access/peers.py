@@ -32,9 +32,13 @@ class TrustedProxies:
                 f"--forwarded-allow-ips takes addresses and networks such as 10.0.0.0/8, separated by commas: {error}"
             ) from error
         self.are_any = bool(entries)
+        self._cached = lru_cache(maxsize=4096)(self._compare)
 
     def trusts(self, address: str) -> bool:
         """Return whether the peer with this address is a trusted proxy."""
+        return self._cached(address)
+
+    def _compare(self, address: str) -> bool:
         if self._trusts_all:
             return True
         parsed = parse_address(address)
