@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_
 from client.output import Output
 from client.predictions import Failure
 from client.table import plain, width
+from client.tls import TlsFiles
 
 STDIN = "-"
 EXIT_SOME_FAILED, EXIT_NO_RESPONSE, EXIT_INTERRUPTED = 1, 3, 130
@@ -58,6 +60,31 @@ _token_option = click.option(
     "--token", envvar="CLIENT_TOKEN", show_envvar=True, help="The token, where the service requires one."
 )
 
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+def _tls_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--grpc-tls", is_flag=True, help="Use TLS with --grpc; --ca and --cert imply it."),
+        click.option("--key", type=_FILE, envvar="CLIENT_KEY", show_envvar=True, help="Its private key (PEM)."),
+        click.option(
+            "--cert",
+            type=_FILE,
+            envvar="CLIENT_CERT",
+            show_envvar=True,
+            help="A certificate of your own (PEM), if the service requires one.",
+        ),
+        click.option(
+            "--ca",
+            type=_FILE,
+            envvar="CLIENT_CA",
+            show_envvar=True,
+            help="The certificate authority of the service (PEM), if it is not one that the system trusts.",
+        ),
+    ):
+        command = option(command)
+    return command
+
 
 @click.group(cls=_Commands, context_settings={"max_content_width": 110})
 def main() -> None:
@@ -69,6 +96,7 @@ def main() -> None:
 @_url_option
 @_grpc_option
 @_token_option
+@_tls_options
 @click.option("--model", help="The model; required if the service has several, and with --grpc.")
 @click.option(
     "--model-version", "version", type=click.IntRange(0, MAX_VERSION), help="Its version.  [default: the newest]"
@@ -104,6 +132,7 @@ def main() -> None:
 @click.pass_context
 def predict(
     context: click.Context,
+    /,
     images: tuple[str, ...],
     *,
     url: str,
@@ -117,6 +146,7 @@ def predict(
     batch_size: int,
     timeout_s: float,
     retries: int,
+    **tls: Any,
 ) -> None:
     """Classify IMAGES: files, folders, or - for one image on standard input.
 
@@ -134,6 +164,7 @@ def predict(
         grpc_address,
         token=token,
         model=model,
+        tls=tls,
         version=version,
         timeout_s=timeout_s,
         retries=retries,
@@ -162,14 +193,24 @@ def predict(
 @_url_option
 @_grpc_option
 @_token_option
+@_tls_options
 @click.option("--model", help="The model; required with --grpc.")
 @click.pass_context
-def status(context: click.Context, *, url: str, grpc_address: str | None, token: str | None, model: str | None) -> None:
+def status(
+    context: click.Context,
+    /,
+    *,
+    url: str,
+    grpc_address: str | None,
+    token: str | None,
+    model: str | None,
+    **tls: Any,
+) -> None:
     """Show the models of the service, and whether it is ready.
 
     Exit codes: 0 ready; 2 wrong usage; 3 not ready, or no response.
     """
-    with _make_client(url, grpc_address, token=token, model=model) as client:
+    with _make_client(url, grpc_address, token=token, model=model, tls=tls) as client:
         service = client.status()
     for served in service.models:
         error = f"  {served.error}" if served.error else ""
@@ -179,15 +220,24 @@ def status(context: click.Context, *, url: str, grpc_address: str | None, token:
 
 
 def _make_client(
-    url: str, grpc_address: str | None, *, token: str | None, model: str | None, **options: Any
+    url: str,
+    grpc_address: str | None,
+    *,
+    token: str | None,
+    model: str | None,
+    tls: dict[str, Any],
+    **options: Any,
 ) -> BatchingClient:
-    credentials = {"authorization": f"Bearer {token}"} if token else {}
+    headers = {"authorization": f"Bearer {token}"} if token else {}
     try:
+        files = TlsFiles(tls["ca"], tls["cert"], tls["key"])
         if grpc_address is None:
-            return Client(url, headers=credentials, model=model, **options)
+            verify = files.make_ssl_context() if files != TlsFiles() else True
+            return Client(url, headers=headers, model=model, verify=verify, **options)
         if model is None:
             raise ValueError("--grpc needs --model: the gRPC API cannot list the models of a server")
-        return GrpcClient(grpc_address, metadata=list(credentials.items()), model=model, **options)
+        credentials = files.make_grpc_credentials() if tls["grpc_tls"] or files != TlsFiles() else None
+        return GrpcClient(grpc_address, metadata=list(headers.items()), model=model, credentials=credentials, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -162,7 +162,8 @@ class GrpcClient(BatchingClient):
         model: the model's name; required, as the gRPC API cannot list the models.
         version: the model's version; the newest by default.
         metadata: sent with every call, such as `[("authorization", "Bearer secret")]`.
-        channel: a `grpc.Channel` to use, for example one made by `grpc.secure_channel`. `close()` does not close it.
+        credentials: for TLS, `grpc.ssl_channel_credentials(...)`; without them the connection is not encrypted.
+        channel: a `grpc.Channel` to use. `close()` does not close it, and `credentials` are not used.
         timeout_s: seconds for one batch, including retries; the server receives it as the deadline.
         retries: the maximum number of retries of one batch when the server cannot be reached or is not ready. The waits
             between grow from 0.25 s to 10 s.
@@ -185,6 +186,7 @@ class GrpcClient(BatchingClient):
         model: str,
         version: int | None = None,
         metadata: Sequence[tuple[str, str]] = (),
+        credentials: grpc.ChannelCredentials | None = None,
         channel: grpc.Channel | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retries: int = DEFAULT_RETRIES,
@@ -197,6 +199,7 @@ class GrpcClient(BatchingClient):
             model=model,
             version=version,
             metadata=metadata,
+            credentials=credentials,
             channel=channel,
             timeout_s=timeout_s,
             retries=retries,

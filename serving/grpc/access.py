@@ -11,17 +11,19 @@ from serving.access.peers import is_loopback, is_proxied, read_grpc_peer
 from serving.access.policy import OPEN_METHODS, AccessPolicy, scope_of_method
 from serving.access.tokens import ADMIN
 from serving.errors import ServingError
-from serving.request_context import RequestContext, current_request
+from serving.observer import RequestObserver
+from serving.request_context import UNROUTED, RequestContext, current_request
 
 
 class GuardedHandlers(grpc.GenericRpcHandler):
     """The methods of a server behind access control, unknown ones and reflection included.
 
-    Register services here as at a server, and this at the server.
+    Register services here as at a server, and this at the server. `observer` reports the calls that are refused.
     """
 
-    def __init__(self, policy: AccessPolicy) -> None:
+    def __init__(self, policy: AccessPolicy, observer: RequestObserver) -> None:
         self._policy = policy
+        self._observer = observer
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._guarded: dict[str, grpc.RpcMethodHandler] = {}  # of the known methods, by path
 
@@ -76,19 +78,24 @@ class GuardedHandlers(grpc.GenericRpcHandler):
         scheme, _, token = metadata.get("authorization", "").partition(" ")
         credentials = token.strip().encode() if scheme.lower() == "bearer" else b""
         peer = read_grpc_peer(call.peer())
+        address = self._policy.proxies.find_client(peer, metadata.get("x-forwarded-for", ""))
+        context = RequestContext(client=address or call.peer(), protocol="gRPC", route=UNROUTED)
         try:
-            name = self._policy.admit(
+            context.caller = self._policy.admit(
                 scope_of_method(path),
                 credentials=credentials,
-                address=self._policy.proxies.find_client(peer, metadata.get("x-forwarded-for", "")),
+                address=address,
                 is_local=is_loopback(peer) and not is_proxied(metadata),
             )
         except ServingError as error:
             wait = () if error.retry_after_s is None else (("retry-after", str(error.retry_after_s)),)
             refusal = getattr(grpc.StatusCode, error.code), str(error)
+            context.status = error.code
         else:
-            current_request.set(RequestContext(caller=name))
+            current_request.set(context)
             return
+        context.request_id = metadata.get("x-request-id", "")
+        self._observer.report(context)
         await call.abort(*refusal, wait)
 
 

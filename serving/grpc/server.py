@@ -81,6 +81,7 @@ class GrpcServer:
         address: "host:port".
         threads: worker threads for large requests.
         max_message_bytes: the largest request.
+        credentials: `grpc.ServerCredentials` for TLS, or None.
 
     Raises:
         StartupError: listening on the address failed.
@@ -97,9 +98,11 @@ class GrpcServer:
         address: str,
         threads: int,
         max_message_bytes: int,
+        credentials: Any = None,
     ) -> None:
         self._inference = inference
         self._liveness = liveness
+        self._credentials = credentials
         self._max_message_bytes = min(max_message_bytes, budget.large.body_limit // COPIES)
         # gRPC logs an error when a client disconnects before its response was sent.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
@@ -149,7 +152,7 @@ class GrpcServer:
             OPEN_INFERENCE_SERVICE: GrpcInferenceService(self._inference, self._liveness).methods(),
             HEALTH_SERVICE: {"Check": (self._check_health, health_pb2.HealthCheckRequest)},
         }
-        guarded = GuardedHandlers(policy)
+        guarded = GuardedHandlers(policy, observer)
         for service, methods in services.items():
             handlers = {
                 name: make(
@@ -169,7 +172,10 @@ class GrpcServer:
         )
         server.add_generic_rpc_handlers((guarded,))
         try:
-            server.add_insecure_port(address)
+            if self._credentials is None:
+                server.add_insecure_port(address)
+            else:
+                server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {address} for gRPC; choose another with --grpc-port") from error
         await server.start()

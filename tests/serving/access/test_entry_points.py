@@ -207,12 +207,16 @@ def test_a_refused_request_whose_body_has_arrived_keeps_the_connection(server: S
         assert client.read().status == 200
 
 
-def test_the_log_has_the_address_that_a_trusted_proxy_names(server: Server) -> None:
+def test_the_log_has_the_caller_and_the_address_that_a_trusted_proxy_names(server: Server) -> None:
     url = server.url + PREFIX
-    assert httpx.get(url + "/v2?of=proxied", headers={"X-Forwarded-For": "203.0.113.7"}).status_code == 401
-    server.wait_until(lambda: "?of=proxied" in server.log)
-    (line,) = (line for line in server.log.splitlines() if "?of=proxied" in line)
-    assert "203.0.113.7" in line
+    for name, headers, status in (("shop", bearer(PREDICT), 200), (None, {}, 401)):
+        sent = {"X-Forwarded-For": "203.0.113.7", "X-Request-ID": f"by-{name}"}
+        response = httpx.get(url + "/v2", headers=headers | sent)
+        assert (response.status_code, response.headers["X-Request-ID"]) == (status, f"by-{name}")
+        server.wait_until(lambda name=name: f"id=by-{name}" in server.log)  # type: ignore[misc]
+        (line,) = (line for line in server.log.splitlines() if f"id=by-{name}" in line)
+        assert "203.0.113.7 HTTP GET" in line
+        assert ("caller=shop" in line) == (name == "shop")
 
 
 class GrpcMethods:
