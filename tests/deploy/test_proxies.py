@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -53,34 +57,78 @@ class Proxy:
         return httpx.Client(base_url=self.url, verify=self.authority.client_context(), timeout=60)
 
 
-@pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> Iterator[Proxy]:
+@contextmanager
+def run_nginx(folder: Path, *, rest: str, grpc_port: str) -> Iterator[tuple[int, Authority]]:
+    """Run nginx with its configuration in front of these ports; yield its port and the authority of its certificate."""
     if not NGINX:
         pytest.skip("nginx is not installed")
-    folder = tmp_path_factory.mktemp("nginx")
-    shutil.copytree(colours, folder / "models" / "colours" / "7")
     authority = Authority(folder / "certs")
-    files = authority.issue()
-    files.certificate.rename(folder / "certs" / "server.pem")
+    authority.issue()
     (port,) = free_ports(1)
-    with serving.Server(folder / "models", access_log=True) as service:
-        rest, grpc_port = (address.rpartition(":")[2] for address in (service.url, service.grpc_address))
-        text = (PROXIES / "nginx.conf").read_text()
-        for ours, theirs in (("8443", str(port)), ("8501", rest), ("8500", grpc_port), ("/tmp/", f"{folder}/")):
-            assert ours in text
-            text = text.replace(ours, theirs)
-        (folder / "nginx.conf").write_text(text)
-        user = "user root;" if os.geteuid() == 0 else ""
-        command = [NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", f"daemon off; {user}"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                if process.poll() is not None:
-                    pytest.fail(process.stderr.read() if process.stderr else "")
-                time.sleep(0.02)
-            yield Proxy(port, authority, service)
+    text = (PROXIES / "nginx.conf").read_text()
+    for ours, theirs in (("8443", str(port)), ("8501", rest), ("8500", grpc_port), ("/tmp/", f"{folder}/")):
+        assert ours in text
+        text = text.replace(ours, theirs)
+    (folder / "nginx.conf").write_text(text)
+    user = "user root;" if os.geteuid() == 0 else ""
+    command = [NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", f"daemon off; {user}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not is_open(port):
+            if process.poll() is not None:
+                pytest.fail(process.stderr.read() if process.stderr else "")
+            time.sleep(0.02)
+        try:
+            yield port, authority
+        finally:
             process.terminate()
             _, errors = process.communicate(timeout=20)
     assert all("too large body" in line for line in errors.splitlines()), errors
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> Iterator[Proxy]:
+    folder = tmp_path_factory.mktemp("nginx")
+    if not NGINX:
+        pytest.skip("nginx is not installed")
+    shutil.copytree(colours, folder / "models" / "colours" / "7")
+    with serving.Server(folder / "models") as service:
+        rest, grpc_port = (address.rpartition(":")[2] for address in (service.url, service.grpc_address))
+        with run_nginx(folder, rest=rest, grpc_port=grpc_port) as (port, authority):
+            yield Proxy(port, authority, service)
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Responds with the headers of the request."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({name.lower(): value for name, value in self.headers.items()}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_what_clients_claim_of_their_address_is_replaced(tmp_path: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), Echo) as echo:
+        threading.Thread(target=echo.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        with run_nginx(tmp_path, rest=str(echo.server_port), grpc_port="1") as (port, authority):
+            claimed = {"X-Forwarded-For": "9.9.9.9", "X-Forwarded-Proto": "http", "Host": "models.example.org"}
+            context = authority.client_context()
+            got = httpx.get(f"https://127.0.0.1:{port}/", headers=claimed, verify=context).json()
+        echo.shutdown()
+    assert (got["x-forwarded-for"], got["x-forwarded-proto"], got["host"]) == (
+        "127.0.0.1",
+        "https",
+        "models.example.org",
+    )
 
 
 def test_predictions_over_http_and_grpc_through_one_port(proxy: Proxy) -> None:
