@@ -11,8 +11,8 @@ from collections.abc import Callable
 from serving.http.wsgi import encode_head, error_response
 
 HANDSHAKE_TIMEOUT_S = 5.0  # from the accepted connection to the end of its handshake
-# One with an RSA certificate takes the event loop 1 to 2 ms, which other connections wait for.
-STARTS_PER_ITERATION = 4
+# One takes the event loop 0.3 to 0.5 ms (docs/design.md), which other connections wait for.
+STARTS_PER_ITERATION = 8
 # Until the client has read the rest and has closed its side, too. `Connection.check_timeouts` aborts before if it makes
 # no progress.
 CLOSE_TIMEOUT_S = 600.0
