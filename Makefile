@@ -49,8 +49,10 @@ FAST_TESTS := $(wildcard tests/client tests/training/data \
 quoted = '$(subst ','\'',$(value $(1)))'
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
-TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
+# Tests that measure latency, throughput or the memory of a whole service: one at a time, after all others, which run two
+# at a time.
+TIMED_TESTS := $(addprefix tests/serving/,test_soak.py test_memory_budget.py test_fairness.py test_overload.py \
+	test_budget_limits.py test_greenlets.py http/test_many_connections.py http/test_slow_clients.py)
 
 .PHONY: help install demo train import serve tfserving predict convert test test-fast test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
 
@@ -106,7 +108,7 @@ convert: $(INSTALLED)  ## an exported model for another runtime: MODEL=models/NA
 
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
 	@failed=0; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(TIMED_TESTS)) || failed=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(TIMED_TESTS)) || failed=1; \
 	$(BIN)/python -m pytest $(TIMED_TESTS) || failed=1; \
 	exit $$failed
 
