@@ -12,9 +12,11 @@ from tests.clients.environments import ENVIRONMENTS, FOLDER, LIGHT_CLIENTS, PROJ
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda environment: environment.name)
-def test_a_client_in_its_environment(environment: Environment, service: serving.Server, image_file: Path) -> None:
+def test_a_client_in_its_environment(environment: Environment, request: pytest.FixtureRequest) -> None:
     if not environment.is_installed:
         pytest.skip(f"{environment.name} has no environment; make test-clients creates it")
+    service: serving.Server = request.getfixturevalue("service")
+    image_file: Path = request.getfixturevalue("image_file")
     done = environment.run(service.url, service.grpc_address, image_file)
     assert done.returncode == 0, done.stdout + done.stderr
 
