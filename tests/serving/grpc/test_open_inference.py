@@ -200,7 +200,7 @@ def test_http_and_grpc_give_the_same_outputs(served: Served) -> None:
     assert [output.name for output in response.outputs] == ["label", "probabilities"]
     assert not response.outputs[1].HasField("contents")
     probabilities = np.frombuffer(response.raw_output_contents[1], "<f4")
-    np.testing.assert_array_equal(probabilities, np.float32(outputs["probabilities"]))
+    np.testing.assert_array_equal(probabilities, np.array(outputs["probabilities"], np.float32))
     request = images()
     request.id = "a 1"
     assert served.call("ModelInfer", request).id == "a 1"
@@ -343,13 +343,13 @@ def test_a_timeout_shortens_the_deadline(served: Served) -> None:
     assert code in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
     response = served.http.post("/v2/models/colours/infer", json=document(parameters={"timeout": 1}))
     assert response.status_code in (503, 504), response.text
-    accepted = {"timeout": 10_000_000, "priority": 0, "sequence_start": False, "content_type": "np"}
+    accepted: dict[str, Any] = {"timeout": 10_000_000, "priority": 0, "sequence_start": False, "content_type": "np"}
     served.infer_over_both(images(**accepted), document(parameters=accepted))
     served.infer_over_both(images(timeout=0), document(parameters={"timeout": 0}))
 
 
 def test_classification(served: Served) -> None:
-    probabilities = np.float32(served.infer_over_both(images(), document())["probabilities"]).reshape(2, 3)
+    probabilities = np.array(served.infer_over_both(images(), document())["probabilities"], np.float32).reshape(2, 3)
     wanted = [("probabilities", {"classification": 2}), ("class_id", {"classification": 5})]
     as_json = [{"name": name, "parameters": parameters} for name, parameters in wanted]
     outputs = served.infer_over_both(images(outputs=wanted), document(outputs=as_json))

@@ -54,7 +54,6 @@ class ThreadServer(Server):
                 max_body_bytes=100 * MB,
                 request_timeout_s=30,
                 threads=2,
-                access_log=False,
                 urgent_paths=(),
             )
 
@@ -78,7 +77,7 @@ class ThreadServer(Server):
         yield
 
     @property
-    def connections(self) -> list[Connection]:
+    def open_connections(self) -> list[Connection]:
         return cast(list[Connection], list(self.server_state.connections))
 
     @property
@@ -178,11 +177,11 @@ def test_a_large_response_is_not_encrypted_at_once(server: ThreadServer, connect
     """While one client does not read, its response is in memory once, and others get theirs."""
     slow = connect(receive_buffer=4_096)
     slow.send(get(50_000_000))
-    wait_until(lambda: any(c._unencrypted for c in server.connections), "the buffer is full")
+    wait_until(lambda: any(c._unencrypted for c in server.open_connections), "the buffer is full")
     fast = connect()
     fast.send(SCHEME)
     assert fast.read().body == b"https"
-    (connection,) = [c for c in server.connections if c._unencrypted]
+    (connection,) = [c for c in server.open_connections if c._unencrypted]
     assert len(connection._unencrypted or b"") > 40_000_000
     assert connection.transport.get_write_buffer_size() < 2 * protocol.TLS_WRITE_BYTES + MB
 
@@ -192,7 +191,7 @@ def test_a_slow_reader_gets_the_end_of_its_response_and_one_that_stops_is_discon
 ) -> None:
     """The system buffers megabytes, so the server cannot write for longer than the timeout though the client reads."""
     monkeypatch.setattr(protocol, "UNREAD_TIMEOUT_S", 1.0)
-    wait_until(lambda: not server.connections, "connections of earlier tests are closed")
+    wait_until(lambda: not server.open_connections, "connections of earlier tests are closed")
     slow, stopped = connect(receive_buffer=4_096), connect(receive_buffer=4_096)
     for client in (slow, stopped):
         client.send(get(12_000_000, b"Connection: close"))
@@ -204,7 +203,7 @@ def test_a_slow_reader_gets_the_end_of_its_response_and_one_that_stops_is_discon
     while data := slow.socket.recv(65_536):
         received += len(data)
     assert received > 12_000_000
-    wait_until(lambda: not server.connections, "the other one is disconnected")
+    wait_until(lambda: not server.open_connections, "the other one is disconnected")
 
 
 def test_an_early_response_to_an_upload_can_be_read(connect: Callable[..., Client]) -> None:
@@ -217,14 +216,14 @@ def test_an_early_response_to_an_upload_can_be_read(connect: Callable[..., Clien
 
 
 def test_a_client_that_closes_ends_its_connection(server: ThreadServer, connect: Callable[..., Client]) -> None:
-    wait_until(lambda: not server.connections, "connections of earlier tests are closed")
+    wait_until(lambda: not server.open_connections, "connections of earlier tests are closed")
     client = connect()
     client.send(SCHEME)
     assert client.read().body == b"https"
     assert isinstance(client.socket, ssl.SSLSocket)
     client.socket = client.socket.unwrap()  # close_notify, and the server's
     assert client.read_to_end() == b""
-    wait_until(lambda: not server.connections, "the connection is closed")
+    wait_until(lambda: not server.open_connections, "the connection is closed")
 
 
 def test_plain_http_gets_an_explanation(server: ThreadServer) -> None:
