@@ -120,6 +120,11 @@ def _read_model(text: str) -> tuple[str, Path]:
 @_option("--tls-key", "Private key of the certificate (PEM, not encrypted).", type=_FILE)
 @_option("--tls-client-ca", "Require client certificates that these authorities issued (PEM).", type=_FILE)
 @_option(
+    "--verify-key",
+    "Serve only versions that were signed with the private key of this public key (PEM); needs the extra 'signing'.",
+    type=_FILE,
+)
+@_option(
     "--allow-model-control",
     "Let requests of the Open Inference Protocol load and unload models.",
     is_flag=True,

@@ -29,6 +29,7 @@ from serving.inference.row_independence import find_dependent_signatures
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.service import InferenceService
 from serving.inference.signatures import Predictor
+from serving.inference.version_signature import SignatureVerifier
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 from serving.observer import RequestObserver
@@ -97,7 +98,7 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
     """Make the model repository; its models are not loaded yet.
 
     Raises:
-        StartupError: the models folder does not exist, or the model config is invalid.
+        StartupError: the models folder does not exist, the model config is invalid, or --verify-key cannot be used.
     """
     if settings.remote:
         from serving.inference.remote import RemoteRepository
@@ -127,6 +128,7 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
         load_predictor=partial(SavedModelPredictor, intra_op_threads=settings.intra_op_threads),
         find_dependent=find_dependent_signatures,
         wrap_predictor=batch,
+        verify_signature=SignatureVerifier(settings.verify_key) if settings.verify_key else None,
     )
 
 

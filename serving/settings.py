@@ -56,6 +56,7 @@ class Settings:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    verify_key: Path | None = None
     allow_model_control: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -104,6 +105,8 @@ class Settings:
             raise StartupError("--tls-cert and --tls-key belong together: give the certificate and its key")
         if self.tls_client_ca and not self.tls_cert:
             raise StartupError("--tls-client-ca needs --tls-cert and --tls-key: client certificates are a part of TLS")
+        if self.verify_key and self.remote:
+            raise StartupError("--verify-key and --remote: the remote server loads the models, unverified; drop one")
         if self.log_format not in LOG_FORMATS:
             raise StartupError(f"--log-format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format}")
         if self.log_level not in LOG_LEVELS:

@@ -52,6 +52,7 @@ def test_values_out_of_range_are_refused_by_their_flag(name: str, value: Any) ->
         ({"rest_port": 8500}, "--grpc-port"),
         ({"tls_cert": Path("cert.pem")}, "--tls-key"),
         ({"tls_key": Path("key.pem")}, "--tls-cert"),
+        ({"verify_key": Path("key.pem"), "remote": "h:1"}, "--verify-key"),
         ({"tls_client_ca": Path("ca.pem")}, "--tls-cert"),
     ],
 )
