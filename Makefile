@@ -52,7 +52,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
 TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots dashboard-picture lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -159,6 +159,9 @@ format: $(INSTALLED)  ## put the code into the one format
 
 screenshots: $(INSTALLED)  ## the README's screenshots, taken again (needs chromium and chromedriver)
 	@$(BIN)/python -m scripts.screenshots
+
+dashboard-picture: $(INSTALLED)  ## the picture of the dashboard in docs/, drawn again from a run under load (needs Prometheus): MODELS=
+	@$(BIN)/python -m scripts.dashboard_picture $(call quoted,MODELS)
 
 lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
 	@uv pip compile $(LOCK) --all-extras pyproject.toml -o requirements.lock

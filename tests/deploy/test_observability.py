@@ -60,6 +60,12 @@ def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not() 
     assert {name: sorted(fires) for name, fires in cases.items()} == {rule["alert"]: [False, True] for rule in RULES}
 
 
+def test_each_alert_is_documented() -> None:
+    page = (OBSERVABILITY.parents[1] / "docs" / "observability.md").read_text()
+    documented = dict(re.findall(r"^\| (Serving\w+) \| .* \| (\w+) \|$", page, re.MULTILINE))
+    assert documented == {rule["alert"]: rule["labels"]["severity"] for rule in RULES}
+
+
 def test_rules_and_dashboard_use_only_metrics_that_exist(server: Server) -> None:
     page = httpx.get(server.url + "/metrics").text
     types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", page, re.MULTILINE))

@@ -58,7 +58,7 @@ def main(models: Path, *, seconds: int, output: Path) -> None:
 
 
 def put_under_load(server: Server, models: Path, seconds: int) -> None:
-    """Send requests of all protocols, with a burst in the middle, a new version after it and a broken one at the end."""
+    """Send requests of all protocols; in this order, a burst, a new version and a damaged one."""
     (model,) = (folder.name for folder in models.iterdir())
     inputs = httpx.get(f"{server.url}/v2/models/{model}").json()["inputs"]
     shape = [int(size) for size in next(each for each in inputs if each["datatype"] == "UINT8")["shape"][1:]]
@@ -68,7 +68,7 @@ def put_under_load(server: Server, models: Path, seconds: int) -> None:
     threads += [threading.Thread(target=send, args=(server, model, shape, end_s, kind, burst)) for kind in KINDS * 6]
     for thread in threads:
         thread.start()
-    newest = max((models / model).iterdir(), key=lambda version: int(version.name))
+    newest = max((models / model).glob("[0-9]*"), key=lambda version: int(version.name))
     for share, action in (
         (0.35, burst.set),
         (0.55, burst.clear),
