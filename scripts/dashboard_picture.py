@@ -6,7 +6,9 @@ own queries are sent to Prometheus's HTTP API, and matplotlib draws the results 
 
 from __future__ import annotations
 
+import io
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -24,7 +26,8 @@ import matplotlib.dates
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
+from PIL import Image
 from tensorflow_serving.apis import predict_pb2
 
 from scripts.prometheus import Prometheus, fill_in, find_missing, read_panels
@@ -33,8 +36,18 @@ from serving import Server
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "dashboard.png"
 RATE_INTERVAL = "10s"
 UNIT_INCHES = (0.5, 0.26)  # of Grafana's grid
+COLOURS_OF_FILE = 256
 COLOURS = ("#3274d9", "#e0752d", "#56a64b", "#a352cc", "#e02f44", "#c9a000", "#1f9aa8", "#7c7c7c")
+SHADES = {
+    "green": ("#56a64b", "#96d98d"),
+    "blue": ("#3274d9",),
+    "orange": ("#e0752d", "#ffb357"),
+    "red": ("#c4162a", "#f2495c"),
+}
+CHARACTERS_PER_INCH = 20  # of a legend
 STATES = {"green": "#2f8f3a", "orange": "#d9730d", "red": "#c4162a", "text": "#24292e"}
+
+Line = tuple[str, np.ndarray, np.ndarray]  # label, times, values
 
 
 @click.command()
@@ -145,12 +158,21 @@ def draw(prometheus: Prometheus, start_s: float, end_s: float, output: Path) -> 
         if panel["type"] == "stat":
             draw_stat(figure, panel, prometheus, end_s, (left + size[0] / 2, bottom + 0.42 * size[1]))
         else:
-            inner = (
-                left + 0.56 / width, bottom + 0.56 / height,
-                size[0] - 0.72 / width, size[1] - 0.86 / height,
-            )  # fmt: skip
-            draw_series(figure.add_axes(inner), panel, prometheus, start_s, end_s)
-    figure.savefig(output, dpi=110)
+            lines = query_series(panel, prometheus, start_s, end_s)
+            columns = count_columns([label for label, *_ in lines], place["w"])
+            below = (0.38 + 0.13 * -(-len(lines) // columns)) / height
+            inner = left + 0.56 / width, bottom + below, size[0] - 0.78 / width, size[1] - below - 0.3 / height
+            axes = figure.add_axes(inner)
+            draw_series(axes, lines, panel, start_s, end_s)
+            if lines:
+                axes.legend(
+                    loc="lower left", bbox_to_anchor=(left + 0.1 / width, bottom + 0.02 / height), ncols=columns,
+                    bbox_transform=figure.transFigure, frameon=False, fontsize=6.5, handlelength=1, columnspacing=1,
+                    labelspacing=0.2,
+                )  # fmt: skip
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    Image.open(picture).convert("RGB").quantize(COLOURS_OF_FILE).save(output, optimize=True)
     click.echo(f"{output} is written")
 
 
@@ -170,9 +192,9 @@ def draw_stat(
     figure.text(*at, text, size=20, weight="bold", ha="center", va="center", color=STATES[colour])
 
 
-def draw_series(axes: Axes, panel: dict[str, Any], prometheus: Prometheus, start_s: float, end_s: float) -> None:
-    """Draw the series of all queries of a panel over time, as lines or stacked."""
-    lines: list[tuple[str, np.ndarray, np.ndarray]] = []
+def query_series(panel: dict[str, Any], prometheus: Prometheus, start_s: float, end_s: float) -> list[Line]:
+    """Return the series of all queries of a panel."""
+    lines: list[Line] = []
     for target in panel["targets"]:
         query = fill_in(target["expr"], rate_interval=RATE_INTERVAL)
         for series in prometheus.get("query_range", query=query, start=start_s, end=end_s, step=1)["result"]:
@@ -181,34 +203,57 @@ def draw_series(axes: Axes, panel: dict[str, Any], prometheus: Prometheus, start
                 label = label.replace("{{" + name + "}}", value)
             values = np.array(series["values"], float)
             lines.append((label, values[:, 0], values[:, 1]))
-    defaults = panel["fieldConfig"]["defaults"]
-    times = np.arange(start_s, end_s + 1)
+    return lines
+
+
+def count_columns(labels: list[str], width: int) -> int:
+    """Return how many columns of a legend fit into a panel of this width."""
+    characters = width * UNIT_INCHES[0] * CHARACTERS_PER_INCH
+    longest = max((len(label) for label in labels), default=1) + 5  # the line before a label, and the gap after it
+    return max(1, min(len(labels), int(characters / longest)))
+
+
+def draw_series(axes: Axes, lines: list[Line], panel: dict[str, Any], start_s: float, end_s: float) -> None:
+    """Draw series over time, as lines or stacked."""
     if not lines:
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color="#8e9297")
+    colours = choose_colours([label for label, *_ in lines], panel["fieldConfig"]["overrides"])
+    defaults = panel["fieldConfig"]["defaults"]
     if lines and defaults["custom"]["stacking"]["mode"] == "normal":
+        times = np.arange(start_s, end_s + 1)
         heights = [np.interp(times, at, values, left=0, right=0) for _, at, values in lines]
         dates = [datetime.fromtimestamp(each) for each in times]
-        axes.stackplot(dates, heights, labels=[label for label, *_ in lines], colors=COLOURS, alpha=0.75, linewidth=0)
+        axes.stackplot(dates, heights, labels=[label for label, *_ in lines], colors=colours, alpha=0.75, linewidth=0)
     else:
-        for (label, at, values), colour in zip(lines, COLOURS * len(lines), strict=False):
+        for (label, at, values), colour in zip(lines, colours, strict=True):
             dates = [datetime.fromtimestamp(each) for each in at]
             axes.plot(dates, values, label=label, color=colour, linewidth=1.3)
     style(axes, defaults["unit"], start_s, end_s)
-    if lines:
-        columns = 1 if max(len(label) for label, *_ in lines) > 30 else min(4, len(lines))
-        legend = {"loc": "upper left", "bbox_to_anchor": (-0.12, -0.13), "frameon": False, "fontsize": 6.5}
-        axes.legend(
-            **legend, ncols=max(columns, -(-len(lines) // 2)), handlelength=1, columnspacing=1, labelspacing=0.2
-        )
+
+
+def choose_colours(labels: list[str], overrides: list[dict[str, Any]]) -> list[str]:
+    """Return a colour for each series: a shade of the override whose expression matches, or the next colour."""
+    colours: list[str] = []
+    for position, label in enumerate(labels):
+        colour = COLOURS[position % len(COLOURS)]
+        for override in overrides:
+            if re.search(override["matcher"]["options"].strip("/"), label):
+                shades = SHADES[override["properties"][0]["value"]["fixedColor"]]
+                colour = next((shade for shade in shades if shade not in colours), shades[0])
+        colours.append(colour)
+    return colours
 
 
 def style(axes: Axes, unit: str, start_s: float, end_s: float) -> None:
     """Set the axes' limits, ticks and lines."""
     axes.set_xlim(datetime.fromtimestamp(start_s), datetime.fromtimestamp(end_s))
     axes.set_ylim(0, max(axes.get_ylim()[1], 1e-9))
-    axes.xaxis.set_major_locator(matplotlib.dates.AutoDateLocator(maxticks=5))
+    axes.xaxis.set_major_locator(matplotlib.dates.AutoDateLocator(minticks=3, maxticks=4))
     axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%H:%M:%S"))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    # Whole numbers where there are counts, and powers of two for memory.
+    is_count = unit == "short" and all(np.all(np.mod(line.get_ydata(), 1) == 0) for line in axes.get_lines())
+    is_memory = unit == "bytes" and axes.get_ylim()[1] < 2**31
+    axes.yaxis.set_major_locator(MultipleLocator(2**28) if is_memory else MaxNLocator(4, integer=is_count))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value, unit)))
     axes.grid(visible=True, color="#e8eaed", linewidth=0.7)
     axes.set_axisbelow(True)
