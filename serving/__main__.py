@@ -16,6 +16,8 @@ from serving.process_memory import keep_freed_memory
 from serving.server import serve_settings
 from serving.settings import LOG_LEVELS, Settings
 
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
 
 def _option(flag: str, text: str, **attributes: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add the option of the setting with the same name; its default is the setting's, and so is its type."""
@@ -112,6 +114,11 @@ def _read_model(text: str) -> tuple[str, Path]:
     "[default: 75 % of what the container or the machine leaves]",
     type=int,
 )
+@_option(
+    "--tls-cert", "Certificate with its chain (PEM), for HTTPS and gRPC with TLS; reloaded when it changes.", type=_FILE
+)
+@_option("--tls-key", "Private key of the certificate (PEM, not encrypted).", type=_FILE)
+@_option("--tls-client-ca", "Require client certificates that these authorities issued (PEM).", type=_FILE)
 @_option(
     "--allow-model-control",
     "Let requests of the Open Inference Protocol load and unload models.",

@@ -53,6 +53,9 @@ class Settings:
     max_connections: int = 10_000
     max_rows: int = 16_384
     memory_budget: int | None = None  # bytes; None: what is free
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     allow_model_control: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -97,6 +100,10 @@ class Settings:
             raise StartupError("--remote-model names a model at another server; name that too, with --remote")
         if self.grpc_port and self.grpc_port == self.rest_port:
             raise StartupError(f"--grpc-port and --rest-port are both {self.rest_port}; choose another for one")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise StartupError("--tls-cert and --tls-key belong together: give the certificate and its key")
+        if self.tls_client_ca and not self.tls_cert:
+            raise StartupError("--tls-client-ca needs --tls-cert and --tls-key: client certificates are a part of TLS")
         if self.log_format not in LOG_FORMATS:
             raise StartupError(f"--log-format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format}")
         if self.log_level not in LOG_LEVELS:

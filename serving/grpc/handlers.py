@@ -43,7 +43,7 @@ def make_handler(
     """Make the handler of a unary method: callable(request) that returns the response. `route` is its path.
 
     Greenlets call it, or a thread if it `is_long`: it blocks for long. If it `is_tensorflow_serving`, its errors are
-    those of TensorFlow Serving.
+    those of that server.
     """
 
     async def handle(_: Any, call: Any) -> bytes:

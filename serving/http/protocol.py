@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -38,8 +39,11 @@ UNREAD_TIMEOUT_S = 30.0  # for a response that the client does not read
 LINGER_S, LINGER_BYTES = 5.0, 16 * 1024 * 1024
 DISCONNECT_AFTER_EOF_S = 1.0  # see `Connection._client_disconnected`
 CLOSE_IDLE_AFTER_S = 0.5  # graceful shutdown: requests that are already on their way still get a response
+TLS_WRITE_BYTES = 64 * 1024  # of a large response, encrypted at a time
 
 TCP_CLOSED = 7  # Linux's TCP state after a reset
+# Linux's `tcp_info`: packets that are not acknowledged; bytes that are acknowledged, and that are not sent.
+_TCP_INFO = struct.Struct("=24xI92xQ16xI")
 
 
 @dataclass(eq=False)
@@ -76,6 +80,9 @@ class Connection(RequestParser):
         self._draining: Request | None = None  # its response is written, but still in the transport's buffer
         self._unread_since_s = 0.0  # the client has read nothing, while the transport's buffer is full or it closes
         self._buffered_bytes = 0  # in the transport's write buffer, at the last check
+        self._is_tls = False
+        self._unencrypted: memoryview | None = None  # TLS: the rest of a large response
+        self._acknowledged_bytes = 0  # TLS: by the client, at the last check
         self._memory = RequestMemory(shared.budget)
         self._receiver: BodyReceiver | None = None
         self._receive_task: asyncio.Task[None] | None = None
@@ -83,10 +90,20 @@ class Connection(RequestParser):
     # Protocol interface
 
     @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._is_tls = self.scheme == "https"
+        if self._is_tls:
+            transport.set_write_buffer_limits(TLS_WRITE_BYTES)
+        if self.shared.is_stopping:  # accepted before, but its handshake ended now
+            self.shutdown()
+
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unparsed = b""
         self._pipelined.clear()
+        self._unencrypted = None
         if self._receive_task and self._receiver and self._receiver.waits_for_memory:
             self._receive_task.cancel()
         if self._draining:
@@ -95,8 +112,10 @@ class Connection(RequestParser):
 
     @override
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep a half-closed connection open for the response to a complete request."""
+        """Keep a half-closed connection open for the response to a complete request. TLS transports cannot."""
         self._eof = True
+        if self._is_tls:
+            return False
         is_whole = self.cycle is not None and not self.cycle.more_body
         return self._head_started_s is None and not self.is_idle and is_whole
 
@@ -119,7 +138,10 @@ class Connection(RequestParser):
     @override
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._draining:
+        self._unread_since_s = self.loop.time()
+        if self._unencrypted is not None:
+            self._write_unencrypted()
+        if self._draining and not self.flow.write_paused:
             request, self._draining = self._draining, None
             self._complete(request)
 
@@ -256,13 +278,27 @@ class Connection(RequestParser):
             self.transport.write(head)
         elif len(response.body) > SMALL_BYTES:  # not copied
             self.transport.write(head)
-            self.transport.write(response.body)
+            if self._is_tls:
+                self._unencrypted = memoryview(response.body)
+                self._write_unencrypted()
+            else:
+                self.transport.write(response.body)
         else:
             self.transport.write(head + response.body)
         if self.flow.write_paused:
             self._draining = request
         else:
             self._complete(request)
+
+    def _write_unencrypted(self) -> None:
+        """Encrypt more of a large response, until the transport's buffer is full.
+
+        All at once would block the event loop, and hold a second copy in memory.
+        """
+        while self._unencrypted is not None and not self.flow.write_paused:
+            part, rest = self._unencrypted[:TLS_WRITE_BYTES], self._unencrypted[TLS_WRITE_BYTES:]
+            self._unencrypted = rest if rest else None
+            self.transport.write(part)
 
     def _complete(self, request: Request) -> None:
         """Finish a request whose response is written: close the connection, or begin the next request."""
@@ -341,6 +377,8 @@ class Connection(RequestParser):
         if buffered_bytes < self._buffered_bytes:  # the client reads
             self._unread_since_s = now_s
         self._buffered_bytes = buffered_bytes
+        if self._is_tls and (self._is_closing or self.flow.write_paused):
+            self._check_tls_progress(now_s)
         if self._is_closing or self.flow.write_paused:
             if now_s - self._unread_since_s > UNREAD_TIMEOUT_S:
                 self.transport.abort()
@@ -358,6 +396,23 @@ class Connection(RequestParser):
                 self._receiver.check_rate(now_s)
             except RequestFault as fault:
                 self._refuse(fault)
+
+    def _check_tls_progress(self, now_s: float) -> None:
+        """Do what the transport's buffer size tells for connections without TLS: a TLS transport hides a part of it.
+
+        A closed connection waits for the client to close its side, too. Many clients do so only when they would send
+        their next request, so this ends once the client has received everything.
+        """
+        if sys.platform != "linux":
+            return
+        sent = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        if len(sent) < _TCP_INFO.size:
+            return
+        unacknowledged, acknowledged_bytes, unsent_bytes = _TCP_INFO.unpack(sent)
+        if acknowledged_bytes != self._acknowledged_bytes:
+            self._acknowledged_bytes, self._unread_since_s = acknowledged_bytes, now_s
+        elif self.transport.is_closing() and acknowledged_bytes and not unacknowledged and not unsent_bytes:
+            self.transport.abort()
 
     def _was_reset(self) -> bool:
         """Return whether the client reset the connection, which the event loop does not notice while reading is paused.

@@ -209,7 +209,7 @@ class LocalRepository(ModelRepository):
         return {
             version: loaded.path
             for (name, version), loaded in self._loaded_versions.items()
-            if name == config.name and loaded.path == config.base_path
+            if config.may_be_version and name == config.name and loaded.path == config.base_path
         }
 
     def _is_replaced(self, config: ModelConfig, version: int, path: Path) -> bool:
