@@ -44,7 +44,7 @@ SHADES = {
     "orange": ("#e0752d", "#ffb357"),
     "red": ("#c4162a", "#f2495c"),
 }
-CHARACTERS_PER_INCH = 20  # of a legend
+CHARACTERS_PER_INCH = 21  # of a legend
 STATES = {"green": "#2f8f3a", "orange": "#d9730d", "red": "#c4162a", "text": "#24292e"}
 
 Line = tuple[str, np.ndarray, np.ndarray]  # label, times, values
