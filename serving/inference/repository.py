@@ -44,7 +44,8 @@ class VersionStatus:
 
     A version that is served with a limitation is AVAILABLE and OK; the message describes the limitation. `warnings`
     lists the kinds of limitation: "model_info" (invalid model.json), "warmup" (warm-up records that were added later
-    cannot be replayed), "dependent_rows" (requests are not batched), "folder" (the folder has become unreadable).
+    cannot be replayed), "dependent_rows" (requests are not batched), "folder" (the folder has become unreadable),
+    "files" (the model's folder is itself the version, and its changed files cannot be loaded).
     """
 
     name: str
