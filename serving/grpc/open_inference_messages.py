@@ -100,14 +100,6 @@ def render(request: InferRequest, result: InferenceResult) -> Any:
     return response
 
 
-def count_elements(message: Any) -> int:
-    """Return the number of elements in typed contents: of them, and not of raw ones, the time to parse depends."""
-    if message.raw_input_contents:
-        return 0
-    fields = {field for field, _ in _CONTENTS.values()}
-    return sum(len(getattr(tensor.contents, field)) for tensor in message.inputs for field in fields)
-
-
 def _read_parameters(parameters: Any) -> dict[str, Any]:
     return {
         name: getattr(value, choice)

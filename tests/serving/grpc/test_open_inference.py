@@ -99,7 +99,7 @@ def typed(output: Any) -> list[Any]:
     if output.datatype == "BYTES":
         return [value.decode() for value in values]
     # JSON has the shortest digits of a float32.
-    return [float(str(np.float32(value))) for value in values] if output.datatype == "FP32" else list(values)
+    return [float(str(value)) for value in np.array(values, np.float32)] if output.datatype == "FP32" else list(values)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def set_parameters(target: Any, parameters: dict[str, Any]) -> None:
         setattr(target[name], fields[type(value)], value)
 
 
-def images(array: np.ndarray = PIXELS, **options: Any) -> Any:
+def images(array: Any = PIXELS, **options: Any) -> Any:
     return request_of("colours", tensor("images", "UINT8", array.shape), raw=[array.tobytes()], **options)
 
 
@@ -200,7 +200,7 @@ def test_http_and_grpc_give_the_same_outputs(served: Served) -> None:
     assert [output.name for output in response.outputs] == ["label", "probabilities"]
     assert not response.outputs[1].HasField("contents")
     probabilities = np.frombuffer(response.raw_output_contents[1], "<f4")
-    np.testing.assert_array_equal(probabilities, np.float32(outputs["probabilities"]))
+    np.testing.assert_array_equal(probabilities, np.array(outputs["probabilities"], np.float32))
     request = images()
     request.id = "a 1"
     assert served.call("ModelInfer", request).id == "a 1"
@@ -214,11 +214,7 @@ def test_every_datatype_goes_through_a_model_unchanged(served: Served, is_raw: b
             values[name] = [dtype.min, dtype.max]
         elif dtype.is_floating:
             values[name] = [1.5, float("inf")]
-    raws = {
-        name: np.array(values[name], dtype.as_numpy_dtype).tobytes()
-        for name, dtype in DTYPES.items()
-        if name != "BYTES"
-    }
+    raws = {name: np.array(values[name], dtype.as_numpy_dtype).tobytes() for name, dtype in DTYPES.items()}
     raws["BYTES"] = b"\2\0\0\0\xff\0\0\0\0\0"
     inputs = [tensor(name, name, [2]) for name in DTYPES]
     request = request_of("echo", *inputs, raw=[raws[name] for name in DTYPES], binary_data_output=is_raw)
@@ -343,13 +339,13 @@ def test_a_timeout_shortens_the_deadline(served: Served) -> None:
     assert code in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
     response = served.http.post("/v2/models/colours/infer", json=document(parameters={"timeout": 1}))
     assert response.status_code in (503, 504), response.text
-    accepted = {"timeout": 10_000_000, "priority": 0, "sequence_start": False, "content_type": "np"}
+    accepted: dict[str, Any] = {"timeout": 10_000_000, "priority": 0, "sequence_start": False, "content_type": "np"}
     served.infer_over_both(images(**accepted), document(parameters=accepted))
     served.infer_over_both(images(timeout=0), document(parameters={"timeout": 0}))
 
 
 def test_classification(served: Served) -> None:
-    probabilities = np.float32(served.infer_over_both(images(), document())["probabilities"]).reshape(2, 3)
+    probabilities = np.array(served.infer_over_both(images(), document())["probabilities"], np.float32).reshape(2, 3)
     wanted = [("probabilities", {"classification": 2}), ("class_id", {"classification": 5})]
     as_json = [{"name": name, "parameters": parameters} for name, parameters in wanted]
     outputs = served.infer_over_both(images(outputs=wanted), document(outputs=as_json))
