@@ -73,7 +73,7 @@ def parse(message: Any, model: str, signatures: Mapping[str, Signature]) -> Infe
         index, tensor = described["data"]
         if not raw:
             return _read_contents(tensor.contents, spec, shape)
-        if tensor.contents.ByteSize():
+        if tensor.contents.ListFields():
             raise refusal(spec, "it is in contents, but raw_input_contents is for all inputs; use one of them")
         return decode_binary(memoryview(raw[index]), spec, shape)
 
