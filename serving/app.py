@@ -32,6 +32,7 @@ from serving.inference.signatures import Predictor
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 from serving.observer import RequestObserver
+from serving.request_log import log_request
 from serving.settings import Settings, name_models
 
 logger = logging.getLogger(__name__)
@@ -73,14 +74,14 @@ def make_app(settings: Settings) -> ServingApp:
     memory = MemoryBudget(settings.memory_budget)
     repository = make_repository(settings, metrics, liveness)
     metrics.watch(repository)
-    metrics.watch_memory(memory)
+    metrics.process.watch_memory(memory)
     app = ServingApp(
         settings,
         inference=InferenceService(
             repository, max_rows=settings.max_rows, allow_model_control=settings.allow_model_control
         ),
         metrics=metrics,
-        observer=RequestObserver(metrics),
+        observer=RequestObserver(metrics, log=log_request if settings.access_log else None),
         liveness=liveness,
         memory=memory,
     )
@@ -102,14 +103,14 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
         from serving.inference.remote import RemoteRepository
 
         def inspect(model: str, predictor: Predictor) -> Predictor:
-            return InspectedPredictor(metrics.time_predictor(model, predictor), settings.image_limits)
+            return InspectedPredictor(metrics.predictions.time_predictor(model, predictor), settings.image_limits)
 
         names = name_remote_models(settings)
         return RemoteRepository(settings.remote, names, required=settings.require_models, wrap_predictor=inspect)
 
     def batch(model: str, predictor: Predictor, unbatched: Collection[str]) -> Predictor:
-        return Batcher(
-            metrics.time_predictor(model, predictor),
+        batcher = Batcher(
+            metrics.predictions.time_predictor(model, predictor),
             max_batch_rows=settings.max_batch_size,
             max_queued_rows=settings.max_queue_size,
             concurrency=settings.concurrency,
@@ -117,6 +118,8 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
             inspect=partial(inspect_images, settings.image_limits),
             unbatched=unbatched,
         )
+        metrics.predictions.watch_queue(model, batcher)
+        return batcher
 
     return LocalRepository(
         choose_models(settings),

@@ -1,41 +1,22 @@
 """The Open Inference Protocol with an independent client, `tritonclient[http]`, against a running service."""
 
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
-from tests.contract.test_golden_exchanges import GOLDEN
+from tests.clients.service import COLOURS, pixels
 from tests.serving import saved_models
 from tests.serving.conftest import Server, encode
 
-COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 LABELS = [b"red", b"green", b"blue"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, colours):
-    folder = tmp_path_factory.mktemp("triton")
-    shutil.copytree(colours, folder / "models" / "colours" / "7")
-    shutil.copytree(GOLDEN / "multi" / "1", folder / "models" / "multi" / "1")
-    server = Server(folder / "models", folder / "log")
-    server.wait_for("/readyz")
-    yield server
-    assert server.stop() == 0
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with InferenceServerClient(f"127.0.0.1:{server.port}", concurrency=4) as client:
+def client(service):
+    with InferenceServerClient(service.url.removeprefix("http://"), concurrency=4) as client:
         yield client
-
-
-def pixels(*classes):
-    """Return images of one colour each, uint8 (n, 32, 32, 3)."""
-    return np.stack([np.full((32, 32, 3), COLOURS[class_id], np.uint8) for class_id in classes])
 
 
 def tensor(name, array, datatype, *, binary=True):
