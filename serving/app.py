@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, Reque
 from serving.api import monitoring
 from serving.api.flask_app import ServingApp, current_app, error_response, json_response
 from serving.api.open_inference import routes as open_inference
+from serving.api.openapi import routes as openapi
 from serving.api.predict import routes as predict
 from serving.api.tensorflow_serving import routes as tensorflow_serving
 from serving.api.web import routes as web
@@ -81,8 +82,9 @@ def make_app(settings: Settings) -> ServingApp:
         liveness=liveness,
         memory=memory,
     )
-    for module in (monitoring, predict, tensorflow_serving, open_inference, web):
+    for module in (predict, tensorflow_serving, open_inference, monitoring, openapi, web):
         app.register_blueprint(module.blueprint)
+        app.operations += module.describe_operations(settings)
     app.register_error_handler(ServingError, error_response)
     app.register_error_handler(HTTPException, _http_error_response)
     app.register_error_handler(Exception, _internal_error_response)

@@ -15,11 +15,14 @@ from flask import Blueprint, Response, request
 
 from serving.api.flask_app import PlainResponse, current_app, encoded_response
 from serving.api.open_inference.messages import HEADER_LENGTH, InferRequest, decompress, find_signature, parse, render
+from serving.api.open_inference.operations import describe_operations
 from serving.api.open_inference.tensors import datatype_of
 from serving.errors import ModelNotFound, NotReady
 from serving.greenlets import SMALL_BYTES, run_sized
 from serving.inference.repository import ModelVersion
 from serving.inference.signatures import DEFAULT_SIGNATURE, TensorSpec
+
+__all__ = ["blueprint", "describe_operations"]
 
 blueprint = Blueprint("open_inference", __name__, url_prefix="/v2")
 

@@ -1,0 +1,165 @@
+"""Describes the Open Inference Protocol's routes for `/openapi.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from serving.api.open_inference.messages import HEADER_LENGTH
+from serving.api.open_inference.tensors import DATATYPES
+from serving.api.operation import (
+    BOOLEAN,
+    COUNT,
+    OBJECT,
+    PREDICT_ERRORS,
+    RESOLVE_ERRORS,
+    STRING,
+    TIMEOUT_HEADER,
+    Json,
+    Operation,
+    header_parameter,
+    json_body,
+    list_of,
+    object_of,
+    query_parameter,
+)
+from serving.errors import UnsupportedMedia
+from serving.inference.signatures import Signature
+from serving.settings import Settings
+
+_DATATYPE: Json = {"type": "string", "enum": [datatype.name for datatype in DATATYPES.values()]}
+_SIZES = list_of({"type": "integer", "minimum": -1})
+_DATA: Json = {"type": "array", "description": "The elements, flat or nested like the shape."}
+_TENSOR: dict[str, Json] = {"name": STRING, "datatype": _DATATYPE, "shape": list_of(COUNT)}
+
+INPUT = object_of(
+    {**_TENSOR, "data": _DATA, "parameters": object_of({"binary_data_size": COUNT}, optional=("binary_data_size",))},
+    optional=("data", "parameters"),
+)
+REQUESTED_OUTPUT = object_of(
+    {"name": STRING, "parameters": object_of({"binary_data": BOOLEAN}, optional=("binary_data",))},
+    optional=("parameters",),
+)
+REQUEST = object_of(
+    {
+        "id": STRING,
+        "parameters": object_of(
+            {"signature_name": STRING, "binary_data_output": BOOLEAN}, optional=("signature_name", "binary_data_output")
+        ),
+        "inputs": list_of(INPUT, minItems=1),
+        "outputs": list_of(REQUESTED_OUTPUT),
+    },
+    optional=("id", "parameters", "outputs"),
+)
+OUTPUT = object_of({**_TENSOR, "data": _DATA, "parameters": OBJECT}, optional=("data", "parameters"))
+RESPONSE = object_of(
+    {"model_name": STRING, "model_version": STRING, "id": STRING, "outputs": list_of(OUTPUT)}, optional=("id",)
+)
+_DESCRIBED = list_of(object_of({"name": STRING, "datatype": _DATATYPE, "shape": _SIZES}))
+
+_NOT_READY = object_of({"ready": {"const": False}, "error": STRING})
+_MODEL_NOT_READY = object_of({"name": STRING, "ready": {"const": False}, "error": STRING})
+
+
+def describe_operations(_: Settings) -> Sequence[Operation]:
+    """Describe the routes of this package."""
+    return (
+        Operation(
+            endpoint="open_inference.server_metadata",
+            summary="Describe the server",
+            responses={
+                200: json_body(
+                    object_of({"name": STRING, "version": STRING, "extensions": list_of(STRING)}),
+                    "Name, version and extensions.",
+                )
+            },
+        ),
+        Operation(
+            endpoint="open_inference.server_live",
+            summary="Liveness of the server",
+            responses={200: json_body(object_of({"live": {"const": True}}), "The process is alive.")},
+            failures={400: "The process needs a restart."},
+        ),
+        Operation(
+            endpoint="open_inference.server_ready",
+            summary="Readiness of the server",
+            responses={200: json_body(object_of({"ready": {"const": True}}), "The server is ready.")},
+            failures={400: "The server is not ready."},
+        ),
+        Operation(
+            endpoint="open_inference.model_ready",
+            summary="Readiness of a model",
+            responses={
+                200: json_body(object_of({"name": STRING, "ready": {"const": True}}), "The model is available.")
+            },
+            errors=RESOLVE_ERRORS,
+            failures={400: "The model is not available."},
+        ),
+        Operation(
+            endpoint="open_inference.model_metadata",
+            summary="Describe a model",
+            parameters=[query_parameter("signature_name", STRING, "The signature; by default serving_default.")],
+            responses={
+                200: json_body(
+                    object_of(
+                        {
+                            "name": STRING,
+                            "versions": list_of(STRING),
+                            "platform": STRING,
+                            "inputs": _DESCRIBED,
+                            "outputs": _DESCRIBED,
+                        }
+                    ),
+                    "The available versions, and inputs and outputs of a signature; -1 is any size.",
+                )
+            },
+            errors=RESOLVE_ERRORS,
+        ),
+        _infer(),
+    )
+
+
+def _infer() -> Operation:
+    binary: Json = {"schema": {"type": "string", "format": "binary", "minLength": 2}}
+    return Operation(
+        endpoint="open_inference.infer",
+        method="POST",
+        summary="Run a model",
+        description=(
+            "The request parameter signature_name names the signature; without it, the names of the inputs choose one. "
+            f"Binary tensors follow the JSON, whose length is in the header {HEADER_LENGTH}. Names, datatypes and "
+            "shapes have to be those of the signature."
+        ),
+        parameters=(
+            header_parameter(HEADER_LENGTH, COUNT, "Bytes of JSON at the beginning of the body; without it, all."),
+            header_parameter(
+                "Content-Encoding", {"type": "string", "enum": ["gzip", "deflate", "identity"]}, "Of the body."
+            ),
+            TIMEOUT_HEADER,
+        ),
+        content={"application/json": {"schema": REQUEST}, "application/octet-stream": binary},
+        responses={
+            200: {
+                "description": "The outputs.",
+                "headers": {HEADER_LENGTH: {"schema": COUNT, "description": "Bytes of JSON, if binary data follows."}},
+                "content": {"application/json": {"schema": RESPONSE}, "application/octet-stream": binary},
+            }
+        },
+        errors=(*PREDICT_ERRORS, UnsupportedMedia),
+        make_example=make_example,
+    )
+
+
+def make_example(signature: Signature, inputs: Mapping[str, np.ndarray]) -> Any:
+    """Return a request for a signature; None if JSON cannot carry its inputs."""
+    tensors = []
+    for name, array in inputs.items():
+        datatype = DATATYPES.get(signature.inputs[name].dtype)
+        if datatype is None or datatype.name in ("FP16", "BYTES"):
+            return None
+        tensors.append(
+            {"name": name, "datatype": datatype.name, "shape": list(array.shape), "data": array.ravel().tolist()}
+        )
+    return {"parameters": {"signature_name": signature.name}, "inputs": tensors}
