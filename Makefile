@@ -52,7 +52,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
 TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -112,6 +112,9 @@ test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=fold
 
 test-fast: $(INSTALLED)  ## the unit tests that are quick, in under a minute
 	@$(BIN)/python -m pytest -m "not slow" $(FAST_TESTS)
+
+test-openapi: $(INSTALLED)  ## 2,000 generated requests against /openapi.json, with all checks of schemathesis
+	@OPENAPI_REQUESTS=2000 $(BIN)/python -m pytest -s tests/contract/test_schemathesis.py
 
 coverage: $(INSTALLED)  ## lines and branches that the fast tests run
 	@$(BIN)/python -m coverage run -m pytest -q -m "not slow" $(FAST_TESTS)

@@ -48,9 +48,9 @@ VERSION: Json = {"type": "integer", "minimum": 0, "maximum": MAX_VERSION}
 NAME: Json = {"type": "string", "minLength": 1}
 
 PATH_PARAMETERS: Mapping[str, Json] = {
-    "model": {"description": "Name of a model.", "schema": {"type": "string", "pattern": "^[^/:]+$"}},
+    "model": {"description": "Name of a model.", "schema": NAME},
     "version": {"description": "Version number.", "schema": VERSION},
-    "label": {"description": "Label of a version.", "schema": {"type": "string", "pattern": "^[^/:]+$"}},
+    "label": {"description": "Label of a version.", "schema": NAME},
     "filename": {"description": "Name of a file.", "schema": {"type": "string"}},
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from werkzeug.routing import Map
@@ -87,13 +87,12 @@ def make_document(
 
 
 def _describe(operation: Operation, path: str, tag: str, models: Sequence[ModelVersion]) -> dict[str, Any]:
-    name = models[0].name if models else None
+    model, body = _find_example(operation, models)
     parameters = [*_path_parameters(path), *map(dict, operation.parameters)]
-    for parameter in parameters:
-        if parameter["name"] == "model" and name:
-            parameter["example"] = name
-        if parameter["name"] == "version" and name:
-            parameter["example"] = models[0].version
+    if model is not None:
+        for parameter in parameters:
+            if parameter["name"] in ("model", "version"):
+                parameter["example"] = model.name if parameter["name"] == "model" else model.version
     described: dict[str, Any] = {
         "tags": [tag],
         "operationId": "_".join(re.findall(r"\w+", f"{operation.method.lower()} {path}")),
@@ -104,9 +103,21 @@ def _describe(operation: Operation, path: str, tag: str, models: Sequence[ModelV
     if parameters:
         described["parameters"] = parameters
     if operation.content is not None:
-        described["requestBody"] = {"required": True, "content": _add_example(operation, models[:1])}
+        content = {media_type: dict(media) for media_type, media in operation.content.items()}
+        if body is not None:
+            content["application/json"]["example"] = body
+        described["requestBody"] = {"required": True, "content": content}
     described["responses"] = dict(_responses(operation))
     return described
+
+
+def _find_example(operation: Operation, models: Sequence[ModelVersion]) -> tuple[ModelVersion | None, Any]:
+    """Return a model to show as an example, and the body of a request to it: the first model that has one."""
+    for model in models if operation.make_example else ():
+        for signature, inputs in make_inputs(model.predictor.signatures):
+            if operation.make_example and (body := operation.make_example(signature, inputs)) is not None:
+                return model, body
+    return (models[0] if models else None), None
 
 
 def _path_parameters(path: str) -> Iterator[dict[str, Any]]:
@@ -128,14 +139,3 @@ def _responses(operation: Operation) -> Iterator[tuple[str, Json]]:
                 },
             }
         yield str(status), response
-
-
-def _add_example(operation: Operation, models: Sequence[ModelVersion]) -> Mapping[str, Json]:
-    content = {media_type: dict(described) for media_type, described in (operation.content or {}).items()}
-    for model in models:
-        for signature, inputs in make_inputs(model.predictor.signatures):
-            example = operation.make_example(signature, inputs) if operation.make_example else None
-            if example is not None:
-                content["application/json"]["example"] = example
-                return content
-    return content
