@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 from serving.observer import RequestObserver
 from serving.settings import Settings
+from serving.tracing import make_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +68,9 @@ def make_app(settings: Settings) -> ServingApp:
     """Make the service for the models that the settings name; `app.watcher.start()` loads them.
 
     Raises:
-        StartupError: there is no model to serve.
+        StartupError: there is no model to serve, or the environment asks for traces that cannot be exported.
     """
+    tracing = make_tracing(os.environ, remote=settings.remote)
     metrics = Metrics()
     liveness = Liveness()
     memory = MemoryBudget(settings.memory_budget)
@@ -76,9 +79,9 @@ def make_app(settings: Settings) -> ServingApp:
     metrics.watch_memory(memory)
     app = ServingApp(
         settings,
-        inference=InferenceService(repository, max_rows=settings.max_rows),
+        inference=(tracing.make_inference if tracing else InferenceService)(repository, max_rows=settings.max_rows),
         metrics=metrics,
-        observer=RequestObserver(metrics),
+        observer=(tracing.make_observer if tracing else RequestObserver)(metrics),
         liveness=liveness,
         memory=memory,
     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serving.errors import client_disconnected, deadline_exceeded
 
@@ -29,6 +29,7 @@ class RequestContext:
     # What metrics, log and traces report about the request; filled in while it is processed.
     started_s: float = field(default_factory=time.perf_counter)
     request_id: str = ""
+    trace_id: str = ""  # 32 hexadecimal digits; empty without a trace
     status: str = ""  # the HTTP status, or the name of the gRPC code
     route: str = ""  # "/v1/models/<model>:predict", or the path of a gRPC method
     model: str = ""  # empty unless the request names a served model
@@ -36,6 +37,12 @@ class RequestContext:
     rows: int = 0
     queue_s: float = 0.0  # in the batcher's queue
     model_s: float = 0.0  # of the model calls with its rows; the parts of a long request may overlap
+    # Of traces, if they are on (serving/tracing/): the server's span, when the request was parsed and predicted, and
+    # the metadata of the call of a remote server.
+    span: Any = None
+    parsed_s: float = 0.0
+    predicted_s: float = 0.0
+    remote_metadata: tuple[tuple[str, str], ...] = ()
 
     def reserve(self, size_bytes: int) -> None:
         """Reserve memory for the next step; waits until it is free.

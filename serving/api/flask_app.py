@@ -143,7 +143,7 @@ class ServingApp(Flask):
 
     def preprocess_request(self) -> ResponseReturnValue | None:
         """Begin the request, and call the hooks."""
-        self.observer.begin(current_request.get())
+        self.observer.begin(current_request.get(), request.environ)
         if self.before_request_funcs or self.url_value_preprocessors:
             return super().preprocess_request()
         return None

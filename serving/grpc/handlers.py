@@ -47,7 +47,7 @@ def make_handler(
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         memory = RequestMemory(budget)
         context = RequestContext(deadline_s, memory=memory, route=route)
-        observer.begin(context)
+        observer.begin(context, call.invocation_metadata())
 
         def set_disconnected(is_cancelled: Callable[[], bool]) -> RequestContext:
             context.client_disconnected = is_cancelled
