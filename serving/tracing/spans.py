@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from opentelemetry.context import Context
 from opentelemetry.propagate import extract, inject
 from opentelemetry.propagators.textmap import Getter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
@@ -87,7 +87,7 @@ class Tracing:
             context.route or "HTTP",
             context=extract(headers, getter=_getter),
             kind=SpanKind.SERVER,
-            start_time=_to_unix_ns(context.started_s),
+            start_time=time.time_ns() - int((time.perf_counter() - context.started_s) * 1e9),
         )
         context.span = span
         if (ids := span.get_span_context()).is_valid:
@@ -120,56 +120,49 @@ class Tracing:
 
     def end(self, context: RequestContext) -> None:
         """End the server's span, with the spans of the request's parts below it."""
-        span: Span | None = context.span
-        if span is None or not span.is_recording():
+        span = context.span
+        if not isinstance(span, SdkSpan) or not span.is_recording():  # not sampled
             return
         ended_s = time.perf_counter()
-        self._add_parts(context, ended_s, set_span_in_context(span))
+        self._add_parts(context, span, ended_s)
         status = context.status or "500"
-        is_http = status.isdigit()
-        if is_http:
-            method = getattr(span, "attributes", {}).get("http.request.method", "HTTP")
-            span.update_name(f"{method} {context.route}")
-            span.set_attributes({"http.route": context.route, "http.response.status_code": int(status)})
-            failed = int(status) >= 500
+        if status.isdigit():
+            name = f"{(span.attributes or {}).get('http.request.method', 'HTTP')} {context.route}"
+            own: dict[str, Any] = {"http.route": context.route, "http.response.status_code": int(status)}
+            is_error = int(status) >= 500
         else:
-            span.update_name(context.route.lstrip("/"))
-            span.set_attributes(
-                {
-                    "rpc.system.name": "grpc",
-                    "rpc.method": context.route.lstrip("/"),
-                    "rpc.response.status_code": status,
-                }
-            )
-            failed = status in _SERVER_FAULTS
-        if context.model:
-            span.set_attribute("serving.model", context.model)
-        if context.version is not None:
-            span.set_attribute("serving.version", context.version)
-        if context.rows:
-            span.set_attribute("serving.rows", context.rows)
-        if context.request_id:
-            span.set_attribute("serving.request_id", context.request_id)
-        if failed:
-            span.set_attribute("error.type", status)
+            name = context.route.lstrip("/")
+            own = {"rpc.system.name": "grpc", "rpc.method": name, "rpc.response.status_code": status}
+            is_error = status in _SERVER_FAULTS
+        span.update_name(name)
+        known = {
+            "serving.model": context.model,
+            "serving.version": context.version,
+            "serving.rows": context.rows,
+            "serving.request_id": context.request_id,
+            "error.type": status if is_error else None,
+        }
+        span.set_attributes({**own, **{key: value for key, value in known.items() if value not in (None, "", 0)}})
+        if is_error:
             span.set_status(Status(StatusCode.ERROR))
-        span.end(_to_unix_ns(ended_s))
+        span.end(_to_unix_ns(context, span, ended_s))
 
-    def _add_parts(self, context: RequestContext, ended_s: float, parent: Context) -> None:
-        parsed_s, predicted_s = context.parsed_s, context.predicted_s
+    def _add_parts(self, context: RequestContext, span: SdkSpan, ended_s: float) -> None:
+        parsed_s = context.parsed_s
         if not parsed_s:
             return
-        predicted_s = predicted_s or ended_s
+        predicted_s = context.predicted_s or ended_s
         queued_until_s = min(parsed_s + context.queue_s, predicted_s)
         parts = [("parse", context.started_s, parsed_s), ("queue", parsed_s, queued_until_s)]
         if self._remote is None:  # otherwise the call has a span of its own
             # The parts of a long request overlap, so their sum may exceed the time.
             parts.append(("model", queued_until_s, min(queued_until_s + context.model_s, predicted_s)))
         parts.append(("render", predicted_s, ended_s))
+        parent = set_span_in_context(span)
         for name, start_s, end_s in parts:
             if end_s > start_s:
-                part = self._tracer.start_span(name, context=parent, start_time=_to_unix_ns(start_s))
-                part.end(_to_unix_ns(end_s))
+                part = self._tracer.start_span(name, context=parent, start_time=_to_unix_ns(context, span, start_s))
+                part.end(_to_unix_ns(context, span, end_s))
 
     def close(self) -> None:
         """Export the remaining spans, for at most `FLUSH_TIMEOUT_S`."""
@@ -232,6 +225,6 @@ def _make_exporter(kind: str) -> SpanExporter:
     return OTLPSpanExporter()
 
 
-def _to_unix_ns(counter_s: float) -> int:
-    """Return a time of `time.perf_counter` as nanoseconds since 1970."""
-    return time.time_ns() - int((time.perf_counter() - counter_s) * 1e9)
+def _to_unix_ns(context: RequestContext, span: SdkSpan, counter_s: float) -> int:
+    """Return a time of `time.perf_counter` as nanoseconds since 1970, by the start of the request's span."""
+    return (span.start_time or 0) + int((counter_s - context.started_s) * 1e9)
