@@ -52,7 +52,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
 TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-tfserving bench-serve bench-client bench-train bench-compare bench-lean bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -138,8 +138,8 @@ bench-compare: $(INSTALLED)  ## this service beside itself at an earlier commit 
 	@test -n "$(BEFORE)" || { echo "error: name a commit: make bench-compare BEFORE=HEAD~1" >&2; exit 2; }
 	@$(BIN)/python -m benchmarks.compare $(BEFORE)
 
-bench-lean: $(INSTALLED)  ## exported models beside the same networks saved as they are
-	@$(BIN)/python -m benchmarks.lean
+bench-exported: $(INSTALLED)  ## exported models beside the same networks saved as they are
+	@$(BIN)/python -m benchmarks.exported
 
 bench-runtimes: $(INSTALLED)  ## exported models in TensorFlow, ONNX Runtime and LiteRT
 	@$(BIN)/python -m benchmarks.runtimes

@@ -23,7 +23,7 @@ import onnxruntime
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
-from benchmarks.lean import SHAPE, draw_network, publish
+from benchmarks.exported import SHAPE, draw_network, publish
 from serving.inference.saved_model import SavedModelPredictor
 from training.converter.convert import convert_model
 

@@ -223,30 +223,30 @@ def install_peers() -> None:
 def export_article_model(models: Path) -> Path:
     """Export the article's network, its weights drawn at random: speed does not depend on them."""
     program = (
-        "import sys; from pathlib import Path; from benchmarks.lean import draw_network, publish; "
+        "import sys; from pathlib import Path; from benchmarks.exported import draw_network, publish; "
         f"publish(draw_network('sequential'), 'sequential', Path(sys.argv[1]), name='{MODEL}')"
     )
     subprocess.run([sys.executable, "-c", program, str(models)], check=True, cwd=PROJECT, capture_output=True)
     return models / MODEL / "1"
 
 
-def measure_bare(model: Path, seconds: float) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.bare", str(model), str(seconds)]
+def measure_model_alone(model: Path, seconds: float) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.model_alone", str(model), str(seconds)]
     done = subprocess.run(command, check=True, cwd=PROJECT, capture_output=True, text=True)
-    bare: dict[str, float] = json.loads(done.stdout)
-    return bare
+    alone: dict[str, float] = json.loads(done.stdout)
+    return alone
 
 
 def measure_start(models: Path, version: Path, folder: Path, *, rounds: int) -> dict[str, float]:
     """Start the service, and a process that imports TensorFlow and loads the model, in turn; return the medians."""
     starts: list[dict[str, float]] = []
     for _ in range(rounds):
-        bare = measure_bare(version, 0)
+        alone = measure_model_alone(version, 0)
         ours = start_ours("v2", models, folder / "start.log").process
         assert ours
         with ours as process:
             ready = {"ready_s": process.ready_after_s, "ready_mb": resident_mb(process.pid)}
-        starts.append({"import_s": bare["import_s"], "loaded_mb": bare["memory_mb"], **ready})
+        starts.append({"import_s": alone["import_s"], "loaded_mb": alone["memory_mb"], **ready})
     return {name: round(statistics.median(start[name] for start in starts), 2) for name in starts[0]}
 
 
@@ -344,7 +344,7 @@ def main(
             version.parent.mkdir(parents=True)
             version.symlink_to(model.resolve())
         start = measure_start(models, version, folder, rounds=rounds)
-        bare = [measure_bare(version, seconds)]
+        alone = [measure_model_alone(version, seconds)]
         for form in forms:
             click.echo(f"measuring {form} ...", err=True)
             with ExitStack() as stack:
@@ -360,9 +360,9 @@ def main(
                 counts = [4] if form.endswith("x64") else connections
                 run_form(form, contestants, connections=counts, rounds=rounds, seconds=seconds)
                 results[form] = [row for contestant in contestants for row in summarize(contestant)]
-            bare.append(measure_bare(version, seconds))
-    one_ms = statistics.median(b["one_ms"] for b in bare)
-    images_per_s = statistics.median(b["images_per_s"] for b in bare)
+            alone.append(measure_model_alone(version, seconds))
+    one_ms = statistics.median(b["one_ms"] for b in alone)
+    images_per_s = statistics.median(b["images_per_s"] for b in alone)
     click.echo(format_table(results))
     click.echo(f"\nbare signature: {one_ms:.2f} ms for one image, {images_per_s:,.0f} images/s in batches of 64")
     click.echo(
@@ -375,7 +375,7 @@ def main(
     document = {
         "machine": machine,
         "start": start,
-        "bare": {"one_ms": one_ms, "images_per_s": images_per_s},
+        "model_alone": {"one_ms": one_ms, "images_per_s": images_per_s},
         "forms": results,
     }
     output.write_text(json.dumps(document, indent=2) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from serving.errors import StartupError
 from serving.process import configure_logging, exit_process, log_requests_to, open_standard_streams
@@ -22,12 +23,30 @@ def _option(flag: str, text: str, **attributes: Any) -> Callable[[Callable[..., 
     return click.option(flag, default=default, help=text, **attributes)
 
 
+def _read_model(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise click.BadParameter(f"expected NAME=PATH, such as pets=/mnt/models, got {text!r}")
+    return name, Path(path)
+
+
 @click.command(context_settings={"auto_envvar_prefix": "SERVING", "show_default": True})
 @click.option(
     "--models-dir",
     type=click.Path(path_type=Path),
     default=Path("models"),
     help="Folder of the models: <name>/<version>/saved_model.pb.",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=_read_model,
+    metavar="NAME=PATH",
+    envvar="SERVING_MODEL",
+    help="Serve the model in this folder, of its versions or of one SavedModel; may be repeated.  "
+    "[default: all models in --models-dir]",
+    show_default=False,
 )
 @_option(
     "--model-config-file",
@@ -93,9 +112,15 @@ def _option(flag: str, text: str, **attributes: Any) -> Callable[[Callable[..., 
     "[default: 75 % of what the container or the machine leaves]",
     type=int,
 )
+@_option(
+    "--allow-model-control",
+    "Let requests of the Open Inference Protocol load and unload models.",
+    is_flag=True,
+)
 @_option("--log-level", "Log messages of this level and above, to standard error.", type=click.Choice(LOG_LEVELS))
 @_option("--access-log", "Log a line per request, to standard output.", is_flag=True)
-def main(**options: Any) -> None:
+@click.pass_context
+def main(context: click.Context, /, **options: Any) -> None:
     """Serve the newest version of every model in a folder over HTTP and gRPC.
 
     The folder is polled: new versions replace old ones without a failed request.
@@ -105,6 +130,9 @@ def main(**options: Any) -> None:
     open_standard_streams()
     keep_freed_memory()
     try:
+        # From the environment, as in the container image, it is only a default.
+        if options["models"] and context.get_parameter_source("models_dir") is ParameterSource.COMMANDLINE:
+            raise StartupError("--model and --models-dir both say which models to serve; give one of them")
         settings = Settings(**options)
         configure_logging(settings.log_level)
         if settings.access_log:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from serving.inference.batcher import Batcher
 from serving.inference.liveness import Liveness
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelConfig, ModelsFolder, has_versions, read_config_file
+from serving.inference.model_folders import read_model_folders
 from serving.inference.repository import ModelRepository
 from serving.inference.row_independence import find_dependent_signatures
 from serving.inference.saved_model import SavedModelPredictor
@@ -33,21 +34,21 @@ from serving.inference.signatures import Predictor
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 from serving.observer import RequestObserver
-from serving.settings import Settings
+from serving.settings import Settings, name_models
 from serving.tracing import make_tracing
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(models: str | Path | Settings = "models", **options: Any) -> ServingApp:
+def create_app(models: str | Path | Mapping[str, str | Path] | Settings = "models", **options: Any) -> ServingApp:
     """Make the service as a WSGI application, ready to serve: `gunicorn "serving:create_app()"`.
 
     The first request loads the models, in the process that serves it, and waits for them; health checks do not wait.
     It is a Flask app: hooks, blueprints, error handlers and the test client work as Flask documents them.
 
     Args:
-        models: the folder: `<name>/<version>/saved_model.pb`, or all settings. New versions replace old ones while it
-            runs.
+        models: the folder: `<name>/<version>/saved_model.pb`; or the name and folder of each model, as for
+            `--model`; or all settings. New versions replace old ones while it runs.
         options: other settings by their names in `serving.Settings`, such as `max_batch_size`. Those of ports and of
             connections have no effect here.
 
@@ -59,7 +60,7 @@ def create_app(models: str | Path | Settings = "models", **options: Any) -> Serv
         >>> client.get("/v1/models/colours").json["model_version_status"][0]["state"]
         'AVAILABLE'
     """
-    app = make_app(models if isinstance(models, Settings) else Settings(models_dir=Path(models), **options))
+    app = make_app(models if isinstance(models, Settings) else Settings(**name_models(models), **options))
     app.loads_models = True
     return app
 
@@ -79,7 +80,9 @@ def make_app(settings: Settings) -> ServingApp:
     metrics.watch_memory(memory)
     app = ServingApp(
         settings,
-        inference=(tracing.make_inference if tracing else InferenceService)(repository, max_rows=settings.max_rows),
+        inference=(tracing.make_inference if tracing else InferenceService)(
+            repository, max_rows=settings.max_rows, allow_model_control=settings.allow_model_control
+        ),
         metrics=metrics,
         observer=(tracing.make_observer if tracing else RequestObserver)(metrics),
         liveness=liveness,
@@ -120,18 +123,28 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
             unbatched=unbatched,
         )
 
-    if settings.model_config_file:
-        listed = read_config_file(settings.model_config_file)
-        configs: Callable[[], Sequence[ModelConfig]] = lambda: listed  # noqa: E731
-    else:
-        configs = ModelsFolder(settings.models_dir)
     return LocalRepository(
-        configs,
+        choose_models(settings),
         required=settings.require_models,
         load_predictor=partial(SavedModelPredictor, intra_op_threads=settings.intra_op_threads),
         find_dependent=find_dependent_signatures,
         wrap_predictor=batch,
     )
+
+
+def choose_models(settings: Settings) -> Callable[[], Sequence[ModelConfig]]:
+    """Return a function that lists the models to serve from this machine's folders, at every poll.
+
+    Raises:
+        StartupError: a folder is missing or not what it should be, or the model config is invalid.
+    """
+    if settings.model_config_file:
+        listed = read_config_file(settings.model_config_file)
+    elif settings.models:
+        listed = read_model_folders(settings.models)
+    else:
+        return ModelsFolder(settings.models_dir)
+    return lambda: listed
 
 
 def name_remote_models(settings: Settings) -> tuple[str, ...]:

@@ -104,6 +104,16 @@ class ModelNotFound(ServingError):
     code = "NOT_FOUND"
 
 
+class ModelControlOff(ServingError):
+    """The request would load or unload a model, and the service does not allow it."""
+
+    status = 403
+    code = "PERMISSION_DENIED"
+
+    def __init__(self) -> None:
+        super().__init__("models may not be loaded or unloaded by requests; --allow-model-control allows it")
+
+
 class TooLarge(ServingError):
     """The request exceeds a limit on bytes, pixels or images."""
 

@@ -44,6 +44,12 @@ class RequestContext:
     predicted_s: float = 0.0
     remote_metadata: tuple[tuple[str, str], ...] = ()
 
+    def shorten_deadline(self, timeout_s: float) -> None:
+        """Bring the deadline forward to `timeout_s` after the request began, unless it is earlier already."""
+        left_s = timeout_s - (time.perf_counter() - self.started_s)
+        deadline_s = time.monotonic() + left_s
+        self.deadline_s = deadline_s if self.deadline_s is None else min(self.deadline_s, deadline_s)
+
     def reserve(self, size_bytes: int) -> None:
         """Reserve memory for the next step; waits until it is free.
 

@@ -8,22 +8,22 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from serving.api.flask_app import URGENT_PATHS, ServingApp
-from serving.app import make_app, name_remote_models
+from serving.app import choose_models, make_app, name_remote_models
 from serving.errors import StartupError
 from serving.http.protocol import SharedState
 from serving.http.server import Server as HttpServer
 from serving.http.server import listen
-from serving.inference.model_config import ModelsFolder
 from serving.memory import TRIM_BYTES, MemoryBudget
 from serving.process import SWITCH_INTERVAL_S, configure_metrics, exit_process
 from serving.process_memory import keep_freed_memory, return_freed_memory
-from serving.settings import Settings
+from serving.settings import Settings, name_models
 
 if TYPE_CHECKING:
     from serving.grpc.server import GrpcServer
@@ -33,14 +33,17 @@ logger = logging.getLogger("serving")
 MEMORY_INTERVAL_S = 1.0  # between two checks of the memory budget
 
 
-def serve(models: str | Path = "models", *, port: int = Settings.rest_port, **options: Any) -> None:
+def serve(
+    models: str | Path | Mapping[str, str | Path] = "models", *, port: int = Settings.rest_port, **options: Any
+) -> None:
     """Serve the models in a folder over HTTP and gRPC, until SIGTERM, SIGHUP or Ctrl-C; then shut down gracefully.
 
     Call it from the main thread, which handles the signals. A second signal, and models that cannot be loaded for an
     unforeseen reason, end the process, as with `python -m serving`.
 
     Args:
-        models: the folder: `<name>/<version>/saved_model.pb`. New versions replace old ones while it runs.
+        models: the folder: `<name>/<version>/saved_model.pb`; or the name and folder of each model, as for
+            `--model`. New versions replace old ones while it runs.
         port: of the HTTP API.
         options: other settings by their names in `serving.Settings`, such as `grpc_port` and `host`.
 
@@ -51,15 +54,15 @@ def serve(models: str | Path = "models", *, port: int = Settings.rest_port, **op
         >>> serving.serve("models", port=8501)  # doctest: +SKIP
     """
     keep_freed_memory()
-    serve_settings(Settings(models_dir=Path(models), rest_port=port, **options))
+    serve_settings(Settings(**name_models(models), rest_port=port, **options))
 
 
 def serve_settings(settings: Settings) -> None:
     """Serve what the settings say; see `serve`."""
     if settings.remote:
         name_remote_models(settings)
-    elif not settings.model_config_file:
-        ModelsFolder(settings.models_dir)  # the folder has to exist; models may come later
+    else:
+        choose_models(settings)  # the folders have to exist; versions may come later
     listener = open_port(settings.host, settings.rest_port, flag="--rest-port")
     if settings.grpc_port:
         open_port(settings.host, settings.grpc_port, flag="--grpc-port").close()  # gRPC opens its own

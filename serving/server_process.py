@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,8 @@ class Server:
     """The service on loopback ports, in a process of its own; a context manager.
 
     Args:
-        models: the folder of the models: `<name>/<version>/saved_model.pb`.
+        models: the folder of the models: `<name>/<version>/saved_model.pb`; or the name and folder of each model, as
+            for `--model`.
         start_timeout_s: how long `start` waits until the models are loaded.
         options: settings by their names in `serving.Settings`, such as `max_batch_size`. Ports that are not given are
             free ones.
@@ -35,8 +37,14 @@ class Server:
         True
     """
 
-    def __init__(self, models: str | Path = "models", *, start_timeout_s: float = 120.0, **options: Any) -> None:
-        self._models = Path(models)
+    def __init__(
+        self,
+        models: str | Path | Mapping[str, str | Path] = "models",
+        *,
+        start_timeout_s: float = 120.0,
+        **options: Any,
+    ) -> None:
+        self._models = models
         self._start_timeout_s = start_timeout_s
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -102,7 +110,11 @@ class Server:
         self.stop()
 
     def _command(self) -> list[str]:
-        command = [sys.executable, "-m", "serving", "--models-dir", str(self._models)]
+        command = [sys.executable, "-m", "serving"]
+        if isinstance(self._models, Mapping):
+            command += [part for name, path in self._models.items() for part in ("--model", f"{name}={path}")]
+        else:
+            command += ["--models-dir", str(self._models)]
         command += ["--rest-port", str(self._rest_port), "--grpc-port", str(self._grpc_port)]
         for name, value in self._options.items():
             flag = "--" + name.replace("_", "-")

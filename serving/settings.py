@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from serving.errors import StartupError
 from serving.images.decoding import PILLOW_MAX_PIXELS
@@ -25,7 +28,8 @@ class Settings:
         StartupError: a value is out of its range.
     """
 
-    models_dir: Path
+    models_dir: Path = Path("models")
+    models: tuple[tuple[str, Path], ...] = ()  # name and folder of each, instead of all that is in models_dir
     model_config_file: Path | None = None
     remote: str | None = None
     remote_models: tuple[str, ...] = ()
@@ -48,6 +52,7 @@ class Settings:
     max_connections: int = 10_000
     max_rows: int = 16_384
     memory_budget: int | None = None  # bytes; None: what is free
+    allow_model_control: bool = False
     log_level: str = "info"
     access_log: bool = False
 
@@ -80,6 +85,10 @@ class Settings:
             if value is not None and not smallest <= value <= largest:
                 flag = name.replace("_", "-")
                 raise StartupError(f"--{flag} must be from {smallest} to {largest}, not {value}")
+        check_model_names(self.models)
+        for flag, value in (("--remote", self.remote), ("--model-config-file", self.model_config_file)):
+            if self.models and value:
+                raise StartupError(f"--model and {flag} both say which models to serve; give one of them")
         if self.remote and self.model_config_file:
             raise StartupError("--remote and --model-config-file: the models are either there or here, not both")
         if self.remote_models and not self.remote:
@@ -88,3 +97,24 @@ class Settings:
             raise StartupError(f"--grpc-port and --rest-port are both {self.rest_port}; choose another for one")
         if self.log_level not in LOG_LEVELS:
             raise StartupError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level}")
+
+
+def name_models(models: str | Path | Mapping[str, str | Path]) -> dict[str, Any]:
+    """Return the settings of the models that `create_app` and `serve` are given: their folder, or one for each name."""
+    if isinstance(models, Mapping):
+        return {"models": tuple((name, Path(path)) for name, path in models.items())}
+    return {"models_dir": Path(models)}
+
+
+def check_model_names(models: tuple[tuple[str, Path], ...]) -> None:
+    """Check the names of models, which become part of URLs.
+
+    Raises:
+        StartupError: a name is empty, has a / or :, or is repeated.
+    """
+    names = [name for name, _ in models]
+    for name in names:
+        if not name or re.search("[/:]", name):
+            raise StartupError(f"--model: expected a model name without / and :, got {name!r}")
+        if names.count(name) > 1:
+            raise StartupError(f"--model: {name} is given {names.count(name)} times; each model has one folder")

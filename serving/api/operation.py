@@ -66,6 +66,7 @@ class Operation:
         description: more, in Markdown.
         parameters: of the query and the headers, as OpenAPI parameter objects.
         content: the request body: a media type object for each media type; None: no body.
+        is_body_optional: the request may have no body.
         responses: an OpenAPI response object for each status that is not an error.
         errors: what it raises; the statuses follow.
         failures: descriptions of other statuses with an error as their body.
@@ -79,6 +80,7 @@ class Operation:
     description: str = ""
     parameters: Sequence[Json] = ()
     content: Mapping[str, Json] | None = None
+    is_body_optional: bool = False
     responses: Mapping[int, Json]
     errors: Sequence[type[ServingError]] = ()
     failures: Mapping[int, str] = field(default_factory=dict)
@@ -103,6 +105,11 @@ def object_of(properties: Mapping[str, Json], *, optional: Sequence[str] = (), *
     """Return the schema of an object with these properties, of which all but `optional` are required."""
     required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": dict(properties), **({"required": required} if required else {}), **more}
+
+
+def optional_of(properties: Mapping[str, Json]) -> Json:
+    """Return the schema of an object with these properties, of which none is required."""
+    return object_of(properties, optional=tuple(properties))
 
 
 def list_of(items: Json, **more: Any) -> Json:

@@ -1,1 +1,1 @@
-"""TensorFlow Serving's gRPC API: PredictionService, ModelService, health and reflection."""
+"""The gRPC services: TensorFlow Serving's and the Open Inference Protocol's, health and reflection."""

@@ -36,10 +36,12 @@ def make_handler(
     receiver: MessageReceiver,
     observer: RequestObserver,
     is_long: bool = False,
+    is_tensorflow_serving: bool = False,
 ) -> grpc.RpcMethodHandler:
     """Make the handler of a unary method: callable(request) that returns the response. `route` is its path.
 
-    Greenlets call it, or a thread if it `is_long`: it blocks for long.
+    Greenlets call it, or a thread if it `is_long`: it blocks for long. If it `is_tensorflow_serving`, its errors are those
+    of TensorFlow Serving.
     """
 
     async def handle(_: Any, call: Any) -> bytes:
@@ -65,7 +67,7 @@ def make_handler(
                 # Runs to its end even if the client cancels the call, so it ends the request itself.
                 is_processed = True
                 response, failure = await call_from_loop(
-                    lambda: _respond(method, request_type, data, greenlets, observer),
+                    lambda: _respond(method, request_type, data, greenlets, observer, is_tensorflow_serving),
                     greenlets=greenlets,
                     in_thread=is_long,
                     make_context=set_disconnected,
@@ -88,7 +90,12 @@ def make_handler(
 
 
 def _respond(
-    method: _Method, request_type: Any, data: bytes, greenlets: LoopGreenlets, observer: RequestObserver
+    method: _Method,
+    request_type: Any,
+    data: bytes,
+    greenlets: LoopGreenlets,
+    observer: RequestObserver,
+    is_tensorflow_serving: bool,
 ) -> tuple[bytes, tuple[grpc.StatusCode, str] | None]:
     """Return the serialized response, or the status code and details of the failure; end the request."""
     context = current_request.get()
@@ -102,7 +109,8 @@ def _respond(
         name = request_type.DESCRIPTOR.full_name
         return b"", (grpc.StatusCode.INTERNAL, f"the message cannot be parsed as {name}")
     except ServingError as error:
-        error = error.tensorflow_serving or error
+        if is_tensorflow_serving:
+            error = error.tensorflow_serving or error
         context.status = error.code
         return b"", (getattr(grpc.StatusCode, error.code), str(error)[:MAX_DETAILS])
     except Exception:

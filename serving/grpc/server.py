@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Thread
@@ -27,6 +28,7 @@ from tensorflow_serving.apis import (
 from serving.errors import ModelNotFound, StartupError
 from serving.greenlets import LoopGreenlets, lower_priority
 from serving.grpc.handlers import make_handler
+from serving.grpc.open_inference import LONG_METHODS, OPEN_INFERENCE_SERVICE, POOL, GrpcInferenceService
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.grpc.services import ModelService, PredictionService
 from serving.inference.liveness import Liveness
@@ -42,10 +44,10 @@ HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 # the load shedding, with an error message.
 MAX_PENDING_CALLS = 100_000
 
-_LONG_METHODS = ("HandleReloadConfigRequest",)  # they block for long: they load models
+_LONG_METHODS = ("HandleReloadConfigRequest", *LONG_METHODS)  # they block for long: they load models
 
 # TensorFlow Serving's health service uses the short names.
-_KNOWN = ("", "PredictionService", "ModelService", PREDICTION_SERVICE, MODEL_SERVICE)
+_KNOWN = ("", "PredictionService", "ModelService", PREDICTION_SERVICE, MODEL_SERVICE, OPEN_INFERENCE_SERVICE)
 
 # For reflection, the methods with the module and the common name of their messages: <name>Request and <name>Response.
 # The official package's modules that describe the services were generated for an old protobuf version and cannot be
@@ -66,7 +68,7 @@ _DESCRIBED = {
 
 
 class GrpcServer:
-    """Serves TensorFlow Serving's gRPC API on its own port, with an event loop in its own thread.
+    """Serves all gRPC services on their own port, with an event loop in its own thread.
 
     Args:
         inference: runs the requests.
@@ -140,18 +142,23 @@ class GrpcServer:
                 "GetModelStatus": (models.get_model_status, get_model_status_pb2.GetModelStatusRequest),
                 "HandleReloadConfigRequest": (models.handle_reload_config_request, reload),
             },
+            OPEN_INFERENCE_SERVICE: GrpcInferenceService(self._inference, self._liveness).methods(),
             HEALTH_SERVICE: {"Check": (self._check_health, health_pb2.HealthCheckRequest)},
         }
         for service, methods in services.items():
             handlers = {
-                name: make(method, request, route=f"/{service}/{name}", is_long=name in _LONG_METHODS)
+                name: make(
+                    method,
+                    request,
+                    route=f"/{service}/{name}",
+                    is_long=name in _LONG_METHODS,
+                    is_tensorflow_serving=service in (PREDICTION_SERVICE, MODEL_SERVICE),
+                )
                 for name, (method, request) in methods.items()
             }
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         _describe_services()
-        reflection.enable_server_reflection(
-            (PREDICTION_SERVICE, MODEL_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server
-        )
+        reflection.enable_server_reflection((*services, reflection.SERVICE_NAME), server, pool=_Pools())
         try:
             server.add_insecure_port(address)
         except RuntimeError as error:
@@ -169,6 +176,21 @@ class GrpcServer:
         serving = self._inference.not_ready_because is None and self._liveness.problem is None
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if serving else states.NOT_SERVING)
+
+
+class _Pools:
+    """For reflection, several descriptor pools as one: ours, and the default one for what ours does not have."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Return a method of the pools, which raises KeyError for what no pool has."""
+
+        def find(*args: Any) -> Any:
+            try:
+                return getattr(POOL, name)(*args)
+            except KeyError:
+                return getattr(descriptor_pool.Default(), name)(*args)
+
+        return find
 
 
 def _describe_services() -> None:

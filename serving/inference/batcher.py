@@ -196,6 +196,10 @@ class Batcher:
         finally:
             self._release(lane, key, rows)
 
+    def shared_rows(self, signature: str) -> int:
+        """Return the most rows in a call that several requests share; 1 if a signature's requests share none."""
+        return self._max_batch_rows if signature in self._batched else 1
+
     def _is_split(self, key: _GroupKey, rows: int) -> bool:
         return rows > self._max_batch_rows and key[0] in self._batched
 

@@ -11,12 +11,22 @@ from pathlib import Path
 from typing_extensions import override
 
 from serving.errors import ModelFailed, ModelLoadError, StartupError
-from serving.inference.model_config import ModelConfig, Volumes, describe_unreadable, find_versions
+from serving.inference.model_config import ModelConfig, Volumes, describe_unreadable
+from serving.inference.model_folders import find_model_versions
 from serving.inference.model_info import INFO_FILE, read_label_names, read_model_info
 from serving.inference.repository import MAX_MESSAGE, FolderProblem, ModelRepository, ModelVersion, VersionStatus
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Predictor
-from serving.inference.version_files import Retries, Stamp, Verification, has_checksums, read_stamp, verify_checksums
+from serving.inference.statistics import CountedPredictor, Statistics
+from serving.inference.version_files import (
+    Retries,
+    Stamp,
+    Verification,
+    has_checksums,
+    read_model_stamp,
+    read_stamp,
+    verify_checksums,
+)
 from serving.inference.warmup import WARMUP_FILE, replay_warmup_records
 from serving.quoting import hide_paths, printable
 
@@ -32,6 +42,7 @@ class _LoadedVersion:
     path: Path
     predictor: Predictor  # not wrapped
     unbatched: Collection[str]
+    model_stamp: Stamp
     info_stamp: Stamp
     warmup_stamp: Stamp
 
@@ -70,6 +81,7 @@ class LocalRepository(ModelRepository):
         self._retries = Retries()
         self._loaded_versions: dict[tuple[str, int], _LoadedVersion] = {}
         self._verifications: dict[tuple[str, int], Verification] = {}
+        self._unloaded: frozenset[str] = frozenset()  # models that `unload_model` took out of service
         self._unverified: set[tuple[str, int]] = set()  # that the last poll did not load yet
         for config, found in self._list_models() or ():
             for version in config.policy.candidates(found or ())[:1]:
@@ -90,12 +102,40 @@ class LocalRepository(ModelRepository):
     @override
     def reload(self, configs: Sequence[ModelConfig]) -> None:
         self._list_configs = lambda: configs
+        self._unloaded = frozenset()
         self._poll_until_verified()
         if missing := [config.name for config in configs if config.name not in self._available]:
             reasons = "; ".join(f"{name}: {self.problem(name)}" for name in missing)
             raise ModelFailed(f"Some models did not become available: {reasons}", code="UNKNOWN")
         if problem := self._find_label_problem():
             raise ModelFailed(problem, code="FAILED_PRECONDITION")
+
+    @override
+    def load_model(self, name: str) -> None:
+        if name not in self._names:
+            self.poll()  # its folder may be new
+        if name not in self._names:
+            raise self._unknown_model(name)
+        with self._update_lock:
+            self._unloaded -= {name}
+            self._retries.forget_missing(name, set())  # try again now
+        self._poll_until_verified()
+        if name not in self._available:
+            raise ModelFailed(f"model {name} could not be loaded: {self.problem(name)}", code="FAILED_PRECONDITION")
+
+    @override
+    def unload_model(self, name: str) -> None:
+        if name not in self._names:
+            raise self._unknown_model(name)
+        with self._update_lock:
+            self._unloaded |= {name}
+            self._unload(name, keep=set())
+
+    @override
+    def problem(self, name: str) -> str:
+        if name in self._unloaded:
+            return "it was unloaded; load it to use it again"
+        return super().problem(name)
 
     def _poll_until_verified(self) -> None:
         """Poll until every version was verified once; each is loaded as soon as its verification is done."""
@@ -113,7 +153,7 @@ class LocalRepository(ModelRepository):
         if models is None:
             return
         for config, found in models:
-            if found is None:
+            if found is None or config.name in self._unloaded:
                 continue
             try:
                 self._update_model(config, found)
@@ -141,8 +181,9 @@ class LocalRepository(ModelRepository):
             path = config.base_path
             found: dict[int, Path] | None
             try:
-                found = find_versions(path)
+                found = find_model_versions(config)
                 self._volumes.check(path, is_empty=not found)
+                found = found or self._find_loaded(config)
             except OSError as error:
                 found = None
                 problem = describe_unreadable(path, error)
@@ -156,6 +197,20 @@ class LocalRepository(ModelRepository):
         self._names = tuple(sorted(config.name for config, _ in models))
         return models
 
+    def _find_loaded(self, config: ModelConfig) -> dict[int, Path]:
+        """Return the version that was loaded from the model's folder itself: its files may be being replaced."""
+        return {
+            version: loaded.path
+            for (name, version), loaded in self._loaded_versions.items()
+            if name == config.name and loaded.path == config.base_path
+        }
+
+    def _is_replaced(self, config: ModelConfig, version: int, path: Path) -> bool:
+        """Return True if the model's folder is itself the version, and its files are not those that were loaded."""
+        loaded = self._loaded_versions[config.name, version]
+        is_whole_folder = config.base_path in (path, loaded.path)
+        return is_whole_folder and (path, read_model_stamp(path)) != (loaded.path, loaded.model_stamp)
+
     def _update_model(self, config: ModelConfig, found: dict[int, Path]) -> None:
         serving = set(self._available.get(config.name, ()))
         wanted: set[int] = set()
@@ -164,7 +219,7 @@ class LocalRepository(ModelRepository):
         for version in config.policy.candidates(found):
             if len(wanted) + unverified == config.policy.latest:
                 break
-            if version in serving:
+            if version in serving and not self._is_replaced(config, version, found[version]):
                 self._refresh_assets(config.name, version)
                 wanted.add(version)
             elif not self._is_verified(config.name, version, found[version]):
@@ -205,14 +260,15 @@ class LocalRepository(ModelRepository):
         started_s = time.perf_counter()
         before = self._statuses.get(name, {}).get(version)
         logger.info("loading %s version %d from %s", name, version, printable(str(path)))
-        self._set_status(VersionStatus(name, version, state="LOADING"))
+        if version not in self._available.get(name, {}):  # otherwise its files were replaced
+            self._set_status(VersionStatus(name, version, state="LOADING"))
         try:
             records = self._load_files(name, version, path)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a faulty model must not affect others
             self._retries.record_failure((name, version), stamp)
-            self._report_failure(VersionStatus(name, version, state="END"), error, path, before)
+            self._report_failure(name, version, error, path, before)
             return False
         self._retries.forget((name, version))
         logger.info(
@@ -231,12 +287,13 @@ class LocalRepository(ModelRepository):
         verification = self._verifications.pop((name, version), None)
         if verification is not None and verification.error is not None:
             raise verification.error
-        info_stamp, warmup_stamp = read_stamp(path / INFO_FILE), read_stamp(path / WARMUP_FILE)
+        model_stamp, info_stamp = read_model_stamp(path), read_stamp(path / INFO_FILE)
+        warmup_stamp = read_stamp(path / WARMUP_FILE)
         predictor = self._load_predictor(path)
         records = replay_warmup_records(path, predictor)
         unbatched = self._find_dependent(path, predictor)
         status = VersionStatus(name, version, state="AVAILABLE", warmup_records=records)
-        self._publish(status, _LoadedVersion(path, predictor, unbatched, info_stamp, warmup_stamp))
+        self._publish(status, _LoadedVersion(path, predictor, unbatched, model_stamp, info_stamp, warmup_stamp))
         return records
 
     def _publish(
@@ -255,13 +312,20 @@ class LocalRepository(ModelRepository):
         warnings = {kind: warning for kind, warning in warnings.items() if warning}
         current = self._available.get(status.name, {}).get(status.version)
         before = self._loaded_versions.get((status.name, status.version))
-        if current is None or before is None or set(before.unbatched) != set(loaded.unbatched):
-            wrapped = self._wrap_predictor(status.name, loaded.predictor, loaded.unbatched)
-            self._serve(ModelVersion(status.name, status.version, wrapped, info))
+        if (
+            current is None
+            or before is None
+            or before.predictor is not loaded.predictor
+            or set(before.unbatched) != set(loaded.unbatched)
+        ):
+            statistics = Statistics()
+            counted = CountedPredictor(loaded.predictor, statistics)
+            wrapped = self._wrap_predictor(status.name, counted, loaded.unbatched)
+            self._serve(ModelVersion(status.name, status.version, wrapped, info, statistics))
         else:
             self._replace(replace(current, info=info))
         self._loaded_versions[status.name, status.version] = loaded
-        message = _hide_folder("; ".join(warnings.values()), status.name, loaded.path)
+        message = _hide_folder("; ".join(warnings.values()), status, loaded.path)
         self._set_status(replace(status, error_message=message, warnings=tuple(warnings)))
         for warning in warnings.values():
             logger.warning("%s version %d: %s", status.name, status.version, printable(warning))
@@ -270,9 +334,10 @@ class LocalRepository(ModelRepository):
         """Read the model info and replay the warm-up records again if they changed after the version was loaded."""
         loaded = self._loaded_versions[name, version]
         info_stamp, warmup_stamp = read_stamp(loaded.path / INFO_FILE), read_stamp(loaded.path / WARMUP_FILE)
-        if (info_stamp, warmup_stamp) == (loaded.info_stamp, loaded.warmup_stamp):
-            return
         status = self._statuses[name][version]
+        is_unchanged = (info_stamp, warmup_stamp) == (loaded.info_stamp, loaded.warmup_stamp)
+        if is_unchanged and "files" not in status.warnings:  # with it, files that could not be loaded are gone again
+            return
         info_problem = _find_checksum_error(loaded.path, INFO_FILE)
         unbatched, problem = loaded.unbatched, ""
         if warmup_stamp != loaded.warmup_stamp:
@@ -291,7 +356,7 @@ class LocalRepository(ModelRepository):
         self._publish(status, refreshed, info_problem=info_problem, warmup_problem=problem)
 
     def _report_failure(
-        self, status: VersionStatus, error: BaseException, path: Path, before: VersionStatus | None
+        self, name: str, version: int, error: BaseException, path: Path, before: VersionStatus | None
     ) -> None:
         """Set the status of a version that cannot be loaded, and log each new reason once."""
         is_expected = isinstance(error, ModelLoadError)
@@ -299,13 +364,18 @@ class LocalRepository(ModelRepository):
         message = str(error) if is_expected else f"cannot load {path}: {type(error).__name__}: {error}"
         if isinstance(error, MemoryError):
             code = "RESOURCE_EXHAUSTED"
-        self._set_status(replace(status, error_code=code, error_message=_hide_folder(message, status.name, path)))
-        shown = self._statuses[status.name][status.version].error_message
+        status = VersionStatus(name, version, state="END", error_code=code)
+        if before is not None and version in self._available.get(name, {}):
+            message = f"its files have changed and cannot be loaded, so it stays as it was: {message}"
+            status = replace(before, warnings=(*(set(before.warnings) - {"files"}), "files"))
+        self._set_status(replace(status, error_message=_hide_folder(message, status, path)))
+        shown = self._statuses[name][version].error_message
         if before is None or before.error_message != shown:
             logger.error(
-                "%s version %d is not served: %s",
-                status.name,
-                status.version,
+                "%s version %d%s: %s",
+                name,
+                version,
+                " is not served" if status.state == "END" else "",
                 printable(message)[:MAX_MESSAGE],
                 exc_info=None if is_expected else error,
             )
@@ -323,9 +393,10 @@ class LocalRepository(ModelRepository):
         return None
 
 
-def _hide_folder(message: str, model: str, path: Path) -> str:
-    """Replace the path of a model's folder by the model's name."""
-    return hide_paths(printable(message), {Path(printable(str(path.parent))): model})
+def _hide_folder(message: str, status: VersionStatus, path: Path) -> str:
+    """Replace the path of a version's folder by the model's name and the version, that of the model's by the name."""
+    path = Path(printable(str(path)))
+    return hide_paths(printable(message), {path: f"{status.name}/{status.version}", path.parent: status.name})
 
 
 def _find_checksum_error(path: Path, file: Path) -> str:

@@ -44,6 +44,8 @@ class ModelConfig:
 
     A `discovered` model is a subfolder of the models folder, not an entry of a model config file. If it is unreadable,
     it may not be a model: `lost+found`, for example.
+
+    With `may_be_version` the folder may itself be a version, with a SavedModel in it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ModelConfig:
     policy: VersionPolicy = VersionPolicy()
     labels: Mapping[str, int] = field(default_factory=dict)
     discovered: bool = False
+    may_be_version: bool = False
 
 
 class Volumes:

@@ -30,6 +30,7 @@ from serving.inference.model_info import ModelInfo, read_label_names
 from serving.inference.repository import ModelRepository, ModelVersion, VersionStatus
 from serving.inference.saved_model import read_signature_defs
 from serving.inference.signatures import NUMPY_DTYPES, Predictor, Signature, TensorSpec, check_inputs
+from serving.inference.statistics import CountedPredictor, Statistics
 from serving.inference.tensor_proto import read_tensor, write_tensor
 from serving.quoting import hide_paths, printable
 from serving.request_context import current_request
@@ -89,6 +90,20 @@ class RemoteRepository(ModelRepository):
     def reload(self, configs: Sequence[ModelConfig]) -> None:
         raise ModelFailed(
             f"the models are configured on the remote server; send the configuration to {self._address}",
+            code="UNIMPLEMENTED",
+        )
+
+    @override
+    def load_model(self, name: str) -> None:
+        raise self._no_control()
+
+    @override
+    def unload_model(self, name: str) -> None:
+        raise self._no_control()
+
+    def _no_control(self) -> ModelFailed:
+        return ModelFailed(
+            f"models are loaded and unloaded by the remote server at {self._address}, not by this one",
             code="UNIMPLEMENTED",
         )
 
@@ -167,7 +182,9 @@ class RemoteRepository(ModelRepository):
         signatures = read_signature_defs(described.signature_def)
         predictor = RemotePredictor(self._prediction, name, version, signatures, address=self._address)
         info = ModelInfo(read_label_names(predictor))  # model.json stays on the server's disk
-        self._serve(ModelVersion(name, version, self._wrap_predictor(name, predictor), info))
+        statistics = Statistics()
+        wrapped = self._wrap_predictor(name, CountedPredictor(predictor, statistics))
+        self._serve(ModelVersion(name, version, wrapped, info, statistics))
         logger.info("%s version %d is available at %s", name, version, self._address)
 
     def _report(self, name: str, kind: type[ServingError], message: str) -> None:

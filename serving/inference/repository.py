@@ -17,6 +17,7 @@ from serving.errors import HTTP_STATUS_OF_CODE, InvalidRequest, ModelNotFound, N
 from serving.inference.model_config import ModelConfig
 from serving.inference.model_info import ModelInfo
 from serving.inference.signatures import Predictor
+from serving.inference.statistics import Statistics
 from serving.quoting import hide_paths, printable, quote
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class ModelVersion:
     version: int
     predictor: Predictor
     info: ModelInfo = field(default_factory=ModelInfo)
+    statistics: Statistics = field(default_factory=Statistics)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class VersionStatus:
 
     A version that is served with a limitation is AVAILABLE and OK; the message describes the limitation. `warnings`
     lists the kinds of limitation: "model_info" (invalid model.json), "warmup" (warm-up records that were added later
-    cannot be replayed), "dependent_rows" (requests are not batched), "folder" (the folder has become unreadable).
+    cannot be replayed), "dependent_rows" (requests are not batched), "folder" (the folder has become unreadable),
+    "files" (the model's folder is itself the version, and its changed files cannot be loaded).
     """
 
     name: str
@@ -108,6 +111,24 @@ class ModelRepository(ABC):
                 cannot be reconfigured.
         """
 
+    @abstractmethod
+    def load_model(self, name: str) -> None:
+        """Serve a model, also after `unload_model`; returns when its newest version is loaded.
+
+        Raises:
+            ModelNotFound: the model is not configured.
+            ModelFailed: it could not be loaded, or the repository cannot load models.
+        """
+
+    @abstractmethod
+    def unload_model(self, name: str) -> None:
+        """Stop serving a model until `load_model` or `reload`. Its requests in flight finish.
+
+        Raises:
+            ModelNotFound: the model is not configured.
+            ModelFailed: the repository cannot unload models.
+        """
+
     def names(self) -> list[str]:
         """List the models with an available version, in alphabetical order."""
         return sorted(self._available)
@@ -137,6 +158,10 @@ class ModelRepository(ABC):
             return available[version]
         raise self._not_available(name, version)
 
+    def available(self, name: str) -> list[ModelVersion]:
+        """List the available versions of a model, oldest first."""
+        return [version for _, version in sorted(self._available.get(name, {}).items())]
+
     def _unknown_label(self, name: str, label: str) -> ServingError:
         error: ServingError
         if name not in self._available:  # labels are known once the model is loaded
@@ -153,10 +178,7 @@ class ModelRepository(ABC):
         if not self._loaded and not available and name in self._names:
             return NotReady(f"model {name} is still being loaded; try again in a few seconds")
         if name not in self._names:
-            names = ", ".join(self._names)
-            error = ModelNotFound(
-                f"there is no model {quote(name)}; {f'available: {names}' if names else 'no model is served'}"
-            )
+            error = self._unknown_model(name)
         elif version is None:
             error = ModelNotFound(f"model {name} cannot be used: {self.problem(name)}")
         else:
@@ -165,6 +187,12 @@ class ModelRepository(ABC):
         wanted = f"Latest({name})" if version is None else f"Specific({name}, {version})"
         error.tensorflow_serving = ModelNotFound(f"Servable not found for request: {wanted}")
         return error
+
+    def _unknown_model(self, name: str) -> ModelNotFound:
+        names = ", ".join(self._names)
+        return ModelNotFound(
+            f"there is no model {quote(name)}; {f'available: {names}' if names else 'no model is served'}"
+        )
 
     def versions(self, name: str, number: int | None = None) -> list[VersionStatus]:
         """List the statuses of a model's versions, newest first, or of the version with this number.
@@ -175,7 +203,7 @@ class ModelRepository(ABC):
             NotReady: the model is still being loaded and has no status yet.
             ModelNotFound: the model or the version does not exist.
         """
-        versions = self._list_versions(name)
+        versions = self.list_versions(name)
         found = versions if number is None else [version for version in versions if version.version == number]
         if not found:
             if not versions and not self._loaded and name in self._names:
@@ -187,9 +215,10 @@ class ModelRepository(ABC):
 
     def all_versions(self) -> list[VersionStatus]:
         """List the statuses of the versions of every configured model."""
-        return [version for name in self.all_names() for version in self._list_versions(name)]
+        return [version for name in self.all_names() for version in self.list_versions(name)]
 
-    def _list_versions(self, name: str) -> list[VersionStatus]:
+    def list_versions(self, name: str) -> list[VersionStatus]:
+        """List the statuses of a model's versions, newest first; empty if it has none."""
         statuses = self._statuses.get(name, {})
         return [self._with_folder_problem(statuses[version]) for version in sorted(statuses, reverse=True)]
 

@@ -6,12 +6,14 @@ version, validates the inputs, and applies the limits and the deadline.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, ModelControlOff
+from serving.greenlets import run_blocking
 from serving.inference.model_config import read_version_number
 from serving.inference.repository import ModelRepository, ModelVersion, VersionStatus
 from serving.inference.signatures import Signature, check_inputs, check_rows, count_rows
@@ -38,15 +40,18 @@ class InferenceResult:
 class InferenceService:
     """Runs inference requests, of at most `max_rows` rows each, on the versions of a repository.
 
+    With `allow_model_control`, requests may load and unload models.
+
     Example:
         >>> version = service.resolve("colours", version="7")
         >>> result = service.predict(version, InferenceRequest("serving_default", {"images": images}))
         >>> result.outputs["class_id"]
     """
 
-    def __init__(self, repository: ModelRepository, *, max_rows: int) -> None:
+    def __init__(self, repository: ModelRepository, *, max_rows: int, allow_model_control: bool = False) -> None:
         self.repository = repository
         self.max_rows = max_rows
+        self.allows_model_control = allow_model_control
 
     def resolve(self, model: str, *, version: int | str | None = None, label: str | None = None) -> ModelVersion:
         """Return the newest version of a model, or the version with this number or label.
@@ -85,7 +90,18 @@ class InferenceService:
         context = current_request.get()
         context.rows = count_rows(signature, request.inputs)
         check_rows(context.rows, self.max_rows)
-        outputs = version.predictor.predict(signature.name, request.inputs, deadline_s=context.deadline_s)
+        started_s, queue_s, model_s = time.perf_counter(), context.queue_s, context.model_s
+        try:
+            outputs = version.predictor.predict(signature.name, request.inputs, deadline_s=context.deadline_s)
+        except BaseException:
+            version.statistics.record_failure(time.perf_counter() - started_s)
+            raise
+        version.statistics.record_success(
+            context.rows,
+            seconds=time.perf_counter() - started_s,
+            queue_s=context.queue_s - queue_s,
+            model_s=context.model_s - model_s,
+        )
         return InferenceResult(version, signature, outputs)
 
     def status(self, model: str, version: int | str | None = None) -> list[VersionStatus]:
@@ -98,6 +114,28 @@ class InferenceService:
         """
         self.name_model(model)
         return self.repository.versions(model, read_version_number(version) if isinstance(version, str) else version)
+
+    def load_model(self, model: str) -> None:
+        """Load a model, also one that was unloaded; see `ModelRepository.load_model`. It may take long.
+
+        Raises:
+            ModelControlOff: requests may not load models.
+        """
+        self._control(model, self.repository.load_model)
+
+    def unload_model(self, model: str) -> None:
+        """Take a model out of service until it is loaded; see `ModelRepository.unload_model`.
+
+        Raises:
+            ModelControlOff: requests may not unload models.
+        """
+        self._control(model, self.repository.unload_model)
+
+    def _control(self, model: str, function: Callable[[str], None]) -> None:
+        self.name_model(model)
+        if not self.allows_model_control:
+            raise ModelControlOff
+        run_blocking(function, model)
 
     @property
     def not_ready_because(self) -> str | None:

@@ -53,6 +53,12 @@ def read_stamp(path: Path) -> Stamp:
     return frozenset(stamp)
 
 
+def read_model_stamp(path: Path) -> Stamp:
+    """Return a value that changes with the SavedModel in `path`, but not with other files such as warm-up records."""
+    names = ("saved_model.pb", "saved_model.pbtxt", "variables", "assets")
+    return frozenset().union(*(read_stamp(path / name) for name in names))
+
+
 @dataclass
 class _Failure:
     stamp: Stamp

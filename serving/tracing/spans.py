@@ -77,9 +77,9 @@ class Tracing:
         """Return an observer that also traces requests."""
         return TracingObserver(self, metrics, **options)
 
-    def make_inference(self, repository: ModelRepository, *, max_rows: int) -> InferenceService:
+    def make_inference(self, repository: ModelRepository, **options: Any) -> InferenceService:
         """Return an inference service that takes the timestamps for the spans."""
-        return TracedInference(self, repository, max_rows=max_rows)
+        return TracedInference(self, repository, **options)
 
     def begin(self, context: RequestContext, headers: Headers) -> None:
         """Start the server's span of a request, below the span that its headers name."""
@@ -196,8 +196,8 @@ class TracingObserver(RequestObserver):
 class TracedInference(InferenceService):
     """An inference service that takes the timestamps for the spans."""
 
-    def __init__(self, tracing: Tracing, repository: ModelRepository, *, max_rows: int) -> None:
-        super().__init__(repository, max_rows=max_rows)
+    def __init__(self, tracing: Tracing, repository: ModelRepository, **options: Any) -> None:
+        super().__init__(repository, **options)
         self._tracing = tracing
 
     @override

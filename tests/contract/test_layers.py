@@ -23,7 +23,16 @@ FORBIDDEN = {
         "serving.inference",
         "serving.settings",
     ),
-    "serving/inference": ("flask", "werkzeug", "orjson", "serving.api", "serving.grpc", "serving.http"),
+    "serving/inference": (
+        "flask",
+        "werkzeug",
+        "orjson",
+        "serving.api",
+        "serving.grpc",
+        "serving.http",
+        "serving.open_inference",
+    ),
+    "serving/open_inference": ("flask", "werkzeug", "orjson", "grpc", "serving.api", "serving.grpc", "serving.http"),
     "serving/images": ("flask", "werkzeug", "serving.api", "serving.grpc", "serving.http"),
     "serving/grpc": ("flask", "werkzeug", "serving.api", "serving.http"),
     **{

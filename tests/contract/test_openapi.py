@@ -10,10 +10,10 @@ import pytest
 from flask.testing import FlaskClient
 
 from serving.api.flask_app import ServingApp
-from serving.api.open_inference.tensors import DATATYPES
 from serving.api.operation import COMMON_ERRORS
 from serving.api.predict.messages import QUERY_PARAMETERS
 from serving.api.tensorflow_serving.operations import CALLS
+from serving.open_inference.tensors import DATATYPES
 from tests.serving.conftest import app, client, colours
 
 __all__ = ["app", "client", "colours"]  # fixtures of tests/serving

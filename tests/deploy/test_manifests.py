@@ -41,6 +41,8 @@ MANIFESTS = [
 ]
 DEPLOYMENTS = {manifest["metadata"]["name"]: manifest for manifest in MANIFESTS if manifest["kind"] == "Deployment"}
 KSERVE = yaml.safe_load((DEPLOY / "kserve" / "inferenceservice.yaml").read_text())
+RUNTIME = yaml.safe_load((DEPLOY / "kserve" / "clusterservingruntime.yaml").read_text())
+(RUNTIME_CONTAINER,) = RUNTIME["spec"]["containers"]
 OUR_FLAGS = {option for parameter in main.params for option in parameter.opts}
 # As `tensorflow_model_server --help` of 2.20 lists them; the ones used here.
 TFSERVING_FLAGS = {
@@ -115,6 +117,7 @@ def our_memory() -> list[tuple[str, int, int]]:
     for name, pod in (
         ("kubernetes/service.yaml", DEPLOYMENTS["image-classifier"]["spec"]["template"]["spec"]),
         ("kserve/inferenceservice.yaml", KSERVE["spec"]["predictor"]),
+        ("kserve/clusterservingruntime.yaml", RUNTIME["spec"]),
     ):
         resources = pod["containers"][0]["resources"]
         # Less could be evicted: the budget follows from the limit.
@@ -169,15 +172,70 @@ def test_the_inference_service_is_a_pod_that_kserve_takes() -> None:
     predictor = dict(KSERVE["spec"]["predictor"])
     for own in ("minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "timeout"):
         predictor.pop(own)
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": predictor}
-    kubernetes_validate.validate(pod, "1.34", strict=True)
+    kubernetes_validate.validate(as_pod(predictor), "1.34", strict=True)
     assert predictor["containers"][0]["name"] == "kserve-container"
+
+
+def as_pod(spec: dict[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": spec}
+
+
+def test_the_runtime_has_the_fields_that_kserve_knows() -> None:
+    """Those of `ServingRuntimeSpec` and `SupportedModelFormat` in KServe's API v1alpha1; unknown ones are dropped."""
+    assert (RUNTIME["apiVersion"], RUNTIME["kind"]) == ("serving.kserve.io/v1alpha1", "ClusterServingRuntime")
+    spec = dict(RUNTIME["spec"])
+    formats = spec.pop("supportedModelFormats")
+    assert [(entry["name"], entry["version"]) for entry in formats] == [("tensorflow", "2"), ("savedmodel", "2")]
+    for entry in formats:
+        assert entry.keys() <= {"name", "version", "autoSelect", "priority"}
+        assert isinstance(entry["version"], str)
+        assert entry["priority"] >= 1
+    assert spec.pop("protocolVersions") == ["v1", "v2", "grpc-v2"]
+    assert spec.pop("annotations") == {"prometheus.kserve.io/port": "8080", "prometheus.kserve.io/path": "/metrics"}
+    assert spec.keys() == {"containers", "volumes"}
+    kubernetes_validate.validate(as_pod(spec), "1.34", strict=True)
+    assert RUNTIME_CONTAINER["name"] == "kserve-container"
+    assert "ports" not in RUNTIME_CONTAINER  # or an InferenceService's would be a second one, which Knative rejects
+    (volume,) = spec["volumes"]
+    assert [mount["name"] for mount in RUNTIME_CONTAINER["volumeMounts"]] == [volume["name"]]
+
+
+def test_the_runtime_stops_within_the_time_that_kubernetes_gives_by_default() -> None:
+    options = dict(zip(RUNTIME_CONTAINER["args"][::2], RUNTIME_CONTAINER["args"][1::2], strict=True))
+    assert int(options["--request-timeout-s"]) <= int(options["--drain-timeout-s"]) < 30
+
+
+def test_the_runtime_serves_the_model_that_kserve_mounts(tmp_path: Path) -> None:
+    options = dict(zip(RUNTIME_CONTAINER["args"][::2], RUNTIME_CONTAINER["args"][1::2], strict=True))
+    assert options["--model"] == "{{.Name}}=/mnt/models"  # a template, of the InferenceService's metadata
+    for probe, path in (("readinessProbe", "/v2/health/ready"), ("livenessProbe", "/v2/health/live")):
+        assert RUNTIME_CONTAINER[probe]["httpGet"] == {"path": path, "port": int(options["--rest-port"])}
+    assert options["--rest-port"] == "8080"  # KServe's default port
+    arguments = [part.replace("{{.Name}}=/mnt/models", f"pets={tmp_path}") for part in RUNTIME_CONTAINER["args"]]
+    context = main.make_context("serving", arguments)
+    assert context.params["models"] == (("pets", tmp_path),)
+
+
+def test_the_documented_inference_service_fits_the_runtime() -> None:
+    page = (PROJECT / "docs" / "deploying.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.+?)^```", page, re.M | re.S)
+    model = yaml.safe_load(block)["spec"]["predictor"]["model"]
+    assert model.keys() == {"modelFormat", "protocolVersion", "runtime", "storageUri", "ports"}
+    assert model["runtime"] == RUNTIME["metadata"]["name"]
+    assert model["protocolVersion"] in RUNTIME["spec"]["protocolVersions"]
+    formats = RUNTIME["spec"]["supportedModelFormats"]
+    assert model["modelFormat"] in [{"name": entry["name"], "version": entry["version"]} for entry in formats]
+    (port,) = model["ports"]
+    grpc_port = RUNTIME_CONTAINER["args"][RUNTIME_CONTAINER["args"].index("--grpc-port") + 1]
+    assert (port["name"], str(port["containerPort"])) == ("h2c", grpc_port)
+    kubernetes_validate.validate(as_pod({"containers": [{"name": "x", "ports": [port]}]}), "1.34", strict=True)
 
 
 def our_commands() -> list[list[str]]:
     return [
         DEPLOYMENTS["image-classifier"]["spec"]["template"]["spec"]["containers"][0]["args"],
         KSERVE["spec"]["predictor"]["containers"][0]["args"],
+        RUNTIME_CONTAINER["args"],
         COMPOSE["services"]["service"]["command"],
         ["--remote", "tensorflow-serving:8500", "--remote-model", "cifar10"],  # docs/deploying.md
     ]

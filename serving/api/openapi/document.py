@@ -106,7 +106,7 @@ def _describe(operation: Operation, path: str, tag: str, models: Sequence[ModelV
         content = {media_type: dict(media) for media_type, media in operation.content.items()}
         if body is not None:
             content["application/json"]["example"] = body
-        described["requestBody"] = {"required": True, "content": content}
+        described["requestBody"] = {"required": not operation.is_body_optional, "content": content}
     described["responses"] = dict(_responses(operation))
     return described
 

@@ -20,13 +20,13 @@ import pytest
 
 from serving.api import json_process
 from serving.api.json_process import ARRAY_BYTES, LARGE_JSON_BYTES, JsonProcess
-from serving.api.open_inference.messages import InferRequest
 from serving.api.open_inference.messages import parse as parse_infer
 from serving.api.tensorflow_serving.messages import parse_examples, parse_predict
 from serving.errors import InvalidRequest, ModelFailed, Overloaded, ServingError, TooLarge, UnreadableImages
 from serving.greenlets import SMALL_BYTES
 from serving.inference.signatures import Signature, TensorSpec
 from serving.memory import MemoryBudget, RequestMemory
+from serving.open_inference.requests import InferRequest
 from serving.request_context import RequestContext, current_request
 
 pytestmark = pytest.mark.slow

@@ -8,10 +8,11 @@ import orjson
 import pytest
 
 from serving.api.json_arrays import SLICE_ELEMENTS
-from serving.api.open_inference.messages import InferRequest, render
+from serving.api.open_inference.messages import render
 from serving.inference.repository import ModelVersion
 from serving.inference.service import InferenceResult
 from serving.inference.signatures import Signature, TensorSpec
+from serving.open_inference.requests import InferRequest, RequestedOutput
 
 LARGE = np.arange(3 * SLICE_ELEMENTS, dtype=np.float32).reshape(2, -1) / 8
 
@@ -44,6 +45,7 @@ def test_large_outputs_are_written_like_small_ones_in_slices(monkeypatch: pytest
 
     original = orjson.dumps
     monkeypatch.setattr(orjson, "dumps", dumps)
-    body, json_bytes = render(InferRequest("any", {}, "\0", {"a": False, "b": False, "c": False, "d": True}), result)
+    request = InferRequest("any", {}, "\0", {name: RequestedOutput(is_binary=name == "d") for name in outputs})
+    body, json_bytes = render(request, result)
     assert (body, json_bytes) == (text + LARGE.tobytes(), len(text))
     assert max(sizes) < len(text) / 4

@@ -125,7 +125,12 @@ def test_server_metadata(client: FlaskClient) -> None:
     for path in ("/v2", "/v2/"):
         described = client.get(path).json or {}
         assert described.keys() == {"name", "version", "extensions"}
-        assert described["extensions"] == ["binary_tensor_data"]
+        assert described["extensions"] == [
+            "binary_tensor_data",
+            "classification",
+            "model_configuration",
+            "statistics",
+        ]
 
 
 def test_a_loaded_service_is_live_and_ready(client: FlaskClient) -> None:

@@ -1,4 +1,4 @@
-"""`make bench-lean`: exported models beside the same networks saved as they are, with 1, 8 and 64 images a call.
+"""`make bench-exported`: exported models beside the same networks saved as they are, with 1, 8 and 64 images a call.
 
 Weights are drawn at random: speed does not depend on them. The calls alternate, in one process, as a server makes them.
 """
@@ -64,11 +64,11 @@ def publish(model: keras.Model, variant: str, folder: Path, *, name: str) -> Pat
 def export(variant: str, folder: Path) -> dict[str, Call]:
     """Save a network in both ways; return how to call each."""
     model = draw_network(variant)
-    lean = publish(model, variant, folder, name=variant)
+    exported = publish(model, variant, folder, name=variant)
     plain = folder / f"{variant}-plain"
     model.export(plain, verbose=False, input_signature=[tf.TensorSpec((None, *SHAPE), tf.uint8, "images")])
     calls = {}
-    for name, path in (("exported", lean), ("plain", plain)):
+    for name, path in (("exported", exported), ("plain", plain)):
         predictor = SavedModelPredictor(path)
         (input_name,) = predictor.signatures["serving_default"].inputs
         calls[f"{variant}, {name}"] = _bind(predictor, input_name)
@@ -81,7 +81,7 @@ def _bind(predictor: SavedModelPredictor, input_name: str) -> Call:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--rounds", type=click.IntRange(1), default=15, help="Alternating; the median counts.")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/lean.json"))
+@click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/exported.json"))
 def main(rounds: int, output: Path) -> None:
     """Print milliseconds a call, and the ratio to the article's network saved as it is."""
     times: dict[str, dict[int, list[float]]] = {}
