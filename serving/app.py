@@ -19,6 +19,7 @@ from serving.api.openapi import routes as openapi
 from serving.api.predict import routes as predict
 from serving.api.tensorflow_serving import routes as tensorflow_serving
 from serving.api.web import routes as web
+from serving.drift import DriftMonitor
 from serving.errors import ServingError, StartupError
 from serving.images.inspection import InspectedPredictor, inspect_images
 from serving.inference.batcher import Batcher
@@ -78,10 +79,15 @@ def make_app(settings: Settings) -> ServingApp:
     repository = make_repository(settings, metrics, liveness)
     metrics.watch(repository)
     metrics.watch_memory(memory)
+    drift = DriftMonitor(repository)
+    metrics.registry.register(drift)
     app = ServingApp(
         settings,
         inference=(tracing.make_inference if tracing else InferenceService)(
-            repository, max_rows=settings.max_rows, allow_model_control=settings.allow_model_control
+            repository,
+            max_rows=settings.max_rows,
+            allow_model_control=settings.allow_model_control,
+            record_outputs=drift.record,
         ),
         metrics=metrics,
         observer=(tracing.make_observer if tracing else RequestObserver)(metrics),

@@ -37,7 +37,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        registry = self._registry = CollectorRegistry()
+        registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         counter = partial(Counter, registry=registry)
         histogram = partial(Histogram, buckets=SECONDS, registry=registry)
@@ -70,7 +70,7 @@ class Metrics:
 
     def watch(self, repository: ModelRepository) -> None:
         """Export the states of a repository's versions."""
-        self._registry.register(_RepositoryCollector(repository))
+        self.registry.register(_RepositoryCollector(repository))
 
     def watch_memory(self, budget: MemoryBudget) -> None:
         """Export the memory budget and its use."""
@@ -78,7 +78,7 @@ class Metrics:
             ("serving_memory_budget_bytes", "Memory budget of all requests together.", lambda: budget.total_bytes),
             ("serving_memory_used_bytes", "Memory that requests have reserved.", lambda: budget.used_bytes),
         ):
-            Gauge(name, documentation, registry=self._registry).set_function(read)
+            Gauge(name, documentation, registry=self.registry).set_function(read)
 
     def time_predictor(self, model: str, predictor: Predictor) -> Predictor:
         """Wrap a model's predictor to count and time its calls."""
@@ -118,7 +118,7 @@ class Metrics:
         # Not a `Counter`: prometheus_client appends "_total" to the name, TensorFlow Serving does not.
         lines = [f"# HELP {name} Completed predict requests.", f"# TYPE {name} counter"]
         lines += [f'{name}{{model_name="{_escape(m)}",status="{s}"}} {count}' for (m, s), count in counts]
-        return generate_latest(self._registry) + ("\n".join(lines) + "\n").encode()
+        return generate_latest(self.registry) + ("\n".join(lines) + "\n").encode()
 
 
 class _TimedPredictor:
