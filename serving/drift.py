@@ -1,7 +1,7 @@
 """Drift: compares the predictions of the last hour with those on the validation images.
 
-The latter are in model.json (`reference`); without it, a version has no drift metrics. Requests only append their outputs
-to a queue, which is counted when it is full and when the metrics are read.
+The latter are in model.json (`reference`); without it, a version has no drift metrics. Requests only append their
+outputs to a queue, which is counted when it is full and when the metrics are read.
 """
 
 from __future__ import annotations

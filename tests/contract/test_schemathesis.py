@@ -53,6 +53,7 @@ def read_report(report: Path) -> tuple[list[dict[str, Any]], set[str]]:
     return interactions, {check["name"] for check in checks}
 
 
+@pytest.mark.timeout(1_800)
 def test_the_service_conforms_to_its_description(service: Server, tmp_path: Path) -> None:
     report = tmp_path / "report.ndjson"
     options = ("--continue-on-failure", "--no-shrink", "--report-ndjson-path", str(report))
