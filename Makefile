@@ -49,10 +49,12 @@ FAST_TESTS := $(wildcard tests/client tests/training/data \
 quoted = '$(subst ','\'',$(value $(1)))'
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
-TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
+# Tests that measure latency, throughput or the memory of a whole service: one at a time, after all others, which run two
+# at a time.
+TIMED_TESTS := $(addprefix tests/serving/,test_soak.py test_memory_budget.py test_fairness.py test_overload.py \
+	test_budget_limits.py test_greenlets.py http/test_many_connections.py http/test_slow_clients.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -106,7 +108,7 @@ convert: $(INSTALLED)  ## an exported model for another runtime: MODEL=models/NA
 
 test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=folder
 	@failed=0; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(TIMED_TESTS)) || failed=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(TIMED_TESTS)) || failed=1; \
 	$(BIN)/python -m pytest $(TIMED_TESTS) || failed=1; \
 	exit $$failed
 
@@ -119,6 +121,9 @@ test-openapi: $(INSTALLED)  ## 2,000 generated requests against /openapi.json, w
 coverage: $(INSTALLED)  ## lines and branches that the fast tests run
 	@$(BIN)/python -m coverage run -m pytest -q -m "not slow" $(FAST_TESTS)
 	@$(BIN)/python -m coverage report
+
+test-clients: $(INSTALLED)  ## clients of others, each in an environment of its own, against the service (installs them once)
+	@$(BIN)/python -m tests.clients.environments
 
 test-tfserving: $(INSTALLED)  ## the recorded exchanges against any running TensorFlow Serving: URL=http://... GRPC=host:port
 	@test -n "$(URL)$(GRPC)" || { echo "error: name the server: make test-tfserving URL=http://127.0.0.1:8501 GRPC=127.0.0.1:8500" >&2; exit 2; }
@@ -169,4 +174,4 @@ lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
 
 clean:  ## remove .venv and caches; runs/ and models/ stay
 	@if $(OWNS_VENV); then rm -rf .venv; else echo ".venv was not made by make, so it stays"; fi
-	rm -rf .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv-peers build/clients .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

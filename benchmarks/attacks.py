@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 from benchmarks import payloads
 from benchmarks.hostile import Call, GrpcCall, HttpCall, Outcome, Server, send_at_once
@@ -35,16 +35,18 @@ def _upload(server: Server) -> str:
 
 
 def gzip_for_no_model(server: Server) -> list[Call]:  # noqa: ARG001
-    lists = payloads.make_v1_json(payloads.repeat_element(b"[],", 60_000_000))
+    body = payloads.compress_repeated(b"[],", 60_000_000, make_document=payloads.make_v1_json)
     expected = frozenset({"400", "404", "413", "503", "504"})
-    return [HttpCall("/v1/models/nope:predict", payloads.compress(lists), GZIP, expected=expected)]
+    return [HttpCall("/v1/models/nope:predict", body, GZIP, expected=expected)]
 
 
 def gzip_json(server: Server) -> list[Call]:
     expected = frozenset({"400", "413", "503", "504"})
-    lists = [payloads.repeat_element(element, INFLATED_BYTES) for element in payloads.JSON_ELEMENTS.values()]
-    lists.append(payloads.nest_deeply(INFLATED_BYTES // 2))
-    bodies = [payloads.compress(payloads.make_v1_json(instances)) for instances in lists]
+    bodies = [
+        payloads.compress_repeated(element, INFLATED_BYTES, make_document=payloads.make_v1_json)
+        for element in payloads.JSON_ELEMENTS.values()
+    ]
+    bodies.append(payloads.compress(payloads.make_v1_json(payloads.nest_deeply(INFLATED_BYTES // 2))))
     return [HttpCall(_v1(server), body, GZIP, expected=expected) for body in bodies]
 
 
@@ -52,9 +54,14 @@ def v2_compressed_json(server: Server) -> list[Call]:
     expected = frozenset({"400", "413", "503", "504"})
     calls: list[Call] = []
     for number, element in enumerate(payloads.JSON_ELEMENTS.values()):
-        body = payloads.make_v2_json(payloads.repeat_element(element, INFLATED_BYTES), (10_000_000, 32, 32, 3))
         encoding, headers = (("gzip", GZIP), ("deflate", DEFLATE))[number % 2]
-        calls.append(HttpCall(_v2(server), payloads.compress(body, encoding), headers, expected=expected))
+        body = payloads.compress_repeated(
+            element,
+            INFLATED_BYTES,
+            make_document=partial(payloads.make_v2_json, shape=(10_000_000, 32, 32, 3)),
+            encoding=encoding,
+        )
+        calls.append(HttpCall(_v2(server), body, headers, expected=expected))
     return calls
 
 

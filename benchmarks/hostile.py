@@ -59,6 +59,7 @@ class GrpcCall:
     message: bytes = field(repr=False)
     compressed: bool = False
     expected: frozenset[str] = GRPC_STATUSES
+    method: str = PREDICT
 
 
 Call = HttpCall | GrpcCall
@@ -117,7 +118,7 @@ def send_grpc(address: str, call: GrpcCall) -> tuple[str, str]:
     compression = grpc.Compression.Gzip if call.compressed else grpc.Compression.NoCompression
     with grpc.insecure_channel(address, options=options, compression=compression) as channel:
         try:
-            channel.unary_unary(PREDICT)(call.message, timeout=TIMEOUT_S)
+            channel.unary_unary(call.method)(call.message, timeout=TIMEOUT_S)
         except grpc.RpcError as error:
             return error.code().name, error.details() or ""
     return "OK", ""

@@ -84,6 +84,7 @@ class ProbeProcess:
         self, url: str, grpc_address: str, *, model: str, kinds: Sequence[str], log: Path, expect: str = ""
     ) -> None:
         self._log = log
+        self._kinds = kinds
         self._position = 0
         self._samples: list[Sample] = []
         command = [sys.executable, "-m", "benchmarks.probe", "--url", url, "--grpc", grpc_address, "--model", model]
@@ -107,8 +108,9 @@ class ProbeProcess:
         while True:
             self._read_log()
             last_due_s = {(sample.kind, sample.connection): sample.due_s for sample in self._samples}
-            # Each connection works in order, so a request due later means that those before have their responses.
-            if last_due_s and all(due_s >= until_s for due_s in last_due_s.values()):
+            # Each connection works in order, so what it has still to note is due later than its last sample.
+            is_complete = all(due_s + interval_s(kind) >= until_s for (kind, _), due_s in last_due_s.items())
+            if is_complete and len(last_due_s) == CONNECTIONS * len(self._kinds):
                 break
             if self._process.poll() is not None or time.monotonic() > give_up_s:
                 raise RuntimeError(f"the probe has stopped: {last_due_s}, now {time.monotonic()}")
@@ -199,10 +201,14 @@ def make_grpc_client(address: str, model: str, expect: bytes) -> Callable[[], No
     return send
 
 
+def interval_s(kind: str) -> float:
+    """Return the time between two requests of one connection."""
+    return CONNECTIONS / PER_S.get(kind, DEFAULT_PER_S)
+
+
 def send_on_time(kind: str, connection: int, send: Callable[[], None], note: Callable[[Sample], None]) -> None:
     """Send every so many-th request of one kind when it is due, for ever."""
-    interval_s = 1 / PER_S.get(kind, DEFAULT_PER_S)
-    due_s = time.monotonic() + connection * interval_s
+    due_s = time.monotonic() + connection * interval_s(kind) / CONNECTIONS
     while True:
         time.sleep(max(0.0, due_s - time.monotonic()))
         error = None
@@ -212,7 +218,7 @@ def send_on_time(kind: str, connection: int, send: Callable[[], None], note: Cal
             error = f"{type(problem).__name__}: {problem}"
         now_s = time.monotonic()
         note(Sample(kind, connection, due_s, now_s - due_s, error))
-        due_s += CONNECTIONS * interval_s
+        due_s += interval_s(kind)
 
 
 @click.command(context_settings={"show_default": True})

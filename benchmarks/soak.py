@@ -121,7 +121,6 @@ def draw_groups(at_once: int, seed: int) -> Iterator[list[str]]:
 
 def make_models(models: Path) -> None:
     """Write the article's network, and models that are slow, have no batch dimension or a large output."""
-    export_article_model(models)
     program = (
         "import sys; from pathlib import Path; from benchmarks.busy_model import save_busy_model, save_wide_model; "
         "models = Path(sys.argv[1]); "
@@ -129,7 +128,11 @@ def make_models(models: Path) -> None:
         f"save_busy_model(models / 'unbatched' / '1', call_s={SLOW_CALL_S}, batched=False); "
         "save_wide_model(models / 'wide' / '1')"
     )
-    subprocess.run([sys.executable, "-c", program, str(models)], check=True, cwd=PROJECT, capture_output=True)
+    command = [sys.executable, "-c", program, str(models)]
+    with subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.DEVNULL) as making:
+        export_article_model(models)
+    if making.returncode != 0:
+        raise subprocess.CalledProcessError(making.returncode, command)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

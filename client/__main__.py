@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_
 from client.output import Output
 from client.predictions import Failure
 from client.table import plain, width
+from client.tls import TlsFiles
 
 STDIN = "-"
 EXIT_SOME_FAILED, EXIT_NO_RESPONSE, EXIT_INTERRUPTED = 1, 3, 130
@@ -54,6 +56,31 @@ _grpc_option = click.option(
     help="Use gRPC instead, of this service or any TensorFlow Serving; needs --model.",
 )
 
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+def _tls_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--grpc-tls", is_flag=True, help="Use TLS with --grpc; --ca and --cert imply it."),
+        click.option("--key", type=_FILE, envvar="CLIENT_KEY", show_envvar=True, help="Its private key (PEM)."),
+        click.option(
+            "--cert",
+            type=_FILE,
+            envvar="CLIENT_CERT",
+            show_envvar=True,
+            help="A certificate of your own (PEM), if the service requires one.",
+        ),
+        click.option(
+            "--ca",
+            type=_FILE,
+            envvar="CLIENT_CA",
+            show_envvar=True,
+            help="The certificate authority of the service (PEM), if it is not one that the system trusts.",
+        ),
+    ):
+        command = option(command)
+    return command
+
 
 @click.group(cls=_Commands, context_settings={"max_content_width": 110})
 def main() -> None:
@@ -64,6 +91,7 @@ def main() -> None:
 @click.argument("images", nargs=-1, required=True, type=click.Path(allow_dash=True))
 @_url_option
 @_grpc_option
+@_tls_options
 @click.option("--model", help="The model; required if the service has several, and with --grpc.")
 @click.option(
     "--model-version", "version", type=click.IntRange(0, MAX_VERSION), help="Its version.  [default: the newest]"
@@ -99,6 +127,7 @@ def main() -> None:
 @click.pass_context
 def predict(
     context: click.Context,
+    /,
     images: tuple[str, ...],
     *,
     url: str,
@@ -111,6 +140,7 @@ def predict(
     batch_size: int,
     timeout_s: float,
     retries: int,
+    **tls: Any,
 ) -> None:
     """Classify IMAGES: files, folders, or - for one image on standard input.
 
@@ -124,7 +154,14 @@ def predict(
     if labels_from_folders and STDIN in images:
         raise click.UsageError("--labels-from-folders: an image on standard input is not in a folder")
     client = _make_client(
-        url, grpc_address, model=model, version=version, timeout_s=timeout_s, retries=retries, batch_size=batch_size
+        url,
+        grpc_address,
+        model=model,
+        tls=tls,
+        version=version,
+        timeout_s=timeout_s,
+        retries=retries,
+        batch_size=batch_size,
     )
     file_width, count = _measure(images)
     output = Output(
@@ -148,14 +185,15 @@ def predict(
 @main.command()
 @_url_option
 @_grpc_option
+@_tls_options
 @click.option("--model", help="The model; required with --grpc.")
 @click.pass_context
-def status(context: click.Context, *, url: str, grpc_address: str | None, model: str | None) -> None:
+def status(context: click.Context, /, *, url: str, grpc_address: str | None, model: str | None, **tls: Any) -> None:
     """Show the models of the service, and whether it is ready.
 
     Exit codes: 0 ready; 2 wrong usage; 3 not ready, or no response.
     """
-    with _make_client(url, grpc_address, model=model) as client:
+    with _make_client(url, grpc_address, model=model, tls=tls) as client:
         service = client.status()
     for served in service.models:
         error = f"  {served.error}" if served.error else ""
@@ -164,13 +202,18 @@ def status(context: click.Context, *, url: str, grpc_address: str | None, model:
     context.exit(0 if service.ready else EXIT_NO_RESPONSE)
 
 
-def _make_client(url: str, grpc_address: str | None, *, model: str | None, **options: Any) -> BatchingClient:
+def _make_client(
+    url: str, grpc_address: str | None, *, model: str | None, tls: dict[str, Any], **options: Any
+) -> BatchingClient:
     try:
+        files = TlsFiles(tls["ca"], tls["cert"], tls["key"])
         if grpc_address is None:
-            return Client(url, model=model, **options)
+            verify = files.make_ssl_context() if files != TlsFiles() else True
+            return Client(url, model=model, verify=verify, **options)
         if model is None:
             raise ValueError("--grpc needs --model: the gRPC API cannot list the models of a server")
-        return GrpcClient(grpc_address, model=model, **options)
+        credentials = files.make_grpc_credentials() if tls["grpc_tls"] or files != TlsFiles() else None
+        return GrpcClient(grpc_address, model=model, credentials=credentials, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -161,7 +161,8 @@ class GrpcClient(BatchingClient):
         target: the address of the gRPC API, such as 127.0.0.1:8500. With a channel it is only used in error messages.
         model: the model's name; required, as the gRPC API cannot list the models.
         version: the model's version; the newest by default.
-        channel: a `grpc.Channel` to use, for example one made by `grpc.secure_channel`. `close()` does not close it.
+        credentials: for TLS, `grpc.ssl_channel_credentials(...)`; without them the connection is not encrypted.
+        channel: a `grpc.Channel` to use. `close()` does not close it, and `credentials` are not used.
         timeout_s: seconds for one batch, including retries; the server receives it as the deadline.
         retries: the maximum number of retries of one batch when the server cannot be reached or is not ready. The waits
             between grow from 0.25 s to 10 s.
@@ -183,6 +184,7 @@ class GrpcClient(BatchingClient):
         *,
         model: str,
         version: int | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
         channel: grpc.Channel | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retries: int = DEFAULT_RETRIES,
@@ -191,6 +193,12 @@ class GrpcClient(BatchingClient):
         from client.grpc import GrpcTransport  # not at the top: importing gRPC is slow, and HTTP does not need it
 
         transport = GrpcTransport(
-            target, model=model, version=version, channel=channel, timeout_s=timeout_s, retries=retries
+            target,
+            model=model,
+            version=version,
+            credentials=credentials,
+            channel=channel,
+            timeout_s=timeout_s,
+            retries=retries,
         )
         super().__init__(transport, batch_size=batch_size)

@@ -45,6 +45,7 @@ class GrpcTransport:
         *,
         model: str,
         version: int | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
         channel: grpc.Channel | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retries: int = DEFAULT_RETRIES,
@@ -54,7 +55,7 @@ class GrpcTransport:
             raise ValueError("a model name is required: the gRPC API cannot list the models of a server")
         validate_options(model=model, version=version, timeout_s=timeout_s, retries=retries)
         self._owns_channel = channel is None
-        self._channel = _open_channel(target) if channel is None else channel
+        self._channel = _open_channel(target, credentials) if channel is None else channel
         self._target = target or "the server of the given channel"  # for messages
         self._model = model
         self._version = version
@@ -226,16 +227,16 @@ class GrpcTransport:
         return response.outputs[name]
 
 
-def _open_channel(target: str | None) -> grpc.Channel:
+def _open_channel(target: str | None, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
     host = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^/:\s]+):([0-9]{1,5})", target or "")
     if not host:
         raise ValueError(f"expected a gRPC address such as 127.0.0.1:8500, or a channel; got {target!r}")
-    return grpc.insecure_channel(
-        target,
-        options=[
-            ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.enable_http_proxy", 0 if is_local_host(host[1].strip("[]")) else 1),
-            ("grpc.keepalive_time_ms", 60_000),
-        ],
-    )
+    options = [
+        ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.enable_http_proxy", 0 if is_local_host(host[1].strip("[]")) else 1),
+        ("grpc.keepalive_time_ms", 60_000),
+    ]
+    if credentials is None:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, credentials, options=options)

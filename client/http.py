@@ -170,7 +170,7 @@ def _explain_errors(api: RestApi) -> Iterator[None]:
 
 def _explain_no_connection(error: httpx.TransportError) -> str:
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return "pass verify=ssl.create_default_context(cafile=...) with the certificate authority of the service"
+        return "pass verify=ssl.create_default_context(cafile=...) (--ca) with the certificate authority of the service"
     return "start the service with `make serve`, or pass another address with url (--url)"
 
 

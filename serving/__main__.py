@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,13 @@ import click
 from click.core import ParameterSource
 
 from serving.errors import StartupError
-from serving.process import configure_logging, exit_process, log_requests_to, open_standard_streams
+from serving.log_format import LOG_FORMATS
+from serving.process import configure_logging, exit_process, open_standard_streams
 from serving.process_memory import keep_freed_memory
 from serving.server import serve_settings
 from serving.settings import LOG_LEVELS, Settings
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 def _option(flag: str, text: str, **attributes: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -113,11 +115,17 @@ def _read_model(text: str) -> tuple[str, Path]:
     type=int,
 )
 @_option(
+    "--tls-cert", "Certificate with its chain (PEM), for HTTPS and gRPC with TLS; reloaded when it changes.", type=_FILE
+)
+@_option("--tls-key", "Private key of the certificate (PEM, not encrypted).", type=_FILE)
+@_option("--tls-client-ca", "Require client certificates that these authorities issued (PEM).", type=_FILE)
+@_option(
     "--allow-model-control",
     "Let requests of the Open Inference Protocol load and unload models.",
     is_flag=True,
 )
 @_option("--log-level", "Log messages of this level and above, to standard error.", type=click.Choice(LOG_LEVELS))
+@_option("--log-format", "Format of all log lines: text, or a JSON object a line.", type=click.Choice(LOG_FORMATS))
 @_option("--access-log", "Log a line per request, to standard output.", is_flag=True)
 @click.pass_context
 def main(context: click.Context, /, **options: Any) -> None:
@@ -134,9 +142,7 @@ def main(context: click.Context, /, **options: Any) -> None:
         if options["models"] and context.get_parameter_source("models_dir") is ParameterSource.COMMANDLINE:
             raise StartupError("--model and --models-dir both say which models to serve; give one of them")
         settings = Settings(**options)
-        configure_logging(settings.log_level)
-        if settings.access_log:
-            log_requests_to(sys.stdout)
+        configure_logging(settings.log_level, log_format=settings.log_format, log_requests=settings.access_log)
         serve_settings(settings)
     except StartupError as error:
         raise click.ClickException(str(error)) from error

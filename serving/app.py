@@ -35,6 +35,7 @@ from serving.inference.signatures import Predictor
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 from serving.observer import RequestObserver
+from serving.request_log import log_request
 from serving.settings import Settings, name_models
 from serving.tracing import make_tracing
 
@@ -78,7 +79,7 @@ def make_app(settings: Settings) -> ServingApp:
     memory = MemoryBudget(settings.memory_budget)
     repository = make_repository(settings, metrics, liveness)
     metrics.watch(repository)
-    metrics.watch_memory(memory)
+    metrics.process.watch_memory(memory)
     drift = DriftMonitor(repository)
     metrics.registry.register(drift)
     app = ServingApp(
@@ -90,7 +91,9 @@ def make_app(settings: Settings) -> ServingApp:
             record_outputs=drift.record,
         ),
         metrics=metrics,
-        observer=(tracing.make_observer if tracing else RequestObserver)(metrics),
+        observer=(tracing.make_observer if tracing else RequestObserver)(
+            metrics, log=log_request if settings.access_log else None
+        ),
         liveness=liveness,
         memory=memory,
     )
@@ -113,14 +116,14 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
         from serving.inference.remote import RemoteRepository
 
         def inspect(model: str, predictor: Predictor) -> Predictor:
-            return InspectedPredictor(metrics.time_predictor(model, predictor), settings.image_limits)
+            return InspectedPredictor(metrics.predictions.time_predictor(model, predictor), settings.image_limits)
 
         names = name_remote_models(settings)
         return RemoteRepository(settings.remote, names, required=settings.require_models, wrap_predictor=inspect)
 
     def batch(model: str, predictor: Predictor, unbatched: Collection[str]) -> Predictor:
-        return Batcher(
-            metrics.time_predictor(model, predictor),
+        batcher = Batcher(
+            metrics.predictions.time_predictor(model, predictor),
             max_batch_rows=settings.max_batch_size,
             max_queued_rows=settings.max_queue_size,
             concurrency=settings.concurrency,
@@ -128,6 +131,8 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
             inspect=partial(inspect_images, settings.image_limits),
             unbatched=unbatched,
         )
+        metrics.predictions.watch_queue(model, batcher)
+        return batcher
 
     return LocalRepository(
         choose_models(settings),

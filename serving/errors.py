@@ -26,16 +26,30 @@ HTTP_STATUS_OF_CODE = {
 }
 
 
+# Why requests are refused by load shedding.
+SHED_REASONS = {
+    "queue_full": "the queue of the model is full",
+    "deadline": "the request would miss its deadline in the queue of the model",
+    "loop_queue": "the request would miss its deadline before it is processed",
+    "memory": "no memory of the budget was free in time",
+    "json_parser": "the parser of large JSON documents was not free in time",
+    "new_calls": "too many gRPC calls on new connections wait for their messages",
+    "slow_message": "a large gRPC message did not arrive in time",
+}
+
+
 class ServingError(Exception):
     """Base class of the errors in responses: `{"error": message}` over HTTP, a status over gRPC.
 
     `retry_after_s` is the `Retry-After` header of the response, or None if a retry cannot succeed.
+    `shed_reason` is the label of load shedding in the metrics, or empty: the request was refused for another reason.
     `tensorflow_serving` is the error for TensorFlow Serving's APIs, if that server has another message or status.
     """
 
     status = 500
     code = "INTERNAL"
     retry_after_s: int | None = None
+    shed_reason = ""
     tensorflow_serving: ServingError | None = None
 
     def body(self) -> dict[str, Any]:
@@ -137,13 +151,17 @@ class NotReady(ServingError):
 
 
 class Overloaded(ServingError):
-    """Load shedding: the service has no memory or time for the request now."""
+    """Load shedding: the service has no memory or time for the request now.
+
+    `shed_reason` is one of SHED_REASONS.
+    """
 
     status = 503
     code = "UNAVAILABLE"
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, shed_reason: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
+        self.shed_reason = shed_reason
         self.retry_after_s = retry_after_s
 
 

@@ -173,10 +173,12 @@ class Pool:
 
     Reservations that hold units and wait for more could deadlock. When all holders wait, the youngest of them is
     refused (503), so the oldest always makes progress. `what` is the name of the units in error messages.
+    `shed_reason` is the one of the refusals, in metrics.
     """
 
-    def __init__(self, what: str, limit: int = 0) -> None:
+    def __init__(self, what: str, limit: int = 0, *, shed_reason: str = "memory") -> None:
         self.what = what
+        self.shed_reason = shed_reason
         self.resize(limit)
         self._bodies_used = 0
         self.used = 0
@@ -263,7 +265,7 @@ class Pool:
     def _enqueue(self, request: _GrowRequest) -> None:
         self.check_fits(request.reservation, request.more)
         if request.is_body and len(self._queue) * UNCOUNTED_BYTES > self.body_limit:
-            raise Overloaded("too many uploads wait for memory; try again later")
+            raise Overloaded("too many uploads wait for memory; try again later", shed_reason=self.shed_reason)
         with self._lock:
             self._queue.append(request)
             woken = self._grant_queued()
@@ -371,7 +373,8 @@ class Reservation:
         if not request.is_granted:
             raise Overloaded(
                 f"no {self.pool.what} was free in time: {self.pool.used:,} of {self.pool.limit:,} are in use; "
-                "try again later"
+                "try again later",
+                shed_reason=self.pool.shed_reason,
             )
 
     def shrink_body_to(self, size: int) -> None:

@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
-import os
+import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from random import getrandbits
 from typing import Any
 
-from serving.metrics import TFS_STATUS, Metrics
+from serving.metrics import Metrics
 from serving.request_context import RequestContext
 
-# The routes that TensorFlow Serving counts, and its names for their APIs.
-_TFS_PREDICT = {"/v1/models/<model>:predict": "REST", "/tensorflow.serving.PredictionService/Predict": "GRPC"}
+# An ID of a client is used if it can be put into a log line and a header as it is.
+_is_valid_id = re.compile(r"[!-~]{1,128}").fullmatch
 
 
 Headers = Mapping[str, Any] | Iterable[tuple[str, str | bytes]]
 
 
 class RequestObserver:
-    """Records each request in the metrics. The HTTP and the gRPC entry point call it once for each request."""
+    """Records each request in the metrics and, if there is one, in the log.
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    The HTTP and the gRPC entry point call it once for each request.
+
+    Args:
+        metrics: the metrics.
+        log: writes a request's line; callable(context, seconds).
+    """
+
+    def __init__(self, metrics: Metrics, *, log: Callable[[RequestContext, float], None] | None = None) -> None:
+        self._in_flight = metrics.requests.in_flight
+        observe = metrics.requests.observe
+        self._reports = (observe,) if log is None else (observe, log)
 
     def begin(self, context: RequestContext, headers: Headers = ()) -> None:  # noqa: ARG002 - for traces
-        """Report a request that is going to be processed, and give it an ID unless the client has.
+        """Report a request that is going to be processed, and give it an ID unless the client has sent a valid one.
 
         `headers` are those of the request: a WSGI environ, or gRPC metadata.
         """
-        context.request_id = context.request_id or os.urandom(8).hex()
-        self._metrics.in_flight.inc()
+        if not (context.request_id and _is_valid_id(context.request_id)):
+            context.request_id = f"{getrandbits(64):016x}"
+        self._in_flight.inc()
 
     def end(self, context: RequestContext) -> None:
         """Report a request that has its response; `context` says which."""
-        metrics = self._metrics
-        metrics.in_flight.dec()
+        self._in_flight.dec()
         seconds = time.perf_counter() - context.started_s
-        status = context.status or "500"  # an error of a hook that has no response
-        metrics.observe_request(
-            route=context.route, model=context.model, version=context.version, status=status, seconds=seconds
-        )
-        api = _TFS_PREDICT.get(context.route)
-        if api and context.model:
-            code = TFS_STATUS.get(int(status), "INTERNAL") if api == "REST" else status
-            metrics.observe_tfs_predict(model=context.model, code=code, seconds=seconds, api=api)
+        context.status = context.status or "500"  # an error of a hook that has no response
+        for report in self._reports:
+            report(context, seconds)
+
+    def report(self, context: RequestContext) -> None:
+        """Report a request that was refused before it was processed."""
+        self.begin(context)
+        self.end(context)
 
     def close(self) -> None:
         """Finish reporting, before the process ends."""

@@ -9,11 +9,19 @@ import contextlib
 import logging
 import os
 import sys
-from typing import NoReturn, TextIO
+import threading
+from typing import NoReturn
 
 from prometheus_client import disable_created_metrics
 
-from serving.http.protocol import access_logger
+from serving.log_format import make_formatter
+from serving.log_output import BackgroundHandler
+from serving.request_log import access_logger
+
+logger = logging.getLogger("serving")
+
+STDOUT, STDERR = 1, 2  # file descriptors
+COLLECT_S = 0.05  # lines of requests are written together
 
 # How long a thread may hold the interpreter's lock while another waits for it. With Python's 5 ms, a model's thread
 # would wait for the event loop longer than a call of a small model takes.
@@ -34,18 +42,30 @@ def open_standard_streams() -> None:
     logging.raiseExceptions = False
 
 
-def configure_logging(level: str) -> None:
-    """Write log messages of a level and above to standard error."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def configure_logging(level: str, *, log_format: str, log_requests: bool) -> None:
+    """Write log messages of a level and above to standard error, and the request log to standard output.
 
+    Warnings and uncaught exceptions become log messages.
 
-def log_requests_to(stream: TextIO) -> None:
-    """Write the access log, a line a request, to a stream."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    access_logger.addHandler(handler)
-    access_logger.setLevel(logging.INFO)
-    access_logger.propagate = False
+    Args:
+        level: one of `settings.LOG_LEVELS`.
+        log_format: one of `log_format.LOG_FORMATS`.
+        log_requests: whether there is a request log.
+    """
+    formatter = make_formatter(log_format)
+    errors = BackgroundHandler(STDERR)
+    errors.setFormatter(formatter)
+    logging.basicConfig(level=level.upper(), handlers=[errors])
+    logging.captureWarnings(True)
+    sys.excepthook = lambda kind, error, traceback: logger.critical("exit", exc_info=(kind, error, traceback))
+    threading.excepthook = lambda args: logger.error(
+        "thread %s has ended", args.thread.name if args.thread else "", exc_info=args.exc_value
+    )
+    if log_requests:
+        requests = BackgroundHandler(STDOUT, collect_s=COLLECT_S)
+        requests.setFormatter(formatter)
+        access_logger.addHandler(requests)
+        access_logger.propagate = False
 
 
 def configure_metrics() -> None:

@@ -28,15 +28,20 @@ class RequestContext:
 
     # What metrics, log and traces report about the request; filled in while it is processed.
     started_s: float = field(default_factory=time.perf_counter)
-    request_id: str = ""
+    request_id: str = ""  # until `RequestObserver.begin`: as the client sent it
     trace_id: str = ""  # 32 hexadecimal digits; empty without a trace
+    caller: str = ""  # the name of the client's token; empty without a token
+    client: str = ""  # its address, or the peer as gRPC names it
+    protocol: str = "HTTP"  # or "gRPC"
+    method: str = ""  # of HTTP
     status: str = ""  # the HTTP status, or the name of the gRPC code
     route: str = ""  # "/v1/models/<model>:predict", or the path of a gRPC method
     model: str = ""  # empty unless the request names a served model
     version: int | None = None
     rows: int = 0
-    queue_s: float = 0.0  # in the batcher's queue
+    queue_s: float = 0.0  # in the batcher's queue, until its first model call or its end
     model_s: float = 0.0  # of the model calls with its rows; the parts of a long request may overlap
+    shed_reason: str = ""  # `ServingError.shed_reason` of its error
     # Of traces, if they are on (serving/tracing/): the server's span, when the request was parsed and predicted, and
     # the metadata of the call of a remote server.
     span: Any = None
@@ -81,5 +86,7 @@ class RequestContext:
         if self.deadline_s is not None and time.monotonic() >= self.deadline_s:
             raise deadline_exceeded()
 
+
+UNROUTED = "unrouted"  # the route of requests that are refused before their path is looked at
 
 current_request: ContextVar[RequestContext] = ContextVar("current_request", default=RequestContext())  # noqa: B039

@@ -24,6 +24,7 @@ from serving.memory import TRIM_BYTES, MemoryBudget
 from serving.process import SWITCH_INTERVAL_S, configure_metrics, exit_process
 from serving.process_memory import keep_freed_memory, return_freed_memory
 from serving.settings import Settings, name_models
+from serving.tls import Certificates, TlsFiles
 
 if TYPE_CHECKING:
     from serving.grpc.server import GrpcServer
@@ -63,10 +64,13 @@ def serve_settings(settings: Settings) -> None:
         name_remote_models(settings)
     else:
         choose_models(settings)  # the folders have to exist; versions may come later
+    certificates = None
+    if settings.tls_cert and settings.tls_key:
+        certificates = Certificates(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
     listener = open_port(settings.host, settings.rest_port, flag="--rest-port")
     if settings.grpc_port:
         open_port(settings.host, settings.grpc_port, flag="--grpc-port").close()  # gRPC opens its own
-    _ServerRun(make_app(settings), listener).run()
+    _ServerRun(make_app(settings), listener, certificates).run()
 
 
 def open_port(host: str, port: int, *, flag: str) -> socket.socket:
@@ -86,10 +90,11 @@ def open_port(host: str, port: int, *, flag: str) -> socket.socket:
 class _ServerRun:
     """One run of the server, from the first connection to the last response."""
 
-    def __init__(self, app: ServingApp, listener: socket.socket) -> None:
+    def __init__(self, app: ServingApp, listener: socket.socket, certificates: Certificates | None) -> None:
         self._app = app
         self._settings = app.settings
         self._listener = listener
+        self._certificates = certificates
         self._is_stopping = threading.Event()
         self._grpc_server: GrpcServer | None = None
 
@@ -99,7 +104,8 @@ class _ServerRun:
         configure_metrics()
         names = ", ".join(app.inference.repository.all_names())
         logger.info(
-            "listening on http://%s:%d%s, %s",
+            "listening on %s://%s:%d%s, %s",
+            "https" if self._certificates else "http",
             settings.host,
             settings.rest_port,
             f" and for gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else "",
@@ -108,6 +114,8 @@ class _ServerRun:
             else f"waiting for a model: <name>/<version>/saved_model.pb in {settings.models_dir}",
         )
         # HTTP responds before the models are loaded: alive, and not ready. gRPC does as soon as TensorFlow is imported.
+        if self._certificates:
+            self._certificates.watch()
         app.watcher.start(before_load=self._start_grpc, on_error=_give_up)
         threading.Thread(target=watch_memory, args=(app.memory,), name="memory", daemon=True).start()
         http_server = HttpServer(
@@ -117,14 +125,17 @@ class _ServerRun:
                 max_body_bytes=settings.max_request_bytes,
                 request_timeout_s=settings.request_timeout_s,
                 threads=settings.threads,
-                access_log=settings.access_log,
                 urgent_paths=URGENT_PATHS,
+                report_refused=app.observer.report,
             ),
             max_connections=settings.max_connections,
             drain_timeout_s=settings.drain_timeout_s,
             on_stop=self._is_stopping.set,
             on_second_signal=lambda number: exit_process(128 + number),
+            ssl_context=self._certificates.get_ssl_context if self._certificates else None,
+            on_lag=app.metrics.process.observe_loop_lag,
         )
+        app.metrics.process.watch_connections(lambda: http_server.connections, limit=http_server.max_connections)
         http_server.run(sockets=[self._listener])
         if self._grpc_server is not None:
             self._grpc_server.stop(grace_s=settings.drain_timeout_s)
@@ -146,6 +157,7 @@ class _ServerRun:
             address=f"[{address}]:{settings.grpc_port}" if ":" in address else f"{address}:{settings.grpc_port}",
             threads=settings.threads,
             max_message_bytes=settings.max_request_bytes,
+            credentials=self._certificates.make_grpc_credentials() if self._certificates else None,
         )
         self._grpc_server = server
 

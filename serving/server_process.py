@@ -7,6 +7,7 @@ import http.client
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ class Server:
         models: the folder of the models: `<name>/<version>/saved_model.pb`; or the name and folder of each model, as
             for `--model`.
         start_timeout_s: how long `start` waits until the models are loaded.
+        client_cert: a certificate and its key (PEM files) with which `start` connects, where `tls_client_ca` is set.
         options: settings by their names in `serving.Settings`, such as `max_batch_size`. Ports that are not given are
             free ones.
 
@@ -42,8 +44,12 @@ class Server:
         models: str | Path | Mapping[str, str | Path] = "models",
         *,
         start_timeout_s: float = 120.0,
+        client_cert: tuple[str | Path, str | Path] | None = None,
         **options: Any,
     ) -> None:
+        if options.get("tls_client_ca") and client_cert is None:
+            raise StartupError("tls_client_ca needs client_cert here: without it, nobody can tell when it is ready")
+        self._client_cert = client_cert
         self._models = models
         self._start_timeout_s = start_timeout_s
         self._options = options
@@ -55,7 +61,7 @@ class Server:
     @property
     def url(self) -> str:
         """The base URL of the HTTP API."""
-        return f"http://127.0.0.1:{self._rest_port}"
+        return f"{'https' if self._options.get('tls_cert') else 'http'}://127.0.0.1:{self._rest_port}"
 
     @property
     def grpc_address(self) -> str:
@@ -141,12 +147,20 @@ class Server:
             time.sleep(_POLL_S)
 
     def _is_ready(self) -> bool:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection("127.0.0.1", self._rest_port, timeout=5)
-            with contextlib.closing(connection):
-                connection.request("GET", "/readyz")
-                return connection.getresponse().status == 200
+        failures = contextlib.suppress(OSError, http.client.HTTPException)
+        with failures, contextlib.closing(self._connect()) as connection:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == 200
         return False
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if not self._options.get("tls_cert"):
+            return http.client.HTTPConnection("127.0.0.1", self._rest_port, timeout=5)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is our own process
+        if self._client_cert:
+            context.load_cert_chain(*self._client_cert)
+        return http.client.HTTPSConnection("127.0.0.1", self._rest_port, timeout=5, context=context)
 
 
 def free_ports(count: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 from serving.errors import StartupError
 from serving.images.decoding import PILLOW_MAX_PIXELS
 from serving.images.limits import ImageLimits
+from serving.log_format import LOG_FORMATS
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -52,8 +53,12 @@ class Settings:
     max_connections: int = 10_000
     max_rows: int = 16_384
     memory_budget: int | None = None  # bytes; None: what is free
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     allow_model_control: bool = False
     log_level: str = "info"
+    log_format: str = "text"
     access_log: bool = False
 
     @property
@@ -95,6 +100,12 @@ class Settings:
             raise StartupError("--remote-model names a model at another server; name that too, with --remote")
         if self.grpc_port and self.grpc_port == self.rest_port:
             raise StartupError(f"--grpc-port and --rest-port are both {self.rest_port}; choose another for one")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise StartupError("--tls-cert and --tls-key belong together: give the certificate and its key")
+        if self.tls_client_ca and not self.tls_cert:
+            raise StartupError("--tls-client-ca needs --tls-cert and --tls-key: client certificates are a part of TLS")
+        if self.log_format not in LOG_FORMATS:
+            raise StartupError(f"--log-format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format}")
         if self.log_level not in LOG_LEVELS:
             raise StartupError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level}")
 

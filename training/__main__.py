@@ -18,9 +18,10 @@ import click
 from click.core import ParameterSource
 
 from training.command_options import FOLDER, ImageSize, models_options, signature_options
-from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, VARIANTS, TrainingConfig
+from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, STRATEGIES, VARIANTS, TrainingConfig
 from training.converter.convert import FORMATS, convert_model
 from training.data import load_dataset
+from training.distribution import Cluster
 from training.errors import RunError, StorageFullError, TrainingError
 from training.importer.command import import_command
 from training.models.backbones import BACKBONES, DEFAULT_BACKBONE
@@ -93,6 +94,12 @@ def main() -> None:
 )
 @click.option("--weights-sha256", help="Expected checksum of that file.")
 @_choice("--loop", LOOPS, "Keras's fit, or a custom loop with GradientTape.")
+@_choice(
+    "--strategy",
+    STRATEGIES,
+    "Replicas of the model, for the custom loop: on all GPUs of this machine (mirrored), or in the worker processes of "
+    "TF_CONFIG, all started with the same command; the first is the chief, which writes the run.",
+)
 @_choice("--conv-activation", CONV_ACTIVATIONS, "Of the article's network; linear is its Sequential listing.")
 @click.option("--epochs", type=click.IntRange(1), help=_default("epochs"))
 @click.option("--batch-size", type=click.IntRange(1), help=_default("batch_size"))
@@ -119,7 +126,7 @@ def main() -> None:
     "--resume",
     type=FOLDER,
     help="Continue the run in this directory with its own settings. --epochs sets a new total, --data and "
-    "--weights a new path of the same files.",
+    "--weights a new path of the same files, --strategy other replicas.",
 )
 @click.option("--export/--no-export", default=True, help="Export the best checkpoint.")
 @models_options("the dataset's")
@@ -150,7 +157,7 @@ def train(
             for parameter, value in {**config_values, "run": run_path}.items()
             if ctx.get_parameter_source("run_path" if parameter == "run" else parameter) is ParameterSource.COMMANDLINE
         }
-        changeable = ("data", "epochs", "weights")
+        changeable = ("data", "epochs", "strategy", "weights")
         if fixed := [f"--{parameter.replace('_', '-')}" for parameter in given if parameter not in changeable]:
             raise click.UsageError(f"--resume continues a run with its own settings: leave out {', '.join(fixed)}")
         run = RunDir.open(resume)
@@ -165,7 +172,14 @@ def train(
         except ValueError as error:
             raise click.UsageError(str(error)) from error
         config = config.recipe.complete(config)
+    is_follower = config.strategy == "multiworker" and not Cluster.from_environment().is_chief
     dataset = load_dataset(config)
+    if is_follower:
+        from training.trainer import train_as_follower
+
+        check_memory(config, dataset)
+        train_as_follower(config, dataset)
+        return
     if export:
         exported_name = name or (run.read_dataset().name if run and run.has_dataset() else dataset.name)
         check_model_name(exported_name)

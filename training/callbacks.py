@@ -52,8 +52,18 @@ class RunCallback:
             for name in (("train", "validation") if config.tensorboard else ())
         }
 
-    def restore(self) -> int:
-        """Restore the newest checkpoint, if there is one; return the number of completed epochs.
+    @property
+    def done(self) -> int:
+        """The number of completed epochs."""
+        return len(self._history)
+
+    @property
+    def progress(self) -> list[float]:
+        """The completed epochs and the state of the learning rate's schedule, for the other workers."""
+        return [self.done, *self._plateau.state.values()]
+
+    def restore(self) -> None:
+        """Restore the newest checkpoint, if there is one.
 
         Raises:
             RunError: the checkpoints are lost or damaged, or the run cannot be resumed with this config.
@@ -65,7 +75,7 @@ class RunCallback:
                     f"{self._run.path} has no checkpoint, though {len(recorded)} epochs were completed: its files are "
                     "lost. Restore them, or start a new run"
                 )
-            return 0
+            return
         self._run.check_config(self._config, state.config or {})
         done = len(state.history)
         if done > self._config.epochs:
@@ -86,7 +96,6 @@ class RunCallback:
         assert best is not None  # `Checkpoints.restore` saves one
         self._best_val_loss = best.history[-1].val_loss
         self._run.write_history(self._history)
-        return done
 
     def on_epoch_begin(self, epoch: int) -> None:
         self.display.start_epoch(epoch)
@@ -130,3 +139,42 @@ class RunCallback:
                 for metric, value in metrics[name].items():
                     tf.summary.scalar(metric, value)
             writer.flush()
+
+
+class FollowerCallback:
+    """The `TrainingCallback` of a worker that is not the chief: it changes the learning rate as the chief does.
+
+    Attributes:
+        display: shows the progress; set it before training.
+    """
+
+    display: ProgressDisplay
+
+    def __init__(self, config: TrainingConfig, optimizer: keras.optimizers.Optimizer) -> None:
+        self._config = config
+        self._optimizer = optimizer
+        self._plateau = PlateauSchedule(factor=config.plateau_factor, patience=config.plateau_patience)
+        self.done = 0
+
+    @property
+    def progress(self) -> list[float]:
+        """The completed epochs and the state of the learning rate's schedule."""
+        return [self.done, *self._plateau.state.values()]
+
+    @progress.setter
+    def progress(self, values: list[float]) -> None:
+        self.done = int(values[0])
+        self._plateau.restore(dict(zip(self._plateau.state, values[1:], strict=True)))
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        self.display.start_epoch(epoch)
+
+    def on_batch_end(self, step: int, *, loss: float, accuracy: float) -> None:
+        self.display.update(step, loss=loss, accuracy=accuracy)
+
+    def on_epoch_end(self, result: EpochResult) -> None:
+        if self._config.recipe.uses_plateau:
+            self._optimizer.learning_rate.assign(
+                self._plateau.next_learning_rate(result.learning_rate, val_loss=result.val_loss)
+            )
+        self.display.end_epoch(result, is_best=False)

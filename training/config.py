@@ -15,10 +15,11 @@ from training.models.recipes import RECIPES
 DATASETS = ("cifar10", "shapes", "folder")
 VARIANTS = tuple(RECIPES)
 LOOPS = ("fit", "custom")
+STRATEGIES = ("single", "mirrored", "multiworker")
 CONV_ACTIVATIONS = ("relu", "linear")
 DTYPES = ("float32", "mixed_bfloat16")
 # May differ when a run is resumed. Data and weights are compared by their content.
-CHANGEABLE = frozenset({"data", "epochs", "tensorboard", "weights"})
+CHANGEABLE = frozenset({"data", "epochs", "strategy", "tensorboard", "weights"})
 _PATHS = ("data", "weights")
 
 
@@ -36,6 +37,7 @@ class TrainingConfig:
         weights: file with the weights of the backbone; `None` searches Keras's cache.
         weights_sha256: expected checksum of that file, in hexadecimal digits; `None` accepts any.
         loop: the training loop, one of `LOOPS`.
+        strategy: the replicas of the model, one of `STRATEGIES`; several need the loop `custom`.
         conv_activation: after each convolution of the article's network, one of `CONV_ACTIVATIONS`.
         epochs: passes over the training images.
         batch_size: images per optimizer step.
@@ -61,6 +63,7 @@ class TrainingConfig:
     weights: Path | None = None
     weights_sha256: str | None = None
     loop: str = "fit"
+    strategy: str = "single"
     conv_activation: str = "relu"
     epochs: int = 10
     batch_size: int = 128
@@ -77,6 +80,7 @@ class TrainingConfig:
             ("dataset", DATASETS),
             ("variant", VARIANTS),
             ("loop", LOOPS),
+            ("strategy", STRATEGIES),
             ("conv_activation", CONV_ACTIVATIONS),
             ("dtype", DTYPES),
         ):
@@ -97,6 +101,11 @@ class TrainingConfig:
         if self.dtype not in self.recipe.dtypes:
             raise ValueError(
                 f"dtype must be {' or '.join(self.recipe.dtypes)} for the variant {self.variant}; got {self.dtype!r}"
+            )
+        if self.strategy != "single" and self.loop != "custom":
+            raise ValueError(
+                f"strategy {self.strategy} needs the loop custom: Keras's fit fails with several replicas "
+                "(https://github.com/keras-team/keras/issues/20585)"
             )
         for name in ("epochs", "batch_size", "plateau_patience"):
             if getattr(self, name) < 1:

@@ -11,6 +11,7 @@ class TrainingError(Exception):
     +-- WeightsError              1   the weights of a backbone are missing, damaged or of another network
     +-- RunError                  1   a run directory is missing, in use or invalid
     +-- MemoryTooSmallError       1   the data and the network do not fit into memory
+    +-- ClusterError              1   the workers of a distributed run cannot work together
     +-- ModelError                1   a model cannot be imported
     +-- ExportError               1   the exported model's outputs differ from the trained model's
     +-- DivergedError             3   the loss became NaN or infinite
@@ -36,6 +37,10 @@ class RunError(TrainingError):
 
 class MemoryTooSmallError(TrainingError):
     """The data and the network do not fit into memory."""
+
+
+class ClusterError(TrainingError):
+    """The workers of a distributed run cannot work together: invalid TF_CONFIG, different settings, a lost worker."""
 
 
 class ModelError(TrainingError):

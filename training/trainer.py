@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from training.callbacks import RunCallback
+from training.callbacks import FollowerCallback, RunCallback
 from training.checkpoints import Checkpoints, read_best_state, restore_best
-from training.config import TrainingConfig
+from training.config import CHANGEABLE, TrainingConfig
 from training.data import Dataset, Split, input_pipeline
 from training.data.class_sizes import balance_classes
+from training.distribution import Distribution, explain_lost_workers
 from training.errors import RunError
 from training.evaluation.calibration import apply_temperature, average_logits, fit_temperature
 from training.evaluation.guard_evaluation import GuardEvaluation
@@ -89,6 +96,20 @@ def train_and_evaluate(run: RunDir, dataset: Dataset, *, config: TrainingConfig 
         train, validation = input_pipeline.split_validation(dataset.train, seed=config.seed)
         _train(run, config, dataset, train=train, validation=validation)
         return _evaluate_best(run, config, dataset, validation=validation)
+
+
+def train_as_follower(config: TrainingConfig, dataset: Dataset) -> None:
+    """Train with the other workers of `TF_CONFIG`, of which another one is the chief.
+
+    Args:
+        config: of the run; the chief's is the same.
+        dataset: the data of the run.
+
+    Raises:
+        TrainingError: as in `train_and_evaluate`, or the chief has ended.
+    """
+    train, validation = input_pipeline.split_validation(dataset.train, seed=config.seed)
+    _train(None, config, dataset, train=train, validation=validation)
 
 
 def evaluate_run(run: RunDir, dataset: Dataset, *, config: TrainingConfig, mirror: bool = False) -> TrainingResult:
@@ -174,47 +195,97 @@ def _check_dataset(run: RunDir, dataset: Dataset) -> None:
         run.write_dataset(info)
 
 
-def _train(run: RunDir, config: TrainingConfig, dataset: Dataset, *, train: Split, validation: Split) -> None:
+def _train(run: RunDir | None, config: TrainingConfig, dataset: Dataset, *, train: Split, validation: Split) -> None:
+    """Train the epochs that are left; `run` is None in a worker that is not the chief."""
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
+    distribution = Distribution.of(config)
+    distribution.check_batches(images=len(train.labels), batch_size=config.batch_size)
+    values = {**json.loads(config.to_json()), **dict.fromkeys(CHANGEABLE - {"epochs"}), "content": dataset.content_hash}
+    distribution.check_equal(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
+    with explain_lost_workers():
+        _train_replicas(run, config, dataset, distribution, train=train, validation=validation)
+
+
+def _train_replicas(
+    run: RunDir | None,
+    config: TrainingConfig,
+    dataset: Dataset,
+    distribution: Distribution,
+    *,
+    train: Split,
+    validation: Split,
+) -> None:
     keras.utils.set_random_seed(config.seed)
-    model = _build(config, train.images.shape[1:], classes=len(dataset.class_names), dtype=config.dtype)
     steps, images = input_pipeline.steps_per_epoch(train, config.batch_size), len(train.labels)
-    optimizer = config.recipe.make_optimizer(config, steps_per_epoch=steps)
-    checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=optimizer)
-    callback = RunCallback(run, config, checkpoints, optimizer, content_hash=dataset.content_hash)
-    done = callback.restore()
-    run.write_config(config)  # with more epochs, or a new path of the data
+    with distribution.strategy.scope():
+        model = _build(config, train.images.shape[1:], classes=len(dataset.class_names), dtype=config.dtype)
+        optimizer = config.recipe.make_optimizer(config, steps_per_epoch=steps)
+        optimizer.build(model.trainable_variables)
+    callback: RunCallback | FollowerCallback
+    if run is None:
+        callback = FollowerCallback(config, optimizer)
+    else:
+        checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=optimizer)
+        callback = RunCallback(run, config, checkpoints, optimizer, content_hash=dataset.content_hash)
+        with distribution.strategy.scope():
+            callback.restore()
+        run.write_config(config)  # with more epochs, or a new path of the data
+    if len(distribution.own) < distribution.replicas:
+        with distribution.strategy.scope():
+            _copy_from_chief(distribution, callback, [*model.variables, *optimizer.variables])
+    done = callback.done
     if done >= config.epochs:
         return
     message = "training %s in %s with %s on %s training images, %s for validation, from epoch %d"
     counts = f"{images:,}", f"{len(validation.labels):,}"
     logger.info(message, config.variant, config.dtype, config.loop, *counts, done + 1)
-    part = config.recipe.prepare(
-        model, config, train.images, validation.images, is_new=done == 0, cache=run.path / "features"
-    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(distribution.strategy.scope())
+        cache = run.path / "features" if run else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        part = config.recipe.prepare(model, config, train.images, validation.images, is_new=done == 0, cache=cache)
+    parts = input_pipeline.Parts(distribution.replicas, distribution.own)
     preset = config.recipe.presets.get(config.preset or "")
     data = input_pipeline.LoopData(
-        train=input_pipeline.training_batches(
-            train,
-            inputs=part.train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            first_epoch=done,
-            augmentation=preset.augmentation if preset else None,
+        train=distribution.distribute(
+            input_pipeline.training_batches(
+                train,
+                inputs=part.train,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                first_epoch=done,
+                augmentation=preset.augmentation if preset else None,
+                parts=parts,
+            )
         ),
-        validation=input_pipeline.evaluation_batches(
-            validation, inputs=part.validation, batch_size=_EVALUATION_BATCH_SIZE
+        validation=distribution.distribute(
+            input_pipeline.evaluation_batches(
+                validation, inputs=part.validation, batch_size=_EVALUATION_BATCH_SIZE, parts=parts
+            )
         ),
         steps_per_epoch=steps,
         images_per_epoch=images,
+        batch_size=config.batch_size,
     )
     loss = config.recipe.make_loss()
     if (weights := balance_classes(dataset.train.labels, dataset.class_names)) is not None:
         loss = ClassWeightedLoss(loss, weights)
     epochs = range(done + 1, config.epochs + 1)
-    with ProgressDisplay(epochs=epochs, steps_per_epoch=steps, images_per_epoch=images) as callback.display:
+    display = ProgressDisplay(epochs=epochs, steps_per_epoch=steps, images_per_epoch=images)
+    with distribution.strategy.scope(), display as callback.display:
         TRAIN_FUNCTIONS[config.loop](part.model, optimizer, loss, data, epochs=epochs, callback=callback)
+
+
+def _copy_from_chief(
+    distribution: Distribution, callback: RunCallback | FollowerCallback, variables: Sequence[Any]
+) -> None:
+    """Give the chief's weights, optimizer and progress, which it may have restored, to the other workers."""
+    progress, *values = distribution.broadcast([np.array(callback.progress), *variables])
+    if not distribution.is_chief:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        assert isinstance(callback, FollowerCallback)
+        callback.progress = [float(number) for number in progress]
 
 
 def _evaluate_best(

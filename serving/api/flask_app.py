@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from io import BytesIO
@@ -31,6 +32,8 @@ from serving.settings import Settings
 URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/health/ready"))
 
 MAX_KNOWN_PATHS = 256
+_CONVERTER = re.compile(r"<[^:<>]+:")  # in a rule: `<path:name>` is reported as `<name>`
+
 RETRY_AFTER_S = 1  # of responses that name no time of their own
 
 
@@ -102,10 +105,13 @@ class ServingApp(Flask):
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
         """Respond to a request as a WSGI application."""
-        if current_request.get().memory is not None:  # our own HTTP server has made the context
+        context = current_request.get()
+        if context.memory is not None:  # our own HTTP server has made the context
+            _describe(context, environ)
             return self.wsgi_app(environ, start_response)
         memory = RequestMemory(self.memory)
         context = RequestContext(time.monotonic() + self.settings.request_timeout_s, memory=memory)
+        _describe(context, environ)
         token = current_request.set(context)
         try:
             if self.loads_models:
@@ -156,8 +162,9 @@ class ServingApp(Flask):
         context = current_request.get()
         if not context.route:
             rule = request.url_rule
-            context.route = rule.rule if rule else "unmatched"
+            context.route = _CONVERTER.sub("<", rule.rule) if rule else "unmatched"
         context.status = str(response.status_code)
+        response.headers["X-Request-ID"] = context.request_id
         return response
 
     def do_teardown_request(self, exc: BaseException | None = None) -> None:
@@ -165,6 +172,13 @@ class ServingApp(Flask):
         self.observer.end(current_request.get())
         if self.teardown_request_funcs or request_tearing_down.receivers:
             super().do_teardown_request(exc)
+
+
+def _describe(context: RequestContext, environ: Mapping[str, Any]) -> None:
+    """Note what log and metrics report about a request."""
+    context.method = environ["REQUEST_METHOD"]
+    context.client = environ.get("REMOTE_ADDR", "")
+    context.request_id = environ.get("HTTP_X_REQUEST_ID", "")
 
 
 # Flask's proxy of the app, typed.
@@ -217,7 +231,8 @@ def encoded_response(text: bytes, *, status: int = 200) -> PlainResponse:
 
 
 def error_response(error: ServingError) -> PlainResponse:
-    """Return the JSON response for an error."""
+    """Return the JSON response for an error, and note it if it is load shedding."""
+    current_request.get().shed_reason = error.shed_reason
     response = json_response(error.body(), status=error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)

@@ -48,7 +48,7 @@ class JsonProcess:
     """Owns the subprocess and the queue of the requests that wait for it."""
 
     def __init__(self) -> None:
-        self._queue = Pool("JSON parser for large documents", 1)
+        self._queue = Pool("JSON parser for large documents", 1, shed_reason="json_parser")
         self._process: subprocess.Popen[bytes] | None = None
 
     def parse(self, function: Callable[..., R], body: bytes, *args: Any, json_bytes: int | None = None) -> R:
@@ -94,7 +94,7 @@ class JsonProcess:
             self._end()
             logger.error("the subprocess that parses large JSON documents exited unexpectedly")
             message = "the document could not be parsed: the parser ran out of memory; send smaller requests"
-            raise Overloaded(message) from error
+            raise Overloaded(message, shed_reason="memory") from error
         except BaseException:
             self._end()
             raise

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_DETAILS = 4_000  # characters; gRPC sends the details in a header
 
+REQUEST_ID = "x-request-id"  # in the metadata
+
 OBJECT_BYTES = 8  # memory of a parsed message per byte: a one-byte varint becomes an 8-byte integer
 
 _Method = Callable[[Any], Any]
@@ -40,16 +42,23 @@ def make_handler(
 ) -> grpc.RpcMethodHandler:
     """Make the handler of a unary method: callable(request) that returns the response. `route` is its path.
 
-    Greenlets call it, or a thread if it `is_long`: it blocks for long. If it `is_tensorflow_serving`, its errors are those
-    of TensorFlow Serving.
+    Greenlets call it, or a thread if it `is_long`: it blocks for long. If it `is_tensorflow_serving`, its errors are
+    those of that server.
     """
 
     async def handle(_: Any, call: Any) -> bytes:
         remaining_s = call.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         memory = RequestMemory(budget)
-        context = RequestContext(deadline_s, memory=memory, route=route)
-        observer.begin(context, call.invocation_metadata())
+        context = RequestContext(deadline_s, memory=memory, protocol="gRPC", client=call.peer(), route=route)
+        metadata = call.invocation_metadata()
+        for name, value in metadata:
+            if name == REQUEST_ID:
+                context.request_id = value
+        has_id = bool(context.request_id)
+        observer.begin(context, metadata)
+        if has_id:
+            call.set_trailing_metadata(((REQUEST_ID, context.request_id),))
 
         def set_disconnected(is_cancelled: Callable[[], bool]) -> RequestContext:
             context.client_disconnected = is_cancelled
@@ -61,7 +70,7 @@ def make_handler(
             try:
                 data = await receiver.receive(call, memory, deadline_s=deadline_s)
             except ServingError as error:
-                context.status = error.code
+                context.status, context.shed_reason = error.code, error.shed_reason
                 failure = getattr(grpc.StatusCode, error.code), str(error)
             else:
                 # Runs to its end even if the client cancels the call, so it ends the request itself.
@@ -111,7 +120,7 @@ def _respond(
     except ServingError as error:
         if is_tensorflow_serving:
             error = error.tensorflow_serving or error
-        context.status = error.code
+        context.status, context.shed_reason = error.code, error.shed_reason
         return b"", (getattr(grpc.StatusCode, error.code), str(error)[:MAX_DETAILS])
     except Exception:
         logger.exception("unhandled exception in a gRPC method")

@@ -89,7 +89,7 @@ class MessageReceiver:
         elif not is_large:
             await memory.grow_body(len(data), is_small=True, deadline_s=deadline_s)
         elif not memory.try_large_body(len(data)):
-            raise Overloaded(_NO_MEMORY)  # waiting here would keep the message in memory
+            raise Overloaded(_NO_MEMORY, shed_reason="memory")  # waiting here would keep the message in memory
         return data
 
     def _note(self, connection: str, *, sends_large: bool) -> None:
@@ -101,19 +101,19 @@ class MessageReceiver:
     async def _read_first(self, context: Any, memory: RequestMemory, deadline_s: float) -> asyncio.Future[Any]:
         """Read on a connection that has sent no message yet, with MAX_NEW_READS at a time."""
         if self._waiting >= MAX_WAITING:
-            raise Overloaded(_TOO_MANY_NEW)
+            raise Overloaded(_TOO_MANY_NEW, shed_reason="new_calls")
         self._waiting += 1
         try:
             async with asyncio.timeout(deadline_s - time.monotonic()):
                 await self._new_reads.acquire()
         except TimeoutError:
-            raise Overloaded(_TOO_MANY_NEW) from None
+            raise Overloaded(_TOO_MANY_NEW, shed_reason="new_calls") from None
         finally:
             self._waiting -= 1
         try:
             reading = _begin_reading(context)
             if not await self._poll(reading, memory, lambda: GRACE_POLLS if self._waiting else MAX_POLLS):
-                raise Overloaded(_NO_MEMORY)
+                raise Overloaded(_NO_MEMORY, shed_reason="memory")
         finally:
             self._new_reads.release()
         return reading
@@ -123,11 +123,11 @@ class MessageReceiver:
         if await self._poll(reading, memory, lambda: GRACE_POLLS):
             return
         if self._late >= MAX_LATE_READS:
-            raise Overloaded(_NO_MEMORY)
+            raise Overloaded(_NO_MEMORY, shed_reason="memory")
         self._late += 1
         try:
             if not await self._poll(reading, memory, lambda: MAX_POLLS):
-                raise Overloaded(_NO_MEMORY)
+                raise Overloaded(_NO_MEMORY, shed_reason="memory")
         finally:
             self._late -= 1
 
@@ -155,4 +155,4 @@ async def _wait_with_memory(reading: asyncio.Future[Any], memory: RequestMemory)
     while not reading.done():
         await asyncio.wait((reading,), timeout=CHECK_S)
         if time.monotonic() - began_s > (CONTENDED_TIMEOUT_S if memory.is_contended else TIMEOUT_S):
-            raise Overloaded("the message did not arrive in time")
+            raise Overloaded("the message did not arrive in time", shed_reason="slow_message")

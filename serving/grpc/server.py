@@ -78,6 +78,7 @@ class GrpcServer:
         address: "host:port".
         threads: worker threads for large requests.
         max_message_bytes: the largest request.
+        credentials: `grpc.ServerCredentials` for TLS, or None.
 
     Raises:
         StartupError: listening on the address failed.
@@ -93,9 +94,11 @@ class GrpcServer:
         address: str,
         threads: int,
         max_message_bytes: int,
+        credentials: Any = None,
     ) -> None:
         self._inference = inference
         self._liveness = liveness
+        self._credentials = credentials
         self._max_message_bytes = min(max_message_bytes, budget.large.body_limit // COPIES)
         # gRPC logs an error when a client disconnects before its response was sent.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
@@ -160,7 +163,10 @@ class GrpcServer:
         _describe_services()
         reflection.enable_server_reflection((*services, reflection.SERVICE_NAME), server, pool=_Pools())
         try:
-            server.add_insecure_port(address)
+            if self._credentials is None:
+                server.add_insecure_port(address)
+            else:
+                server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {address} for gRPC; choose another with --grpc-port") from error
         await server.start()

@@ -10,9 +10,10 @@ import asyncio
 import logging
 import math
 import socket
+import struct
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -26,10 +27,9 @@ from serving.http.parser import RequestParser
 from serving.http.request import BodyReceiver, Request, RequestFault
 from serving.http.wsgi import Response, WsgiApp, call_app, encode_head, error_response, make_environ, refusal_response
 from serving.memory import MemoryBudget, RequestMemory
-from serving.request_context import RequestContext, current_request
+from serving.request_context import UNROUTED, RequestContext, current_request
 
 logger = logging.getLogger("serving")
-access_logger = logging.getLogger("serving.access")
 
 HEAD_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its headers
 FIRST_REQUEST_TIMEOUT_S = 30.0  # idle timeout of a new connection
@@ -39,8 +39,11 @@ UNREAD_TIMEOUT_S = 30.0  # for a response that the client does not read
 LINGER_S, LINGER_BYTES = 5.0, 16 * 1024 * 1024
 DISCONNECT_AFTER_EOF_S = 1.0  # see `Connection._client_disconnected`
 CLOSE_IDLE_AFTER_S = 0.5  # graceful shutdown: requests that are already on their way still get a response
+TLS_WRITE_BYTES = 64 * 1024  # of a large response, encrypted at a time
 
 TCP_CLOSED = 7  # Linux's TCP state after a reset
+# Linux's `tcp_info`: packets that are not acknowledged; bytes that are acknowledged, and that are not sent.
+_TCP_INFO = struct.Struct("=24xI92xQ16xI")
 
 
 @dataclass(eq=False)
@@ -52,8 +55,9 @@ class SharedState:
     max_body_bytes: int
     request_timeout_s: float  # from the end of a request to its response
     threads: int  # for calls that would block the event loop
-    access_log: bool
     urgent_paths: Collection[bytes]  # processed before other requests: health checks
+    # Called with each request that is refused before it reaches the application; gives it an ID.
+    report_refused: Callable[[RequestContext], None] = lambda _: None
 
     def __post_init__(self) -> None:
         threads = ThreadPoolExecutor(self.threads, thread_name_prefix="request", initializer=lower_priority)
@@ -76,6 +80,9 @@ class Connection(RequestParser):
         self._draining: Request | None = None  # its response is written, but still in the transport's buffer
         self._unread_since_s = 0.0  # the client has read nothing, while the transport's buffer is full or it closes
         self._buffered_bytes = 0  # in the transport's write buffer, at the last check
+        self._is_tls = False
+        self._unencrypted: memoryview | None = None  # TLS: the rest of a large response
+        self._acknowledged_bytes = 0  # TLS: by the client, at the last check
         self._memory = RequestMemory(shared.budget)
         self._receiver: BodyReceiver | None = None
         self._receive_task: asyncio.Task[None] | None = None
@@ -83,10 +90,20 @@ class Connection(RequestParser):
     # Protocol interface
 
     @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._is_tls = self.scheme == "https"
+        if self._is_tls:
+            transport.set_write_buffer_limits(TLS_WRITE_BYTES)
+        if self.shared.is_stopping:  # accepted before, but its handshake ended now
+            self.shutdown()
+
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unparsed = b""
         self._pipelined.clear()
+        self._unencrypted = None
         if self._receive_task and self._receiver and self._receiver.waits_for_memory:
             self._receive_task.cancel()
         if self._draining:
@@ -95,8 +112,10 @@ class Connection(RequestParser):
 
     @override
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep a half-closed connection open for the response to a complete request."""
+        """Keep a half-closed connection open for the response to a complete request. TLS transports cannot."""
         self._eof = True
+        if self._is_tls:
+            return False
         is_whole = self.cycle is not None and not self.cycle.more_body
         return self._head_started_s is None and not self.is_idle and is_whole
 
@@ -119,7 +138,10 @@ class Connection(RequestParser):
     @override
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._draining:
+        self._unread_since_s = self.loop.time()
+        if self._unencrypted is not None:
+            self._write_unencrypted()
+        if self._draining and not self.flow.write_paused:
             request, self._draining = self._draining, None
             self._complete(request)
 
@@ -143,7 +165,7 @@ class Connection(RequestParser):
             if not 0.0 < seconds < math.inf:
                 got = request.timeout[:40].decode("latin-1")
                 message = f"expected seconds in the header X-Request-Timeout-S, such as 0.5, got {got}"
-                self._write(request, error_response("400 Bad Request", message))
+                self._reject(request, error_response("400 Bad Request", message))
                 return
             request.timeout_s = min(request.timeout_s, seconds)
         size = len(request.body)
@@ -169,13 +191,13 @@ class Connection(RequestParser):
             raise
         except ServingError as error:
             request.keep_alive = False
-            self._write(request, refusal_response(error))
+            self._reject(request, refusal_response(error), shed_reason=error.shed_reason)
             return
         if body is not None:
             self._dispatch(request, body)
         elif self._fault and not request.disconnected:
             request.keep_alive = False
-            self._write(request, error_response(self._fault.status, str(self._fault)))
+            self._reject(request, error_response(self._fault.status, str(self._fault)))
         else:
             self._release()
 
@@ -191,7 +213,8 @@ class Connection(RequestParser):
         is_urgent = request.scope["raw_path"] in self.shared.urgent_paths
         if not is_urgent and (late_s := greenlets.queue_s - request.timeout_s) > 0:
             message = "server overloaded: the request would exceed its timeout in the queue; try again later"
-            self._write(request, refusal_response(Overloaded(message, retry_after_s=max(1, round(late_s)))))
+            error = Overloaded(message, shed_reason="loop_queue", retry_after_s=max(1, round(late_s)))
+            self._reject(request, refusal_response(error), shed_reason=error.shed_reason)
         else:
             greenlets.enqueue(self._respond, request, body, context, is_urgent=is_urgent)
 
@@ -211,15 +234,35 @@ class Connection(RequestParser):
             response = call_app(self.shared.app, environ)
         except Exception:  # the application handles its own errors, so this is a bug
             logger.exception("the WSGI application raised an exception")
-            response = Response("500 Internal Server Error", [], b"")
+            response = Response("500 Internal Server Error", [("X-Request-ID", context.request_id)], b"")
         del environ
         self._write(request, response)
 
     # Responses
 
+    def _reject(self, request: Request, response: Response, *, shed_reason: str = "") -> None:
+        """Respond to a request that does not reach the application."""
+        self._report_refused(request, response, shed_reason)
+        self._write(request, response)
+
+    def _report_refused(self, request: Request | None, response: Response, shed_reason: str = "") -> None:
+        """Report a refused request, and add its ID to the response. Without a request, its headers are not known."""
+        context = RequestContext(
+            client=self.client[0] if self.client else "",
+            status=response.status[:3],
+            route=UNROUTED,
+            shed_reason=shed_reason,
+        )
+        if request:
+            context.method = request.scope["method"]
+            context.started_s -= request.waited_s
+            sent = (value for name, value in request.scope["headers"] if name == b"x-request-id")
+            context.request_id = next(sent, b"").decode("latin-1")
+        self.shared.report_refused(context)
+        if context.request_id:
+            response.headers.append(("X-Request-ID", context.request_id))
+
     def _write(self, request: Request, response: Response) -> None:
-        if self.shared.access_log:
-            self._log(request, response)
         if self.transport.is_closing() or self._is_lingering:
             self._release()
             return
@@ -235,13 +278,27 @@ class Connection(RequestParser):
             self.transport.write(head)
         elif len(response.body) > SMALL_BYTES:  # not copied
             self.transport.write(head)
-            self.transport.write(response.body)
+            if self._is_tls:
+                self._unencrypted = memoryview(response.body)
+                self._write_unencrypted()
+            else:
+                self.transport.write(response.body)
         else:
             self.transport.write(head + response.body)
         if self.flow.write_paused:
             self._draining = request
         else:
             self._complete(request)
+
+    def _write_unencrypted(self) -> None:
+        """Encrypt more of a large response, until the transport's buffer is full.
+
+        All at once would block the event loop, and hold a second copy in memory.
+        """
+        while self._unencrypted is not None and not self.flow.write_paused:
+            part, rest = self._unencrypted[:TLS_WRITE_BYTES], self._unencrypted[TLS_WRITE_BYTES:]
+            self._unencrypted = rest if rest else None
+            self.transport.write(part)
 
     def _complete(self, request: Request) -> None:
         """Finish a request whose response is written: close the connection, or begin the next request."""
@@ -265,13 +322,6 @@ class Connection(RequestParser):
         elif not has_next:
             self.flow.resume_reading()
 
-    def _log(self, request: Request, response: Response) -> None:
-        scope = request.scope
-        target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        client = scope["client"][0] if scope["client"] else "-"
-        line = f"{scope['method']} {target.decode('latin-1')} HTTP/{scope['http_version']}"
-        access_logger.info('%s "%s" %s', client, line, response.status[:3])
-
     @override
     def _refuse(self, fault: RequestFault) -> None:
         self._fault = fault
@@ -291,6 +341,7 @@ class Connection(RequestParser):
         elif self.cycle and not self.cycle.response_complete:
             return
         response = error_response(fault.status, str(fault))
+        self._report_refused(broken, response)
         head = encode_head(response, self.shared.date_header, connection="close")
         self.transport.write(head if self.parser.get_method() == b"HEAD" else head + response.body)
         self._close(linger=True)
@@ -326,6 +377,8 @@ class Connection(RequestParser):
         if buffered_bytes < self._buffered_bytes:  # the client reads
             self._unread_since_s = now_s
         self._buffered_bytes = buffered_bytes
+        if self._is_tls and (self._is_closing or self.flow.write_paused):
+            self._check_tls_progress(now_s)
         if self._is_closing or self.flow.write_paused:
             if now_s - self._unread_since_s > UNREAD_TIMEOUT_S:
                 self.transport.abort()
@@ -343,6 +396,23 @@ class Connection(RequestParser):
                 self._receiver.check_rate(now_s)
             except RequestFault as fault:
                 self._refuse(fault)
+
+    def _check_tls_progress(self, now_s: float) -> None:
+        """Do what the transport's buffer size tells for connections without TLS: a TLS transport hides a part of it.
+
+        A closed connection waits for the client to close its side, too. Many clients do so only when they would send
+        their next request, so this ends once the client has received everything.
+        """
+        if sys.platform != "linux":
+            return
+        sent = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        if len(sent) < _TCP_INFO.size:
+            return
+        unacknowledged, acknowledged_bytes, unsent_bytes = _TCP_INFO.unpack(sent)
+        if acknowledged_bytes != self._acknowledged_bytes:
+            self._acknowledged_bytes, self._unread_since_s = acknowledged_bytes, now_s
+        elif self.transport.is_closing() and acknowledged_bytes and not unacknowledged and not unsent_bytes:
+            self.transport.abort()
 
     def _was_reset(self) -> bool:
         """Return whether the client reset the connection, which the event loop does not notice while reading is paused.

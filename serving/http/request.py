@@ -71,6 +71,7 @@ def read_request(connection: HttpToolsProtocol) -> Request:
         "headers": connection.headers,
         "server": connection.server,
         "client": connection.client,
+        "scheme": connection.scheme,
     }
     request = Request(connection, scope, keep_alive=parser.should_keep_alive())
     size, hosts = len(connection.url), 0

@@ -9,6 +9,7 @@ import math
 import resource
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -18,7 +19,8 @@ from typing import cast
 import uvicorn
 from typing_extensions import override
 
-from serving.http.protocol import Connection, SharedState
+from serving.http.handshake import Handshakes
+from serving.http.protocol import CLOSE_IDLE_AFTER_S, Connection, SharedState
 
 logger = logging.getLogger("serving")
 
@@ -62,7 +64,9 @@ class Server(uvicorn.Server):
         max_connections: open at the same time; fewer if the process may open fewer files.
         drain_timeout_s: how long a graceful shutdown waits for in-flight requests.
         on_stop: called once on the first signal.
+        on_lag: called ten times a second with the seconds by which a timer of the event loop was late.
         on_second_signal: called with the number of the second signal; expected to end the process.
+        ssl_context: for HTTPS: returns the context of the current certificate, called for each connection.
     """
 
     shared: SharedState
@@ -75,16 +79,21 @@ class Server(uvicorn.Server):
         drain_timeout_s: int,
         on_stop: Callable[[], None],
         on_second_signal: Callable[[int], None],
+        ssl_context: Callable[[], ssl.SSLContext] | None = None,
+        on_lag: Callable[[float], None] = lambda _: None,
     ) -> None:
         # Connection calls the WSGI application itself, so the ASGI application is never called.
         super().__init__(
             uvicorn.Config(lambda: None, loop="uvloop", ws="none", lifespan="off", log_config=None, access_log=False)
         )
         self._make_shared = make_shared
-        self._max_connections = min(max_connections, allowed_connections())
+        self.max_connections = min(max_connections, allowed_connections())
         self._drain_timeout_s = drain_timeout_s
         self._on_stop = on_stop
         self._on_second_signal = on_second_signal
+        self._ssl_context = ssl_context
+        self._on_lag = on_lag
+        self._ticked_s = math.inf
         self._checked_s = math.inf  # last check of the connections' timeouts
 
     @override
@@ -95,16 +104,21 @@ class Server(uvicorn.Server):
             sockets[0],
             partial(Connection, self.config, self.server_state, self.shared),
             self._close_longest_idle,
-            may_accept=lambda: self._connections < self._max_connections,
+            may_accept=lambda: self.connections < self.max_connections,
+            ssl_context=self._ssl_context,
         )
         self.started = True
 
     @property
-    def _connections(self) -> int:
+    def connections(self) -> int:
+        """The number of open connections."""
         return len(self.server_state.connections) + len(self._acceptor.connecting)
 
     @override
     async def on_tick(self, counter: int) -> bool:
+        now_s = asyncio.get_running_loop().time()
+        self._on_lag(max(0.0, now_s - self._ticked_s - 1 / TICKS_PER_SECOND))
+        self._ticked_s = now_s
         if counter % TICKS_PER_SECOND == 0:
             self.shared.date_header = f"date: {formatdate(usegmt=True)}\r\n\r\n"
             self._check_timeouts()
@@ -147,8 +161,11 @@ class Server(uvicorn.Server):
         self.shared.is_stopping = True
         for connection in tuple(self.server_state.connections):
             connection.shutdown()
-        deadline_s = loop.time() + self._drain_timeout_s
-        while self.server_state.connections and loop.time() < deadline_s:
+        now_s = loop.time()
+        handshakes_until_s, deadline_s = now_s + CLOSE_IDLE_AFTER_S, now_s + self._drain_timeout_s
+        while (
+            self.server_state.connections or (self._acceptor.connecting and loop.time() < handshakes_until_s)
+        ) and loop.time() < deadline_s:
             await asyncio.sleep(0.02)
             if loop.time() - self._checked_s >= CHECK_INTERVAL_S:
                 self._check_timeouts()
@@ -186,6 +203,7 @@ class Acceptor:
         make_protocol: makes the protocol of a connection.
         make_room: called at the connection limit; returns whether a connection was closed.
         may_accept: returns whether the number of connections is below the limit.
+        ssl_context: see `Server`.
     """
 
     def __init__(
@@ -195,13 +213,16 @@ class Acceptor:
         make_room: Callable[[], bool] = lambda: False,
         *,
         may_accept: Callable[[], bool] = lambda: True,
+        ssl_context: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._listener = listener
         self._make_protocol = make_protocol
         self._make_room = make_room
         self._may_accept = may_accept
-        self.connecting: set[asyncio.Task[object]] = set()  # accepted connections that have no transport yet
+        self._handshakes = Handshakes(ssl_context, make_protocol) if ssl_context else None
+        # Accepted connections that have no transport yet, oldest first, with the time that they were accepted.
+        self.connecting: dict[asyncio.Task[None], float] = {}
         self._logged_s = -LOG_INTERVAL_S
         listener.setblocking(False)
         self._loop.add_reader(listener, self._accept)
@@ -209,7 +230,7 @@ class Acceptor:
     def _accept(self) -> None:
         until_s = time.monotonic() + ACCEPT_FOR_S
         while time.monotonic() < until_s:
-            if not self._may_accept() and not self._make_room():
+            if not self._may_accept() and not self._close_oldest_handshake() and not self._make_room():
                 self._pause("the connection limit is reached")
                 return
             try:
@@ -222,19 +243,35 @@ class Acceptor:
                 self._pause(None if self._make_room() else error.strerror or str(error))
                 return
             task = self._loop.create_task(self._connect(connection))
-            self.connecting.add(task)
-            task.add_done_callback(self.connecting.discard)
+            self.connecting[task] = self._loop.time()
+            task.add_done_callback(lambda task: self.connecting.pop(task, None))
+
+    def _close_oldest_handshake(self) -> bool:
+        """Close the oldest connection without a transport to make room; returns False if all are recent."""
+        for task, accepted_s in self.connecting.items():
+            if self._loop.time() - accepted_s < FRESH_S:
+                break
+            del self.connecting[task]
+            task.cancel()
+            return True
+        return False
 
     async def _connect(self, connection: socket.socket) -> None:
         try:
             connection.getpeername()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setblocking(False)
+            if self._handshakes:
+                await self._handshakes.connect(connection)
+                return
             # uvloop never returns if the connection is reset meanwhile.
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await self._loop.connect_accepted_socket(self._make_protocol, connection)
-        except (OSError, TimeoutError):  # reset by the client
+        except (OSError, TimeoutError):  # reset by the client; SSLError is an OSError
             connection.close()
+        except asyncio.CancelledError:  # by `_close_oldest_handshake`
+            connection.close()
+            raise
 
     def _pause(self, reason: str | None) -> None:
         """Stop accepting for RETRY_S; without a reason until the connections that were aborted are closed."""

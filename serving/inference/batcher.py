@@ -196,6 +196,11 @@ class Batcher:
         finally:
             self._release(lane, key, rows)
 
+    def queued(self) -> tuple[int, int]:
+        """Return how many requests, or parts of long ones, and how many rows are queued."""
+        with self._lock:
+            return len(self._short.queue) + len(self._long.queue), self._short.queued_rows + self._long.queued_rows
+
     def shared_rows(self, signature: str) -> int:
         """Return the most rows in a call that several requests share; 1 if a signature's requests share none."""
         return self._max_batch_rows if signature in self._batched else 1
@@ -255,6 +260,7 @@ class Batcher:
                 raise Overloaded(
                     f"the queue of the model is full: {lane.queued_rows} rows are queued, the limit is "
                     f"{self._max_queued_rows}; try again later",
+                    shed_reason="queue_full",
                     retry_after_s=max(1, round(lane.estimate_s())),
                 )
             estimate_s = ESTIMATE_MARGIN * self._estimate_s(lane, load, rows)
@@ -264,6 +270,7 @@ class Batcher:
                 raise Overloaded(
                     f"{pending_rows} rows are queued or running, so this request would take about "
                     f"{estimate_s:.1f} s and miss its deadline by {late_s:.1f} s; try again later",
+                    shed_reason="deadline",
                     retry_after_s=max(1, math.ceil(late_s)),
                 )
             if self._is_split(key, rows):
@@ -337,6 +344,7 @@ class Batcher:
         timeout_s = None if request.deadline_s is None else request.deadline_s - time.monotonic()
         if not request.waiter.wait(timeout_s):
             if self._withdraw(lane, request):
+                request.context.queue_s = time.perf_counter() - request.queued_s
                 raise deadline_exceeded()
             request.waiter.wait()  # it is already being processed
         if request.error is not None:
@@ -368,8 +376,10 @@ class Batcher:
         call_s, rows = time.perf_counter() - started_s, sum(request.rows for request in requests)
         row_s = call_s / rows
         for request in requests:
-            request.context.queue_s += started_s - request.queued_s
-            request.context.model_s += call_s
+            context = request.context
+            if not context.model_s:  # of its parts, the first
+                context.queue_s = started_s - request.queued_s
+            context.model_s += call_s
         with self._lock:
             lane.record_call(requests[0].key, rows, started_s, started_s + call_s)
         if lane is self._short:
@@ -403,6 +413,7 @@ class Batcher:
                     chosen.append(request)
                     rows += request.rows
                 if request.error is not None:
+                    request.context.queue_s = time.perf_counter() - request.queued_s
                     refused.append(request.waiter)
                 lane.queue.popleft()
                 lane.queued_rows -= request.rows

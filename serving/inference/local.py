@@ -14,7 +14,14 @@ from serving.errors import ModelFailed, ModelLoadError, StartupError
 from serving.inference.model_config import ModelConfig, Volumes, describe_unreadable
 from serving.inference.model_folders import find_model_versions
 from serving.inference.model_info import INFO_FILE, read_label_names, read_model_info
-from serving.inference.repository import MAX_MESSAGE, FolderProblem, ModelRepository, ModelVersion, VersionStatus
+from serving.inference.repository import (
+    MAX_MESSAGE,
+    FolderProblem,
+    LoadCounts,
+    ModelRepository,
+    ModelVersion,
+    VersionStatus,
+)
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Predictor
 from serving.inference.statistics import CountedPredictor, Statistics
@@ -202,7 +209,7 @@ class LocalRepository(ModelRepository):
         return {
             version: loaded.path
             for (name, version), loaded in self._loaded_versions.items()
-            if name == config.name and loaded.path == config.base_path
+            if config.may_be_version and name == config.name and loaded.path == config.base_path
         }
 
     def _is_replaced(self, config: ModelConfig, version: int, path: Path) -> bool:
@@ -258,6 +265,7 @@ class LocalRepository(ModelRepository):
         if not self._retries.is_due((name, version), stamp):
             return False
         started_s = time.perf_counter()
+        counts = self._load_counts.get(name, LoadCounts())
         before = self._statuses.get(name, {}).get(version)
         logger.info("loading %s version %d from %s", name, version, printable(str(path)))
         if version not in self._available.get(name, {}):  # otherwise its files were replaced
@@ -267,9 +275,11 @@ class LocalRepository(ModelRepository):
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a faulty model must not affect others
+            self._load_counts[name] = replace(counts, failed=counts.failed + 1)
             self._retries.record_failure((name, version), stamp)
             self._report_failure(name, version, error, path, before)
             return False
+        self._load_counts[name] = replace(counts, loaded=counts.loaded + 1)
         self._retries.forget((name, version))
         logger.info(
             "%s version %d is available after %.1f s, %s",
@@ -289,10 +299,20 @@ class LocalRepository(ModelRepository):
             raise verification.error
         model_stamp, info_stamp = read_model_stamp(path), read_stamp(path / INFO_FILE)
         warmup_stamp = read_stamp(path / WARMUP_FILE)
+        started_s = time.perf_counter()
         predictor = self._load_predictor(path)
+        loaded_s = time.perf_counter()
         records = replay_warmup_records(path, predictor)
+        warmed_up_s = time.perf_counter()
         unbatched = self._find_dependent(path, predictor)
-        status = VersionStatus(name, version, state="AVAILABLE", warmup_records=records)
+        status = VersionStatus(
+            name,
+            version,
+            state="AVAILABLE",
+            warmup_records=records,
+            load_s=warmed_up_s - started_s,
+            warmup_s=warmed_up_s - loaded_s,
+        )
         self._publish(status, _LoadedVersion(path, predictor, unbatched, model_stamp, info_stamp, warmup_stamp))
         return records
 

@@ -54,7 +54,17 @@ class VersionStatus:
     error_code: str = "OK"
     error_message: str = ""
     warmup_records: int = 0
+    load_s: float = 0.0  # to load it, warm-up included; 0 until it is loaded
+    warmup_s: float = 0.0
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadCounts:
+    """How many loads of a model's versions have succeeded and failed."""
+
+    loaded: int = 0
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ class ModelRepository(ABC):
         self._labels: dict[str, dict[str, int]] = {}
         self._statuses: dict[str, dict[int, VersionStatus]] = {}
         self._folder_problems: tuple[FolderProblem, ...] = ()
+        self._load_counts: dict[str, LoadCounts] = {}
         # Released versions, to be reported as unloaded; None requests an immediate poll.
         self._released: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
@@ -216,6 +227,10 @@ class ModelRepository(ABC):
     def all_versions(self) -> list[VersionStatus]:
         """List the statuses of the versions of every configured model."""
         return [version for name in self.all_names() for version in self.list_versions(name)]
+
+    def load_counts(self, name: str) -> LoadCounts:
+        """Return how many loads of a model's versions have succeeded and failed."""
+        return self._load_counts.get(name, LoadCounts())
 
     def list_versions(self, name: str) -> list[VersionStatus]:
         """List the statuses of a model's versions, newest first; empty if it has none."""

@@ -126,8 +126,8 @@ class Tracing:
         ended_s = time.perf_counter()
         self._add_parts(context, span, ended_s)
         status = context.status or "500"
-        if status.isdigit():
-            name = f"{(span.attributes or {}).get('http.request.method', 'HTTP')} {context.route}"
+        if context.protocol == "HTTP":
+            name = f"{context.method or 'HTTP'} {context.route}"
             own: dict[str, Any] = {"http.route": context.route, "http.response.status_code": int(status)}
             is_error = int(status) >= 500
         else:

@@ -1,7 +1,8 @@
-"""Models that are trained, exported and served with the project's commands, once per test session."""
+"""Models trained and exported with the project's commands, once per session, and served by each of its processes."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -29,14 +30,25 @@ class Served:
         return self.version.parent.name
 
 
-def train_and_serve(folder: Path, *options: str) -> Iterator[Served]:
+def train(name: str, tmp_path_factory: pytest.TempPathFactory, *options: str) -> Path:
+    """Train and export a model, once for all processes of the session; returns its folder: run/ and models/."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the session's; each process has its own below
+    folder = base / name
     command = [sys.executable, "-m", "training", "train", "--run", str(folder / "run")]
-    done = subprocess.run(
-        [*command, "--models-dir", str(folder / "models"), *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    command += ["--models-dir", str(folder / "models"), *options]
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+    return folder
+
+
+def serve(folder: Path, log: Path) -> Iterator[Served]:
     (version,) = (folder / "models").glob("*/1")
-    server = Server(folder / "models", folder / "log")
+    server = Server(folder / "models", log)
     server.wait_for("/readyz")
     yield Served(server, folder / "run", version)
     assert server.stop() == 0
@@ -44,13 +56,22 @@ def train_and_serve(folder: Path, *options: str) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    options = ("--dataset", "shapes", "--epochs", "3", "--batch-size", "32")
-    yield from train_and_serve(tmp_path_factory.mktemp("shapes"), *options)
+    folder = train("shapes", tmp_path_factory, "--dataset", "shapes", "--epochs", "3", "--batch-size", "32")
+    yield from serve(folder, tmp_path_factory.mktemp("shapes-served") / "log")
 
 
 @pytest.fixture(scope="session")
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A model of CIFAR-10, trained on a fifth of the images for training, evaluated on all for the test."""
     if not os.environ.get("CIFAR10_DATA"):
         pytest.skip("CIFAR10_DATA names no folder with CIFAR-10")
-    options = ("--variant", "subclass", "--loop", "custom", "--epochs", "1")
-    yield from train_and_serve(tmp_path_factory.mktemp("cifar10"), *options)
+    images = Path(os.environ["CIFAR10_DATA"], "images")
+    data = tmp_path_factory.mktemp("cifar10-images")
+    (data / "test").symlink_to(images / "test")
+    for folder in (images / "train").iterdir():
+        (data / "train" / folder.name).mkdir(parents=True)
+        for image in sorted(folder.iterdir())[::5]:
+            (data / "train" / folder.name / image.name).symlink_to(image)
+    options = ("--data", str(data), "--variant", "subclass", "--loop", "custom", "--epochs", "1")
+    folder = train("cifar10", tmp_path_factory, *options)
+    yield from serve(folder, tmp_path_factory.mktemp("cifar10-served") / "log")

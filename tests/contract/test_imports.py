@@ -69,6 +69,13 @@ def test_the_clients_protos_do_not_conflict_with_the_official_ones(modules):
     subprocess.run([sys.executable, "-c", f"import {modules}"], cwd=PROJECT, check=True)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_protos_of_the_open_inference_protocol_do_not_conflict_with_other_ones(order):
+    """Not in either order, although the names of the messages are the same."""
+    modules = ", ".join(["serving.grpc.protos.open_inference_pb2", "tritonclient.grpc.service_pb2"][::order])
+    subprocess.run([sys.executable, "-c", f"import {modules}"], cwd=PROJECT, check=True)
+
+
 def test_the_http_client_does_not_import_grpc():
     program = "import sys, client.__main__; client.Client('http://127.0.0.1:1'); print('grpc' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from serving.api import compression, json_cost, json_process
 from serving.api.predict import messages
 from serving.api.tensorflow_serving import json_document
 from serving.grpc import receiving
-from serving.http import parser, protocol, request, server
+from serving.http import handshake, parser, protocol, request, server
 from serving.images import limits as image_limits
 from serving.images.limits import decode_cost
 from serving.memory import BODIES_SHARE, SMALL_SHARE, MemoryBudget
@@ -52,6 +52,7 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
         ),
         ("request line and headers", f"{request.MAX_HEAD_BYTES // KIB} KiB", None),
         ("trailers", f"{parser.MAX_TRAILER_BYTES // KIB} KiB", None),
+        ("time for a TLS handshake", f"{handshake.HANDSHAKE_TIMEOUT_S:.0f} s", None),
         ("time for the headers", f"{protocol.HEAD_TIMEOUT_S:.0f} s", None),
         ("upload rate", f"{request.UPLOAD_BYTES // KIB} KiB in {request.UPLOAD_PERIOD_S:.0f} s", None),
         (

@@ -21,6 +21,7 @@ from PIL import Image
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from client import Client, GrpcClient
+from serving.grpc.protos import open_inference_pb2
 from tests.contract.test_awkward_files import app1, damaged, exif, jpeg_with, png_with
 from tests.serving.image_files import chunk, segment
 from training.data.image_reading import read_image
@@ -127,7 +128,13 @@ class Routes:
         self.client = Client(self.url)
         address = f"127.0.0.1:{served.server.grpc_port}"
         self.grpc_client = GrpcClient(address, model=self.model)
-        self.stub = prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(address))
+        channel = grpc.insecure_channel(address)
+        self.stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        self.infer = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=open_inference_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=open_inference_pb2.ModelInferResponse.FromString,
+        )
         self.http = httpx.Client(base_url=self.url, timeout=60)
         self.signatures = (loaded := tf.saved_model.load(str(served.version))).signatures
         self.loaded = loaded  # keeps the variables alive
@@ -174,6 +181,20 @@ class Routes:
         (output,) = [output for output in response.json()["outputs"] if output["name"] == "probabilities"]
         return np.array(output["data"])
 
+    def v2_grpc(self, name, datatype, shape, raw):
+        request = open_inference_pb2.ModelInferRequest(model_name=self.model, raw_input_contents=[raw])
+        request.inputs.add(name=name, datatype=datatype, shape=shape)
+        request.outputs.add(name="probabilities")
+        (values,) = self.infer(request, timeout=60).raw_output_contents
+        return np.frombuffer(values, "<f4")
+
+    def v2_grpc_pixels(self, data):
+        pixels = self.pixels(data)[None]
+        return self.v2_grpc("images", "UINT8", pixels.shape, pixels.tobytes())
+
+    def v2_grpc_bytes(self, data):
+        return self.v2_grpc("image_bytes", "BYTES", [1], struct.pack("<I", len(data)) + data)
+
     def rest(self, body):
         response = self.http.post(f"/v1/models/{self.model}:predict", content=json.dumps(body))
         assert response.status_code == 200, response.text
@@ -206,9 +227,10 @@ BY_PILLOW = (
     "rest_pixels",
     "grpc_pixels",
     "v2_pixels",
+    "v2_grpc_pixels",
     "saved_model_pixels",
 )
-IN_THE_GRAPH = ("rest_base64", "grpc_bytes", "python_grpc_client", "saved_model_bytes")
+IN_THE_GRAPH = ("rest_base64", "grpc_bytes", "v2_grpc_bytes", "python_grpc_client", "saved_model_bytes")
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,12 @@ from typing import Any
 
 import grpc
 import httpx
+import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
+from serving.grpc.protos import open_inference_pb2
 from tests.serving.conftest import Server
 
 CONNECTIONS = 32
@@ -87,8 +89,28 @@ def test_versions_are_swapped_under_load(server: Server, tmp_path: Path) -> None
                 assert version == response.model_spec.version.value
                 versions.append(version)
 
+    def infer_over_grpc() -> None:
+        versions: list[int] = []
+        seen.append(versions)
+        request = open_inference_pb2.ModelInferRequest(model_name="versioned")
+        request.inputs.add(name="x", datatype="FP32", shape=[2]).contents.fp32_contents.extend([1.0, 2.0])
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=options) as channel:
+            infer = channel.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                request_serializer=open_inference_pb2.ModelInferRequest.SerializeToString,
+                response_deserializer=open_inference_pb2.ModelInferResponse.FromString,
+            )
+            while not stop.is_set():
+                response = infer(request, timeout=60)
+                outputs = [np.frombuffer(raw, "<i4").tolist() for raw in response.raw_output_contents]
+                version = read([{"version": a, "again": b} for a, b in zip(*outputs, strict=True)])
+                assert str(version) == response.model_version
+                versions.append(version)
+
+    ways = (predict_over_grpc, predict_over_rest, infer_over_grpc, predict_over_rest)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        clients = [pool.submit(predict_over_grpc if n % 4 == 0 else predict_over_rest) for n in range(CONNECTIONS)]
+        clients = [pool.submit(ways[n % len(ways)]) for n in range(CONNECTIONS)]
         started_s = time.monotonic()
         corrupt = VERSIONS // 2 + 2
         for version in range(2, VERSIONS + 2):

@@ -10,6 +10,22 @@ import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 COLOURS = ("red", "green", "blue")
+# Of each datatype of the Open Inference Protocol.
+DTYPES = {
+    "BOOL": tf.bool,
+    "UINT8": tf.uint8,
+    "UINT16": tf.uint16,
+    "UINT32": tf.uint32,
+    "UINT64": tf.uint64,
+    "INT8": tf.int8,
+    "INT16": tf.int16,
+    "INT32": tf.int32,
+    "INT64": tf.int64,
+    "FP16": tf.float16,
+    "FP32": tf.float32,
+    "FP64": tf.float64,
+    "BYTES": tf.string,
+}
 
 
 class ColourClassifier(tf.Module):
@@ -117,6 +133,25 @@ def save_adder(path: Path) -> Path:
     model = tf.Module()
     tf.saved_model.save(model, str(path), signatures={"serving_default": add, "shout": shout})
     return path
+
+
+def save_echo(path: Path) -> None:
+    """Save a model that returns its inputs, one of every datatype, with more signatures of unusual shapes."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None,), dtype, name) for name, dtype in DTYPES.items()])
+    def echo(*tensors: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {name: tf.identity(tensor) for name, tensor in zip(DTYPES, tensors, strict=True)}
+
+    @tf.function(input_signature=[tf.TensorSpec(None, tf.float32, "x")])
+    def logarithm(x: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"y": tf.math.log(x), "rank": tf.rank(x)}
+
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.complex64, "z")])
+    def real(z: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"x": tf.math.real(z)}
+
+    signatures = {"serving_default": echo, "logarithm": logarithm, "real": real}
+    tf.saved_model.save(tf.Module(), str(path), signatures=signatures)
 
 
 def save_multiplier(path: Path) -> Path:

@@ -145,7 +145,7 @@ def test_a_model_error_keeps_its_status(app: ServingApp, monkeypatch: pytest.Mon
         (ModelFailed("out of memory", code="RESOURCE_EXHAUSTED"), (429, "1")),
         (ModelFailed("gone", code="UNAVAILABLE"), (503, "1")),
         (NotReady("loading"), (503, "1")),
-        (Overloaded("full", retry_after_s=7), (503, "7")),
+        (Overloaded("full", shed_reason="queue_full", retry_after_s=7), (503, "7")),
         (TooManyRequests(), (429, "1")),
         (TooManyRequests(retry_after=9), (429, "9")),
         (ServiceUnavailable(), (503, "1")),

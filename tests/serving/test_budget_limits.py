@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import pytest
 from benchmarks import payloads
 from benchmarks.hostile import GrpcCall, HttpCall, Outcome, Server, send, send_at_once
 from benchmarks.service import Service
+from serving.grpc.protos import open_inference_pb2
 
 BUDGET_BYTES = 140_000_000
 # What the process may take beyond the budget: caches of the allocator, threads, the model's own arrays.
@@ -65,16 +67,25 @@ def upload(image: bytes) -> HttpCall:
     return HttpCall(UPLOAD, image, PNG)
 
 
+def infer(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> GrpcCall:
+    request = open_inference_pb2.ModelInferRequest(model_name="colours", raw_input_contents=[raw])
+    request.inputs.add(name=name, datatype=datatype, shape=shape)
+    return GrpcCall(request.SerializeToString(), method="/inference.GRPCInferenceService/ModelInfer")
+
+
 def every_way(images: Sequence[bytes]) -> dict[str, HttpCall | GrpcCall]:
     headers, form = payloads.make_form(images)
     return {
         "form": HttpCall(UPLOAD, form, headers),
         "base64": HttpCall(PREDICT, payloads.make_b64_json(images), JSON),
         "gRPC": GrpcCall(payloads.make_files_message("colours", images)),
+        "v2 gRPC": infer(
+            "image_bytes", "BYTES", [len(images)], b"".join(struct.pack("<I", len(image)) + image for image in images)
+        ),
     }
 
 
-@pytest.mark.parametrize("way", ["form", "base64", "gRPC"])
+@pytest.mark.parametrize("way", ["form", "base64", "gRPC", "v2 gRPC"])
 def test_an_image_that_never_fits_is_refused_at_once(service: Service, way: str) -> None:
     # 50 megapixels: 150 MB as RGB, and within --max-image-pixels.
     outcome = ask(service, every_way([payloads.make_giant_png()])[way])
@@ -166,7 +177,7 @@ def test_binary_tensors_and_files_of_megabytes_are_served(limited: Service) -> N
     assert ask(limited, HttpCall(UPLOAD, form, form_headers)).status == "200"
 
 
-@pytest.mark.parametrize("way", ["v1", "v1 base64", "v2", "gRPC", "gRPC files"])
+@pytest.mark.parametrize("way", ["v1", "v1 base64", "v2", "gRPC", "gRPC files", "v2 gRPC"])
 def test_rows_beyond_their_limit_are_refused(limited: Service, way: str) -> None:
     files = [payloads.make_small_image()] * 101
     strings = b"[" + b",".join([b'""'] * 101) + b"]"
@@ -178,6 +189,7 @@ def test_rows_beyond_their_limit_are_refused(limited: Service, way: str) -> None
         "v2": HttpCall(INFER, v2, JSON),
         "gRPC": GrpcCall(payloads.make_pixel_message("colours", 101)),
         "gRPC files": GrpcCall(payloads.make_files_message("colours", files)),
+        "v2 gRPC": infer("images", "UINT8", [101, 32, 32, 3], bytes(101 * 32 * 32 * 3)),
     }
     outcome = ask(limited, calls[way])
     assert outcome.status in ("400", "413", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"), outcome
@@ -202,7 +214,7 @@ def test_an_image_with_the_longest_side_is_served(limited: Service, way: str) ->
     assert ask(limited, every_way([payloads.make_png(20_000, 1)])[way]).status in ("200", "OK")
 
 
-@pytest.mark.parametrize("way", ["form", "base64", "gRPC"])
+@pytest.mark.parametrize("way", ["form", "base64", "gRPC", "v2 gRPC"])
 def test_a_jpeg_with_hundreds_of_scans_is_refused_before_it_is_decoded(limited: Service, way: str) -> None:
     outcome = ask(limited, every_way([payloads.make_scan_bomb()])[way])
     assert outcome.status in ("400", "413", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"), outcome

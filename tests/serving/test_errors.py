@@ -45,7 +45,7 @@ PROBLEMS = [{"index": 1, "file": "b.png", "error": "cut off"}]
 WITH_ATTRIBUTES: dict[type[ServingError], ServingError] = {
     UnreadableImages: UnreadableImages(PROBLEMS, image_count=3),
     ModelNotNamed: ModelNotNamed(["a", "b"]),
-    Overloaded: Overloaded("no memory", retry_after_s=7),
+    Overloaded: Overloaded("no memory", shed_reason="memory", retry_after_s=7),
     ModelFailed: ModelFailed("too much", code="RESOURCE_EXHAUSTED"),
 }
 

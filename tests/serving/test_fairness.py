@@ -92,7 +92,7 @@ def measure_delays(
 ) -> list[str]:
     """Run attacks at once; returns the errors and excessive latencies of other requests."""
     hostile.prepare(names, shared.server)
-    time.sleep(0.3)  # the previous attack has ended
+    time.sleep(0.5)  # the previous attack has ended
     started_s = time.monotonic()
     by_name = hostile.start(names, shared.server, seconds=seconds).result(timeout=120)
     ended_s = time.monotonic()

@@ -61,6 +61,7 @@ def test_help_names_every_setting() -> None:
         "--max-images",
         "--drain-timeout-s",
         "--log-level",
+        "--log-format",
         "--access-log",
         "--require-model",
     ):
@@ -273,5 +274,6 @@ def test_one_bad_model_leaves_the_rest_serving_and_broken_bytes_do_no_harm(
         answers = pool.map(lambda _: httpx.post(url, **IMAGE).status_code, range(40))
         assert set(answers) == {200}
     assert server.stop(signal.SIGINT) == 0
-    assert '"POST /predict?model=colours HTTP/1.1" 200' in server.log
+    assert "127.0.0.1 HTTP POST /predict 200 " in server.log
+    assert "127.0.0.1 HTTP unrouted 400 " in server.log  # garbage
     assert "Traceback" not in server.log

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import gc
+import re
+import shutil
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from io import BytesIO
 from pathlib import Path
 
@@ -13,10 +18,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.api.flask_app import ServingApp
 from serving.app import make_app
+from serving.errors import SHED_REASONS, ModelFailed, Overloaded
+from serving.inference.repository import ModelRepository, VersionStatus
+from serving.log_output import count_dropped_lines
 from serving.memory import RequestMemory
 from serving.metrics import Metrics
+from serving.request_context import RequestContext, current_request
 from serving.settings import Settings
 from tests.serving.conftest import picture
+from tests.serving.inference.test_batcher import Doubler, batch, rows, wait_until
+
+SHED = "serving_shed_requests_total"
 
 
 @pytest.fixture
@@ -32,9 +44,13 @@ def read(client: FlaskClient, path: str = "/metrics") -> dict[tuple[str, tuple[t
     response = client.get(path)
     assert response.status_code == 200
     assert response.content_type.startswith("text/plain; version=0.0.4")
+    return parse(response.text)
+
+
+def parse(page: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(response.text)
+        for family in text_string_to_metric_families(page)
         for sample in family.samples
     }
 
@@ -132,7 +148,8 @@ def test_only_predict_calls_are_counted_under_tensorflow_serving_s_names(fresh: 
 
 
 def test_model_names_are_escaped(fresh: ServingApp) -> None:
-    fresh.metrics.observe_tfs_predict(model='a"b\\c', code="OK", seconds=0.001, api="REST")
+    route = "/v1/models/<model>:predict"
+    fresh.metrics.requests.observe(RequestContext(route=route, model='a"b\\c', status="200"), 0.001)
     text = fresh.test_client().get("/metrics").text
     assert ':tensorflow:serving:request_count{model_name="a\\"b\\\\c",status="OK"} 1\n' in text
 
@@ -152,7 +169,7 @@ def test_the_memory_budget_is_exported(models_dir: Path) -> None:
 
 def test_concurrent_scrapes_share_the_next_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics()
-    metrics.observe_request(route="/a", model="", version=None, status="200", seconds=0.1)
+    metrics.requests.observe(RequestContext(route="/a", status="200"), 0.1)
     render = metrics._render
     began, finish = threading.Event(), threading.Event()
     count = 0
@@ -172,8 +189,225 @@ def test_concurrent_scrapes_share_the_next_rendering(monkeypatch: pytest.MonkeyP
         # The callbacks of a Future are in no stub.
         while not (metrics._page and len(metrics._page._done_callbacks) == len(others)):  # type: ignore[attr-defined]
             time.sleep(0.001)
-        metrics.observe_request(route="/b", model="", version=None, status="200", seconds=0.1)
+        metrics.requests.observe(RequestContext(route="/b", status="200"), 0.1)
         finish.set()
         pages = [future.result(10) for future in [first, *others]]
     assert count == 2
     assert all(b'route="/b"' in page for page in pages[1:])  # rendered after the request
+
+
+# Requests
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        ("/v1/models/colours/versions/10/metadata", "/v1/models/<model>/metadata"),
+        ("/v1/models/colours/labels/a:predict", "/v1/<path>"),  # GET
+        ("/v1/no/such", "/v1/<path>"),
+        ("/v2/models/colours/versions/10", "/v2/models/<model>/versions/<version>"),
+        ("/static/page.js", "/static/<filename>"),
+        ("/no/such", "unmatched"),
+        ("/files/a/b", "/files/<name>"),
+    ],
+)
+def test_routes_are_readable(fresh: ServingApp, path: str, route: str) -> None:
+    fresh.add_url_rule("/files/<path:name>", "files", lambda name: name)
+    client = fresh.test_client()
+    client.get(path)
+    routes = {dict(labels)["route"] for name, labels in read(client) if name == "serving_requests_total"}
+    assert routes == {route}
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v1/models/colours:predict", "/v2/models/colours/infer"])
+def test_a_shed_request_is_counted_once_by_its_reason(
+    fresh: ServingApp, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    client = fresh.test_client()
+    assert sum(value(read(client), SHED, reason=reason) for reason in SHED_REASONS) == 0
+    assert {dict(labels)["reason"] for name, labels in read(client) if name == SHED} == {*SHED_REASONS}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise Overloaded("full", shed_reason="queue_full")
+
+    monkeypatch.setattr(fresh.inference.repository.resolve("colours").predictor, "predict", refuse)
+    image = np.zeros((1, 32, 32, 3), int)
+    tensor = {"name": "images", "shape": image.shape, "datatype": "UINT8", "data": image.ravel().tolist()}
+    body = {"/predict": picture("red"), "/v2/models/colours/infer": {"inputs": [tensor]}}.get(
+        path, {"instances": image.tolist()}
+    )
+    if isinstance(body, bytes):
+        response = client.post(path, data=body, content_type="image/png")
+    else:
+        response = client.post(path, json=body)
+    assert response.status_code == 503
+    samples = read(client)
+    assert value(samples, SHED, reason="queue_full") == 1
+    assert sum(value(samples, SHED, reason=reason) for reason in SHED_REASONS) == 1
+
+
+def test_series_of_models_and_versions_that_have_gone_are_removed_after_a_scrape(
+    fresh: ServingApp, models_dir: Path
+) -> None:
+    client = fresh.test_client()
+    image = np.zeros((1, 32, 32, 3), int).tolist()
+    assert client.post("/v1/models/colours:predict", json={"instances": image}).status_code == 200
+    shutil.rmtree(models_dir / "colours")
+    fresh.inference.repository.poll()
+    assert ':tensorflow:serving:request_count{model_name="colours",status="OK"} 1' in client.get("/metrics").text
+    page = client.get("/metrics").text
+    assert 'model="colours"' not in page
+    assert 'model_name="colours"' not in page
+
+
+def test_only_the_newest_ended_versions_keep_their_series() -> None:
+    metrics = Metrics()
+    ended, serving = range(1, 9), 9
+    repository = Statuses([VersionStatus("m", version, state="END") for version in ended], serving)
+    metrics.watch(repository)
+    for version in (*ended, serving):
+        context = RequestContext(route="/r", model="m", version=version, status="200")
+        metrics.requests.observe(context, 0.1)
+    metrics.render()
+    page = metrics.render().decode()
+    count = re.compile(r'serving_request_seconds_count{model="m",route="/r",version="(\d+)"} 1')
+    assert sorted(map(int, count.findall(page))) == [6, 7, 8, 9]
+    assert 'serving_requests_total{model="m",route="/r",status="200"} 9' in page  # a counter without a version stays
+    metrics.requests.observe(RequestContext(route="/r", model="m", version=1, status="200"), 0.1)  # it can come back
+    assert 'model="m",route="/r",version="1"} 1' in metrics.render().decode()
+
+
+class Statuses(ModelRepository):
+    """A repository with these versions of a model."""
+
+    def __init__(self, ended: list[VersionStatus], serving: int) -> None:
+        super().__init__(["m"])
+        self._statuses = {"m": {each.version: each for each in [*ended, VersionStatus("m", serving, "AVAILABLE")]}}
+
+    def _poll(self) -> None: ...
+
+    def reload(self, configs: object) -> None: ...
+
+    def load_model(self, name: str) -> None: ...
+
+    def unload_model(self, name: str) -> None: ...
+
+
+# Queues and model calls
+
+
+def test_the_queue_of_a_model_is_exported_while_requests_wait() -> None:
+    metrics, model = Metrics(), Doubler()
+    batchers = [batch(model)]
+    metrics.predictions.watch_queue("m", batchers[0])
+    model.gate.clear()
+    contexts = [RequestContext(model="m", rows=count) for count in (1, 2, 3)]
+
+    def predict(context: RequestContext) -> None:
+        current_request.set(context)
+        batchers[0].predict("double", rows(*range(context.rows)))
+        context.status = "200"
+        metrics.requests.observe(context, 0.1)
+
+    with ThreadPoolExecutor(3) as threads:
+        calls = [threads.submit(copy_context().run, predict, contexts[0])]
+        wait_until(lambda: len(model.calls) == 1)
+        calls += [threads.submit(copy_context().run, predict, context) for context in contexts[1:]]
+        wait_until(lambda: batchers[0].queued() == (2, 5))
+        page = metrics.render().decode()
+        assert 'serving_queue_requests{model="m"} 2.0\n' in page
+        assert 'serving_queue_rows{model="m"} 5.0\n' in page
+        model.gate.set()
+        for call in calls:
+            call.result(10)
+    samples = parse(metrics.render().decode())
+    assert value(samples, "serving_queue_rows", model="m") == 0
+    assert value(samples, "serving_queue_seconds_count", model="m") == 3
+    waited = sum(context.queue_s for context in contexts)
+    assert value(samples, "serving_queue_seconds_sum", model="m") == pytest.approx(waited)
+    assert value(samples, "serving_request_rows_sum", model="m") == 6
+    assert value(samples, ":tensorflow:serving:request_example_count_total", model="m") == 6
+    assert value(samples, ":tensorflow:serving:request_example_counts_bucket", model="m", le="2") == 2
+    queuing = ":tensorflow:serving:batching_session:queuing_latency"
+    assert value(samples, queuing + "_count", thread_pool_name="m") == 3
+    assert value(samples, queuing + "_sum", thread_pool_name="m") == pytest.approx(waited * 1e6)
+    assert value(samples, ":tensorflow:serving:batching_session:input_batch_size_sum") == 6
+    batchers.clear()
+    gc.collect()
+    assert "serving_queue_rows{" not in metrics.render().decode()
+
+
+def test_a_request_that_times_out_in_the_queue_counts_its_wait() -> None:
+    model = Doubler()
+    batcher = batch(model)
+    model.gate.clear()
+    context = RequestContext(model="m")
+    with ThreadPoolExecutor(2) as threads:
+        running = threads.submit(batcher.predict, "double", rows(1))
+        wait_until(lambda: len(model.calls) == 1)
+        token = current_request.set(context)
+        try:
+            with pytest.raises(ModelFailed, match="deadline"):
+                batcher.predict("double", rows(2), deadline_s=time.monotonic() + 0.05)
+        finally:
+            current_request.reset(token)
+            model.gate.set()
+        running.result(10)
+    assert context.queue_s > 0
+    assert context.model_s == 0
+
+
+def test_model_calls_are_exported_under_tensorflow_servings_names(fresh: ServingApp) -> None:
+    client = fresh.test_client()
+    image = np.zeros((3, 32, 32, 3), int).tolist()
+    assert client.post("/v1/models/colours:predict", json={"instances": image}).status_code == 200
+    assert client.post("/v1/models/colours:predict", json={}).status_code == 400
+    samples = read(client)
+    runtime = {"model_name": "colours", "API": "Predict", "runtime": "TF1"}
+    assert value(samples, ":tensorflow:serving:runtime_latency_count", **runtime) == 1
+    assert value(samples, ":tensorflow:serving:runtime_latency_sum", **runtime) > 0
+    assert value(samples, ":tensorflow:serving:batching_session:processed_batch_size_sum") == 3
+    page = client.get("/metrics").text
+    assert "\n:tensorflow:serving:batching_session:wrapped_run_count 1\n" in page
+
+
+# Models and the process
+
+
+def test_loads_and_failed_loads_are_counted_and_timed(fresh: ServingApp, models_dir: Path) -> None:
+    (models_dir / "colours" / "11").mkdir()
+    (models_dir / "colours" / "11" / "saved_model.pb").write_bytes(b"no model")
+    fresh.inference.repository.poll()
+    samples = read(fresh.test_client())
+    assert value(samples, "serving_model_loads_total", model="colours") == 1
+    assert value(samples, "serving_model_load_failures_total", model="colours") == 1
+    of = {"model": "colours", "version": "10"}
+    load_s, warmup_s = (value(samples, f"serving_model_{what}_seconds", **of) for what in ("load", "warmup"))
+    assert load_s > warmup_s > 0
+    assert not any(dict(labels).get("version") == "11" for name, labels in samples if name.endswith("load_seconds"))
+
+
+def test_the_process_is_described(fresh: ServingApp) -> None:
+    samples = read(fresh.test_client())
+    for name in ("process_threads", "process_open_fds", "python_gc_collections_total"):
+        assert sum(count for (found, _), count in samples.items() if found == name) > 0, name
+    assert value(samples, "serving_log_lines_dropped_total") == count_dropped_lines()
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus")
+def test_promtool_accepts_the_page(fresh: ServingApp) -> None:
+    client = fresh.test_client()
+    image = np.zeros((1, 32, 32, 3), int).tolist()
+    assert client.post("/v1/models/colours:predict", json={"instances": image}).status_code == 200
+    assert client.get("/no/such").status_code == 404
+    page = client.get("/metrics").text
+    done = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, text=True)
+    problems = [line.split(" ", 1) for line in done.stderr.splitlines()]
+    assert done.returncode in (0, 3), done.stderr  # 3: problems of style
+    # TensorFlow Serving's names break two rules.
+    assert {name.split(":")[1] for name, _ in problems} == {"tensorflow"}
+    assert {problem for _, problem in problems} == {
+        "metric names should not contain ':'",
+        'counter metrics should have "_total" suffix',
+        'non-histogram and non-summary metrics should not have "_count" suffix',
+    }

@@ -50,6 +50,9 @@ def test_values_out_of_range_are_refused_by_their_flag(name: str, value: Any) ->
         ({"remote": "h:1", "model_config_file": Path("x")}, "--model-config-file"),
         ({"remote_models": ("m",)}, "--remote"),
         ({"rest_port": 8500}, "--grpc-port"),
+        ({"tls_cert": Path("cert.pem")}, "--tls-key"),
+        ({"tls_key": Path("key.pem")}, "--tls-cert"),
+        ({"tls_client_ca": Path("ca.pem")}, "--tls-cert"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(values: dict[str, Any], flag: str) -> None:

@@ -168,6 +168,7 @@ def test_both_loops_train_the_head_the_same(result, dataset):
             validation=evaluation_batches(split, inputs=features, batch_size=40),
             steps_per_epoch=3,
             images_per_epoch=100,
+            batch_size=40,
         )
         loss = keras.losses.SparseCategoricalCrossentropy()
         results = function(head, optimizer, loss, data, epochs=range(1, 3), callback=Silent())

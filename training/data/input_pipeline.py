@@ -17,6 +17,20 @@ from training.models.presets import Augmentation
 VALIDATION_FRACTION = 0.1
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Parts of each batch, one for each replica of the model: their `count`, and those of this process."""
+
+    count: int = 1
+    own: range = range(1)
+
+    def rows(self, size: tf.Tensor) -> tf.data.Dataset:
+        """Return the positions int32 (n,) of each part in a batch of `size` images."""
+        edges = tf.range(self.own.start, self.own.stop + 1) * size // self.count
+        pairs = tf.data.Dataset.from_tensor_slices((edges[:-1], edges[1:]))
+        return pairs.map(lambda start, stop: tf.range(start, stop))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopData:
     """Input of a training loop. Batches are (the model's inputs (n, ...), labels int64 (n,)).
@@ -26,12 +40,14 @@ class LoopData:
         validation: the validation images once.
         steps_per_epoch: batches of an epoch.
         images_per_epoch: training images of an epoch.
+        batch_size: images of a training batch; the last of an epoch may have fewer.
     """
 
     train: tf.data.Dataset
     validation: tf.data.Dataset
     steps_per_epoch: int
     images_per_epoch: int
+    batch_size: int
 
 
 def split_validation(train: Split, *, seed: int) -> tuple[Split, Split]:
@@ -61,11 +77,13 @@ def training_batches(
     first_epoch: int,
     augmentation: Augmentation | None = None,
     inputs: np.ndarray | None = None,
+    parts: Parts = Parts(),
 ) -> tf.data.Dataset:
     """Return endless shuffled batches of (images uint8 (batch, height, width, 3), labels int64 (batch,)).
 
     Each image occurs once in an epoch, whose last batch may be smaller. Epochs are counted from 0. With augmentation,
     every image is also flipped horizontally in every other epoch. `inputs` (n, ...) take the place of the images.
+    With several `parts`, those of this process follow each other; together they are the batches of a single replica.
     """
     # Outside the functions below, whose graphs would otherwise contain copies.
     images = tf.constant(split.images if inputs is None else inputs)
@@ -77,7 +95,8 @@ def training_batches(
 
     def epoch_order(epoch: tf.Tensor) -> tf.data.Dataset:
         order = tf.random.experimental.stateless_shuffle(positions, seed=tf.stack([seed, epoch]))
-        return tf.data.Dataset.from_tensor_slices(order).batch(batch_size).map(lambda rows: (rows, epoch))
+        batches = tf.data.Dataset.from_tensor_slices(order).batch(batch_size)
+        return batches.flat_map(lambda rows: parts.rows(tf.size(rows)).map(lambda own: (rows, own, epoch)))
 
     height, width = split.images.shape[1:3]
     if augmentation:
@@ -85,17 +104,18 @@ def training_batches(
         if augmentation.cutout:
             mean = tf.constant(split.images.mean(axis=(0, 1, 2)).round().astype(np.uint8))
 
-    def gather(rows: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def gather(all_rows: tf.Tensor, own: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        rows = tf.gather(all_rows, own)
         batch = tf.gather(images, rows)
         if augmentation:
             mirrored = tf.cast((tf.gather(flips, rows) + epoch) % 2, tf.int32)
             # All shifts are equally frequent; the first shift of a batch is random, as its first row is.
-            shifts = (tf.range(tf.size(rows)) + rows[0]) % sources.shape[1]
+            shifts = (own + all_rows[0]) % sources.shape[1]
             batch = _take_pixels(batch, tf.gather_nd(sources, tf.stack([mirrored, shifts], axis=1)))
             if augmentation.cutout:
-                draw = tf.stack([epoch + (seed << 32), tf.cast(rows[0], tf.int64)])
-                covered = _squares(tf.size(rows), height, width, side=augmentation.cutout, seed=draw)
-                batch = tf.where(covered[..., None], mean, batch)
+                draw = tf.stack([epoch + (seed << 32), tf.cast(all_rows[0], tf.int64)])
+                covered = _squares(tf.size(all_rows), height, width, side=augmentation.cutout, seed=draw)
+                batch = tf.where(tf.gather(covered, own)[..., None], mean, batch)
         return batch, tf.gather(labels, rows)
 
     endless = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
@@ -141,8 +161,29 @@ def _squares(count: tf.Tensor, height: int, width: int, *, side: int, seed: tf.T
     return is_row[:, :, None] & is_column[:, None, :]
 
 
-def evaluation_batches(split: Split, *, batch_size: int, inputs: np.ndarray | None = None) -> tf.data.Dataset:
-    """Return `split` once, in order, in batches of (images uint8 or `inputs`, labels int64)."""
-    images = tf.constant(split.images if inputs is None else inputs)
-    labels = tf.constant(split.labels)
-    return tf.data.Dataset.from_tensor_slices((images, labels)).batch(batch_size).prefetch(2)
+def evaluation_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    inputs: np.ndarray | None = None,
+    parts: Parts = Parts(),
+) -> tf.data.Dataset:
+    """Return `split` once, in order, in batches of (images uint8 or `inputs`, labels int64).
+
+    With several `parts`, the last batch is filled up with copies whose label is -1, so that no part is empty.
+    """
+    images, labels = split.images if inputs is None else inputs, split.labels
+    if missing := -len(labels) % parts.count:
+        images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+        labels = np.concatenate([labels, np.full(missing, -1, np.int64)])
+    images, labels = tf.constant(images), tf.constant(labels)
+    batches = tf.data.Dataset.range(0, len(labels), batch_size - batch_size % parts.count)
+
+    def take(start: tf.Tensor) -> tf.data.Dataset:
+        rows = tf.range(start, tf.minimum(start + batch_size - batch_size % parts.count, len(labels)))
+        own = parts.rows(tf.size(rows))
+        return own.map(
+            lambda part: (tf.gather(images, tf.gather(rows, part)), tf.gather(labels, tf.gather(rows, part)))
+        )
+
+    return batches.flat_map(take).prefetch(2)

@@ -95,8 +95,9 @@ class BatchNorm(layers.Layer):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         shape = (input_shape[-1],)
         self.bias = self.add_weight(name="bias", shape=shape, initializer="zeros")
-        self.mean = self.add_weight(name="mean", shape=shape, initializer="zeros", trainable=False)
-        self.variance = self.add_weight(name="variance", shape=shape, initializer="ones", trainable=False)
+        moving: dict[str, Any] = {"shape": shape, "trainable": False, "aggregation": "mean"}  # over the replicas
+        self.mean = self.add_weight(name="mean", initializer="zeros", **moving)
+        self.variance = self.add_weight(name="variance", initializer="ones", **moving)
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         ones = tf.ones_like(self.bias)
@@ -105,10 +106,30 @@ class BatchNorm(layers.Layer):
             return tf.compat.v1.nn.fused_batch_norm(
                 inputs, ones, self.bias, **moments, epsilon=self.EPSILON, is_training=False
             )[0]
-        outputs, mean, variance, *_ = tf.compat.v1.nn.fused_batch_norm(inputs, ones, self.bias, epsilon=self.EPSILON)
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            mean, variance, count = _moments_of_all_replicas(inputs)
+            outputs = (inputs - mean) * tf.math.rsqrt(variance + self.EPSILON) + self.bias
+            variance *= count / (count - 1)  # as the fused operation returns it
+        else:
+            outputs, mean, variance, *_ = tf.compat.v1.nn.fused_batch_norm(
+                inputs, ones, self.bias, epsilon=self.EPSILON
+            )
         for moving, current in ((self.mean, mean), (self.variance, variance)):
             moving.assign(self.MOMENTUM * moving + (1 - self.MOMENTUM) * current)
         return outputs
+
+
+def _moments_of_all_replicas(inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Return mean, variance and number of values of each channel in the whole batch, of which each replica has a part.
+
+    The gradient of a sum over replicas is the sum of their gradients, so training is that of a single replica.
+    """
+    values = tf.reshape(inputs, (-1, inputs.shape[-1]))
+    own = tf.stack([tf.reduce_sum(values, 0), tf.reduce_sum(values**2, 0), tf.reduce_sum(tf.ones_like(values), 0)])
+    sums = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
+    total, squares, count = tf.unstack(sums)
+    mean = total / count
+    return mean, squares / count - mean**2, count
 
 
 @keras.saving.register_keras_serializable(package="training")

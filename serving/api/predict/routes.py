@@ -20,7 +20,7 @@ from serving.inference.image_classifier import FILES_INPUT, choose_signature, im
 from serving.inference.repository import ModelVersion
 from serving.inference.service import InferenceRequest, InferenceResult
 from serving.inference.signatures import DEFAULT_SIGNATURE
-from serving.metrics import Metrics
+from serving.metrics.predictions import PredictionMetrics
 from serving.request_context import current_request
 
 __all__ = ["blueprint", "describe_operations"]
@@ -47,7 +47,7 @@ def predict() -> Response:
     result = _predict_files(version, images, size)
     if result is None:
         started_s = time.perf_counter()
-        pixels = _decode_images(images, size, current_app.settings.image_limits, current_app.metrics)
+        pixels = _decode_images(images, size, current_app.settings.image_limits, current_app.metrics.predictions)
         decoded_s = time.perf_counter()
         signature = choose_signature(version.predictor, input_name="images") or DEFAULT_SIGNATURE
         result = current_app.inference.predict(version, InferenceRequest(signature, {"images": pixels}))
@@ -106,7 +106,7 @@ def _are_exact_pngs(images: list[UploadedImage], size: tuple[int, int]) -> bool:
 
 
 def _decode_images(
-    images: list[UploadedImage], size: tuple[int, int], limits: ImageLimits, metrics: Metrics
+    images: list[UploadedImage], size: tuple[int, int], limits: ImageLimits, metrics: PredictionMetrics
 ) -> np.ndarray:
     """Decode images to uint8 (n, height, width, 3), within the memory budget."""
     total_bytes = sum(len(image.data) for image in images)
@@ -133,7 +133,7 @@ def _estimate(images: list[UploadedImage], size: tuple[int, int], limits: ImageL
 
 
 def _decode_all(
-    images: list[UploadedImage], size: tuple[int, int], limits: ImageLimits, metrics: Metrics
+    images: list[UploadedImage], size: tuple[int, int], limits: ImageLimits, metrics: PredictionMetrics
 ) -> np.ndarray:
     pixels = np.empty((len(images), *size, 3), np.uint8)
     problems = []

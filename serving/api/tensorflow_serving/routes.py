@@ -63,13 +63,14 @@ def add_routes(state: BlueprintSetupState) -> None:
 
 def respond(_: str) -> Response:
     """Dispatch any request under /v1/."""
+    context = current_request.get()
+    context.route = "/v1/<path>"
     method = request.method
     if method not in _METHODS:
         raise MethodNotImplemented(f"{method} is not a method of this API")
     path = _request_target()
     if method == "OPTIONS":
         return Response(status=200 if re.search("https?://", request.headers.get("Origin", "")) else 400)
-    context = current_request.get()
     if method == "POST" and (call := _CALL.fullmatch(path)):
         context.route = f"/v1/models/<model>:{call['method']}"
         return _predict(call) if call["method"] == "predict" else _classify_or_regress(call)

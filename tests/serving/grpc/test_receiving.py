@@ -40,6 +40,7 @@ class Service:
 
     def __init__(self, *, max_bytes: int = MAX_BYTES, method: Method = lambda message: message) -> None:
         self.budget = MemoryBudget(BUDGET_BYTES)
+        self.metrics = Metrics()
         self.max_bytes = max_bytes
         self._method = method
 
@@ -50,7 +51,7 @@ class Service:
             self._method,
             BytesValue,
             route="/test/Echo",
-            observer=RequestObserver(Metrics()),
+            observer=RequestObserver(self.metrics),
             greenlets=LoopGreenlets(threads),
             budget=self.budget,
             receiver=MessageReceiver(self.max_bytes),
@@ -274,6 +275,7 @@ def test_a_late_message_without_memory_is_refused_early() -> None:
             call = await client.stall()
             assert await call.code() == grpc.StatusCode.UNAVAILABLE
             assert "no memory is free for a large message" in await call.details()
+        assert b'serving_shed_requests_total{reason="memory"} 1.0\n' in service.metrics.render()
         held.release()
         await service.assert_at_rest()
 

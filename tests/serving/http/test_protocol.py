@@ -41,7 +41,6 @@ class Service:
             "max_body_bytes": 50_000_000,
             "request_timeout_s": 30.0,
             "threads": 2,
-            "access_log": False,
             "urgent_paths": frozenset({b"/healthz"}),
             **options,
         }
@@ -223,9 +222,14 @@ def test_the_request_context_reports_a_client_disconnect() -> None:
 def test_load_shedding_refuses_a_request_that_would_miss_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(service: Service) -> None:
         monkeypatch.setattr(type(service.shared.greenlets), "queue_s", 3.0)
+        refused: list[RequestContext] = []
+        service.shared.report_refused = refused.append
         client = await service.connect()
-        client.send(get(b"X-Request-Timeout-S: 2"))
+        client.send(get(b"X-Request-Timeout-S: 2\r\nX-Request-ID: mine"))
         assert (await client.read())[0] == 503
+        (context,) = refused
+        assert (context.method, context.status, context.request_id) == ("GET", "503", "mine")
+        assert context.shed_reason == "loop_queue"
         client.send(get(b"X-Request-Timeout-S: 4"))
         assert (await client.read())[0] == 200
         client.send(HEALTH)  # never refused
@@ -479,11 +483,11 @@ def test_the_connection_limit_is_enforced(monkeypatch: pytest.MonkeyPatch) -> No
 
     async def check(service: Service) -> None:
         server = Server.__new__(Server)
-        server.server_state, server._acceptor, server._max_connections = service.state, service.acceptor, 20
+        server.server_state, server._acceptor, server.max_connections = service.state, service.acceptor, 20
         clients = [await service.connect() for _ in range(20)]
         await asyncio.sleep(0.2)
         service.acceptor._make_room = server._close_longest_idle
-        service.acceptor._may_accept = lambda: server._connections < 20
+        service.acceptor._may_accept = lambda: server.connections < 20
         clients += await asyncio.gather(*(service.connect() for _ in range(100)))
         await asyncio.sleep(0.03)
         assert len(service.state.connections) <= 20

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 
 import serving
 from serving.__main__ import main
-from serving.errors import StartupError
+from serving.errors import ModelFailed, StartupError
 from serving.inference.local import LocalRepository
+from serving.inference.model_config import ModelConfig
 from serving.inference.model_folders import read_model_folders
 from serving.settings import Settings
 
@@ -170,6 +171,14 @@ def test_a_saved_model_may_be_replaced_by_versions_and_back(tmp_path: Path, adde
     repository.poll()
     assert adds(repository)
     assert versions(repository) == [(1, "AVAILABLE")]
+
+
+def test_a_reloaded_config_wants_versions_in_the_folder(tmp_path: Path, adder: Path) -> None:
+    """gRPC's HandleReloadConfigRequest has base paths, which contain versions as in TensorFlow Serving."""
+    repository = load(shutil.copytree(adder, tmp_path / "models"))
+    with pytest.raises(ModelFailed, match="no version to serve"):
+        repository.reload([ModelConfig("m", tmp_path / "models")])
+    assert repository.names() == []
 
 
 def test_a_folder_that_is_gone_leaves_its_model_loaded(tmp_path: Path, adder: Path) -> None:

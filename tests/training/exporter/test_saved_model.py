@@ -422,6 +422,7 @@ while True:
 def test_killed_export_leaves_no_incomplete_version(tmp_path):
     files = {"saved_model.pb", "variables", "fingerprint.pb", "assets", "assets.extra"}
     rng = np.random.default_rng()
+    loaded = set()  # those of an earlier round, which no later one changes
     for _ in range(3):
         with subprocess.Popen(
             [sys.executable, "-c", _EXPORT_FOREVER, str(tmp_path)],
@@ -435,7 +436,9 @@ def test_killed_export_leaves_no_incomplete_version(tmp_path):
         for version in (tmp_path / "pets").iterdir():
             if version.name.isdigit():
                 assert {path.name for path in version.iterdir()} == files
-                signatures = tf.saved_model.load(str(version)).signatures
-                assert set(signatures) == {"serving_default", "image_bytes", "probabilities", "labels"}
+                if version not in loaded:
+                    signatures = tf.saved_model.load(str(version)).signatures
+                    assert set(signatures) == {"serving_default", "image_bytes", "probabilities", "labels"}
+                    loaded.add(version)
     publish(tmp_path)
     assert not list((tmp_path / "pets").glob(".*.partial"))

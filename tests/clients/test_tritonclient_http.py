@@ -1,41 +1,22 @@
 """The Open Inference Protocol with an independent client, `tritonclient[http]`, against a running service."""
 
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
-from tests.contract.test_golden_exchanges import GOLDEN
+from tests.clients.service import COLOURS, pixels
 from tests.serving import saved_models
 from tests.serving.conftest import Server, encode
 
-COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 LABELS = [b"red", b"green", b"blue"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, colours):
-    folder = tmp_path_factory.mktemp("triton")
-    shutil.copytree(colours, folder / "models" / "colours" / "7")
-    shutil.copytree(GOLDEN / "multi" / "1", folder / "models" / "multi" / "1")
-    server = Server(folder / "models", folder / "log")
-    server.wait_for("/readyz")
-    yield server
-    assert server.stop() == 0
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with InferenceServerClient(f"127.0.0.1:{server.port}", concurrency=4) as client:
+def client(service):
+    with InferenceServerClient(service.url.removeprefix("http://"), concurrency=4) as client:
         yield client
-
-
-def pixels(*classes):
-    """Return images of one colour each, uint8 (n, 32, 32, 3)."""
-    return np.stack([np.full((32, 32, 3), COLOURS[class_id], np.uint8) for class_id in classes])
 
 
 def tensor(name, array, datatype, *, binary=True):
@@ -173,11 +154,22 @@ def test_several_requests_at_once(client):
         assert result.as_numpy("class_id").tolist() == batches[n]
 
 
-def test_unsupported_options_are_ignored(client):
-    result = client.infer(
-        "colours", [images(pixels(1))], priority=1, timeout=1_000_000, sequence_id=3, sequence_end=True
-    )
+def test_a_timeout_is_heeded_and_other_scheduling_options_are_refused(client):
+    result = client.infer("colours", [images(pixels(1))], timeout=10_000_000)
     assert result.as_numpy("label").tolist() == [b"green"]
+    with pytest.raises(InferenceServerException, match="deadline") as late:
+        client.infer("colours", [images(pixels(1))], timeout=1)
+    assert late.value.status() in ("503", "504")
+    for options in ({"priority": 1}, {"sequence_id": 3, "sequence_end": True}):
+        with pytest.raises(InferenceServerException, match=f"parameter {next(iter(options))} is not supported"):
+            client.infer("colours", [images(pixels(1))], **options)
+
+
+def test_classes_instead_of_numbers(client):
+    wanted = [InferRequestedOutput("probabilities", class_count=2)]
+    ((first, second),) = client.infer("colours", [images(pixels(2))], outputs=wanted).as_numpy("probabilities")
+    assert first.decode().endswith(":2:blue")
+    assert second.decode().endswith(":0:red")
 
 
 @pytest.mark.parametrize(
@@ -202,18 +194,12 @@ def test_unsupported_options_are_ignored(client):
             'no output "x"',
             lambda c: c.infer("colours", [images(pixels(0))], outputs=[InferRequestedOutput("x")]),
         ),
-        (
-            "400",
-            "classification is not supported",
-            lambda c: c.infer(
-                "colours", [images(pixels(0))], outputs=[InferRequestedOutput("probabilities", class_count=2)]
-            ),
-        ),
         ("400", "shared memory is not supported", lambda c: c.infer("colours", [in_shared_memory()])),
         ("404", 'no model "unknown"', lambda c: c.infer("unknown", [images(pixels(0))])),
         ("404", "no version 8 of model colours", lambda c: c.infer("colours", [images(pixels(0))], model_version="8")),
         ("404", 'no model "unknown"', lambda c: c.get_model_metadata("unknown")),
-        ("404", "there is nothing at", lambda c: c.get_model_config("colours")),
+        ("404", "there is nothing at", lambda c: c.get_trace_settings("colours")),
+        ("403", "--allow-model-control allows it", lambda c: c.unload_model("colours")),
     ],
 )
 def test_errors_are_raised_by_the_client(client, status, problem, call):
