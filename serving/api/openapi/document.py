@@ -76,7 +76,8 @@ def make_document(
             "version": version,
             "description": (
                 "Classifies images and runs SavedModels. An error is a JSON object with the member `error`. "
-                "A method that the server does not know is refused with 501, one that the path does not take with 405."
+                "A method that the server does not know is refused with 501, one that the path does not take with 405. "
+                "The header X-Request-ID of a request is repeated in its response, which has a new one otherwise."
             ),
         },
         "servers": [{"url": root or "/"}],
