@@ -96,6 +96,8 @@ def test_the_export_has_labels_metrics_and_temperature(imported):
     assert guarded["label_set"].shape == (3, 2)
     assert info["prediction_sets"]["coverage"] > 0.7
     assert info["typicality"]["auroc"].keys()
+    assert info["reference"]["images"] == 40
+    assert sum(info["reference"]["class_shares"]) == pytest.approx(1)
     files = tf.constant([tf.io.encode_png(image).numpy() for image in images])
     decoded = tf.saved_model.load(str(version)).signatures["image_bytes"](image_bytes=files)
     np.testing.assert_allclose(decoded["probabilities"], outputs["probabilities"], atol=1e-6)
