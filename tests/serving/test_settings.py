@@ -35,6 +35,10 @@ def test_the_defaults_are_valid_and_fixed() -> None:
         ("max_batch_size", 0),
         ("max_queue_size", 0),
         ("log_level", "loud"),
+        ("rate_limit", 0.0),
+        ("url_prefix", "models-api"),
+        ("url_prefix", "/models-api/"),
+        ("url_prefix", "/a b"),
     ],
 )
 def test_values_out_of_range_are_refused_by_their_flag(name: str, value: Any) -> None:
