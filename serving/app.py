@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,11 @@ from serving.access.tokens import TokenFile
 from serving.api import monitoring
 from serving.api.flask_app import ServingApp, current_app, error_response, json_response
 from serving.api.open_inference import routes as open_inference
+from serving.api.openapi import routes as openapi
 from serving.api.predict import routes as predict
 from serving.api.tensorflow_serving import routes as tensorflow_serving
 from serving.api.web import routes as web
+from serving.drift import DriftMonitor
 from serving.errors import ServingError, StartupError
 from serving.images.inspection import InspectedPredictor, inspect_images
 from serving.inference.batcher import Batcher
@@ -42,6 +45,7 @@ from serving.metrics import Metrics
 from serving.observer import RequestObserver
 from serving.request_log import log_request
 from serving.settings import Settings, name_models
+from serving.tracing import make_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -75,27 +79,36 @@ def make_app(settings: Settings) -> ServingApp:
     """Make the service for the models that the settings name; `app.watcher.start()` loads them.
 
     Raises:
-        StartupError: there is no model to serve.
+        StartupError: there is no model to serve, or the environment asks for traces that cannot be exported.
     """
+    tracing = make_tracing(os.environ, remote=settings.remote)
     metrics = Metrics()
     liveness = Liveness()
     memory = MemoryBudget(settings.memory_budget)
     repository = make_repository(settings, metrics, liveness)
     metrics.watch(repository)
     metrics.process.watch_memory(memory)
+    drift = DriftMonitor(repository)
+    metrics.registry.register(drift)
     app = ServingApp(
         settings,
-        inference=InferenceService(
-            repository, max_rows=settings.max_rows, allow_model_control=settings.allow_model_control
+        inference=(tracing.make_inference if tracing else InferenceService)(
+            repository,
+            max_rows=settings.max_rows,
+            allow_model_control=settings.allow_model_control,
+            record_outputs=drift.record,
         ),
         metrics=metrics,
-        observer=RequestObserver(metrics, log=log_request if settings.access_log else None),
+        observer=(tracing.make_observer if tracing else RequestObserver)(
+            metrics, log=log_request if settings.access_log else None
+        ),
         liveness=liveness,
         memory=memory,
         policy=make_policy(settings),
     )
-    for module in (monitoring, predict, tensorflow_serving, open_inference, web):
+    for module in (predict, tensorflow_serving, open_inference, monitoring, openapi, web):
         app.register_blueprint(module.blueprint)
+        app.operations += module.describe_operations(settings)
     app.register_error_handler(ServingError, error_response)
     app.register_error_handler(HTTPException, _http_error_response)
     app.register_error_handler(Exception, _internal_error_response)

@@ -140,6 +140,7 @@ class _ServerRun:
         http_server.run(sockets=[self._listener])
         if self._grpc_server is not None:
             self._grpc_server.stop(grace_s=settings.drain_timeout_s)
+        app.observer.close()
 
     def _start_grpc(self) -> None:
         """Start the gRPC server; it shuts down when the HTTP server begins to. Raises StartupError for the port."""

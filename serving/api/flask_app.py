@@ -19,6 +19,7 @@ from werkzeug.routing import MapAdapter, Rule
 from serving.access.http import TOKEN_NAME, HttpAccess
 from serving.access.policy import AccessPolicy
 from serving.api.json_process import JsonProcess
+from serving.api.operation import Operation
 from serving.errors import ServingError
 from serving.inference.liveness import Liveness
 from serving.inference.service import InferenceService
@@ -99,6 +100,7 @@ class ServingApp(Flask):
         self.access: HttpAccess | None = None  # None: every request is admitted
         self.watcher = ModelWatcher(inference.repository, memory, liveness, poll_interval_s=settings.poll_interval_s)
         self.loads_models = False  # True: the first request starts the watcher; False: the server does
+        self.operations: list[Operation] = []  # describe the routes, for /openapi.json
         self.json_process = JsonProcess()
         self.json = OrjsonProvider(self)
         self.url_map.merge_slashes = False  # `//host/path` is not found, and never a redirect
@@ -158,7 +160,7 @@ class ServingApp(Flask):
 
     def preprocess_request(self) -> ResponseReturnValue | None:
         """Begin the request, and call the hooks."""
-        self.observer.begin(current_request.get())
+        self.observer.begin(current_request.get(), request.environ)
         if self.before_request_funcs or self.url_value_preprocessors:
             return super().preprocess_request()
         return None

@@ -59,11 +59,12 @@ def make_handler(
             protocol="gRPC",
             route=route,
         )
-        for name, value in call.invocation_metadata():
+        metadata = call.invocation_metadata()
+        for name, value in metadata:
             if name == REQUEST_ID:
                 context.request_id = value
         has_id = bool(context.request_id)
-        observer.begin(context)
+        observer.begin(context, metadata)
         if has_id:
             call.set_trailing_metadata(((REQUEST_ID, context.request_id),))
 

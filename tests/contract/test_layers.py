@@ -34,6 +34,15 @@ FORBIDDEN = {
     ),
     "serving/open_inference": ("flask", "werkzeug", "orjson", "grpc", "serving.api", "serving.grpc", "serving.http"),
     "serving/images": ("flask", "werkzeug", "serving.api", "serving.grpc", "serving.http"),
+    "serving/metrics": (
+        "flask",
+        "werkzeug",
+        "serving.api",
+        "serving.app",
+        "serving.grpc",
+        "serving.http",
+        "serving.settings",
+    ),
     "serving/grpc": ("flask", "werkzeug", "serving.api", "serving.http"),
     "serving/access": ("flask", "werkzeug", "grpc", "serving.api", "serving.app", "serving.grpc", "serving.settings"),
     **{

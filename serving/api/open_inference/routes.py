@@ -12,6 +12,7 @@ from flask import Blueprint, Response, request
 
 from serving.api.flask_app import PlainResponse, current_app, encoded_response, json_response, shows_details
 from serving.api.open_inference.messages import HEADER_LENGTH, decompress, parse, parse_object, render
+from serving.api.open_inference.operations import describe_operations
 from serving.errors import InvalidRequest
 from serving.greenlets import SMALL_BYTES, run_sized
 from serving.inference.repository import ModelVersion
@@ -20,6 +21,8 @@ from serving.open_inference import descriptions
 from serving.open_inference.requests import InferRequest
 from serving.open_inference.results import run
 from serving.quoting import quote
+
+__all__ = ["blueprint", "describe_operations"]
 
 blueprint = Blueprint("open_inference", __name__, url_prefix="/v2")
 
