@@ -124,9 +124,6 @@ class ModelControlOff(ServingError):
     status = 403
     code = "PERMISSION_DENIED"
 
-    def __init__(self) -> None:
-        super().__init__("models may not be loaded or unloaded by requests; --allow-model-control allows it")
-
 
 class TooLarge(ServingError):
     """The request exceeds a limit on bytes, pixels or images."""
