@@ -115,7 +115,14 @@ def served(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path)
     app.inference.repository.load()
     address = f"127.0.0.1:{free_ports(1)[0]}"
     server = GrpcServer(
-        app.inference, app.observer, app.memory, app.liveness, address=address, threads=2, max_message_bytes=MAX_BYTES
+        app.inference,
+        app.observer,
+        app.memory,
+        app.liveness,
+        app.policy,
+        address=address,
+        threads=2,
+        max_message_bytes=MAX_BYTES,
     )
     with grpc.insecure_channel(address, options=[("grpc.max_send_message_length", -1)]) as channel:
         yield Served(app, address, channel, folder / "gate")
