@@ -135,9 +135,6 @@ class PermissionDenied(ServingError):
 class ModelControlOff(PermissionDenied):
     """The request would load or unload a model, and the service does not allow it."""
 
-    def __init__(self) -> None:
-        super().__init__("models may not be loaded or unloaded by requests; --allow-model-control allows it")
-
 
 class RateLimited(ServingError):
     """The caller has sent more requests than it may."""

@@ -145,7 +145,7 @@ class InferenceService:
     def _control(self, model: str, function: Callable[[str], None]) -> None:
         self.name_model(model)
         if not self.allows_model_control:
-            raise ModelControlOff
+            raise ModelControlOff("models may not be loaded or unloaded by requests; --allow-model-control allows it")
         run_blocking(function, model)
 
     @property

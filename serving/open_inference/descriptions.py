@@ -123,7 +123,7 @@ def list_models(inference: InferenceService, *, ready_only: bool) -> list[dict[s
     index = []
     for name in repository.all_names():
         statuses = repository.list_versions(name)
-        index += [_describe_status(status, repository.problem(name)) for status in statuses]
+        index += [_describe_status(status) for status in statuses]
         if not statuses:
             index.append({"name": name, "version": "", "state": "UNAVAILABLE", "reason": repository.problem(name)})
     return [entry for entry in index if entry["state"] == "READY" or not ready_only]
@@ -155,9 +155,9 @@ def _sizes(spec: TensorSpec) -> list[int]:
     return [-1 if size is None else size for size in ((None,) if spec.shape is None else spec.shape)]
 
 
-def _describe_status(status: VersionStatus, problem: str) -> dict[str, str]:
+def _describe_status(status: VersionStatus) -> dict[str, str]:
     state = _STATES.get(status.state, "UNAVAILABLE")
-    reason = status.error_message or (problem if state == "UNAVAILABLE" else "")
+    reason = status.error_message or ("unloaded" if state == "UNAVAILABLE" else "")
     return {"name": status.name, "version": str(status.version), "state": state, "reason": reason}
 
 
