@@ -169,7 +169,16 @@ def test_a_token_gives_access(service: Service) -> None:
         assert response.json()["model"] == {"name": "colours", "version": 7}
         assert client.get("/v1/models/colours").json()["model_version_status"][0]["state"] == "AVAILABLE"
         assert client.get("/v2/models/colours").json()["name"] == "colours"
-        assert "serving_requests_total" in client.get("/metrics").text
+        metrics = client.get("/metrics").text
+    assert re.search(r'serving_requests_total\{.*route="/predict".*\} 1', metrics)
+
+
+def test_refused_requests_are_counted_without_their_paths(service: Service) -> None:
+    with service.client() as client:
+        client.get("/a-path-of-an-attacker")
+        metrics = client.get("/metrics", headers=bearer(PREDICT)).text
+    assert re.search(r'serving_requests_total\{.*route="unrouted",status="401"\}', metrics)
+    assert "a-path-of-an-attacker" not in metrics
 
 
 def test_details_of_readiness_need_a_token(service: Service) -> None:
