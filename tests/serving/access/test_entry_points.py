@@ -1,9 +1,10 @@
-"""Every route and every gRPC method behind tokens: a server process, the app in another server, and a gRPC server."""
+"""Every route and gRPC method behind tokens: a server process with TLS, the app in another server, a gRPC server."""
 
 from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tensorflow_serving.apis import get_model_status_pb2
 
 from serving.access.policy import ADMIN_METHODS, OPEN_METHODS, OPEN_PATHS
 from serving.api.flask_app import ServingApp
 from serving.app import make_app
 from serving.grpc.access import GuardedHandlers
 from serving.grpc.server import GrpcServer
-from serving.server_process import free_ports
+from serving.server_process import Server, free_ports
 from serving.settings import Settings
 from tests.serving.access.test_tokens import hash_of, write
-from tests.serving.conftest import Server, picture
+from tests.serving.certificates import Authority
+from tests.serving.conftest import picture
 from tests.serving.http.conftest import Client
 
 PREFIX = "/models-api"
@@ -41,25 +44,56 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("tokens") / "tokens", *lines)
 
 
+class Service:
+    """The server process, with TLS and tokens."""
+
+    def __init__(self, server: Server, authority: Authority) -> None:
+        self.server = server
+        self.authority = authority
+        self.context = authority.client_context()
+        self.url = server.url
+
+    def client(self, base: str = PREFIX, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url + base, verify=self.context, **options)
+
+    def connect(self) -> Client:
+        """Open a connection for raw requests."""
+        client = Client(int(self.url.rpartition(":")[2]))
+        client.socket = self.context.wrap_socket(client.socket, server_hostname="localhost")
+        return client
+
+    def find_line(self, text: str) -> str:
+        """Wait for the log line with a text, and return it."""
+        while True:
+            for line in self.server.log.splitlines():
+                if text in line:
+                    return line
+            time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, colours: Path, token_file: Path) -> Iterator[Server]:
+def service(tmp_path_factory: pytest.TempPathFactory, colours: Path, token_file: Path) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("access")
     shutil.copytree(colours, folder / "models" / "colours" / "7")
-    options = ("--auth-token-file", str(token_file), "--url-prefix", PREFIX, "--cors-origin", ORIGIN)
-    limits = (
-        "--max-request-bytes",
-        "200000",
-        "--forwarded-allow-ips",
-        "127.0.0.1",
-        "--access-log",
-        "--allow-model-control",
+    authority = Authority(folder / "tls")
+    files = authority.issue()
+    server = Server(
+        folder / "models",
+        tls_cert=files.certificate,
+        tls_key=files.key,
+        auth_token_file=token_file,
+        url_prefix=PREFIX,
+        cors_origins=[ORIGIN],
+        max_request_bytes=200_000,
+        forwarded_allow_ips="127.0.0.1",
+        access_log=True,
+        allow_model_control=True,
     )
-    server = Server(folder / "models", folder / "log", *options, *limits)
-    server.wait_for("/readyz")
-    yield server
-    assert server.stop() == 0
-    for token in (PREDICT, ADMIN, WRONG):
-        assert token not in server.log
+    with server:
+        yield Service(server, authority)
+        for token in (PREDICT, ADMIN, WRONG):
+            assert token not in server.log
+        assert server.stop() == 0
 
 
 def list_routes(app: ServingApp) -> set[tuple[str, str]]:
@@ -107,10 +141,10 @@ def check_routes(send: Callable[..., Any], routes: set[tuple[str, str]]) -> None
             assert send("GET", path, headers=headers).status_code in (200, 400, 503), path
 
 
-def test_no_route_but_health_responds_without_a_token(server: Server, closed_routes: set[tuple[str, str]]) -> None:
-    with httpx.Client(base_url=server.url + PREFIX) as client:
+def test_no_route_but_health_responds_without_a_token(service: Service, closed_routes: set[tuple[str, str]]) -> None:
+    with service.client() as client:
         check_routes(client.request, closed_routes)
-    with httpx.Client(base_url=server.url) as client:
+    with service.client("") as client:
         for path in OPEN_PATHS:
             assert client.get(path).status_code == 200
         assert client.get("/").status_code == 401
@@ -129,35 +163,44 @@ def test_no_route_but_health_responds_in_another_wsgi_server(
     check_routes(send, {route for route in closed_routes if not route[1].startswith("//")})
 
 
-def test_a_token_gives_access(server: Server) -> None:
-    with httpx.Client(base_url=server.url + PREFIX, headers=bearer(PREDICT)) as client:
+def test_a_token_gives_access(service: Service) -> None:
+    with service.client(headers=bearer(PREDICT)) as client:
         response = client.post("/predict", content=picture("red"), headers={"Content-Type": "image/png"})
         assert response.json()["model"] == {"name": "colours", "version": 7}
         assert client.get("/v1/models/colours").json()["model_version_status"][0]["state"] == "AVAILABLE"
         assert client.get("/v2/models/colours").json()["name"] == "colours"
-        assert "serving_requests_total" in client.get("/metrics").text
+        metrics = client.get("/metrics").text
+    assert re.search(r'serving_requests_total\{.*route="/predict".*\} 1', metrics)
 
 
-def test_details_of_readiness_need_a_token(server: Server) -> None:
-    url = server.url + PREFIX
-    assert httpx.get(url + "/readyz").json() == {"ready": True}
-    assert httpx.get(url + "/readyz", headers=bearer(PREDICT)).json()["models"][0]["name"] == "colours"
+def test_refused_requests_are_counted_without_their_paths(service: Service) -> None:
+    with service.client() as client:
+        client.get("/a-path-of-an-attacker")
+        metrics = client.get("/metrics", headers=bearer(PREDICT)).text
+    assert re.search(r'serving_requests_total\{.*route="unrouted",status="401"\}', metrics)
+    assert "a-path-of-an-attacker" not in metrics
 
 
-def test_the_page_below_a_prefix_with_a_password(server: Server) -> None:
-    with httpx.Client(auth=("", PREDICT), follow_redirects=True) as browser:
-        page = browser.get(server.url + PREFIX)
-        assert str(page.url) == server.url + PREFIX + "/"
+def test_details_of_readiness_need_a_token(service: Service) -> None:
+    with service.client() as client:
+        assert client.get("/readyz").json() == {"ready": True}
+        assert client.get("/readyz", headers=bearer(PREDICT)).json()["models"][0]["name"] == "colours"
+
+
+def test_the_page_below_a_prefix_with_a_password(service: Service) -> None:
+    with service.client(auth=("", PREDICT), follow_redirects=True) as browser:
+        page = browser.get(service.url + PREFIX)
+        assert str(page.url) == service.url + PREFIX + "/"
         links = re.findall('(?:href|src)="([^"#]+)"', page.text)
         assert {"static/page.js", "static/page.css"} <= set(links)
         for link in links:
             assert browser.get(page.url.join(link)).status_code == 200, link
 
 
-def test_pages_of_an_allowed_origin_can_read_every_response(server: Server) -> None:
-    url = server.url + PREFIX
+def test_pages_of_an_allowed_origin_can_read_every_response(service: Service) -> None:
+    url = service.url + PREFIX
     preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
-    with httpx.Client(headers={"Origin": ORIGIN}) as client:
+    with service.client(headers={"Origin": ORIGIN}) as client:
         image = bearer(PREDICT) | {"Content-Type": "image/png"}
         responses = [
             client.options(url + "/v1/models/colours:predict", headers=preflight),
@@ -175,48 +218,56 @@ def test_pages_of_an_allowed_origin_can_read_every_response(server: Server) -> N
     for response in responses:
         assert response.headers.get_list("Access-Control-Allow-Origin") == [ORIGIN], response.url
         assert response.headers["Vary"] == "Origin"
-    other = httpx.get(url + "/healthz", headers={"Origin": "https://evil.example"})
-    assert "Access-Control-Allow-Origin" not in other.headers
-    # As without CORS, where the origin or the kind of the request is another.
-    options = httpx.options(url + "/v1/models/colours", headers=bearer(PREDICT) | {"Origin": "https://other.example"})
-    assert (options.status_code, "Access-Control-Allow-Origin" in options.headers) == (200, False)
+    with service.client() as client:
+        other = client.get("/healthz", headers={"Origin": "https://evil.example"})
+        assert "Access-Control-Allow-Origin" not in other.headers
+        # As without CORS, where the origin or the kind of the request is another.
+        options = client.options("/v1/models/colours", headers=bearer(PREDICT) | {"Origin": "https://other.example"})
+        assert (options.status_code, "Access-Control-Allow-Origin" in options.headers) == (200, False)
 
 
-@pytest.mark.parametrize(
-    ("framing", "begin"), [(b"Content-Length: 150000", b""), (b"Transfer-Encoding: chunked", b"249f0\r\n")]
-)
-def test_an_upload_without_a_token_is_refused_before_its_body(server: Server, framing: bytes, begin: bytes) -> None:
-    head = b"POST /models-api/predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n" + framing + b"\r\n\r\n"
-    with Client(server.port) as client:
-        client.send(head)  # and nothing of its body
+@pytest.mark.parametrize("framing", [b"Content-Length: 150000", b"Transfer-Encoding: chunked"])
+def test_an_upload_without_a_token_is_refused_before_its_body(service: Service, framing: bytes) -> None:
+    with service.connect() as client:
+        client.send(b"POST /models-api/predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n" + framing + b"\r\n\r\n")
         response = client._read_any("POST")
         assert response.status == 401  # not 100 Continue
         assert response.closes
-    hidden = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-    with Client(server.port) as client:
-        client.send(head + begin + hidden, hidden * 100)
-        assert client.read("POST").status == 401
-        assert client.read_to_end() == b""  # what follows is not taken for requests
 
 
-def test_a_refused_request_whose_body_has_arrived_keeps_the_connection(server: Server) -> None:
+def test_a_refused_request_whose_body_has_arrived_keeps_the_connection(service: Service) -> None:
     refused = b"POST /models-api/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nGET /"
-    with Client(server.port) as client:
+    with service.connect() as client:
         client.send(refused + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert client.read("POST").status == 401
         assert client.read().status == 200
 
 
-def test_the_log_has_the_caller_and_the_address_that_a_trusted_proxy_names(server: Server) -> None:
-    url = server.url + PREFIX
+def test_the_log_has_the_caller_and_the_address_that_a_trusted_proxy_names(service: Service) -> None:
     for name, headers, status in (("shop", bearer(PREDICT), 200), (None, {}, 401)):
-        sent = {"X-Forwarded-For": "203.0.113.7", "X-Request-ID": f"by-{name}"}
-        response = httpx.get(url + "/v2", headers=headers | sent)
+        with service.client(headers=headers) as client:
+            response = client.get("/v2", headers={"X-Forwarded-For": "203.0.113.7", "X-Request-ID": f"by-{name}"})
         assert (response.status_code, response.headers["X-Request-ID"]) == (status, f"by-{name}")
-        server.wait_until(lambda name=name: f"id=by-{name}" in server.log)  # type: ignore[misc]
-        (line,) = (line for line in server.log.splitlines() if f"id=by-{name}" in line)
+        line = service.find_line(f"id=by-{name}")
         assert "203.0.113.7 HTTP GET" in line
         assert ("caller=shop" in line) == (name == "shop")
+
+
+def test_grpc_with_tls_and_a_token(service: Service) -> None:
+    credentials = grpc.ssl_channel_credentials(service.authority.file.read_bytes())
+    with grpc.secure_channel(service.server.grpc_address, credentials) as channel:
+        call = channel.unary_unary("/tensorflow.serving.ModelService/GetModelStatus")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"", timeout=60)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        request = get_model_status_pb2.GetModelStatusRequest()
+        request.model_spec.name = "colours"
+        metadata = (("authorization", f"Bearer {PREDICT}"), ("x-forwarded-for", "203.0.113.8"), ("x-request-id", "g1"))
+        assert call(request.SerializeToString(), timeout=60, metadata=metadata)
+        assert channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=60) == b"\x08\x01"
+    line = service.find_line("id=g1")
+    assert "203.0.113.8 gRPC" in line
+    assert "caller=shop" in line
 
 
 class GrpcMethods:
