@@ -54,7 +54,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 TIMED_TESTS := $(addprefix tests/serving/,test_soak.py test_memory_budget.py test_fairness.py test_overload.py \
 	test_budget_limits.py test_greenlets.py http/test_many_connections.py http/test_slow_clients.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots dashboard-picture lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots dashboard-picture lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -114,6 +114,9 @@ test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=fold
 
 test-fast: $(INSTALLED)  ## the unit tests that are quick, in under a minute
 	@$(BIN)/python -m pytest -m "not slow" $(FAST_TESTS)
+
+test-openapi: $(INSTALLED)  ## 2,000 generated requests against /openapi.json, with all checks of schemathesis
+	@OPENAPI_REQUESTS=2000 $(BIN)/python -m pytest -s tests/contract/test_schemathesis.py
 
 coverage: $(INSTALLED)  ## lines and branches that the fast tests run
 	@$(BIN)/python -m coverage run -m pytest -q -m "not slow" $(FAST_TESTS)

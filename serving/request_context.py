@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serving.errors import client_disconnected, deadline_exceeded
 
@@ -42,6 +42,12 @@ class RequestContext:
     queue_s: float = 0.0  # in the batcher's queue, until its first model call or its end
     model_s: float = 0.0  # of the model calls with its rows; the parts of a long request may overlap
     shed_reason: str = ""  # `ServingError.shed_reason` of its error
+    # Of traces, if they are on (serving/tracing/): the server's span, when the request was parsed and predicted, and
+    # the metadata of the call of a remote server.
+    span: Any = None
+    parsed_s: float = 0.0
+    predicted_s: float = 0.0
+    remote_metadata: tuple[tuple[str, str], ...] = ()
 
     def shorten_deadline(self, timeout_s: float) -> None:
         """Bring the deadline forward to `timeout_s` after the request began, unless it is earlier already."""

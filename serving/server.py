@@ -125,7 +125,8 @@ class _ServerRun:
                 max_body_bytes=settings.max_request_bytes,
                 request_timeout_s=settings.request_timeout_s,
                 threads=settings.threads,
-                urgent_paths=URGENT_PATHS,
+                urgent_paths={path for each in URGENT_PATHS for path in (each, settings.url_prefix.encode() + each)},
+                access=app.access,
                 report_refused=app.observer.report,
             ),
             max_connections=settings.max_connections,
@@ -139,6 +140,7 @@ class _ServerRun:
         http_server.run(sockets=[self._listener])
         if self._grpc_server is not None:
             self._grpc_server.stop(grace_s=settings.drain_timeout_s)
+        app.observer.close()
 
     def _start_grpc(self) -> None:
         """Start the gRPC server; it shuts down when the HTTP server begins to. Raises StartupError for the port."""
@@ -153,6 +155,7 @@ class _ServerRun:
             app.observer,
             app.memory,
             app.liveness,
+            app.policy,
             address=f"[{address}]:{settings.grpc_port}" if ":" in address else f"{address}:{settings.grpc_port}",
             threads=settings.threads,
             max_message_bytes=settings.max_request_bytes,

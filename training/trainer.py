@@ -27,8 +27,9 @@ from training.errors import RunError
 from training.evaluation.calibration import apply_temperature, average_logits, fit_temperature
 from training.evaluation.guard_evaluation import GuardEvaluation
 from training.evaluation.metrics import CalibratedEvaluation, Evaluation, evaluate
+from training.evaluation.reference import Reference
 from training.evaluation.report import write_report
-from training.evaluation.typicality import evaluate_guard, fit_guard
+from training.evaluation.typicality import evaluate_guard, fit_guard, measure_reference
 from training.history import EpochResult
 from training.loops import TRAIN_FUNCTIONS
 from training.models import build_model
@@ -293,14 +294,17 @@ def _evaluate_best(
     """Calibrate the best checkpoint on the validation images, evaluate it on the test images, write the report."""
     best = load_best_model(run, config)
     test = _evaluate_calibrated(best.model, validation, dataset, mirror=False)
-    guard = _fit_and_evaluate_guard(run, best, validation, dataset, temperature=test.temperature)
-    values = {"best": dataclasses.asdict(best.epoch), "test": {**test.to_json(), **guard.to_json()}}
+    guard, reference = _fit_and_evaluate_guard(run, best, validation, dataset, temperature=test.temperature)
+    test_values = {**test.to_json(), **guard.to_json(), "reference": reference.to_json()}
+    values = {"best": dataclasses.asdict(best.epoch), "test": test_values}
     mirrored = None
     if mirror:
         mirrored = _evaluate_calibrated(best.model, validation, dataset, mirror=True)
         temperature = mirrored.temperature
-        of_both = _fit_and_evaluate_guard(run, best, validation, dataset, temperature=temperature, mirror=True)
-        values["mirror"] = {**mirrored.to_json(), **of_both.to_json()}
+        of_both, reference = _fit_and_evaluate_guard(
+            run, best, validation, dataset, temperature=temperature, mirror=True
+        )
+        values["mirror"] = {**mirrored.to_json(), **of_both.to_json(), "reference": reference.to_json()}
     run.write_evaluation(values)
     write_report(run, config=config, dataset=dataset, test=test, mirrored=mirrored, best=best.epoch, guard=guard)
     flipped = mirrored.evaluation if mirrored else None
@@ -323,14 +327,19 @@ def _evaluate_calibrated(
 
 def _fit_and_evaluate_guard(
     run: RunDir, best: BestModel, validation: Split, dataset: Dataset, *, temperature: float, mirror: bool = False
-) -> GuardEvaluation:
-    """Fit the guard on the graph that is exported, store it in the run directory, and evaluate it."""
+) -> tuple[GuardEvaluation, Reference]:
+    """Fit the guard on the graph that is exported, store it in the run directory, and evaluate it.
+
+    Returns:
+        Its evaluation on the test images, and the predictions on the validation images.
+    """
     graph = best.config.recipe.fold(best.model, best.config, temperature=temperature)
     if mirror:
         graph = graph.average_flips()
     guard = fit_guard(graph, validation)
     guard.save(run.guard_path(mirror=mirror))
-    return evaluate_guard(graph, guard, dataset.test, dataset_name=dataset.name)
+    evaluation = evaluate_guard(graph, guard, dataset.test, dataset_name=dataset.name)
+    return evaluation, measure_reference(graph, guard, validation)
 
 
 def _build(config: TrainingConfig, input_shape: tuple[int, int, int], *, classes: int, dtype: str) -> keras.Model:

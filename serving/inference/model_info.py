@@ -25,12 +25,23 @@ LABELS_SIGNATURE = "labels"  # maps class_id to label in the models that this pr
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Predictions on the validation images: what those in service are compared with."""
+
+    images: int
+    class_shares: tuple[float, ...]  # in the order of the class ids; they sum to 1
+    mean_confidence: float
+    mean_typicality: float
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """The fields of a model's `model.json` that the service shows."""
 
     class_names: tuple[str, ...] = ()  # unique, in the order of the class ids; empty if unknown
     dataset: str | None = None  # name of the training dataset
     test_accuracy: float | None = None  # from 0 to 1
+    reference: Reference | None = None
 
 
 def read_model_info(path: Path) -> tuple[ModelInfo, str]:
@@ -57,6 +68,7 @@ def read_model_info(path: Path) -> tuple[ModelInfo, str]:
         ("class_names", _read_class_names),
         ("dataset", _read_dataset),
         ("test_accuracy", _read_accuracy),
+        ("reference", _read_reference),
     ):
         try:
             fields[field] = read(document)
@@ -93,6 +105,28 @@ def _read_accuracy(document: Mapping[str, Any]) -> float | None:
     if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
         raise ValueError("test.accuracy must be a number from 0 to 1")
     return float(accuracy)
+
+
+def _read_reference(document: Mapping[str, Any]) -> Reference | None:
+    reference = document.get("reference")
+    if reference is None:  # an export of an earlier version
+        return None
+    if not isinstance(reference, dict):
+        raise ValueError("reference must be an object")
+    images, shares = reference.get("images"), reference.get("class_shares")
+    means: list[Any] = [reference.get(name) for name in ("mean_confidence", "mean_typicality")]
+    if type(images) is not int or images < 1:
+        raise ValueError("reference.images must be a positive number")
+    if not isinstance(shares, list) or not shares or not all(map(_is_share, shares)) or abs(sum(shares) - 1) > 1e-3:
+        raise ValueError("reference.class_shares must be shares that sum to 1")
+    if not all(map(_is_share, means)):
+        raise ValueError("reference.mean_confidence and mean_typicality must be numbers from 0 to 1")
+    confidence, typicality = means
+    return Reference(images, tuple(shares), confidence, typicality)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1.001  # rounding
 
 
 def _read_member(document: Mapping[str, Any], key: str, member: str) -> Any:

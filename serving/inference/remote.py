@@ -44,6 +44,8 @@ ATTEMPTS = 3
 
 # TensorFlow Serving with batching: "Task size 65 is larger than maximum input batch size 64".
 _BATCH_LIMIT = re.compile(r"larger than maximum (?:input )?batch size (\d+)")
+_Metadata = tuple[tuple[str, str], ...]  # of a gRPC call
+
 _UNPARSABLE = "Exception deserializing response!"  # gRPC's details for a response that cannot be parsed
 
 
@@ -215,19 +217,20 @@ class RemotePredictor:
         check_inputs(described, inputs)
         deadline_s = deadline_s or time.monotonic() + CALL_TIMEOUT_S
         started_s = time.perf_counter()
+        context = current_request.get()
         try:
-            return run_blocking(self._predict_rows, described, inputs, deadline_s)
+            return run_blocking(self._predict_rows, described, inputs, deadline_s, context.remote_metadata)
         finally:
-            current_request.get().model_s += time.perf_counter() - started_s
+            context.model_s += time.perf_counter() - started_s
 
     def _predict_rows(
-        self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float
+        self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float, metadata: _Metadata
     ) -> dict[str, np.ndarray]:
         """Send a request, split into parts if it exceeds the server's maximum batch size."""
         rows = _batch_rows(signature, inputs) or 1
         if rows <= self._max_rows:
             try:
-                return self._predict_once(signature, inputs, deadline_s)
+                return self._predict_once(signature, inputs, deadline_s, metadata)
             except InvalidRequest as error:
                 limit = _BATCH_LIMIT.search(str(error))
                 if limit is None or not 0 < int(limit[1]) < rows:
@@ -237,7 +240,7 @@ class RemotePredictor:
         size = int(self._max_rows)
         parts = [
             self._predict_rows(
-                signature, {name: array[start : start + size] for name, array in inputs.items()}, deadline_s
+                signature, {name: array[start : start + size] for name, array in inputs.items()}, deadline_s, metadata
             )
             for start in range(0, rows, size)
         ]
@@ -249,7 +252,7 @@ class RemotePredictor:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _predict_once(
-        self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float
+        self, signature: Signature, inputs: Mapping[str, np.ndarray], deadline_s: float, metadata: _Metadata
     ) -> dict[str, np.ndarray]:
         request = predict_pb2.PredictRequest()
         request.model_spec.name = self._model
@@ -257,7 +260,7 @@ class RemotePredictor:
         request.model_spec.signature_name = signature.name
         for name, array in inputs.items():
             _write_input(request.inputs[name], array, signature.inputs[name])
-        response = self._send(request, deadline_s)
+        response = self._send(request, deadline_s, metadata)
         rows = _batch_rows(signature, inputs)
         return {name: self._read_output(response.outputs, spec, rows=rows) for name, spec in signature.outputs.items()}
 
@@ -276,11 +279,11 @@ class RemotePredictor:
             raise InvalidBackendResponse(f"{problem}: expected {expected}, got {array.dtype} {array.shape}")
         return array
 
-    def _send(self, request: Any, deadline_s: float) -> Any:
+    def _send(self, request: Any, deadline_s: float, metadata: _Metadata) -> Any:
         """Send a request; retry with exponential backoff if the server is unavailable (predict is idempotent)."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self._stub.Predict(request, timeout=max(0.001, deadline_s - time.monotonic()))
+                return self._stub.Predict(request, timeout=max(0.001, deadline_s - time.monotonic()), metadata=metadata)
             except grpc.RpcError as error:
                 wait_s = 0.05 * 2**attempt * random.uniform(0.5, 1.0)
                 lost = error.code() == grpc.StatusCode.UNAVAILABLE

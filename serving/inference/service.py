@@ -40,7 +40,8 @@ class InferenceResult:
 class InferenceService:
     """Runs inference requests, of at most `max_rows` rows each, on the versions of a repository.
 
-    With `allow_model_control`, requests may load and unload models.
+    With `allow_model_control`, requests may load and unload models. `record_outputs` is called with the outputs of each
+    request to a version that has a reference in its model info.
 
     Example:
         >>> version = service.resolve("colours", version="7")
@@ -48,8 +49,16 @@ class InferenceService:
         >>> result.outputs["class_id"]
     """
 
-    def __init__(self, repository: ModelRepository, *, max_rows: int, allow_model_control: bool = False) -> None:
+    def __init__(
+        self,
+        repository: ModelRepository,
+        *,
+        max_rows: int,
+        allow_model_control: bool = False,
+        record_outputs: Callable[[ModelVersion, Mapping[str, np.ndarray]], None] = lambda *_: None,
+    ) -> None:
         self.repository = repository
+        self._record_outputs = record_outputs
         self.max_rows = max_rows
         self.allows_model_control = allow_model_control
 
@@ -102,6 +111,8 @@ class InferenceService:
             queue_s=context.queue_s - queue_s,
             model_s=context.model_s - model_s,
         )
+        if version.info.reference is not None:
+            self._record_outputs(version, outputs)
         return InferenceResult(version, signature, outputs)
 
     def status(self, model: str, version: int | str | None = None) -> list[VersionStatus]:

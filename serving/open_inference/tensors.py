@@ -35,7 +35,7 @@ class Datatype:
 WHOLE = frozenset((int,))
 _WHOLE_NUMBERS = WHOLE, "whole numbers"
 _NUMBER = frozenset((int, float)), "numbers"
-_DATATYPES: Mapping[str, Datatype] = {
+DATATYPES: Mapping[str, Datatype] = {
     tensorflow_name: Datatype(name, NUMPY_DTYPES[tensorflow_name].newbyteorder("<"), *in_json)
     for tensorflow_name, name, in_json in (
         ("DT_BOOL", "BOOL", (frozenset((bool,)), "true and false")),
@@ -57,7 +57,7 @@ _DATATYPES: Mapping[str, Datatype] = {
 
 def datatype_of(spec: TensorSpec) -> Datatype:
     """Return the datatype of an input or output; raises InvalidRequest if the protocol has none: complex numbers."""
-    datatype = _DATATYPES.get(spec.dtype)
+    datatype = DATATYPES.get(spec.dtype)
     if datatype is None:
         raise InvalidRequest(f"tensor {spec.name}: {spec.dtype} has no datatype in this protocol")
     return datatype

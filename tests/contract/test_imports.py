@@ -50,8 +50,12 @@ def test_importing_the_http_server_loads_neither_flask_nor_settings():
     ("package", "modules", "forbidden"),
     [
         ("client", "client, client.__main__, client.grpc", {"tensorflow", "keras"}),
-        ("training", "training.config, training.data, training.__main__", {"tensorflow", "keras"}),
-        ("serving", "serving.app, serving.__main__", {"tensorflow", "keras", "training"}),
+        (
+            "training",
+            "training.config, training.data, training.__main__, training.exporter.signing",
+            {"tensorflow", "keras"},
+        ),
+        ("serving", "serving.app, serving.__main__", {"tensorflow", "keras", "training", "opentelemetry"}),
     ],
 )
 def test_importing_a_package_loads_no_heavy_library(package, modules, forbidden):

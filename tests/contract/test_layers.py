@@ -44,6 +44,7 @@ FORBIDDEN = {
         "serving.settings",
     ),
     "serving/grpc": ("flask", "werkzeug", "serving.api", "serving.http"),
+    "serving/access": ("flask", "werkzeug", "grpc", "serving.api", "serving.app", "serving.grpc", "serving.settings"),
     **{
         f"serving/api/{protocol}": (
             "serving.grpc",
@@ -53,7 +54,7 @@ FORBIDDEN = {
         for protocol in PROTOCOLS
     },
 }
-COMMAND_LINES = ("serving.__main__", "training.__main__", "client.__main__")
+COMMAND_LINES = ("serving.__main__", "serving.access.__main__", "training.__main__", "client.__main__")
 
 
 def find_forbidden(folder: Path, forbidden: tuple[str, ...]) -> dict[str, set[str]]:

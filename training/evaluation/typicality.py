@@ -12,6 +12,7 @@ from training.data import Split
 from training.data.outliers import draw_outliers
 from training.evaluation.conformal import evaluate_sets, fit_set_threshold
 from training.evaluation.guard_evaluation import GuardEvaluation
+from training.evaluation.reference import Reference, summarize_predictions
 from training.models.guard import LEVELS, MIN_TYPICALITY, Guard, measure_energy, measure_variation
 from training.models.inference_graph import InferenceGraph, TensorFunction
 
@@ -70,6 +71,12 @@ def evaluate_guard(graph: InferenceGraph, guard: Guard, test: Split, *, dataset_
         threshold=MIN_TYPICALITY,
         sets=evaluate_sets(outputs["probabilities"], test.labels, threshold=guard.set_threshold),
     )
+
+
+def measure_reference(graph: InferenceGraph, guard: Guard, held_out: Split) -> Reference:
+    """Summarize the predictions of a classifier on the images that its guard was fitted on."""
+    outputs = _compute(_make_function(graph, guard.outputs), held_out.images)
+    return summarize_predictions(outputs["probabilities"], outputs["typicality"])
 
 
 def measure_images(graph: InferenceGraph, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -32,6 +32,7 @@ from training.storage import explain_full_storage
 from training.trainer import BestModel, load_best_model
 
 _GUARD_FIELDS = ("typicality", "prediction_sets")  # of evaluation.json and model.json
+_OPTIONAL_FIELDS = (*_GUARD_FIELDS, "reference")  # runs that an earlier version evaluated do not have them
 # Of `TrainingConfig`, for model.json.
 _CONFIG_FIELDS = ("variant", "loop", "preset", "backbone", "weights_sha256", "dtype", "conv_activation")
 
@@ -204,7 +205,7 @@ def _read_metrics(run: RunDir, evaluation: dict[str, Any], split: str, *, best_e
             "temperature": float(evaluation[split]["temperature"]),
             "calibration": evaluation[split]["calibration"],
             "uncalibrated_error": evaluation[split]["uncalibrated"]["expected_calibration_error"],
-            **{field: evaluation[split][field] for field in _GUARD_FIELDS if field in evaluation[split]},
+            **{field: evaluation[split][field] for field in _OPTIONAL_FIELDS if field in evaluation[split]},
         }
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from training.errors import ModelError
-from training.evaluation.typicality import evaluate_guard, fit_guard
+from training.evaluation.typicality import evaluate_guard, fit_guard, measure_reference
 from training.exporter.publish import publish_model
 from training.exporter.verify import ExpectedLogits
 from training.importer.checks import check_frozen, check_outputs, sample_images
@@ -185,6 +185,7 @@ def read_model(
         guard = fit_guard(calibrated, images.calibration)
         limits = evaluate_guard(calibrated, guard, images.dataset.test, dataset_name=name)
         metadata |= describe_evaluation(images, test) | limits.to_json()
+        metadata["reference"] = measure_reference(calibrated, guard, images.calibration).to_json()
         tell("calibration", f"temperature {test.temperature:.3f}, fitted on {len(images.calibration.labels):,} images")
         accuracy, count, loss = test.evaluation.accuracy, test.evaluation.count, test.evaluation.loss
         tell("test accuracy", f"{accuracy:.2%} of {count:,} other images, loss {loss:.4f}")

@@ -11,6 +11,7 @@ from flask import Blueprint, Response, request
 from image_formats.png import is_opaque_and_upright
 from serving.api.flask_app import current_app, encoded_response
 from serving.api.predict.messages import UploadedImage, is_form, parse_form, parse_query, render
+from serving.api.predict.operations import describe_operations
 from serving.errors import InvalidRequest, ModelNotFound, ModelNotNamed, ServingError, TooLarge, UnreadableImages
 from serving.greenlets import SMALL_BYTES, offload, run_sized
 from serving.images.decoding import check_file, read_image
@@ -21,6 +22,8 @@ from serving.inference.service import InferenceRequest, InferenceResult
 from serving.inference.signatures import DEFAULT_SIGNATURE
 from serving.metrics.predictions import PredictionMetrics
 from serving.request_context import current_request
+
+__all__ = ["blueprint", "describe_operations"]
 
 blueprint = Blueprint("predict", __name__)
 

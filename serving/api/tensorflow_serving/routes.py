@@ -22,6 +22,7 @@ from serving.api.flask_app import current_app, encoded_response, error_response,
 from serving.api.json_process import LARGE_JSON_BYTES
 from serving.api.tensorflow_serving.json_response import encode_outputs
 from serving.api.tensorflow_serving.messages import parse_examples, parse_pixels, parse_predict, refusal
+from serving.api.tensorflow_serving.operations import CALLS, METADATA, describe_operations
 from serving.errors import InvalidRequest, ServingError
 from serving.greenlets import offload, run_sized
 from serving.inference.model_config import read_version_number
@@ -30,6 +31,8 @@ from serving.request_context import current_request
 
 JSON_ELEMENT_BYTES = 16  # in a response: a float32 and a comma
 
+__all__ = ["blueprint", "describe_operations"]
+
 blueprint = Blueprint("tensorflow_serving", __name__)
 
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
@@ -37,9 +40,9 @@ _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
 # Paths are case-insensitive, but the method after the colon and "/metadata" are case-sensitive.
 _MODEL = "[^/:]+"
 _VERSION = r"(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
-_CALL = re.compile(rf"(?i:/v1/models/(?P<model>{_MODEL}){_VERSION}):(?P<method>predict|classify|regress)")
+_CALL = re.compile(rf"(?i:/v1/models/(?P<model>{_MODEL}){_VERSION}):(?P<method>{'|'.join(CALLS)})")
 _BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
-_STATUS = re.compile(rf"(?i:/v1/models(?:/(?P<model>{_MODEL}))?{_VERSION}(?P<metadata>/metadata)?)")
+_STATUS = re.compile(rf"(?i:/v1/models(?:/(?P<model>{_MODEL}))?{_VERSION}(?P<metadata>{METADATA})?)")
 
 
 class _RestOfPath(BaseConverter):
@@ -73,7 +76,7 @@ def respond(_: str) -> Response:
         return _predict(call) if call["method"] == "predict" else _classify_or_regress(call)
     if method == "GET" and (status := _STATUS.fullmatch(path)):
         context.route = f"/v1/models/<model>{status['metadata'] or ''}"
-        return _metadata(status) if status["metadata"] == "/metadata" else _status(status)
+        return _metadata(status) if status["metadata"] == METADATA else _status(status)
     raise InvalidRequest(f"Malformed request: {method} {path}")
 
 
@@ -84,7 +87,7 @@ def _request_target() -> str:
     if sent is None:
         query = environ["QUERY_STRING"]
         sent = quote(environ["PATH_INFO"], encoding="latin-1") + (f"?{query}" if query else "")
-    target: str = sent.encode("latin-1").decode("utf-8", "replace")
+    target: str = sent.removeprefix(environ["SCRIPT_NAME"]).encode("latin-1").decode("utf-8", "replace")
     if _BAD_ESCAPE.search(target):
         raise InvalidRequest(f"Malformed request: {request.method} {target} holds a % without two hexadecimal digits")
     return target

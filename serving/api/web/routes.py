@@ -4,43 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Response, render_template
+from flask import Blueprint, render_template
 
 from serving.api.flask_app import current_app
+from serving.api.page_headers import restrict_page
+from serving.api.web.operations import describe_operations
 from serving.errors import InvalidBackendResponse, ModelNotFound, NotReady, ServingError
 from serving.inference.image_classifier import can_explain, class_names, image_size
 from serving.inference.model_info import MAX_CLASSES
 from serving.inference.repository import ModelRepository, ModelVersion
 from serving.inference.signatures import DEFAULT_SIGNATURE
 
+__all__ = ["blueprint", "describe_operations"]
+
 blueprint = Blueprint("pages", __name__, template_folder="templates", static_folder="static", static_url_path="/static")
 
-# Only files of this service are executed or displayed, and text never becomes markup.
-_CONTENT_SECURITY_POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' blob:",  # blob: the dropped images
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    )
-)
+blueprint.after_request(restrict_page)
 
 _UNAVAILABLE = {"available": False, "loading": False}
-
-
-@blueprint.after_request
-def _restrict(response: Response) -> Response:
-    response.headers["Content-Security-Policy"] = _CONTENT_SECURITY_POLICY
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Referrer-Policy"] = "no-referrer"
-    response.headers.setdefault("Cache-Control", "no-cache")
-    return response
 
 
 @blueprint.get("/")

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from serving.inference.model_info import MAX_INFO_BYTES, ModelInfo, read_model_info
+from serving.inference.model_info import MAX_INFO_BYTES, ModelInfo, Reference, read_model_info
 
 
 def read(version: Path, text: bytes | str) -> tuple[ModelInfo, str]:
@@ -64,6 +64,10 @@ NO_TESTS: list[Any] = [0.5, [0.5], "high"]
 NO_ACCURACIES: list[Any] = ["high", True, [], -0.1, 1.1, 10**400, float("nan"), float("inf")]
 
 
+REFERENCE = {"images": 20, "class_shares": [0.25, 0.75], "mean_confidence": 0.9, "mean_typicality": 0.5}
+NO_SHARES: list[Any] = [None, 0.5, [], ["a"], [0.5, 0.4], [1.5, -0.5], [float("nan"), 1]]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [
@@ -86,14 +90,24 @@ NO_ACCURACIES: list[Any] = ["high", True, [], -0.1, 1.1, 10**400, float("nan"), 
         *(("dataset", {"name": value}, "dataset.name must") for value in NO_STRINGS),
         *(("test", value, "test must be an object") for value in NO_TESTS),
         *(("test", {"accuracy": value}, "test.accuracy must") for value in NO_ACCURACIES),
+        *(("reference", value, "reference must be an object") for value in NO_OBJECTS),
+        *(("reference", REFERENCE | {"images": value}, "reference.images must") for value in (None, 0, 1.5, True)),
+        *(("reference", REFERENCE | {"class_shares": value}, "class_shares must") for value in NO_SHARES),
+        *(("reference", REFERENCE | {"mean_typicality": value}, "mean_typicality must") for value in NO_ACCURACIES),
     ],
 )
 def test_an_invalid_field_is_reported_and_the_others_are_read(
     tmp_path: Path, field: str, value: Any, problem: str
 ) -> None:
-    good = {"class_names": ["a"], "dataset": {"name": "paint"}, "test": {"accuracy": 0.5}}
+    good = {"class_names": ["a"], "dataset": {"name": "paint"}, "test": {"accuracy": 0.5}, "reference": REFERENCE}
     info, found = read(tmp_path, json.dumps(good | {field: value}))
-    expected: dict[str, Any] = {"class_names": ("a",), "dataset": "paint", "test_accuracy": 0.5}
+    reference = Reference(20, (0.25, 0.75), 0.9, 0.5)
+    expected: dict[str, Any] = {
+        "class_names": ("a",),
+        "dataset": "paint",
+        "test_accuracy": 0.5,
+        "reference": reference,
+    }
     del expected["test_accuracy" if field == "test" else field]
     assert info == ModelInfo(**expected)
     assert problem in found

@@ -69,6 +69,11 @@ def test_airbench_is_exported_for_any_image_size(trained, exported):
     info = json.loads((version / "assets.extra" / "model.json").read_text())
     assert info["class_names"] == list(run.read_dataset().class_names)
     assert info["input_shape"] == list(images.shape[1:])
+    reference = info["reference"]  # what drift is measured against
+    assert reference == run.read_evaluation()["test"]["reference"]
+    assert sum(reference["class_shares"]) == pytest.approx(1)
+    assert len(reference["class_shares"]) == len(info["class_names"])
+    assert 0.4 < reference["mean_typicality"] < 0.6  # of the images that it was fitted on
     done = subprocess.run(
         ["sha256sum", "--check", "--strict", "assets.extra/SHA256SUMS"],
         cwd=version,

@@ -96,6 +96,8 @@ def test_the_export_has_labels_metrics_and_temperature(imported):
     assert guarded["label_set"].shape == (3, 2)
     assert info["prediction_sets"]["coverage"] > 0.7
     assert info["typicality"]["auroc"].keys()
+    assert info["reference"]["images"] == 40
+    assert sum(info["reference"]["class_shares"]) == pytest.approx(1)
     files = tf.constant([tf.io.encode_png(image).numpy() for image in images])
     decoded = tf.saved_model.load(str(version)).signatures["image_bytes"](image_bytes=files)
     np.testing.assert_allclose(decoded["probabilities"], outputs["probabilities"], atol=1e-6)
@@ -121,6 +123,7 @@ def test_the_report_has_what_a_runs_report_has(imported):
     assert np.sum(evaluation["confusion"]) == 40
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_train_and_test_folders_are_calibrated_on_half_of_the_test_images(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     build().save("brightness.keras")
@@ -167,6 +170,7 @@ def test_data_that_does_not_fit_the_model(tmp_path, monkeypatch, capfd, options,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_grey_images_show_the_scale_but_not_the_order_of_the_colours(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     build().save("brightness.keras")
