@@ -161,7 +161,7 @@ def draw(prometheus: Prometheus, start_s: float, end_s: float, output: Path) -> 
             lines = query_series(panel, prometheus, start_s, end_s)
             columns = count_columns([label for label, *_ in lines], place["w"])
             below = (0.38 + 0.13 * -(-len(lines) // columns)) / height
-            inner = left + 0.56 / width, bottom + below, size[0] - 0.78 / width, size[1] - below - 0.3 / height
+            inner = left + 0.62 / width, bottom + below, size[0] - 0.84 / width, size[1] - below - 0.3 / height
             axes = figure.add_axes(inner)
             draw_series(axes, lines, panel, start_s, end_s)
             if lines:
