@@ -161,7 +161,7 @@ def draw(prometheus: Prometheus, start_s: float, end_s: float, output: Path) -> 
             lines = query_series(panel, prometheus, start_s, end_s)
             columns = count_columns([label for label, *_ in lines], place["w"])
             below = (0.38 + 0.13 * -(-len(lines) // columns)) / height
-            inner = left + 0.56 / width, bottom + below, size[0] - 0.78 / width, size[1] - below - 0.3 / height
+            inner = left + 0.62 / width, bottom + below, size[0] - 0.84 / width, size[1] - below - 0.3 / height
             axes = figure.add_axes(inner)
             draw_series(axes, lines, panel, start_s, end_s)
             if lines:
@@ -188,7 +188,7 @@ def draw_stat(
     for step in defaults["thresholds"]["steps"]:
         if step["value"] is None or value >= step["value"]:
             colour = step["color"]
-    text = format_value(value, defaults["unit"])
+    text = format_value(round(value, 4), defaults["unit"])
     figure.text(*at, text, size=20, weight="bold", ha="center", va="center", color=STATES[colour])
 
 
@@ -247,7 +247,7 @@ def choose_colours(labels: list[str], overrides: list[dict[str, Any]]) -> list[s
 def style(axes: Axes, unit: str, start_s: float, end_s: float) -> None:
     """Set the axes' limits, ticks and lines."""
     axes.set_xlim(datetime.fromtimestamp(start_s), datetime.fromtimestamp(end_s))
-    axes.set_ylim(0, max(axes.get_ylim()[1], 1e-9))
+    axes.set_ylim(0, 1.06 * max(axes.get_ylim()[1], 1e-9))
     axes.xaxis.set_major_locator(matplotlib.dates.AutoDateLocator(minticks=3, maxticks=4))
     axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%H:%M:%S"))
     # Whole numbers where there are counts, and powers of two for memory.
@@ -267,7 +267,7 @@ def format_value(value: float, unit: str) -> str:
     if unit == "s":
         return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
     if unit == "percentunit":
-        return f"{100 * value:.3g} %"
+        return f"{100 * value:.2f}".rstrip("0").rstrip(".") + " %"
     if unit == "bytes":
         return f"{value / 2**20:,.0f} MiB"
     suffix = {"reqps": " req/s", "cps": " /s"}.get(unit, "")

@@ -34,6 +34,7 @@ SHED_REASONS = {
     "memory": "no memory of the budget was free in time",
     "json_parser": "the parser of large JSON documents was not free in time",
     "new_calls": "too many gRPC calls on new connections wait for their messages",
+    "rate_limit": "the caller has sent more requests than it may",
     "slow_message": "a large gRPC message did not arrive in time",
 }
 
@@ -139,6 +140,7 @@ class ModelControlOff(PermissionDenied):
 class RateLimited(ServingError):
     """The caller has sent more requests than it may."""
 
+    shed_reason = "rate_limit"
     status = 429
     code = "RESOURCE_EXHAUSTED"
 

@@ -27,10 +27,10 @@ class TextFormatter(logging.Formatter):
 
     @override
     def formatMessage(self, record: logging.LogRecord) -> str:
-        line = _escape(printable(super().formatMessage(record)))
+        line = super().formatMessage(record)
         if not isinstance(record.msg, RequestLine) and (request_id := current_request.get().request_id):
             line += f" (request {request_id})"
-        return line
+        return _escape(printable(line))
 
     @override
     def formatException(self, ei: logging._SysExcInfoType) -> str:

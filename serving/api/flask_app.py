@@ -119,7 +119,7 @@ class ServingApp(Flask):
         refusal = self.access.admit(environ) if self.access else None
         _describe(context, environ)
         if refusal:
-            context.status, context.route = refusal.status[:3], UNROUTED
+            context.status, context.route, context.shed_reason = refusal.status[:3], UNROUTED, refusal.shed_reason
             self.observer.report(context)
             start_response(refusal.status, [*refusal.headers, ("X-Request-ID", context.request_id)])
             return [refusal.body]

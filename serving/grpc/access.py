@@ -90,7 +90,7 @@ class GuardedHandlers(grpc.GenericRpcHandler):
         except ServingError as error:
             wait = () if error.retry_after_s is None else (("retry-after", str(error.retry_after_s)),)
             refusal = getattr(grpc.StatusCode, error.code), str(error)
-            context.status = error.code
+            context.status, context.shed_reason = error.code, error.shed_reason
         else:
             current_request.set(context)
             return

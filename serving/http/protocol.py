@@ -224,7 +224,7 @@ class Connection(RequestParser):
             raise
         except ServingError as error:
             request.keep_alive = False
-            self._reject(request, refusal_response(error), shed_reason=error.shed_reason)
+            self._reject(request, refusal_response(error))
             return
         if body is not None:
             self._dispatch(request, body)
@@ -247,7 +247,7 @@ class Connection(RequestParser):
         if not is_urgent and (late_s := greenlets.queue_s - request.timeout_s) > 0:
             message = "server overloaded: the request would exceed its timeout in the queue; try again later"
             error = Overloaded(message, shed_reason="loop_queue", retry_after_s=max(1, round(late_s)))
-            self._reject(request, refusal_response(error), shed_reason=error.shed_reason)
+            self._reject(request, refusal_response(error))
         else:
             greenlets.enqueue(self._respond, request, body, context, is_urgent=is_urgent)
 
@@ -274,20 +274,20 @@ class Connection(RequestParser):
 
     # Responses
 
-    def _reject(self, request: Request, response: Response, *, shed_reason: str = "") -> None:
+    def _reject(self, request: Request, response: Response) -> None:
         """Respond to a request that does not reach the application."""
         if self.shared.access and request.environ is not None:
             self.shared.access.decorate(request.environ, response)
-        self._report_refused(request, response, shed_reason)
+        self._report_refused(request, response)
         self._write(request, response)
 
-    def _report_refused(self, request: Request | None, response: Response, shed_reason: str = "") -> None:
+    def _report_refused(self, request: Request | None, response: Response) -> None:
         """Report a refused request, and add its ID to the response. Without a request, its headers are not known."""
         context = RequestContext(
             client=request.client if request else self.client[0] if self.client else "",
             status=response.status[:3],
             route=UNROUTED,
-            shed_reason=shed_reason,
+            shed_reason=response.shed_reason,
         )
         if request:
             context.method = request.scope["method"]

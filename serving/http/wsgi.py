@@ -29,11 +29,12 @@ WsgiApp = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 
 @dataclass(slots=True)
 class Response:
-    """A WSGI application's response; `status` is like "200 OK"."""
+    """A WSGI application's response, or a refusal; `status` is like "200 OK"."""
 
     status: str
     headers: list[tuple[str, str]]
     body: bytes
+    shed_reason: str = ""  # `ServingError.shed_reason` of a refusal
 
 
 def make_environ(scope: Mapping[str, Any]) -> Environ:
@@ -120,6 +121,7 @@ def refusal_response(error: ServingError) -> Response:
     """Make the response to a request that was refused before it reached the application."""
     reason = _REASONS.get(error.status, "Error")
     response = error_response(f"{error.status} {reason}", str(error))
+    response.shed_reason = error.shed_reason
     if error.retry_after_s is not None:
         response.headers.append(("Retry-After", str(error.retry_after_s)))
     return response

@@ -8,11 +8,13 @@ import pytest
 from serving.errors import (
     InvalidBackendResponse,
     InvalidRequest,
+    ModelControlOff,
     ModelFailed,
     ModelNotFound,
     ModelNotNamed,
     NotReady,
     Overloaded,
+    RateLimited,
     ServingError,
     TooLarge,
     UnreadableImages,
@@ -46,6 +48,8 @@ WITH_ATTRIBUTES: dict[type[ServingError], ServingError] = {
     UnreadableImages: UnreadableImages(PROBLEMS, image_count=3),
     ModelNotNamed: ModelNotNamed(["a", "b"]),
     Overloaded: Overloaded("no memory", shed_reason="memory", retry_after_s=7),
+    ModelControlOff: ModelControlOff(),
+    RateLimited: RateLimited("too many", retry_after_s=7),
     ModelFailed: ModelFailed("too much", code="RESOURCE_EXHAUSTED"),
 }
 

@@ -246,6 +246,14 @@ def test_a_shed_request_is_counted_once_by_its_reason(
     assert sum(value(samples, SHED, reason=reason) for reason in SHED_REASONS) == 1
 
 
+def test_requests_over_the_rate_limit_are_counted_as_shed(models_dir: Path) -> None:
+    app = make_app(Settings(models_dir=models_dir, rate_limit=0.01))
+    assert [app.test_client().get("/v2").status_code for _ in range(3)] == [200, 429, 429]
+    samples = parse(app.metrics.render().decode())
+    assert value(samples, SHED, reason="rate_limit") == 2
+    assert value(samples, "serving_requests_total", route="unrouted", model="", status="429") == 2
+
+
 def test_each_reason_to_shed_a_request_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     table = page.split("`reason` of a shed request:")[1].split("\n\n")[1]

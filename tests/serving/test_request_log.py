@@ -180,7 +180,11 @@ HOSTILE = "x\r\n2026-01-01 CRITICAL root: forged\x1b[2J\x9b2J\u2028y\0"
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()], ids=["text", "json"])
 def test_no_value_can_begin_a_line_or_control_a_terminal(formatter: logging.Formatter) -> None:
-    log = formatter.format(record(HOSTILE, error=ValueError(HOSTILE)))
+    token = current_request.set(RequestContext(request_id="not checked yet \x9b"))
+    try:
+        log = formatter.format(record(HOSTILE, error=ValueError(HOSTILE)))
+    finally:
+        current_request.reset(token)
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]", log)
     first, *rest = log.split("\n")
     assert "forged" in first

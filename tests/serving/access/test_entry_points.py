@@ -374,12 +374,13 @@ def test_a_large_message_without_a_token_is_not_received(
     assert app.memory.used_bytes == 0
 
 
-def test_the_rate_limit_of_grpc(start_grpc: Callable[..., GrpcMethods], token_file: Path) -> None:
+def test_the_rate_limit_of_grpc(start_grpc: Callable[..., GrpcMethods], token_file: Path, app: ServingApp) -> None:
     methods = start_grpc(auth_token_file=token_file, rate_limit=0.01)
     path = "/tensorflow.serving.ModelService/GetModelStatus"
     assert methods.call(path, token=PREDICT)[0] == "INVALID_ARGUMENT"
     code, error = methods.call(path, token=PREDICT)
     assert code == "RESOURCE_EXHAUSTED"
+    assert b'serving_shed_requests_total{reason="rate_limit"} 1.0' in app.metrics.render()
     trailer = dict(error.trailing_metadata())
     assert 90 <= int(trailer["retry-after"]) <= 100
     assert methods.call("/tensorflow.serving.ModelService/HandleReloadConfigRequest", token=ADMIN)[0] != code
