@@ -35,6 +35,7 @@ FORBIDDEN = {
     "serving/open_inference": ("flask", "werkzeug", "orjson", "grpc", "serving.api", "serving.grpc", "serving.http"),
     "serving/images": ("flask", "werkzeug", "serving.api", "serving.grpc", "serving.http"),
     "serving/grpc": ("flask", "werkzeug", "serving.api", "serving.http"),
+    "serving/tracing": ("flask", "werkzeug", "serving.api", "serving.grpc", "serving.http"),
     **{
         f"serving/api/{protocol}": (
             "serving.grpc",
@@ -62,7 +63,7 @@ def find_forbidden(folder: Path, forbidden: tuple[str, ...]) -> dict[str, set[st
 
 
 def test_there_are_the_protocols() -> None:
-    assert {"predict", "tensorflow_serving", "open_inference", "web"} <= set(PROTOCOLS)
+    assert {"predict", "tensorflow_serving", "open_inference", "openapi", "web"} <= set(PROTOCOLS)
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
