@@ -54,7 +54,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 TIMED_TESTS := $(addprefix tests/serving/,test_soak.py test_memory_budget.py test_fairness.py test_overload.py \
 	test_budget_limits.py test_greenlets.py http/test_many_connections.py http/test_slow_clients.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots dashboard-picture lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -167,6 +167,9 @@ format: $(INSTALLED)  ## put the code into the one format
 
 screenshots: $(INSTALLED)  ## the README's screenshots, taken again (needs chromium and chromedriver)
 	@$(BIN)/python -m scripts.screenshots
+
+dashboard-picture: $(INSTALLED)  ## the picture of the dashboard in docs/, drawn again from a run under load (needs Prometheus): MODELS=
+	@$(BIN)/python -m scripts.dashboard_picture $(call quoted,MODELS)
 
 lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
 	@uv pip compile $(LOCK) --all-extras pyproject.toml -o requirements.lock

@@ -56,6 +56,10 @@ _grpc_option = click.option(
     help="Use gRPC instead, of this service or any TensorFlow Serving; needs --model.",
 )
 
+_token_option = click.option(
+    "--token", envvar="CLIENT_TOKEN", show_envvar=True, help="The token, where the service requires one."
+)
+
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -91,6 +95,7 @@ def main() -> None:
 @click.argument("images", nargs=-1, required=True, type=click.Path(allow_dash=True))
 @_url_option
 @_grpc_option
+@_token_option
 @_tls_options
 @click.option("--model", help="The model; required if the service has several, and with --grpc.")
 @click.option(
@@ -132,6 +137,7 @@ def predict(
     *,
     url: str,
     grpc_address: str | None,
+    token: str | None,
     model: str | None,
     version: int | None,
     top: int | None,
@@ -156,6 +162,7 @@ def predict(
     client = _make_client(
         url,
         grpc_address,
+        token=token,
         model=model,
         tls=tls,
         version=version,
@@ -185,15 +192,25 @@ def predict(
 @main.command()
 @_url_option
 @_grpc_option
+@_token_option
 @_tls_options
 @click.option("--model", help="The model; required with --grpc.")
 @click.pass_context
-def status(context: click.Context, /, *, url: str, grpc_address: str | None, model: str | None, **tls: Any) -> None:
+def status(
+    context: click.Context,
+    /,
+    *,
+    url: str,
+    grpc_address: str | None,
+    token: str | None,
+    model: str | None,
+    **tls: Any,
+) -> None:
     """Show the models of the service, and whether it is ready.
 
     Exit codes: 0 ready; 2 wrong usage; 3 not ready, or no response.
     """
-    with _make_client(url, grpc_address, model=model, tls=tls) as client:
+    with _make_client(url, grpc_address, token=token, model=model, tls=tls) as client:
         service = client.status()
     for served in service.models:
         error = f"  {served.error}" if served.error else ""
@@ -203,17 +220,24 @@ def status(context: click.Context, /, *, url: str, grpc_address: str | None, mod
 
 
 def _make_client(
-    url: str, grpc_address: str | None, *, model: str | None, tls: dict[str, Any], **options: Any
+    url: str,
+    grpc_address: str | None,
+    *,
+    token: str | None,
+    model: str | None,
+    tls: dict[str, Any],
+    **options: Any,
 ) -> BatchingClient:
+    headers = {"authorization": f"Bearer {token}"} if token else {}
     try:
         files = TlsFiles(tls["ca"], tls["cert"], tls["key"])
         if grpc_address is None:
             verify = files.make_ssl_context() if files != TlsFiles() else True
-            return Client(url, model=model, verify=verify, **options)
+            return Client(url, headers=headers, model=model, verify=verify, **options)
         if model is None:
             raise ValueError("--grpc needs --model: the gRPC API cannot list the models of a server")
         credentials = files.make_grpc_credentials() if tls["grpc_tls"] or files != TlsFiles() else None
-        return GrpcClient(grpc_address, model=model, credentials=credentials, **options)
+        return GrpcClient(grpc_address, metadata=list(headers.items()), model=model, credentials=credentials, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 import httpx
@@ -117,8 +117,8 @@ class Client(BatchingClient):
         transport: an `httpx.BaseTransport` that sends the requests. As in httpx, `close()` closes it, and proxies set
             in the environment are not used.
         timeout_s: seconds for one batch, including retries. A connection attempt may take 5 of them.
-        retries: the maximum number of retries of one batch when the connection fails or the service responds with 503.
-            The waits between grow from 0.25 s and respect `Retry-After`, up to 10 s.
+        retries: the maximum number of retries of one batch when the connection fails or the service responds with 503
+            or 429. The waits between grow from 0.25 s and respect `Retry-After`, up to 10 s.
         batch_size: images per request.
 
     Raises:
@@ -161,6 +161,7 @@ class GrpcClient(BatchingClient):
         target: the address of the gRPC API, such as 127.0.0.1:8500. With a channel it is only used in error messages.
         model: the model's name; required, as the gRPC API cannot list the models.
         version: the model's version; the newest by default.
+        metadata: sent with every call, such as `[("authorization", "Bearer secret")]`.
         credentials: for TLS, `grpc.ssl_channel_credentials(...)`; without them the connection is not encrypted.
         channel: a `grpc.Channel` to use. `close()` does not close it, and `credentials` are not used.
         timeout_s: seconds for one batch, including retries; the server receives it as the deadline.
@@ -184,6 +185,7 @@ class GrpcClient(BatchingClient):
         *,
         model: str,
         version: int | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
         credentials: grpc.ChannelCredentials | None = None,
         channel: grpc.Channel | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -196,6 +198,7 @@ class GrpcClient(BatchingClient):
             target,
             model=model,
             version=version,
+            metadata=metadata,
             credentials=credentials,
             channel=channel,
             timeout_s=timeout_s,

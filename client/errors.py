@@ -13,13 +13,13 @@ class ClientError(Exception):
     +-- ImageRejected       one image cannot be read, here or by the service
     +-- ConnectionFailed    no connection to the service, or it was closed
     +-- RequestTimedOut     connected, but no complete response within `timeout_s`
-    +-- ServerBusy          503: the service is starting or overloaded
+    +-- ServerBusy          503, 429: the service is starting or overloaded, or limits requests
     +-- ServerFailed        5xx: the service failed
     +-- ModelNotFound       404: the service does not have this model or version
     +-- RequestRejected     4xx: the service rejects the request as a whole
     +-- UnexpectedResponse  the response is from another server or a proxy
 
-    After a failed connection and a 503 the request is sent again, and the error raised when no retries are left.
+    After a failed connection, a 503 and a 429 the request is sent again, and the error raised when no retries are left.
 
     Example:
         >>> from client import Client, ClientError, ImageRejected
@@ -77,7 +77,7 @@ class RequestTimedOut(ClientError):
 
 
 class ServerBusy(ClientError):
-    """The service responded with 503 on every attempt: it is starting or overloaded.
+    """The service responded with 503 or 429 on every attempt: it is starting or overloaded, or limits requests.
 
     Example:
         >>> from client import Client

@@ -15,7 +15,7 @@ import numpy as np
 
 from client.batches import Batch, halve, separate
 from client.errors import ConnectionFailed, RequestRejected, ServerBusy, UnexpectedResponse
-from client.grpc_errors import InvalidArgumentError, make_error
+from client.grpc_errors import InvalidArgumentError, make_error, read_retry_after
 from client.images import LoadedImage, as_jpeg_or_png
 from client.options import DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, choose_retry_wait_s, is_local_host, validate_options
 from client.predictions import Failure, ModelStatus, Prediction, ServiceStatus
@@ -47,6 +47,7 @@ class GrpcTransport:
         version: int | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         channel: grpc.Channel | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retries: int = DEFAULT_RETRIES,
         sleep: Callable[[float], None] = time.sleep,
@@ -57,6 +58,7 @@ class GrpcTransport:
         self._owns_channel = channel is None
         self._channel = _open_channel(target, credentials) if channel is None else channel
         self._target = target or "the server of the given channel"  # for messages
+        self._metadata = tuple(metadata)
         self._model = model
         self._version = version
         self._timeout_s = timeout_s
@@ -99,7 +101,7 @@ class GrpcTransport:
         """Return the status of the model, without retries."""
         request = prediction_pb2.GetModelStatusRequest(model_spec=self._make_spec(self._version))
         try:
-            response = self._get_status(request, timeout=self._timeout_s)
+            response = self._get_status(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise make_error(error, target=self._target, timeout_s=self._timeout_s) from error
         models = tuple(
@@ -198,12 +200,14 @@ class GrpcTransport:
         while True:
             attempt += 1
             try:
-                return self._predict(request, timeout=max(0.001, deadline_s - time.monotonic()))
+                timeout_s = max(0.001, deadline_s - time.monotonic())
+                return self._predict(request, timeout=timeout_s, metadata=self._metadata)
             except grpc.RpcError as rpc_error:
                 error = make_error(rpc_error, target=self._target, timeout_s=self._timeout_s)
+                retry_after = read_retry_after(rpc_error)
             if not isinstance(error, (ConnectionFailed, ServerBusy)):
                 raise error
-            self._sleep(choose_retry_wait_s(error, attempt, self._retries, deadline_s))
+            self._sleep(choose_retry_wait_s(error, attempt, self._retries, deadline_s, retry_after=retry_after))
 
     def _make_spec(self, version: int | None, signature: str = "") -> Any:
         spec = prediction_pb2.ModelSpec(name=self._model, signature_name=signature)

@@ -26,11 +26,21 @@ class InvalidArgumentError(ClientError):
     """The server rejects the content of a request: one of the images, or their number."""
 
 
+def read_retry_after(rpc_error: Any) -> str | None:
+    """Return the seconds after which a server asks to repeat a failed call, if it does."""
+    for key, value in rpc_error.trailing_metadata() or ():
+        if key == "retry-after":
+            return str(value)
+    return None
+
+
 def make_error(rpc_error: Any, *, target: str, timeout_s: float) -> ClientError:
     """Return the error for a failed call to `target`."""
     code, details = rpc_error.code(), rpc_error.details() or "no details"
     error: ClientError
     match code:
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if read_retry_after(rpc_error) is not None:
+            error = ServerBusy(f"{target} limits requests: {details}")
         case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.RESOURCE_EXHAUSTED:
             error = InvalidArgumentError(details)
         case grpc.StatusCode.NOT_FOUND:
@@ -41,7 +51,9 @@ def make_error(rpc_error: Any, *, target: str, timeout_s: float) -> ClientError:
                 "image_bytes, as exports of this project have it"
             )
         case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
-            error = RequestRejected(f"{target} denied access ({details}); pass a channel with valid credentials")
+            error = RequestRejected(
+                f"{target} denied access ({details}); pass valid credentials with metadata or a channel (--token)"
+            )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             error = RequestTimedOut(
                 f"no response from {target} within {timeout_s:g} s; allow more time with timeout_s "

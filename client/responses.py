@@ -121,6 +121,8 @@ def read_status(response: Response) -> ServiceStatus:
     match response.json:
         case {"ready": bool(ready), "models": list(rows)}:
             reason = response.json.get("reason")
+        case {"ready": bool(ready)}:  # the service requires tokens
+            rows, reason = [], None if ready else "it gives the reason to callers with a token (--token)"
         case _:
             raise response.unexpected("the service's readiness as JSON")
     models = []
@@ -141,10 +143,12 @@ def make_error(response: Response) -> ClientError:
             f"the service at {url} is not ready: {response.error or response.summary}; "
             f"check with `{_status_command(url)}`"
         )
+    if response.status == 429:
+        return ServerBusy(f"the service at {url} limits requests: {response.error or response.summary}")
     if response.status in (401, 403):
         return RequestRejected(
             f"the service at {url} denied access ({response.error or response.summary}); "
-            "pass valid credentials with auth or headers"
+            "pass valid credentials with auth or headers (--token)"
         )
     if response.error is None:
         return response.unexpected("predictions or an error as JSON")

@@ -91,7 +91,7 @@ class RestApi:
         yield read_status(response)
 
     def _post_images(self, images: Sequence[LoadedImage]) -> Generator[Request, Response | ConnectionFailed, Response]:
-        """Post images; retry while the connection fails or the service responds with 503."""
+        """Post images; retry while the connection fails or the service responds with 503 or 429."""
         content, content_type = encode_form(images)
         headers, deadline_s = {"Content-Type": content_type}, time.monotonic() + self.timeout_s
         request = Request("POST", "/predict", deadline_s, params=self._params, headers=headers, content=content)
@@ -102,7 +102,7 @@ class RestApi:
             error: ClientError
             if isinstance(response, ConnectionFailed):
                 error, retry_after = response, None
-            elif response.status == 503:
+            elif response.status in (429, 503):
                 error, retry_after = make_error(response), response.retry_after
             else:
                 return response

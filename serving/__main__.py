@@ -120,6 +120,11 @@ def _read_model(text: str) -> tuple[str, Path]:
 @_option("--tls-key", "Private key of the certificate (PEM, not encrypted).", type=_FILE)
 @_option("--tls-client-ca", "Require client certificates that these authorities issued (PEM).", type=_FILE)
 @_option(
+    "--verify-key",
+    "Serve only versions that were signed with the private key of this public key (PEM); needs the extra 'signing'.",
+    type=_FILE,
+)
+@_option(
     "--allow-model-control",
     "Let requests of the Open Inference Protocol load and unload models.",
     is_flag=True,
@@ -127,6 +132,36 @@ def _read_model(text: str) -> tuple[str, Path]:
 @_option("--log-level", "Log messages of this level and above, to standard error.", type=click.Choice(LOG_LEVELS))
 @_option("--log-format", "Format of all log lines: text, or a JSON object a line.", type=click.Choice(LOG_FORMATS))
 @_option("--access-log", "Log a line per request, to standard output.", is_flag=True)
+@_option(
+    "--auth-token-file",
+    "Require one of the bearer tokens in this file, for everything but health checks. Each line is "
+    "NAME SCOPE[,SCOPE] sha256:HASH, made by python -m serving.access.",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+)
+@_option("--metrics-public", "Serve the metrics without a token.", is_flag=True)
+@_option(
+    "--allow-remote-reload",
+    "Without tokens, let callers on other machines change the served models.",
+    is_flag=True,
+)
+@_option(
+    "--rate-limit",
+    "Requests per second of each token, or without tokens of each address; more are refused with 429.",
+    type=float,
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    envvar="SERVING_CORS_ORIGIN",
+    help="An origin whose pages may call the service, such as https://app.example.com; * for all; may be repeated.",
+)
+@_option(
+    "--forwarded-allow-ips",
+    "Proxies whose X-Forwarded-For and X-Forwarded-Proto are believed: addresses and networks, separated by commas.",
+    metavar="ADDRESSES",
+)
+@_option("--url-prefix", "Serve all HTTP routes below this path, such as /models-api.", metavar="PATH")
 @click.pass_context
 def main(context: click.Context, /, **options: Any) -> None:
     """Serve the newest version of every model in a folder over HTTP and gRPC.

@@ -12,6 +12,13 @@ from typing import Any
 from flask import Response, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
+from serving.access.cors import CorsPolicy
+from serving.access.http import HttpAccess
+from serving.access.model_folders import ModelFolders
+from serving.access.peers import TrustedProxies
+from serving.access.policy import AccessPolicy
+from serving.access.rate_limit import RateLimiter
+from serving.access.tokens import TokenFile
 from serving.api import monitoring
 from serving.api.flask_app import ServingApp, current_app, error_response, json_response
 from serving.api.open_inference import routes as open_inference
@@ -32,6 +39,7 @@ from serving.inference.row_independence import find_dependent_signatures
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.service import InferenceService
 from serving.inference.signatures import Predictor
+from serving.inference.version_signature import SignatureVerifier
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 from serving.observer import RequestObserver
@@ -96,6 +104,7 @@ def make_app(settings: Settings) -> ServingApp:
         ),
         liveness=liveness,
         memory=memory,
+        policy=make_policy(settings),
     )
     for module in (predict, tensorflow_serving, open_inference, monitoring, openapi, web):
         app.register_blueprint(module.blueprint)
@@ -103,14 +112,52 @@ def make_app(settings: Settings) -> ServingApp:
     app.register_error_handler(ServingError, error_response)
     app.register_error_handler(HTTPException, _http_error_response)
     app.register_error_handler(Exception, _internal_error_response)
+    add_access(app)
     return app
+
+
+def make_policy(settings: Settings) -> AccessPolicy:
+    """Make the access policy of HTTP and gRPC.
+
+    Raises:
+        StartupError: the token file or a setting of access control is invalid.
+    """
+    configs = read_config_file(settings.model_config_file) if settings.model_config_file else ()
+    listed = [config.base_path for config in configs]
+    around = {path.parent for path in listed} - {Path("/")}  # below which is everything
+    return AccessPolicy(
+        TokenFile(settings.auth_token_file) if settings.auth_token_file else None,
+        RateLimiter(settings.rate_limit) if settings.rate_limit else None,
+        TrustedProxies(settings.forwarded_allow_ips),
+        ModelFolders([settings.models_dir, *sorted(around)], [*listed, *(path for _, path in settings.models)]),
+        allow_remote_reload=settings.allow_remote_reload,
+    )
+
+
+def add_access(app: ServingApp) -> None:
+    """Put the access control of HTTP in front of the app's routes, unless it has nothing to do.
+
+    Raises:
+        StartupError: an origin is invalid.
+    """
+    settings = app.settings
+    cors = CorsPolicy(settings.cors_origins) if settings.cors_origins else None
+    access = HttpAccess(app.policy, cors, prefix=settings.url_prefix, metrics_public=settings.metrics_public)
+    if access.is_needed(allows_model_control=settings.allow_model_control):
+        app.access = access
+    if cors:
+
+        @app.after_request
+        def add_cors_headers(response: Response) -> Response:
+            response.headers.extend(cors.headers(request.headers.get("Origin")))
+            return response
 
 
 def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) -> ModelRepository:
     """Make the model repository; its models are not loaded yet.
 
     Raises:
-        StartupError: the models folder does not exist, or the model config is invalid.
+        StartupError: the models folder does not exist, the model config is invalid, or --verify-key cannot be used.
     """
     if settings.remote:
         from serving.inference.remote import RemoteRepository
@@ -140,6 +187,7 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
         load_predictor=partial(SavedModelPredictor, intra_op_threads=settings.intra_op_threads),
         find_dependent=find_dependent_signatures,
         wrap_predictor=batch,
+        verify_signature=SignatureVerifier(settings.verify_key) if settings.verify_key else None,
     )
 
 

@@ -118,14 +118,36 @@ class ModelNotFound(ServingError):
     code = "NOT_FOUND"
 
 
-class ModelControlOff(ServingError):
-    """The request would load or unload a model, and the service does not allow it."""
+class Unauthenticated(ServingError):
+    """The caller has no valid token."""
+
+    status = 401
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDenied(ServingError):
+    """The caller may not do this."""
 
     status = 403
     code = "PERMISSION_DENIED"
 
+
+class ModelControlOff(PermissionDenied):
+    """The request would load or unload a model, and the service does not allow it."""
+
     def __init__(self) -> None:
         super().__init__("models may not be loaded or unloaded by requests; --allow-model-control allows it")
+
+
+class RateLimited(ServingError):
+    """The caller has sent more requests than it may."""
+
+    status = 429
+    code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class TooLarge(ServingError):

@@ -56,10 +56,18 @@ class Settings:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    verify_key: Path | None = None
     allow_model_control: bool = False
     log_level: str = "info"
     log_format: str = "text"
     access_log: bool = False
+    auth_token_file: Path | None = None
+    metrics_public: bool = False
+    allow_remote_reload: bool = False
+    rate_limit: float | None = None  # requests per second of each caller; None: no limit
+    cors_origins: tuple[str, ...] = ()
+    forwarded_allow_ips: str = ""  # addresses and networks of trusted proxies, separated by commas
+    url_prefix: str = ""
 
     @property
     def image_limits(self) -> ImageLimits:
@@ -85,6 +93,7 @@ class Settings:
             ("max_connections", 1, 1_000_000),
             ("max_rows", 1, 100_000_000),
             ("memory_budget", MIN_MEMORY_BUDGET, 2**50),
+            ("rate_limit", 0.001, 1_000_000),
         ):
             value = getattr(self, name)
             if value is not None and not smallest <= value <= largest:
@@ -100,10 +109,17 @@ class Settings:
             raise StartupError("--remote-model names a model at another server; name that too, with --remote")
         if self.grpc_port and self.grpc_port == self.rest_port:
             raise StartupError(f"--grpc-port and --rest-port are both {self.rest_port}; choose another for one")
+        if not re.fullmatch("(/[A-Za-z0-9._~-]+)*", self.url_prefix):
+            raise StartupError(
+                f"--url-prefix takes a path of letters, digits and . _ ~ - without a slash at its end, such as "
+                f"/models-api, not {self.url_prefix}"
+            )
         if bool(self.tls_cert) != bool(self.tls_key):
             raise StartupError("--tls-cert and --tls-key belong together: give the certificate and its key")
         if self.tls_client_ca and not self.tls_cert:
             raise StartupError("--tls-client-ca needs --tls-cert and --tls-key: client certificates are a part of TLS")
+        if self.verify_key and self.remote:
+            raise StartupError("--verify-key and --remote: the remote server loads the models, unverified; drop one")
         if self.log_format not in LOG_FORMATS:
             raise StartupError(f"--log-format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format}")
         if self.log_level not in LOG_LEVELS:

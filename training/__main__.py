@@ -1,4 +1,4 @@
-"""Command line: `python -m training train | evaluate | export | import | convert | samples`."""
+"""Command line: `python -m training train | evaluate | export | import | convert | sign | samples`."""
 
 from __future__ import annotations
 
@@ -258,6 +258,21 @@ def convert(model: Path, *, to: str, output: Path | None) -> None:
 
 
 main.add_command(import_command)
+
+
+@main.command()
+@click.argument("version", type=FOLDER)
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    help="Private key of an elliptic curve (PEM).",
+)
+def sign(version: Path, *, key: Path) -> None:
+    """Sign all files of VERSION, models/NAME/VERSION, so that `serving --verify-key` accepts it (OpenSSF format)."""
+    from training.exporter.signing import sign_version
+
+    click.echo(f"signed         {sign_version(version, key)}")
 
 
 @main.command()

@@ -16,6 +16,8 @@ from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.routing import MapAdapter, Rule
 
+from serving.access.http import TOKEN_NAME, HttpAccess
+from serving.access.policy import AccessPolicy
 from serving.api.json_process import JsonProcess
 from serving.api.operation import Operation
 from serving.errors import ServingError
@@ -25,7 +27,7 @@ from serving.memory import MemoryBudget, RequestMemory
 from serving.metrics import Metrics
 from serving.model_watcher import ModelWatcher
 from serving.observer import RequestObserver
-from serving.request_context import RequestContext, current_request
+from serving.request_context import UNROUTED, RequestContext, current_request
 from serving.settings import Settings
 
 # Health checks, which come before other requests and do not wait for models.
@@ -85,6 +87,7 @@ class ServingApp(Flask):
         observer: RequestObserver,
         liveness: Liveness,
         memory: MemoryBudget,
+        policy: AccessPolicy,
     ) -> None:
         super().__init__("serving.api", static_folder=None)
         self.settings = settings
@@ -93,6 +96,8 @@ class ServingApp(Flask):
         self.observer = observer
         self.liveness = liveness
         self.memory = memory
+        self.policy = policy
+        self.access: HttpAccess | None = None  # None: every request is admitted
         self.watcher = ModelWatcher(inference.repository, memory, liveness, poll_interval_s=settings.poll_interval_s)
         self.loads_models = False  # True: the first request starts the watcher; False: the server does
         self.operations: list[Operation] = []  # describe the routes, for /openapi.json
@@ -111,7 +116,13 @@ class ServingApp(Flask):
             return self.wsgi_app(environ, start_response)
         memory = RequestMemory(self.memory)
         context = RequestContext(time.monotonic() + self.settings.request_timeout_s, memory=memory)
+        refusal = self.access.admit(environ) if self.access else None
         _describe(context, environ)
+        if refusal:
+            context.status, context.route = refusal.status[:3], UNROUTED
+            self.observer.report(context)
+            start_response(refusal.status, [*refusal.headers, ("X-Request-ID", context.request_id)])
+            return [refusal.body]
         token = current_request.set(context)
         try:
             if self.loads_models:
@@ -178,11 +189,17 @@ def _describe(context: RequestContext, environ: Mapping[str, Any]) -> None:
     """Note what log and metrics report about a request."""
     context.method = environ["REQUEST_METHOD"]
     context.client = environ.get("REMOTE_ADDR", "")
+    context.caller = environ.get(TOKEN_NAME, "")
     context.request_id = environ.get("HTTP_X_REQUEST_ID", "")
 
 
 # Flask's proxy of the app, typed.
 current_app = cast(ServingApp, flask.current_app)
+
+
+def shows_details() -> bool:
+    """Return whether the caller of an open route may see more than a status: with tokens, one that has sent a token."""
+    return not current_app.policy.has_tokens or bool(current_request.get().caller)
 
 
 class KnownPaths(MapAdapter):

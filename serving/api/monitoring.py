@@ -7,7 +7,7 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from serving.api.flask_app import current_app
+from serving.api.flask_app import current_app, shows_details
 from serving.api.operation import BOOLEAN, COUNT, STRING, VERSION, Operation, json_body, list_of, nullable, object_of
 from serving.metrics import CONTENT_TYPE
 from serving.settings import Settings
@@ -27,10 +27,12 @@ def readyz() -> tuple[dict[str, Any], int]:
     """Return 200 when at least one model and all required models are loaded and warmed up, else 503 with the reason.
 
     `models` lists every version that was tried to load, with its `error`. `problems` lists the folders that cannot be
-    read; `model` is null for the models folder itself.
+    read; `model` is null for the models folder itself. Where tokens are required, callers without one get only `ready`.
     """
     repository = current_app.inference.repository
     reason = repository.not_ready_because
+    if not shows_details():
+        return {"ready": reason is None}, 200 if reason is None else 503
     models = [
         {
             "name": version.name,
@@ -70,7 +72,8 @@ def describe_operations(_: Settings) -> Sequence[Operation]:
             "reason": nullable(STRING),
             "models": list_of(model),
             "problems": list_of(object_of({"model": nullable(STRING), "error": STRING})),
-        }
+        },
+        optional=("reason", "models", "problems"),  # not shown without a token, where tokens are required
     )
     return (
         Operation(

@@ -50,7 +50,15 @@ def make_handler(
         remaining_s = call.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         memory = RequestMemory(budget)
-        context = RequestContext(deadline_s, memory=memory, protocol="gRPC", client=call.peer(), route=route)
+        admitted = current_request.get()  # of access control, where it is on
+        context = RequestContext(
+            deadline_s,
+            memory=memory,
+            caller=admitted.caller,
+            client=admitted.client or call.peer(),
+            protocol="gRPC",
+            route=route,
+        )
         metadata = call.invocation_metadata()
         for name, value in metadata:
             if name == REQUEST_ID:

@@ -11,20 +11,20 @@ from typing import Any
 from google.protobuf import json_format
 
 from serving.greenlets import run_sized
-from serving.grpc.open_inference_messages import count_elements, parse, render
+from serving.grpc.handlers import OBJECT_BYTES
+from serving.grpc.open_inference_messages import parse, render
 from serving.grpc.protos import open_inference_pb2 as pb2
 from serving.inference.liveness import Liveness
 from serving.inference.service import InferenceService
 from serving.open_inference import descriptions
 from serving.open_inference.results import run
+from serving.request_context import current_request
 
 SERVICE = pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 OPEN_INFERENCE_SERVICE: str = SERVICE.full_name
 POOL = pb2.DESCRIPTOR.pool  # holds the descriptors of the service and its messages
 
 LONG_METHODS = ("RepositoryModelLoad", "RepositoryModelUnload")  # they block for long: they load models
-
-ELEMENT_BYTES = 4  # what an element of typed contents counts towards the size of a request that a thread parses
 
 
 class GrpcInferenceService:
@@ -56,7 +56,9 @@ class GrpcInferenceService:
     def model_infer(self, request: Any) -> Any:
         """Run a model: the signature in the parameter `signature_name`, or the one that has the request's inputs."""
         version = self._inference.resolve(request.model_name, version=request.model_version or None)
-        size = count_elements(request) * ELEMENT_BYTES
+        memory = current_request.get().memory
+        assert memory is not None
+        size = memory.held_bytes // (1 + OBJECT_BYTES)  # of the message; its own ByteSize() would encode it again
         parsed = run_sized(size, parse, request, version.name, version.predictor.signatures)
         result = run(self._inference, version, parsed)
         return run_sized(sum(array.nbytes for array in result.outputs.values()), render, parsed, result)

@@ -73,7 +73,7 @@ def parse(message: Any, model: str, signatures: Mapping[str, Signature]) -> Infe
         index, tensor = described["data"]
         if not raw:
             return _read_contents(tensor.contents, spec, shape)
-        if tensor.contents.ByteSize():
+        if tensor.contents.ListFields():
             raise refusal(spec, "it is in contents, but raw_input_contents is for all inputs; use one of them")
         return decode_binary(memoryview(raw[index]), spec, shape)
 
@@ -98,14 +98,6 @@ def render(request: InferRequest, result: InferenceResult) -> Any:
         else:
             _write_contents(tensor.contents, output)
     return response
-
-
-def count_elements(message: Any) -> int:
-    """Return the number of elements in typed contents: of them, and not of raw ones, the time to parse depends."""
-    if message.raw_input_contents:
-        return 0
-    fields = {field for field, _ in _CONTENTS.values()}
-    return sum(len(getattr(tensor.contents, field)) for tensor in message.inputs for field in fields)
 
 
 def _read_parameters(parameters: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import grpc
 import uvloop
 from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
@@ -25,8 +25,10 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from serving.access.policy import AccessPolicy
 from serving.errors import ModelNotFound, StartupError
 from serving.greenlets import LoopGreenlets, lower_priority
+from serving.grpc.access import GuardedHandlers
 from serving.grpc.handlers import make_handler
 from serving.grpc.open_inference import LONG_METHODS, OPEN_INFERENCE_SERVICE, POOL, GrpcInferenceService
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
@@ -75,6 +77,7 @@ class GrpcServer:
         observer: reports every call.
         budget: memory for messages.
         liveness: the health service reports NOT_SERVING while it has a problem.
+        policy: decides which calls are admitted.
         address: "host:port".
         threads: worker threads for large requests.
         max_message_bytes: the largest request.
@@ -90,6 +93,7 @@ class GrpcServer:
         observer: RequestObserver,
         budget: MemoryBudget,
         liveness: Liveness,
+        policy: AccessPolicy,
         *,
         address: str,
         threads: int,
@@ -106,7 +110,7 @@ class GrpcServer:
         thread = Thread(target=self._loop.run_forever, name="grpc-loop", daemon=True)
         thread.start()
         liveness.watch_thread(thread)
-        start = self._start(address, observer, budget, threads)
+        start = self._start(address, observer, budget, policy, threads)
         self._server = asyncio.run_coroutine_threadsafe(start, self._loop).result()
 
     def stop(self, *, grace_s: float) -> None:
@@ -114,7 +118,7 @@ class GrpcServer:
         asyncio.run_coroutine_threadsafe(self._server.stop(grace_s), self._loop).result()
 
     async def _start(
-        self, address: str, observer: RequestObserver, budget: MemoryBudget, threads: int
+        self, address: str, observer: RequestObserver, budget: MemoryBudget, policy: AccessPolicy, threads: int
     ) -> grpc.aio.Server:
         server = grpc.aio.server(
             options=[
@@ -134,7 +138,7 @@ class GrpcServer:
             observer=observer,
         )
         prediction = PredictionService(self._inference, max_bytes=self._max_message_bytes)
-        models = ModelService(self._inference)
+        models = ModelService(self._inference, policy.model_folders)
         metadata, reload = get_model_metadata_pb2.GetModelMetadataRequest, model_management_pb2.ReloadConfigRequest
         services: dict[str, dict[str, tuple[Any, Any]]] = {
             PREDICTION_SERVICE: {
@@ -148,6 +152,7 @@ class GrpcServer:
             OPEN_INFERENCE_SERVICE: GrpcInferenceService(self._inference, self._liveness).methods(),
             HEALTH_SERVICE: {"Check": (self._check_health, health_pb2.HealthCheckRequest)},
         }
+        guarded = GuardedHandlers(policy, observer)
         for service, methods in services.items():
             handlers = {
                 name: make(
@@ -159,9 +164,13 @@ class GrpcServer:
                 )
                 for name, (method, request) in methods.items()
             }
-            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+            guarded.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         _describe_services()
-        reflection.enable_server_reflection((*services, reflection.SERVICE_NAME), server, pool=_Pools())
+        described = (*services, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            reflection.aio.ReflectionServicer(described, pool=_Pools()), guarded
+        )
+        server.add_generic_rpc_handlers((guarded,))
         try:
             if self._credentials is None:
                 server.add_insecure_port(address)

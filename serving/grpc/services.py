@@ -13,6 +13,7 @@ from typing import Any
 
 from tensorflow_serving.apis import get_model_metadata_pb2, model_management_pb2, predict_pb2
 
+from serving.access.model_folders import ModelFolders
 from serving.errors import InvalidRequest, ModelFailed, ServingError
 from serving.greenlets import run_sized
 from serving.inference.model_config import read_config
@@ -76,10 +77,11 @@ class PredictionService:
 
 
 class ModelService:
-    """Reports the state of the models, and replaces the served models."""
+    """Reports the state of the models, and replaces the served models by those of allowed folders."""
 
-    def __init__(self, inference: InferenceService) -> None:
+    def __init__(self, inference: InferenceService, model_folders: ModelFolders) -> None:
         self._inference = inference
+        self._model_folders = model_folders
 
     def get_model_status(self, request: Any) -> Any:
         """Return the state of all versions of a model, or of the requested version."""
@@ -91,6 +93,7 @@ class ModelService:
         """Serve exactly the models of the new configuration; responds when they are loaded."""
         try:
             configs = read_config(request.config)
+            self._model_folders.check(configs)
             logger.info("new configuration: %s", ", ".join(config.name for config in configs) or "no models")
             self._inference.repository.reload(configs)
         except ServingError:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 from typing_extensions import override
 from uvicorn.config import Config
@@ -25,7 +26,17 @@ from serving.errors import Overloaded, ServingError
 from serving.greenlets import SMALL_BYTES, LoopGreenlets, lower_priority
 from serving.http.parser import RequestParser
 from serving.http.request import BodyReceiver, Request, RequestFault
-from serving.http.wsgi import Response, WsgiApp, call_app, encode_head, error_response, make_environ, refusal_response
+from serving.http.wsgi import (
+    Environ,
+    Response,
+    WsgiApp,
+    add_body,
+    call_app,
+    encode_head,
+    error_response,
+    make_environ,
+    refusal_response,
+)
 from serving.memory import MemoryBudget, RequestMemory
 from serving.request_context import UNROUTED, RequestContext, current_request
 
@@ -46,6 +57,19 @@ TCP_CLOSED = 7  # Linux's TCP state after a reset
 _TCP_INFO = struct.Struct("=24xI92xQ16xI")
 
 
+class AccessControl(Protocol):
+    """Decides at the end of a request's headers, before its body is received."""
+
+    def admit(self, environ: Environ) -> Response | None:
+        """Return the response to a request that the application must not see; None if it may.
+
+        The environ may be changed; the log has its "REMOTE_ADDR".
+        """
+
+    def decorate(self, environ: Environ, response: Response) -> None:
+        """Add the headers that every response needs to one that the application has not made."""
+
+
 @dataclass(eq=False)
 class SharedState:
     """State shared by all connections of one server; made in the thread of its event loop."""
@@ -56,6 +80,7 @@ class SharedState:
     request_timeout_s: float  # from the end of a request to its response
     threads: int  # for calls that would block the event loop
     urgent_paths: Collection[bytes]  # processed before other requests: health checks
+    access: AccessControl | None = None  # None: every request is admitted
     # Called with each request that is refused before it reaches the application; gives it an ID.
     report_refused: Callable[[RequestContext], None] = lambda _: None
 
@@ -157,6 +182,14 @@ class Connection(RequestParser):
     def _begin(self, request: Request) -> None:
         self.idle_since_s = math.inf
         request.timeout_s = self.shared.request_timeout_s
+        if self.shared.access:
+            request.environ = make_environ(request.scope)
+            refusal = self.shared.access.admit(request.environ)
+            request.client = request.environ["REMOTE_ADDR"]
+            if refusal:
+                self._report_refused(request, refusal)
+                self._write(request, refusal)
+                return
         if request.timeout is not None:
             try:
                 seconds = float(request.timeout)
@@ -228,7 +261,8 @@ class Connection(RequestParser):
 
     def _respond(self, request: Request, body: bytes, context: RequestContext) -> None:
         current_request.set(context)
-        environ = make_environ(request.scope, body)
+        environ, request.environ = request.environ or make_environ(request.scope), None
+        add_body(environ, body, declared_bytes=request.declared_bytes)
         del body  # frees the memory as soon as the application drops it
         try:
             response = call_app(self.shared.app, environ)
@@ -242,13 +276,15 @@ class Connection(RequestParser):
 
     def _reject(self, request: Request, response: Response, *, shed_reason: str = "") -> None:
         """Respond to a request that does not reach the application."""
+        if self.shared.access and request.environ is not None:
+            self.shared.access.decorate(request.environ, response)
         self._report_refused(request, response, shed_reason)
         self._write(request, response)
 
     def _report_refused(self, request: Request | None, response: Response, shed_reason: str = "") -> None:
         """Report a refused request, and add its ID to the response. Without a request, its headers are not known."""
         context = RequestContext(
-            client=self.client[0] if self.client else "",
+            client=request.client if request else self.client[0] if self.client else "",
             status=response.status[:3],
             route=UNROUTED,
             shed_reason=shed_reason,

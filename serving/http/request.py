@@ -11,6 +11,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serving.greenlets import SMALL_BYTES
+from serving.http.wsgi import Environ
 from serving.memory import RequestMemory
 
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers
@@ -48,7 +49,9 @@ class Request(RequestResponseCycle):
         self.body = bytearray()
         self.more_body = True
         self.response_complete = False
-        self.declared_bytes: int | None = None  # Content-Length
+        self.declared_bytes: int | None = None  # Content-Length; of a chunked body that is too long, what has arrived
+        self.environ: Environ | None = None  # made early where there is access control
+        self.client: str = scope["client"][0] if scope["client"] else ""  # its IP address
         self.timeout: bytes | None = None  # X-Request-Timeout-S
         self.timeout_s = 0.0  # from the end of the request to its response
         self.waited_s = 0.0  # for memory for the body; counts towards the timeout
@@ -140,7 +143,7 @@ class BodyReceiver:
             size += len(message["body"])
             if size > self._max_bytes:
                 request.keep_alive = False
-                cast(Any, request.scope["headers"]).append((b"content-length", str(size).encode()))
+                request.declared_bytes = size
                 return b""
             if size > reserved:
                 if is_small and size > SMALL_BYTES:  # a chunked body

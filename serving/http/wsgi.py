@@ -15,6 +15,15 @@ import orjson
 from serving.errors import ServingError
 
 Environ = dict[str, Any]
+
+_REASONS = {
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    413: "Content Too Large",
+    429: "Too Many Requests",
+    503: "Service Unavailable",
+}
 WsgiApp = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 
 
@@ -27,8 +36,10 @@ class Response:
     body: bytes
 
 
-def make_environ(scope: Mapping[str, Any], body: bytes) -> Environ:
+def make_environ(scope: Mapping[str, Any]) -> Environ:
     """Make the environ of a request from its ASGI scope, which also has the raw request target as "target".
+
+    Without its body, which `add_body` adds.
 
     Headers with "_" in their name are dropped: in an environ they cannot be distinguished from those with "-".
     """
@@ -46,7 +57,6 @@ def make_environ(scope: Mapping[str, Any], body: bytes) -> Environ:
         "REMOTE_ADDR": scope["client"][0] if scope["client"] else "",
         "wsgi.version": (1, 0),
         "wsgi.url_scheme": scope["scheme"],
-        "wsgi.input": io.BytesIO(body),
         "wsgi.input_terminated": True,
         "wsgi.errors": sys.stderr,
         "wsgi.multithread": True,
@@ -57,10 +67,17 @@ def make_environ(scope: Mapping[str, Any], body: bytes) -> Environ:
         if key := _environ_key(name):
             text = value.decode("latin-1")
             environ[key] = f"{environ[key]},{text}" if key in environ else text
+    return environ
+
+
+def add_body(environ: Environ, body: bytes, *, declared_bytes: int | None) -> None:
+    """Add the body to an environ: empty, with its declared length, if it is too long."""
+    environ["wsgi.input"] = io.BytesIO(body)
     if body:
         environ["CONTENT_LENGTH"] = str(len(body))
         environ.pop("HTTP_TRANSFER_ENCODING", None)
-    return environ
+    elif declared_bytes is not None:
+        environ["CONTENT_LENGTH"] = str(declared_bytes)
 
 
 def call_app(app: WsgiApp, environ: Environ) -> Response:
@@ -101,7 +118,7 @@ def error_response(status: str, message: str) -> Response:
 
 def refusal_response(error: ServingError) -> Response:
     """Make the response to a request that was refused before it reached the application."""
-    reason = {413: "Content Too Large", 503: "Service Unavailable"}.get(error.status, "Error")
+    reason = _REASONS.get(error.status, "Error")
     response = error_response(f"{error.status} {reason}", str(error))
     if error.retry_after_s is not None:
         response.headers.append(("Retry-After", str(error.retry_after_s)))

@@ -68,6 +68,8 @@ class LocalRepository(ModelRepository):
         find_dependent: returns the signatures of a version whose rows influence each other.
         wrap_predictor: wraps the warmed-up predictor for requests, for example in a `Batcher`. Its arguments are the
             model's name, the predictor, and the signatures whose requests must not be batched.
+        verify_signature: verifies the signature of a version's folder before anything of it is loaded; raises
+            `ModelLoadError`. Without it, checksums are verified, where a version has them.
     """
 
     def __init__(
@@ -78,12 +80,14 @@ class LocalRepository(ModelRepository):
         load_predictor: Callable[[Path], Predictor] = SavedModelPredictor,
         find_dependent: Callable[[Path, Predictor], Collection[str]] = lambda *_: (),
         wrap_predictor: Callable[[str, Predictor, Collection[str]], Predictor] = lambda _, predictor, __: predictor,
+        verify_signature: Callable[[Path], None] | None = None,
     ) -> None:
         super().__init__((), required=required)
         self._list_configs = configs
         self._load_predictor = load_predictor
         self._find_dependent = find_dependent
         self._wrap_predictor = wrap_predictor
+        self._verify_signature = verify_signature
         self._volumes = Volumes()
         self._retries = Retries()
         self._loaded_versions: dict[tuple[str, int], _LoadedVersion] = {}
@@ -241,11 +245,13 @@ class LocalRepository(ModelRepository):
     def _is_verified(self, name: str, version: int, path: Path) -> bool:
         """Return True if a version's verification is done or not needed; otherwise start it."""
         key, stamp = (name, version), read_stamp(path)
-        if not self._retries.is_due(key, stamp) or not has_checksums(path):
+        if not self._retries.is_due(key, stamp) or not self._needs_verification(path):
             return True
         verification = self._verifications.get(key)
         if verification is None or (verification.done and verification.stamp != stamp):
-            verification = Verification(path, stamp, notify=lambda: self._released.put(None))
+            verification = Verification(
+                path, stamp, notify=lambda: self._released.put(None), verify=self._verify_signature
+            )
             self._verifications[key] = verification
             if self._statuses.get(name, {}).get(version) is None:
                 self._set_status(VersionStatus(name, version))
@@ -253,6 +259,9 @@ class LocalRepository(ModelRepository):
             return True
         self._unverified.add(key)
         return False
+
+    def _needs_verification(self, path: Path) -> bool:
+        return self._verify_signature is not None or has_checksums(path)
 
     @override
     def _unload(self, name: str, *, keep: set[int]) -> None:
@@ -264,6 +273,9 @@ class LocalRepository(ModelRepository):
         stamp = read_stamp(path)
         if not self._retries.is_due((name, version), stamp):
             return False
+        verification = self._verifications.pop((name, version), None)
+        if self._needs_verification(path) and (verification is None or verification.stamp != stamp):
+            return False  # its files changed, or it became due, since `_is_verified`
         started_s = time.perf_counter()
         counts = self._load_counts.get(name, LoadCounts())
         before = self._statuses.get(name, {}).get(version)
@@ -271,7 +283,9 @@ class LocalRepository(ModelRepository):
         if version not in self._available.get(name, {}):  # otherwise its files were replaced
             self._set_status(VersionStatus(name, version, state="LOADING"))
         try:
-            records = self._load_files(name, version, path)
+            if verification is not None and verification.error is not None:
+                raise verification.error
+            records = self._load_files(name, version, path, stamp)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a faulty model must not affect others
@@ -290,13 +304,10 @@ class LocalRepository(ModelRepository):
         )
         return True
 
-    def _load_files(self, name: str, version: int, path: Path) -> int:
-        """Load, warm up and serve a version; returns the number of warm-up records replayed."""
+    def _load_files(self, name: str, version: int, path: Path, stamp: Stamp) -> int:
+        """Load, warm up and serve a version with this stamp; returns the number of warm-up records replayed."""
         if printable(str(path)) != str(path):
             raise ModelLoadError(f"{path}: the name is not valid UTF-8; rename the folder", code="INVALID_ARGUMENT")
-        verification = self._verifications.pop((name, version), None)
-        if verification is not None and verification.error is not None:
-            raise verification.error
         model_stamp, info_stamp = read_model_stamp(path), read_stamp(path / INFO_FILE)
         warmup_stamp = read_stamp(path / WARMUP_FILE)
         started_s = time.perf_counter()
@@ -313,14 +324,38 @@ class LocalRepository(ModelRepository):
             load_s=warmed_up_s - started_s,
             warmup_s=warmed_up_s - loaded_s,
         )
-        self._publish(status, _LoadedVersion(path, predictor, unbatched, model_stamp, info_stamp, warmup_stamp))
+        loaded = _LoadedVersion(path, predictor, unbatched, model_stamp, info_stamp, warmup_stamp)
+        self._publish(status, loaded, verified=stamp)
         return records
 
     def _publish(
-        self, status: VersionStatus, loaded: _LoadedVersion, *, info_problem: str = "", warmup_problem: str = ""
+        self,
+        status: VersionStatus,
+        loaded: _LoadedVersion,
+        *,
+        info_problem: str = "",
+        warmup_problem: str = "",
+        verified: Stamp | None = None,
     ) -> None:
-        """Make a loaded version available with its model info, and report its limitations."""
-        info, problem = read_model_info(loaded.path)
+        """Make a loaded version available with its model info, and report its limitations.
+
+        Args:
+            status: of the version.
+            loaded: the version.
+            info_problem: of its model info.
+            warmup_problem: of its warm-up records.
+            verified: the stamp of its files when they were verified, for a version that was loaded now.
+
+        Raises:
+            ModelLoadError: the version is signed, and its files no longer have that stamp.
+        """
+        current = self._available.get(status.name, {}).get(status.version)
+        if self._verify_signature is not None and verified is None and current is not None:
+            info, problem = current.info, ""
+        else:
+            info, problem = read_model_info(loaded.path)
+        if self._verify_signature is not None and verified is not None and read_stamp(loaded.path) != verified:
+            raise ModelLoadError(f"{loaded.path} changed while it was loaded; it will be verified again")
         if not info.class_names:
             info = replace(info, class_names=read_label_names(loaded.predictor))
         warnings = {"model_info": info_problem or problem, "warmup": warmup_problem, "dependent_rows": ""}
@@ -330,7 +365,6 @@ class LocalRepository(ModelRepository):
                 "never batched"
             )
         warnings = {kind: warning for kind, warning in warnings.items() if warning}
-        current = self._available.get(status.name, {}).get(status.version)
         before = self._loaded_versions.get((status.name, status.version))
         if (
             current is None
@@ -358,6 +392,10 @@ class LocalRepository(ModelRepository):
         is_unchanged = (info_stamp, warmup_stamp) == (loaded.info_stamp, loaded.warmup_stamp)
         if is_unchanged and "files" not in status.warnings:  # with it, files that could not be loaded are gone again
             return
+        if self._verify_signature is not None and not is_unchanged:
+            loaded = replace(loaded, info_stamp=info_stamp, warmup_stamp=warmup_stamp)
+            self._report_unsigned_change(status, loaded)
+            return
         info_problem = _find_checksum_error(loaded.path, INFO_FILE)
         unbatched, problem = loaded.unbatched, ""
         if warmup_stamp != loaded.warmup_stamp:
@@ -374,6 +412,18 @@ class LocalRepository(ModelRepository):
             problem = f"{loaded.path / WARMUP_FILE} cannot be replayed"
         refreshed = replace(loaded, unbatched=unbatched, info_stamp=info_stamp, warmup_stamp=warmup_stamp)
         self._publish(status, refreshed, info_problem=info_problem, warmup_problem=problem)
+
+    def _report_unsigned_change(self, status: VersionStatus, loaded: _LoadedVersion) -> None:
+        """Report that model info or warm-up records of a signed version have changed, and leave them unread."""
+        self._loaded_versions[status.name, status.version] = loaded
+        warning = (
+            f"{INFO_FILE} or {WARMUP_FILE} changed after the signature was verified, and the change is ignored; "
+            "publish it as a new version"
+        )
+        if "signature" not in status.warnings:
+            message = "; ".join(filter(None, (status.error_message, warning)))
+            self._set_status(replace(status, error_message=message, warnings=(*status.warnings, "signature")))
+        logger.warning("%s version %d: %s", status.name, status.version, warning)
 
     def _report_failure(
         self, name: str, version: int, error: BaseException, path: Path, before: VersionStatus | None

@@ -6,12 +6,10 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from serving.inference.signatures import Predictor, Signature
+from serving.inference.signatures import Predictor, Signature
 
 
 @dataclass(slots=True)

@@ -252,6 +252,14 @@ def test_status_lists_the_models(service: Service, closed_port: int) -> None:
     assert status("--url", "nowhere").exit_code == 2
 
 
+def test_token_option(service: Service, folder: Path) -> None:
+    environment = {"CLIENT_URL": service.url, "CLIENT_TOKEN": "from-the-environment"}
+    CliRunner(env=environment).invoke(main, ["predict", str(folder / "red")])
+    CliRunner(env=environment).invoke(main, ["predict", "--token", "given", str(folder / "red")])
+    sent = [request.headers["Authorization"] for request in service.received]
+    assert sent == ["Bearer from-the-environment", "Bearer given"]
+
+
 def test_help_describes_the_exit_codes() -> None:
     text = " ".join(CliRunner().invoke(main, ["predict", "--help"]).stdout.split())
     assert "Exit codes: 0 all images are classified; 1 some are not; 2 wrong usage; 3 the service" in text

@@ -247,7 +247,7 @@ def test_target_or_channel_is_required() -> None:
 def test_denied_access_names_the_channel(grpc_service: GrpcService, code: grpc.StatusCode) -> None:
     grpc_service.script = [abort(code, "token required")]
     with pytest.raises(
-        RequestRejected, match=r"denied access \(token required\); pass a channel with valid credentials"
+        RequestRejected, match=r"denied access \(token required\); pass valid credentials with metadata or a channel"
     ):
         predict(grpc_service, png_of("red"))
 
@@ -256,6 +256,36 @@ def test_denied_access_names_the_channel(grpc_service: GrpcService, code: grpc.S
 def test_target_is_host_and_port(address: str) -> None:
     with pytest.raises(ValueError, match=r"expected a gRPC address such as 127\.0\.0\.1:8500"):
         GrpcClient(address, model="m")
+
+
+def test_a_rate_limit_is_waited_for_and_not_blamed_on_an_image(grpc_service: GrpcService) -> None:
+    def limit(_: Any, context: grpc.ServicerContext) -> None:
+        context.set_trailing_metadata((("retry-after", "3"),))
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "more than 1 requests per second")
+
+    grpc_service.script = [limit]
+    waits: list[float] = []
+    transport = GrpcTransport(grpc_service.address, model="m", sleep=waits.append)
+    (prediction,) = transport.predict_batch([LoadedImage(0, None, png_of("red"))])
+    transport.close()
+    assert isinstance(prediction, Prediction)
+    assert (prediction.label, waits) == ("red", [3.0])
+    grpc_service.script = [limit]
+    with pytest.raises(ServerBusy, match="limits requests: more than 1"):
+        predict(grpc_service, png_of("red"), retries=0)
+
+
+def test_metadata_is_sent_with_every_call(grpc_service: GrpcService, images: list[Path]) -> None:
+    sent: list[str] = []
+
+    def note(request: Any, context: grpc.ServicerContext) -> Any:
+        sent.append(dict(context.invocation_metadata())["authorization"])
+        return grpc_service.Predict(request, context)
+
+    grpc_service.script = [note]
+    arguments = ["--grpc", grpc_service.address, "--model", "m", "--token", "secret", str(images[0])]
+    assert CliRunner().invoke(main, ["predict", *arguments]).exit_code == 0
+    assert sent == ["Bearer secret"]
 
 
 def test_command_line(grpc_service: GrpcService, images: list[Path]) -> None:

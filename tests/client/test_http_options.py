@@ -100,7 +100,7 @@ def test_denied_access_names_auth_and_headers(
     with pytest.raises(RequestRejected) as caught:
         predict(service.url)
     assert str(caught.value) == (
-        f"the service at {service.url} denied access ({reason}); pass valid credentials with auth or headers"
+        f"the service at {service.url} denied access ({reason}); pass valid credentials with auth or headers (--token)"
     )
     assert len(service.received) == 1
 

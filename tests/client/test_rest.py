@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from client.errors import ClientError, ConnectionFailed, RequestRejected
+from client.errors import ClientError, ConnectionFailed, RequestRejected, ServerBusy
 from client.images import LoadedImage
 from client.predictions import Failure, Prediction
 from client.responses import Response
@@ -80,6 +80,23 @@ def test_retries_are_delayed_and_keep_the_deadline() -> None:
     assert first.content == second.content == third.content
     with pytest.raises(ConnectionFailed, match=r"cannot connect \(tried 3 times\)"):
         flow.send(ConnectionFailed("cannot connect"))
+
+
+def test_a_rate_limit_is_waited_for() -> None:
+    flow = make_api(retries=1).predict(IMAGES)
+    next(flow)
+    assert flow.send(make_response(429, {"error": "more than 1 requests per second"}, retry_after="2")).delay_s == 2
+    with pytest.raises(ServerBusy, match="limits requests: more than 1 requests per second"):
+        flow.send(make_response(429, {"error": "more than 1 requests per second"}, retry_after="2"))
+
+
+def test_status_without_a_token() -> None:
+    for ready, status in ((True, 200), (False, 503)):
+        flow = make_api().get_status()
+        next(flow)
+        service = flow.send(make_response(status, {"ready": ready}))
+        assert (service.ready, service.models) == (ready, ())
+        assert ready or "callers with a token" in service.reason
 
 
 def test_status_is_requested_once() -> None:

@@ -45,8 +45,8 @@ class Environment:
     @property
     def version(self) -> str:
         """The version that the requirements name."""
-        lines = (line.split("==") for line in self.requirements.read_text().splitlines())
-        return next(parts[1] for parts in lines if parts[0].split("[")[0] == self.name)
+        lines = (line.split(" ; ")[0].split("==") for line in self.requirements.read_text().splitlines())
+        return dict(lines)[self.name]
 
     @property
     def is_installed(self) -> bool:

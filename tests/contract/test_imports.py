@@ -50,7 +50,11 @@ def test_importing_the_http_server_loads_neither_flask_nor_settings():
     ("package", "modules", "forbidden"),
     [
         ("client", "client, client.__main__, client.grpc", {"tensorflow", "keras"}),
-        ("training", "training.config, training.data, training.__main__", {"tensorflow", "keras"}),
+        (
+            "training",
+            "training.config, training.data, training.__main__, training.exporter.signing",
+            {"tensorflow", "keras"},
+        ),
         ("serving", "serving.app, serving.__main__", {"tensorflow", "keras", "training", "opentelemetry"}),
     ],
 )

@@ -34,8 +34,18 @@ FORBIDDEN = {
     ),
     "serving/open_inference": ("flask", "werkzeug", "orjson", "grpc", "serving.api", "serving.grpc", "serving.http"),
     "serving/images": ("flask", "werkzeug", "serving.api", "serving.grpc", "serving.http"),
+    "serving/metrics": (
+        "flask",
+        "werkzeug",
+        "serving.api",
+        "serving.app",
+        "serving.grpc",
+        "serving.http",
+        "serving.settings",
+    ),
     "serving/grpc": ("flask", "werkzeug", "serving.api", "serving.http"),
     "serving/tracing": ("flask", "werkzeug", "serving.api", "serving.grpc", "serving.http"),
+    "serving/access": ("flask", "werkzeug", "grpc", "serving.api", "serving.app", "serving.grpc", "serving.settings"),
     **{
         f"serving/api/{protocol}": (
             "serving.grpc",
@@ -45,7 +55,7 @@ FORBIDDEN = {
         for protocol in PROTOCOLS
     },
 }
-COMMAND_LINES = ("serving.__main__", "training.__main__", "client.__main__")
+COMMAND_LINES = ("serving.__main__", "serving.access.__main__", "training.__main__", "client.__main__")
 
 
 def find_forbidden(folder: Path, forbidden: tuple[str, ...]) -> dict[str, set[str]]:

@@ -10,6 +10,7 @@ import pytest
 from client.__main__ import main as client
 from image_formats.header import MAX_JPEG_SCANS, ImageHeader
 from serving.__main__ import main
+from serving.access.__main__ import main as make_token
 from serving.api import compression, json_cost, json_process
 from serving.api.predict import messages
 from serving.api.tensorflow_serving import json_document
@@ -80,7 +81,7 @@ def test_each_row_has_the_default_and_the_option(limit: str, default: str, optio
 
 
 def test_every_option_that_a_page_names_exists() -> None:
-    commands = [main, *training.commands.values(), *client.commands.values()]
+    commands = [main, make_token, *training.commands.values(), *client.commands.values()]
     options = {option for each in commands for given in each.params for option in (*given.opts, *given.secondary_opts)}
     # TensorFlow Serving's have underscores. `--way` is an option of a benchmark, `--help` of all.
     options |= {"--way", "--help"}
@@ -91,7 +92,7 @@ def test_every_option_that_a_page_names_exists() -> None:
 
 def test_every_option_has_a_page() -> None:
     pages = "".join((PROJECT / "docs" / name).read_text() for name in ("commands.md", "importing.md", "limits.md"))
-    for command in (main, *training.commands.values(), *client.commands.values()):
+    for command in (main, make_token, *training.commands.values(), *client.commands.values()):
         for parameter in command.params:
             for option in (*parameter.opts, *parameter.secondary_opts):
                 assert not option.startswith("--") or f"`{option}`" in pages, option

@@ -208,8 +208,9 @@ def test_the_runtime_stops_within_the_time_that_kubernetes_gives_by_default() ->
 def test_the_runtime_serves_the_model_that_kserve_mounts(tmp_path: Path) -> None:
     options = dict(zip(RUNTIME_CONTAINER["args"][::2], RUNTIME_CONTAINER["args"][1::2], strict=True))
     assert options["--model"] == "{{.Name}}=/mnt/models"  # a template, of the InferenceService's metadata
-    for probe, path in (("readinessProbe", "/v2/health/ready"), ("livenessProbe", "/v2/health/live")):
-        assert RUNTIME_CONTAINER[probe]["httpGet"] == {"path": path, "port": int(options["--rest-port"])}
+    assert RUNTIME_CONTAINER["readinessProbe"]["grpc"] == {"port": int(options["--grpc-port"])}
+    live = {"path": "/v2/health/live", "port": int(options["--rest-port"])}
+    assert RUNTIME_CONTAINER["livenessProbe"]["httpGet"] == live
     assert options["--rest-port"] == "8080"  # KServe's default port
     arguments = [part.replace("{{.Name}}=/mnt/models", f"pets={tmp_path}") for part in RUNTIME_CONTAINER["args"]]
     context = main.make_context("serving", arguments)

@@ -19,6 +19,7 @@ import pytest
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
+from serving.access.model_folders import ModelFolders
 from serving.api.flask_app import ServingApp
 from serving.app import make_app
 from serving.errors import ModelFailed
@@ -125,7 +126,8 @@ def publish(colours: Path, models_dir: Path, version: int) -> None:
 def grpc_status(repository: Any, name: str) -> Any:
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = name
-    return ModelService(InferenceService(repository, max_rows=1)).get_model_status(request).model_version_status
+    service = ModelService(InferenceService(repository, max_rows=1), ModelFolders([]))
+    return service.get_model_status(request).model_version_status
 
 
 def assert_pages(app: ServingApp) -> None:

@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from serving.__main__ import main
+from serving.server_process import free_ports
 from tests.serving.conftest import PROJECT, Server, picture
 from tests.serving.saved_models import save_colour_classifier, write_warmup_records
 
@@ -137,6 +138,20 @@ def test_every_setting_can_come_from_the_environment() -> None:
     assert "--max-images must be" in refusal(SERVING_MAX_IMAGES="0")
     assert "--threads must be" in refusal(SERVING_THREADS="-3")
     assert "loud" in refusal(SERVING_LOG_LEVEL="loud", code=2)
+    assert "not models-api" in refusal(SERVING_URL_PREFIX="models-api")
+
+
+def test_mistakes_of_access_control_are_told_in_one_line(models_dir: Path) -> None:
+    tokens = models_dir.parent / "tokens"
+    tokens.write_text("a-token\n")
+    ports = map(str, free_ports(3))  # one a run: the listening socket stays open until a garbage collection
+
+    def refuse(*options: str) -> str:
+        return refusal("--models-dir", str(models_dir), "--rest-port", next(ports), "--grpc-port", "0", *options)
+
+    assert f"the token file {tokens}, line 1: expected NAME" in refuse("--auth-token-file", str(tokens))
+    assert "--cors-origin takes a scheme and a host" in refuse("--cors-origin", "b.example")
+    assert "--forwarded-allow-ips takes addresses" in refuse("--forwarded-allow-ips", "proxy")
 
 
 def test_a_port_in_use_is_told(models_dir: Path) -> None:

@@ -246,6 +246,14 @@ def test_a_shed_request_is_counted_once_by_its_reason(
     assert sum(value(samples, SHED, reason=reason) for reason in SHED_REASONS) == 1
 
 
+def test_each_reason_to_shed_a_request_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    table = page.split("`reason` of a shed request:")[1].split("\n\n")[1]
+    assert dict(re.findall(r"^\| `(\w+)` \| (.*?)(?: \(`.*)? \|$", table, re.MULTILINE)) == {
+        reason: text.replace("the request would", "it would") for reason, text in SHED_REASONS.items()
+    }
+
+
 def test_series_of_models_and_versions_that_have_gone_are_removed_after_a_scrape(
     fresh: ServingApp, models_dir: Path
 ) -> None:

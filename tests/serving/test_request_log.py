@@ -234,6 +234,11 @@ def test_the_address_of_a_client(client: str, address: str) -> None:
 # The output
 
 
+def test_the_limit_of_the_queue_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    assert f"{MAX_QUEUED_LINES:,} lines are waiting" in " ".join(page.split())
+
+
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
     ends = os.pipe()

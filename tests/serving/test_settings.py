@@ -35,6 +35,10 @@ def test_the_defaults_are_valid_and_fixed() -> None:
         ("max_batch_size", 0),
         ("max_queue_size", 0),
         ("log_level", "loud"),
+        ("rate_limit", 0.0),
+        ("url_prefix", "models-api"),
+        ("url_prefix", "/models-api/"),
+        ("url_prefix", "/a b"),
     ],
 )
 def test_values_out_of_range_are_refused_by_their_flag(name: str, value: Any) -> None:
@@ -52,6 +56,7 @@ def test_values_out_of_range_are_refused_by_their_flag(name: str, value: Any) ->
         ({"rest_port": 8500}, "--grpc-port"),
         ({"tls_cert": Path("cert.pem")}, "--tls-key"),
         ({"tls_key": Path("key.pem")}, "--tls-cert"),
+        ({"verify_key": Path("key.pem"), "remote": "h:1"}, "--verify-key"),
         ({"tls_client_ca": Path("ca.pem")}, "--tls-cert"),
     ],
 )

@@ -17,6 +17,8 @@ from training.config import TrainingConfig
 from training.errors import ModelError, RunError
 from training.run_dir import RunDir
 
+pytestmark = pytest.mark.usefixtures("blank_plots")
+
 
 def test_the_public_names_are_pinned():
     assert training.__all__ == ["Dataset", "Split", "TrainingConfig", "__version__", "evaluate", "export", "train"]

@@ -11,6 +11,8 @@ from training.data import Dataset, Split
 from training.data.class_sizes import balance_classes
 from training.data.input_pipeline import split_validation
 
+pytestmark = pytest.mark.usefixtures("blank_plots")
+
 
 def draw(counts, *, seed):
     """Grey images, brighter for the second class; many are of a brightness that both classes have."""

@@ -22,6 +22,8 @@ from training.models import build_model
 from training.run_dir import RunDir
 from training.shell_command import format_command
 
+pytestmark = pytest.mark.usefixtures("blank_plots")
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):

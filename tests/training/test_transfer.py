@@ -31,6 +31,8 @@ from training.trainer import load_best_model, train_and_evaluate
 OFFICIAL = "weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5"
 EPOCHS = 4
 
+pytestmark = pytest.mark.usefixtures("blank_plots")
+
 
 def draw_noise(count, *, seed):
     """Noise of four colours, one for each class: random features tell them apart."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from serving.api.flask_app import PlainResponse, current_app, encoded_response, json_response
+from serving.api.flask_app import PlainResponse, current_app, encoded_response, json_response, shows_details
 from serving.api.open_inference.messages import HEADER_LENGTH, decompress, parse, parse_object, render
 from serving.api.open_inference.operations import describe_operations
 from serving.errors import InvalidRequest
@@ -48,7 +48,9 @@ def server_ready() -> tuple[dict[str, Any], int]:
     The protocol specifies a 4xx for "not ready"; Triton uses 400.
     """
     reason = current_app.inference.not_ready_because
-    return ({"ready": True}, 200) if reason is None else ({"ready": False, "error": reason}, 400)
+    if reason is None:
+        return {"ready": True}, 200
+    return {"ready": False, "error": reason} if shows_details() else {"ready": False}, 400
 
 
 @blueprint.get("/models/<model>/ready")

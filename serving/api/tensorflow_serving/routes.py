@@ -87,7 +87,7 @@ def _request_target() -> str:
     if sent is None:
         query = environ["QUERY_STRING"]
         sent = quote(environ["PATH_INFO"], encoding="latin-1") + (f"?{query}" if query else "")
-    target: str = sent.encode("latin-1").decode("utf-8", "replace")
+    target: str = sent.removeprefix(environ["SCRIPT_NAME"]).encode("latin-1").decode("utf-8", "replace")
     if _BAD_ESCAPE.search(target):
         raise InvalidRequest(f"Malformed request: {request.method} {target} holds a % without two hexadecimal digits")
     return target

@@ -98,16 +98,16 @@ def test_a_reloaded_configuration_replaces_the_served_models(
     own: tuple[Server, Any], models_dir: Path, adder: Path
 ) -> None:
     server, stubs = own
-    shutil.copytree(adder, models_dir.parent / "sums" / "3")
+    shutil.copytree(adder, models_dir / "sums" / "3")
     colours = {"name": "colours", "path": models_dir / "colours", "all": True, "labels": {"stable": 2, "canary": 10}}
-    reload(stubs, colours, {"name": "sum", "path": models_dir.parent / "sums"})
+    reload(stubs, colours, {"name": "sum", "path": models_dir / "sums"})
     assert status_of(stubs, "colours") == [(10, "AVAILABLE", ""), (2, "AVAILABLE", "")]
     assert status_of(stubs, "sum") == [(3, "AVAILABLE", "")]
     metadata = httpx.get(server.url + "/v1/models/colours/labels/stable/metadata").json()
     assert metadata["model_spec"] == {"name": "colours", "signature_name": "", "version": "2"}
     response = httpx.post(server.url + "/v1/models/sum:predict", json={"inputs": {"a": [[1, 2]], "b": [[3, 4]]}})
     assert response.json() == {"outputs": [[4, 6]]}
-    reload(stubs, {"name": "sum", "path": models_dir.parent / "sums"})
+    reload(stubs, {"name": "sum", "path": models_dir / "sums"})
     response = httpx.post(server.url + "/v1/models/colours:predict", json={"instances": [[1, 2]]})
     assert response.status_code == 404
 
@@ -129,6 +129,23 @@ def test_an_invalid_configuration_returns_the_reason(own: tuple[Server, Any], mo
     empty = model_management_pb2.ReloadConfigRequest()
     code, details = refusal(lambda: stubs.models.HandleReloadConfigRequest(empty))
     assert (code, "Only ModelConfigList" in details) == ("INVALID_ARGUMENT", True)
+    assert status_of(stubs, "colours")[0] == (10, "AVAILABLE", "")
+
+
+def test_a_configuration_names_folders_of_the_models_folder_only(
+    own: tuple[Server, Any], models_dir: Path, adder: Path
+) -> None:
+    server, stubs = own
+    shutil.copytree(adder, models_dir.parent / "sums" / "3")
+    (models_dir / "link").symlink_to(models_dir.parent / "sums")
+    for path in (models_dir.parent / "sums", models_dir / ".." / "sums", models_dir / "link", models_dir):
+        code, details = refusal(partial(reload, stubs, {"name": "sum", "path": path}))
+        assert (code, "base_path must be below the folder of the server's --models-dir" in details) == (
+            "INVALID_ARGUMENT",
+            True,
+        )
+        assert str(models_dir.parent) not in details  # paths are in the log only
+    assert f"refused to load {models_dir.parent / 'sums'}, which is not below {models_dir}" in server.log
     assert status_of(stubs, "colours")[0] == (10, "AVAILABLE", "")
 
 

@@ -99,7 +99,7 @@ def typed(output: Any) -> list[Any]:
     if output.datatype == "BYTES":
         return [value.decode() for value in values]
     # JSON has the shortest digits of a float32.
-    return [float(str(np.float32(value))) for value in values] if output.datatype == "FP32" else list(values)
+    return [float(str(value)) for value in np.array(values, np.float32)] if output.datatype == "FP32" else list(values)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,14 @@ def served(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path)
     app.inference.repository.load()
     address = f"127.0.0.1:{free_ports(1)[0]}"
     server = GrpcServer(
-        app.inference, app.observer, app.memory, app.liveness, address=address, threads=2, max_message_bytes=MAX_BYTES
+        app.inference,
+        app.observer,
+        app.memory,
+        app.liveness,
+        app.policy,
+        address=address,
+        threads=2,
+        max_message_bytes=MAX_BYTES,
     )
     with grpc.insecure_channel(address, options=[("grpc.max_send_message_length", -1)]) as channel:
         yield Served(app, address, channel, folder / "gate")
@@ -145,7 +152,7 @@ def set_parameters(target: Any, parameters: dict[str, Any]) -> None:
         setattr(target[name], fields[type(value)], value)
 
 
-def images(array: np.ndarray = PIXELS, **options: Any) -> Any:
+def images(array: Any = PIXELS, **options: Any) -> Any:
     return request_of("colours", tensor("images", "UINT8", array.shape), raw=[array.tobytes()], **options)
 
 
@@ -214,11 +221,7 @@ def test_every_datatype_goes_through_a_model_unchanged(served: Served, is_raw: b
             values[name] = [dtype.min, dtype.max]
         elif dtype.is_floating:
             values[name] = [1.5, float("inf")]
-    raws = {
-        name: np.array(values[name], dtype.as_numpy_dtype).tobytes()
-        for name, dtype in DTYPES.items()
-        if name != "BYTES"
-    }
+    raws = {name: np.array(values[name], dtype.as_numpy_dtype).tobytes() for name, dtype in DTYPES.items()}
     raws["BYTES"] = b"\2\0\0\0\xff\0\0\0\0\0"
     inputs = [tensor(name, name, [2]) for name in DTYPES]
     request = request_of("echo", *inputs, raw=[raws[name] for name in DTYPES], binary_data_output=is_raw)

@@ -231,3 +231,52 @@ def test_memory_is_freed_after_each_version_swap(watched: LocalRepository, model
         gc.collect()
         levels.append(resident_bytes())
     assert max(levels[3:]) < 1.1 * levels[2]
+
+
+def test_an_unloaded_model_stays_unloaded_until_it_is_loaded(
+    repository: LocalRepository, models_dir: Path, colours: Path
+) -> None:
+    repository.unload_model("colours")
+    publish(colours, models_dir, 11)
+    repository.poll()
+    assert repository.names() == []
+    assert repository.all_names() == ["colours"]
+    assert repository.not_ready_because == "colours: it was unloaded; load it to use it again"
+    with pytest.raises(ModelNotFound, match="model colours cannot be used: it was unloaded; load it to use it again"):
+        repository.resolve("colours")
+    repository.load_model("colours")
+    assert repository.resolve("colours").version == 11
+    repository.load_model("colours")  # is loaded already
+    for change in (repository.load_model, repository.unload_model):
+        with pytest.raises(ModelNotFound, match='there is no model "x"; available: colours'):
+            change("x")
+
+
+def test_loading_a_model_finds_a_new_folder_and_tries_a_failed_version_again(
+    repository: LocalRepository, models_dir: Path, colours: Path
+) -> None:
+    (models_dir / "other" / "1").mkdir(parents=True)
+    (models_dir / "other" / "1" / "saved_model.pb").write_bytes(b"\xff")
+    with pytest.raises(ModelFailed, match="model other could not be loaded: Can't parse") as failed:
+        repository.load_model("other")
+    assert failed.value.code == "FAILED_PRECONDITION"
+    with pytest.raises(ModelFailed):
+        repository.load_model("other")
+    assert repository._retries._failures["other", 1].count == 1  # tried again at once, as if for the first time
+    shutil.rmtree(models_dir / "other" / "1")
+    shutil.copytree(colours, models_dir / "other" / "1")
+    repository.load_model("other")
+    assert repository.names() == ["colours", "other"]
+
+
+def test_models_of_a_config_are_unloaded_until_they_are_loaded_or_reconfigured(models_dir: Path) -> None:
+    configs = [ModelConfig("colours", models_dir / "colours", VersionPolicy(latest=2))]
+    repository = LocalRepository(lambda: configs)
+    repository.load()
+    repository.unload_model("colours")
+    assert set(states(repository).values()) == {"UNLOADING"}
+    repository.load_model("colours")
+    assert [version.version for version in repository.available("colours")] == [2, 10]
+    repository.unload_model("colours")
+    repository.reload(configs)
+    assert [version.version for version in repository.available("colours")] == [2, 10]

@@ -220,3 +220,25 @@ def test_class_names_are_read_from_the_remote_model(tmp_path: Path, start_server
     assert repository.ready
     assert repository.resolve("food").info.class_names == ("ham", "eggs")
     assert behind.stop() == 0
+
+
+def test_requests_to_remote_models_are_counted_and_their_config_has_no_batching(front: Server) -> None:
+    def read() -> Any:
+        return httpx.get(front.url + "/v2/models/adder/stats").json()["model_stats"][0]
+
+    before = read()
+    body = {"inputs": {"a": [[1, 2]] * 3, "b": [[3, 4]] * 3}}
+    assert httpx.post(front.url + "/v1/models/adder:predict", json=body).status_code == 200
+    after = read()
+    assert after["inference_count"] - before["inference_count"] == 3
+    assert after["execution_count"] - before["execution_count"] == 1
+    assert after["inference_stats"]["compute_infer"]["ns"] > before["inference_stats"]["compute_infer"]["ns"]
+    assert "dynamic_batching" not in httpx.get(front.url + "/v2/models/adder/config").json()
+
+
+def test_remote_models_are_loaded_and_unloaded_by_their_own_server() -> None:
+    repository = RemoteRepository("127.0.0.1:1", ["colours"])
+    for change in (repository.load_model, repository.unload_model):
+        with pytest.raises(ModelFailed, match=r"by the remote server at 127.0.0.1:1") as refused:
+            change("colours")
+        assert (refused.value.code, refused.value.status) == ("UNIMPLEMENTED", 501)

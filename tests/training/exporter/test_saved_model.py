@@ -290,12 +290,13 @@ def test_warmup_records_are_valid_requests(exported, exported_probabilities, exp
 
 def test_versions_only_grow(tmp_path):
     assert publish(tmp_path).name == "1"
-    second = publish(tmp_path)
-    assert second.name == "2"
-    for path in sorted(second.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    second.rmdir()
-    assert publish(tmp_path).name == "3"
+    with next_version(tmp_path / "pets") as (second, partial):
+        partial.mkdir()
+    assert second == 2
+    (tmp_path / "pets" / "2").rmdir()
+    with next_version(tmp_path / "pets") as (third, partial):
+        partial.mkdir()
+    assert third == 3
     (tmp_path / "pets" / "0041").mkdir()
     assert publish(tmp_path).name == "42"
 

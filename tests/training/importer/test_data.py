@@ -123,6 +123,7 @@ def test_the_report_has_what_a_runs_report_has(imported):
     assert np.sum(evaluation["confusion"]) == 40
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_train_and_test_folders_are_calibrated_on_half_of_the_test_images(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     build().save("brightness.keras")
@@ -169,6 +170,7 @@ def test_data_that_does_not_fit_the_model(tmp_path, monkeypatch, capfd, options,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_grey_images_show_the_scale_but_not_the_order_of_the_colours(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     build().save("brightness.keras")

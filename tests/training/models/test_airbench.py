@@ -17,6 +17,8 @@ from training.models.recipes import fastest_dtype
 from training.run_dir import RunDir
 from training.trainer import load_best_model, train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("blank_plots")
+
 
 def random_images(count=64, shape=(32, 32, 3)):
     """Images whose neighbouring pixels have to do with each other, as in photographs."""
