@@ -10,7 +10,7 @@ from serving.access.cors import CorsPolicy
 from serving.access.peers import PROXY_HEADERS, is_loopback, without_port
 from serving.access.policy import METRICS_PATHS, OPEN_PATHS, AccessPolicy, scope_of_path
 from serving.access.tokens import ADMIN
-from serving.errors import ModelNotFound, PermissionDenied, ServingError
+from serving.errors import ModelNotFound, PermissionDenied, RateLimited, ServingError, Unauthenticated
 from serving.http.wsgi import Environ, Response, refusal_response
 
 TOKEN_NAME = "serving.token_name"  # in the environ of an admitted request: str, "" without a token
@@ -44,6 +44,13 @@ class HttpAccess:
             or self._prefix
             or allows_model_control
         )
+
+    def list_refusals(self, path: str, method: str) -> tuple[type[ServingError], ...]:
+        """Return the errors that callers can get instead of a route's own response; for /openapi.json."""
+        if path in self._open_paths and method in ("GET", "HEAD"):
+            return ()
+        of_tokens = (Unauthenticated, PermissionDenied) if self._policy.has_tokens else ()
+        return (*of_tokens, RateLimited) if self._policy.limits_rate else of_tokens
 
     def admit(self, environ: Environ) -> Response | None:
         """Return the response to a request that the application must not see; None if it may.

@@ -78,6 +78,11 @@ class AccessPolicy:
         return self._tokens is not None
 
     @property
+    def limits_rate(self) -> bool:
+        """Whether the number of requests of a caller is limited."""
+        return self._rate_limiter is not None
+
+    @property
     def checks_every_call(self) -> bool:
         """Whether calls other than those that change the served models are checked, too."""
         return self._tokens is not None or self._rate_limiter is not None

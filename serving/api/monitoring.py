@@ -72,7 +72,8 @@ def describe_operations(_: Settings) -> Sequence[Operation]:
             "reason": nullable(STRING),
             "models": list_of(model),
             "problems": list_of(object_of({"model": nullable(STRING), "error": STRING})),
-        }
+        },
+        optional=("reason", "models", "problems"),  # not shown without a token, where tokens are required
     )
     return (
         Operation(

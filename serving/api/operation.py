@@ -87,10 +87,10 @@ class Operation:
     paths: Sequence[str] = ()
     make_example: Callable[[Signature, Mapping[str, np.ndarray]], Any] | None = None
 
-    def describe_errors(self) -> dict[int, str]:
-        """Return a description of each status with an error as its body."""
+    def describe_errors(self, refusals: Sequence[type[ServingError]] = ()) -> dict[int, str]:
+        """Return a description of each status with an error as its body; `refusals` are those of access control."""
         texts: dict[int, list[str]] = {status: [text] for status, text in self.failures.items()}
-        for error in self.errors:
+        for error in (*self.errors, *refusals):
             if error is not ModelFailed:  # its status depends
                 texts.setdefault(error.status, []).append((error.__doc__ or "").partition("\n")[0])
         others = {status: [text] for status, text in COMMON_ERRORS.items()}

@@ -44,6 +44,7 @@ FORBIDDEN = {
         "serving.settings",
     ),
     "serving/grpc": ("flask", "werkzeug", "serving.api", "serving.http"),
+    "serving/tracing": ("flask", "werkzeug", "serving.api", "serving.grpc", "serving.http"),
     "serving/access": ("flask", "werkzeug", "grpc", "serving.api", "serving.app", "serving.grpc", "serving.settings"),
     **{
         f"serving/api/{protocol}": (
@@ -72,7 +73,7 @@ def find_forbidden(folder: Path, forbidden: tuple[str, ...]) -> dict[str, set[st
 
 
 def test_there_are_the_protocols() -> None:
-    assert {"predict", "tensorflow_serving", "open_inference", "web"} <= set(PROTOCOLS)
+    assert {"predict", "tensorflow_serving", "open_inference", "openapi", "web"} <= set(PROTOCOLS)
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)

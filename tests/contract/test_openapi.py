@@ -13,7 +13,10 @@ from serving.api.flask_app import ServingApp
 from serving.api.operation import COMMON_ERRORS
 from serving.api.predict.messages import QUERY_PARAMETERS
 from serving.api.tensorflow_serving.operations import CALLS
+from serving.app import make_app
 from serving.open_inference.tensors import DATATYPES
+from serving.settings import Settings
+from tests.serving.access.test_tokens import hash_of, write
 from tests.serving.conftest import app, client, colours
 
 __all__ = ["app", "client", "colours"]  # fixtures of tests/serving
@@ -102,3 +105,21 @@ def test_the_document_names_the_prefix_of_the_urls(client: FlaskClient) -> None:
     response = client.get("/openapi.json", environ_overrides={"SCRIPT_NAME": "/models-api"})
     assert response.json is not None
     assert response.json["servers"] == [{"url": "/models-api"}]
+
+
+def test_access_control_is_described_where_it_is_on(document: Any, tmp_path: Path) -> None:
+    assert not {"401", "403", "429"} & document["paths"]["/models.json"]["get"]["responses"].keys()
+    assert "security" not in document["paths"]["/models.json"]["get"]
+    (tmp_path / "models").mkdir()
+    tokens = write(tmp_path / "tokens", f"shop predict {hash_of('secret')}")
+    app = make_app(Settings(models_dir=tmp_path / "models", auth_token_file=tokens, rate_limit=100, url_prefix="/api"))
+    headers = {"Authorization": "Bearer secret"}
+    described: Any = app.test_client().get("/api/openapi.json", headers=headers).json
+    assert described["servers"] == [{"url": "/api"}]
+    closed = described["paths"]["/models.json"]["get"]
+    assert closed["responses"].keys() >= {"401", "403", "429"}
+    assert "Retry-After" in closed["responses"]["429"]["headers"]
+    assert closed["security"] == [{"token": []}]
+    assert described["components"]["securitySchemes"]["token"] == {"type": "http", "scheme": "bearer"}
+    for path in ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"):
+        assert not {"401", "403", "429"} & described["paths"][path]["get"]["responses"].keys()

@@ -20,6 +20,7 @@ import httpx
 import pytest
 from schemathesis.checks import CHECKS
 
+from tests.serving.access.test_tokens import hash_of, write
 from tests.serving.conftest import PROJECT, Server, adder, colours
 
 __all__ = ["adder", "colours"]  # fixtures of tests/serving
@@ -30,6 +31,7 @@ CONFIG = Path(__file__).parent / "schemathesis.toml"
 REQUESTS = int(os.environ.get("OPENAPI_REQUESTS", "0"))
 FEW = ("--phases", "fuzzing", "--max-examples", "3")
 MANY = ("--max-examples", "40")  # in each phase that generates data, of each operation
+TOKEN = "secret"
 PROGRAM = "from schemathesis.cli import schemathesis; schemathesis()"
 
 
@@ -38,7 +40,8 @@ def service(tmp_path_factory: pytest.TempPathFactory, colours: Path, adder: Path
     folder = tmp_path_factory.mktemp("openapi")
     shutil.copytree(colours, folder / "models" / "colours" / "7")
     shutil.copytree(adder, folder / "models" / "adder" / "1")
-    server = Server(folder / "models", folder / "log")
+    tokens = write(folder / "tokens", f"shop admin,predict {hash_of(TOKEN)}")
+    server = Server(folder / "models", folder / "log", "--auth-token-file", str(tokens))
     server.wait_for("/readyz")
     yield server
     assert server.stop() == 0
@@ -58,6 +61,7 @@ def test_the_service_conforms_to_its_description(service: Server, tmp_path: Path
     report = tmp_path / "report.ndjson"
     options = ("--continue-on-failure", "--no-shrink", "--report-ndjson-path", str(report))
     run = ("--no-color", "--config-file", str(CONFIG), "run", f"{service.url}/openapi.json", *options)
+    run += ("--header", f"Authorization: Bearer {TOKEN}")  # the check ignored_auth leaves it out
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *run, *(MANY if REQUESTS else FEW)],
         cwd=tmp_path,
@@ -86,8 +90,8 @@ def test_the_service_conforms_to_its_description(service: Server, tmp_path: Path
     [
         (b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
         (
-            b"POST /predict?model=colours HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\n%b\r\n\r\n"
-            % b"Content-Length: 999999999999",
+            b"POST /predict?model=colours HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %b\r\n%b\r\n\r\n"
+            % (TOKEN.encode(), b"Content-Type: image/png\r\nContent-Length: 999999999999"),
             413,
         ),
         (b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Long: %b\r\n\r\n" % (b"a" * 70_000), 431),
@@ -96,7 +100,7 @@ def test_the_service_conforms_to_its_description(service: Server, tmp_path: Path
 )
 def test_refusals_of_the_http_server_are_as_described(service: Server, request_bytes: bytes, status: int) -> None:
     """schemathesis sends well-formed HTTP only."""
-    document = httpx.get(service.url + "/openapi.json").json()
+    document = httpx.get(service.url + "/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}).json()
     method, path = request_bytes.decode().split()[:2]
     described = document["paths"][path.partition("?")[0]][method.lower()]["responses"][str(status)]
     with socket.create_connection(("127.0.0.1", service.port)) as connection:

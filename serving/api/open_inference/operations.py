@@ -154,8 +154,12 @@ def describe_operations(_: Settings) -> Sequence[Operation]:
         Operation(
             endpoint="open_inference.server_ready",
             summary="Readiness of the server",
-            responses={200: json_body(object_of({"ready": {"const": True}}), "The server is ready.")},
-            failures={400: "The server is not ready."},
+            responses={
+                200: json_body(object_of({"ready": {"const": True}}), "The server is ready."),
+                400: json_body(
+                    object_of({"ready": {"const": False}, "error": STRING}, optional=("error",)), "It is not ready."
+                ),
+            },
         ),
         Operation(
             endpoint="open_inference.model_ready",

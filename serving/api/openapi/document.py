@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from werkzeug.routing import Map
 
 from serving.api.openapi.examples import make_inputs
 from serving.api.operation import PATH_PARAMETERS, Json, Operation
+from serving.errors import ServingError, Unauthenticated
 from serving.inference.repository import ModelVersion
+
+Refusals = Callable[[str, str], Sequence[type[ServingError]]]
 
 OPENAPI_VERSION = "3.1.0"
 _ERROR: Json = {
@@ -51,7 +54,13 @@ def list_paths(routes: Map, operation: Operation) -> list[str]:
 
 
 def make_document(
-    routes: Map, operations: Iterable[Operation], models: Sequence[ModelVersion], *, version: str, root: str = ""
+    routes: Map,
+    operations: Iterable[Operation],
+    models: Sequence[ModelVersion],
+    *,
+    version: str,
+    root: str = "",
+    list_refusals: Refusals = lambda *_: (),
 ) -> dict[str, Any]:
     """Make the OpenAPI document.
 
@@ -61,6 +70,7 @@ def make_document(
         models: whose names and signatures are shown as examples.
         version: of the service.
         root: path prefix of all routes.
+        list_refusals: returns the errors of access control, by path and method.
     """
     paths: dict[str, dict[str, Any]] = {}
     tags: dict[str, None] = {}
@@ -68,7 +78,8 @@ def make_document(
         tag = operation.endpoint.partition(".")[0].replace("_", " ")
         tags[tag] = None
         for path in list_paths(routes, operation):
-            paths.setdefault(path, {})[operation.method.lower()] = _describe(operation, path, tag, models)
+            refusals = list_refusals(path, operation.method)
+            paths.setdefault(path, {})[operation.method.lower()] = _describe(operation, path, tag, models, refusals)
     return {
         "openapi": OPENAPI_VERSION,
         "info": {
@@ -83,11 +94,20 @@ def make_document(
         "servers": [{"url": root or "/"}],
         "tags": [{"name": tag} for tag in tags],
         "paths": paths,
-        "components": {"schemas": {"Error": _ERROR}},
+        "components": {
+            "schemas": {"Error": _ERROR},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
-def _describe(operation: Operation, path: str, tag: str, models: Sequence[ModelVersion]) -> dict[str, Any]:
+def _describe(
+    operation: Operation,
+    path: str,
+    tag: str,
+    models: Sequence[ModelVersion],
+    refusals: Sequence[type[ServingError]],
+) -> dict[str, Any]:
     model, body = _find_example(operation, models)
     parameters = [*_path_parameters(path), *map(dict, operation.parameters)]
     if model is not None:
@@ -108,7 +128,9 @@ def _describe(operation: Operation, path: str, tag: str, models: Sequence[ModelV
         if body is not None:
             content["application/json"]["example"] = body
         described["requestBody"] = {"required": not operation.is_body_optional, "content": content}
-    described["responses"] = dict(_responses(operation))
+    described["responses"] = dict(_responses(operation, operation.describe_errors(refusals)))
+    if Unauthenticated in refusals:
+        described["security"] = [{"token": []}]
     return described
 
 
@@ -126,8 +148,7 @@ def _path_parameters(path: str) -> Iterator[dict[str, Any]]:
         yield {"name": name, "in": "path", "required": True, **PATH_PARAMETERS[name]}
 
 
-def _responses(operation: Operation) -> Iterator[tuple[str, Json]]:
-    errors = operation.describe_errors()
+def _responses(operation: Operation, errors: Mapping[int, str]) -> Iterator[tuple[str, Json]]:
     for status in sorted({*operation.responses, *errors}):
         response: Json = operation.responses.get(status, {})
         if status in errors:

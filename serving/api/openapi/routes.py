@@ -23,12 +23,14 @@ blueprint = Blueprint("openapi", __name__, template_folder="templates")
 @blueprint.get("/openapi.json")
 def openapi() -> dict[str, Any]:
     """Return the OpenAPI document."""
+    access = current_app.access
     return make_document(
         current_app.url_map,
         current_app.operations,
         _available_models(),
         version=__version__,
         root=request.script_root,
+        **({"list_refusals": access.list_refusals} if access else {}),
     )
 
 

@@ -90,7 +90,7 @@ def test_exported_run_has_the_guard_of_its_evaluation(trained, exported):
     (run, images), version = trained, exported
     info = json.loads((version / "assets.extra" / "model.json").read_text())
     evaluation = run.read_evaluation()["test"]
-    for field in ("typicality", "prediction_sets"):
+    for field in ("typicality", "prediction_sets", "reference"):
         assert info[field] == evaluation[field]
     outputs = tf.saved_model.load(str(version)).signatures["guarded"](images=tf.constant(images))
     assert np.mean(outputs["typicality"] < 0.05) == pytest.approx(info["typicality"]["flagged_test_images"])
@@ -142,7 +142,7 @@ def test_mirrored_export_has_a_guard_of_its_own(trained, tmp_path):
     version = export_run(mirrored, models_dir=tmp_path / "models", mirror=True)
     info = json.loads((version / "assets.extra" / "model.json").read_text())
     evaluation = mirrored.read_evaluation()
-    for field in ("typicality", "prediction_sets"):
+    for field in ("typicality", "prediction_sets", "reference"):
         assert info[field] == evaluation["mirror"][field]
     assert mirrored.guard_path(mirror=True).read_bytes() != mirrored.guard_path(mirror=False).read_bytes()
     guarded = tf.saved_model.load(str(version)).signatures["guarded"]
