@@ -46,7 +46,7 @@ class Archive:
         try:
             with tarfile.open(self._path, errorlevel=2) as archive:
                 while member := archive.next():
-                    archive.members.clear()  # it would keep all members in memory
+                    archive.members.clear()  # type: ignore[attr-defined]  # it would keep all in memory
                     if member.isreg() and self._is_image(archive, member):
                         yield archive, member
         except _DAMAGES as error:

@@ -56,7 +56,7 @@ class Parts:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
         except OSError as error:
             self._lock.close()
-            raise PredictionError(f"{out} is being written by another process: wait for it, or choose another") from error
+            raise PredictionError(f"another process is writing {out}: wait for it, or choose another file") from error
 
     def __enter__(self) -> Self:
         return self

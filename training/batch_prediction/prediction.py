@@ -132,7 +132,10 @@ def _predict_rows(predictor: Predictor, source: Source, parts: Parts, *, batch_s
         if part:
             parts.write(part)
     if parts.done != source.count:
-        raise PredictionError(f"the source changed: it had {source.count:,} images, and then {parts.done:,}. Start again")
+        raise PredictionError(
+            f"the source changed while it was read, from {source.count:,} images to {parts.done:,}: the same command "
+            "with --restart begins again"
+        )
 
 
 def _map_batches(

@@ -67,9 +67,7 @@ class Predictor:
         outputs = self._predict_files(rows, errors, kept) or self._predict_pixels(rows, errors, kept)
         return self._make_columns(rows, first, outputs, errors)
 
-    def _predict_files(
-        self, rows: Sequence[Row], errors: list[str | None], kept: dict[int, bytes]
-    ) -> Outputs | None:
+    def _predict_files(self, rows: Sequence[Row], errors: list[str | None], kept: dict[int, bytes]) -> Outputs | None:
         """Predict with the model's own decoder; None unless it decodes all files that can be read as Pillow does."""
         if not self.classifier.decodes_files:
             return None
@@ -92,9 +90,7 @@ class Predictor:
         errors[:] = found
         return outputs
 
-    def _predict_pixels(
-        self, rows: Sequence[Row], errors: list[str | None], kept: dict[int, bytes]
-    ) -> Outputs | None:
+    def _predict_pixels(self, rows: Sequence[Row], errors: list[str | None], kept: dict[int, bytes]) -> Outputs | None:
         height, width = self.classifier.image_size
         pixels = np.empty((len(rows), height, width, 3), np.uint8)
         count = 0
@@ -106,7 +102,7 @@ class Predictor:
                 continue
             if image.size != (width, height):
                 image = image.resize((width, height), Image.Resampling.BILINEAR)
-            pixels[count] = image
+            pixels[count] = np.asarray(image)
             count += 1
         return self.classifier.classify(pixels[:count]) if count else None
 
@@ -136,7 +132,9 @@ class Predictor:
         def spread_lists(values: pa.Array, lengths: np.ndarray) -> pa.Array:
             sizes = np.zeros(count + 1, np.int32)
             sizes[1 + places] = lengths
-            return pa.ListArray.from_arrays(pa.array(np.cumsum(sizes, dtype=np.int32)), values, mask=pa.array(is_missing))
+            return pa.ListArray.from_arrays(
+                pa.array(np.cumsum(sizes, dtype=np.int32)), values, mask=pa.array(is_missing)
+            )
 
         probabilities = np.asarray(outputs["probabilities"], np.float32)
         class_ids, labels = read_labels(outputs, self.classifier.class_names)

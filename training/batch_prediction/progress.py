@@ -12,7 +12,7 @@ _LINE_EVERY_S = 60.0
 
 
 class PredictionProgress:
-    """Shows how many of `total` images are done, how fast, and the time that is left. `done` are from an earlier run."""
+    """Shows how many of `total` images are done, how fast, and the time left; `done` are from an earlier run."""
 
     def __init__(self, *, total: int, done: int) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -41,9 +41,7 @@ class PredictionProgress:
         now = time.perf_counter()
         images_per_s = (self._done - self._first) / max(now - self._started, 1e-6)
         left_s = (self._total - self._done) / images_per_s
-        text = (
-            f"{self._done:,} of {self._total:,} images  {format_rate(images_per_s)}  {format_seconds(left_s)} left"
-        )
+        text = f"{self._done:,} of {self._total:,} images  {format_rate(images_per_s)}  {format_seconds(left_s)} left"
         if self._console.is_terminal:
             self._bar.update(self._task, completed=self._done, description=text)
         elif now - self._shown >= _LINE_EVERY_S:
