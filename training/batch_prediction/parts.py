@@ -48,8 +48,9 @@ class Parts:
         self.listing = self._folder / "listing"
         self.done = 0
         try:
-            make_folder(self._folder)
-            self._lock = (self._folder / "lock").open("wb")
+            with self._explain_full():
+                make_folder(self._folder)
+                self._lock = (self._folder / "lock").open("wb")
         except OSError as error:
             raise PredictionError(f"cannot write {out}: {error.filename}: {error.strerror}") from error
         try:

@@ -96,7 +96,9 @@ def test_a_single_image_is_a_source(folder: Path, tmp_path: Path) -> None:
 def test_a_changed_source_has_another_fingerprint(kind: str, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder.parent, tmp_path / "copy", copy_function=shutil.copy2)
     copy = tmp_path / "copy"
-    (copy / "list.txt").write_text((folder.parent / "list.txt").read_text().replace(str(folder), str(copy / "pictures")))
+    (copy / "list.txt").write_text(
+        (folder.parent / "list.txt").read_text().replace(str(folder), str(copy / "pictures"))
+    )
     if kind == "paths.parquet":
         paths = list(find_images(str(copy / "pictures")))
         parquet.write_table(pa.table({"path": paths}), copy / kind)
@@ -106,7 +108,9 @@ def test_a_changed_source_has_another_fingerprint(kind: str, folder: Path, tmp_p
 
     before = fingerprint()
     assert fingerprint() == before
-    changed = copy / kind if "archive" in kind or kind in ("bytes.parquet", "large.parquet", "structs.parquet") else None
+    changed = (
+        copy / kind if "archive" in kind or kind in ("bytes.parquet", "large.parquet", "structs.parquet") else None
+    )
     os.utime(changed or copy / "pictures" / "0002.png", ns=(1, 1))
     assert fingerprint() != before
 
@@ -195,7 +199,9 @@ def test_what_cannot_be_a_source_is_explained(tmp_path: Path, folder: Path) -> N
     assert "has no column of encoded images (bytes) or of paths" in explain(tmp_path / "numbers.parquet")
     assert "several columns that could have the images: choose --column a, b" in explain(tmp_path / "two.parquet")
     assert "has no column 'c'; columns of bytes or text: a, b" in explain(tmp_path / "two.parquet", "c")
-    assert "in the column 'number'; columns of bytes or text: image, name" in explain(beside / "bytes.parquet", "number")
+    assert "in the column 'number'; columns of bytes or text: image, name" in explain(
+        beside / "bytes.parquet", "number"
+    )
     assert "--column is for Parquet files" in explain(folder, "image")
 
 
@@ -212,7 +218,9 @@ def test_the_memory_of_a_listing_and_of_an_archive_does_not_grow_with_the_images
         tracemalloc.start()
         paths = (f"{number:0100}.png" for number in range(count))
         read = sum(1 for _ in Listing(paths, tmp_path / "listing").read(0))
-        read += sum(1 for _ in open_source(str(tmp_path / "many.tar"), column=None, listing=tmp_path / "listing").read(0))
+        read += sum(
+            1 for _ in open_source(str(tmp_path / "many.tar"), column=None, listing=tmp_path / "listing").read(0)
+        )
         _, highest = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert read == 2 * count
