@@ -19,7 +19,7 @@ def encode(image_format: str = "PNG", *, size: tuple[int, int] = (32, 32), seed:
 
 
 def write_pictures(folder: Path, count: int) -> list[Path]:
-    """Write images of the model's size and others, PNG and JPEG, in a folder and one below it; every 17th is damaged."""
+    """Write PNG and JPEG files, of 32x32 pixels and other sizes, in a folder and one below; every 17th is damaged."""
     (folder / "below").mkdir(parents=True)
     paths = []
     for index in range(count):

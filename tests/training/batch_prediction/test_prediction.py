@@ -63,9 +63,7 @@ def read(out: Path) -> list[dict[str, Any]]:
     return parquet.read_table(out).to_pylist()
 
 
-def test_each_image_has_the_outputs_of_the_signature_or_an_error(
-    model: Path, pictures: Path, undisturbed: Path
-) -> None:
+def test_each_image_has_the_outputs_of_the_signature_or_an_error(model: Path, undisturbed: Path) -> None:
     table = parquet.read_table(undisturbed)
     columns = ["source", "index", "label", "class_id", "confidence", "probabilities"]
     assert table.column_names == [*columns, "typicality", "is_typical", "label_set", "error"]
@@ -358,7 +356,7 @@ def test_images_above_the_limit_are_not_decoded(model: Path) -> None:
     assert row["error"] == "the image has 20000 x 20000 pixels; the maximum is 50,000,000"
 
 
-def test_the_batches_in_flight_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batches_in_flight_are_bounded(model: Path) -> None:
     """Whatever the source has: it is read only as fast as it is predicted."""
 
     class Endless:
@@ -406,7 +404,7 @@ def test_a_model_whose_rows_influence_each_other_is_called_one_by_one(tmp_path: 
 
     version = tmp_path / "1"
     tf.saved_model.save(tf.Module(), str(version), signatures={"serving_default": classify})
-    with pytest.raises(PredictionError, match="depend on the other images of a batch.*with --batch-size 1"):
+    with pytest.raises(PredictionError, match=r"depend on the other images of a batch.*with --batch-size 1"):
         predict_source(version, str(pictures), tmp_path / "out.parquet")
     assert predict_source(version, str(pictures), tmp_path / "out.parquet", batch_size=1).images == COUNT
 
