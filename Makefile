@@ -52,7 +52,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Tests that measure time or memory, signal processes, or fill all cores: run alone. All others run two at a time.
 TIMED_TESTS := tests/training/test_trainer.py tests/serving/http tests/serving/grpc tests/e2e $(wildcard tests/serving/test_*.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-batch bench-typicality bench-soak check coverage format screenshots lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -140,6 +140,9 @@ bench-exported: $(INSTALLED)  ## exported models beside the same networks saved 
 
 bench-runtimes: $(INSTALLED)  ## exported models in TensorFlow, ONNX Runtime and LiteRT
 	@$(BIN)/python -m benchmarks.runtimes
+
+bench-batch: $(INSTALLED)  ## batch prediction beside the bare model and beside the decoder
+	@$(BIN)/python -m benchmarks.batch
 
 bench-typicality: $(INSTALLED)  ## how well an evaluated run tells outliers, and what that costs: RUN=runs/...
 	@test -n $(call quoted,RUN) || { echo "error: name an evaluated run: make bench-typicality RUN=runs/..." >&2; exit 2; }

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 BATCH_SIZE = 64
-PART_S = 15.0  # a killed process loses the work of this time at most
+PART_S = 5.0  # a killed process loses the work of this time
 PART_VALUES = 1 << 22  # probabilities in a part, which is in memory until it is written
 _BATCHES_PER_JOB = 3  # in flight
 _DECODING_BYTES = 9 * MAX_PIXELS  # of the largest image: decoded, converted and rotated
@@ -105,8 +105,8 @@ def predict_source(
                     f"{opened.count:,}",
                 )
             raise
-        seconds = time.perf_counter() - started_s
         parts.merge(predictor.schema, classes=len(predictor.classifier.class_names))
+        seconds = time.perf_counter() - started_s
     unreadable, first_error = _count_errors(out)
     return PredictionSummary(out, opened.count, unreadable, first_error, seconds, opened.count - done_before)
 
