@@ -132,7 +132,6 @@ def main(small: int, photos: int, rounds: int, output: Path) -> None:
         "small": small,
         "photos": photos,
         "cores": CORES,
-        "processor": platform.processor(),
         "images_per_s": rates,
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Batch prediction on a Ray cluster: `.venv/bin/python -m deploy.ray.predict MODEL SOURCE --out FOLDER`.
 
 Each actor has the predictor of `python -m training predict` and calls it with the same batches, so the rows are the
-same. All nodes need this project, installed with the extras `training`, `batch` and `ray`, and see MODEL, SOURCE and FOLDER
-under the same paths, as on a network file system.
+same. All nodes need this project, installed with the extras `training`, `batch` and `ray`, and see MODEL, SOURCE and
+FOLDER under the same paths, as on a network file system.
 """
 
 from __future__ import annotations
