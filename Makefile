@@ -14,6 +14,8 @@ INSTALLED := .venv/.installed
 MADE := .venv/.made-by-make
 # What else is there is not ours to clear or to remove: only what make has made, or an empty folder.
 OWNS_VENV = test ! -L .venv && { test ! -e .venv || test -e $(MADE) || test -e $(INSTALLED) || test -z "$$(ls -A .venv)"; }
+# What `make` installs: all but Ray, which brings a cluster's runtime and is needed only there.
+EXTRAS := training serving convert batch dev
 LOCK := --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes
 
 DATASET ?= cifar10
@@ -164,7 +166,7 @@ screenshots: $(INSTALLED)  ## the README's screenshots, taken again (needs chrom
 	@$(BIN)/python -m scripts.screenshots
 
 lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
-	@uv pip compile $(LOCK) --all-extras pyproject.toml -o requirements.lock
+	@uv pip compile $(LOCK) $(addprefix --extra ,$(EXTRAS)) pyproject.toml -o requirements.lock
 	@uv pip compile $(LOCK) --extra serving --constraint requirements.lock pyproject.toml -o requirements-serving.lock
 
 clean:  ## remove .venv and caches; runs/ and models/ stay

@@ -268,10 +268,9 @@ def test_batch_prediction_gives_the_predictions_and_the_reasons_of_the_service(r
         if name in refused and "large" not in name:
             assert (response.status_code, row["error"]) == (400, response.json()["errors"][0]["error"]), name
         elif name in refused:
-            assert (response.status_code, row["error"].split(":")[0].split(";")[0]) == (
-                413,
-                "the image has 30000 x 30000 pixels",
-            )
+            assert response.status_code == 413
+            for error in (row["error"], response.json()["error"]):
+                assert "the image has 30000 x 30000 pixels" in error
         else:
             (prediction,) = response.json()["predictions"]
             expected = list(prediction["probabilities"].values())

@@ -60,7 +60,8 @@ def undisturbed(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    return parquet.read_table(out).to_pylist()
+    rows: list[dict[str, Any]] = parquet.read_table(out).to_pylist()
+    return rows
 
 
 def test_each_image_has_the_outputs_of_the_signature_or_an_error(model: Path, undisturbed: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import tracemalloc
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -37,10 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = list(find_images(str(folder)))
     beside = folder.parent
     (beside / "list.txt").write_text("\n".join(paths) + "\n\n")
-    for suffix in ("tar", "tar.gz"):
-        with tarfile.open(beside / f"archive.{suffix}", f"w:{suffix[4:]}") as archive:
-            for path in (*paths, folder / ".hidden.png", folder / "notes.md"):
-                archive.add(path, os.path.relpath(path, folder))
+    modes: dict[str, Literal["w", "w:gz"]] = {"archive.tar": "w", "archive.tar.gz": "w:gz"}
+    for name, mode in modes.items():
+        with tarfile.open(beside / name, mode) as archive:
+            for path in (*map(Path, paths), folder / ".hidden.png", folder / "notes.md"):
+                archive.add(path, path.relative_to(folder))
     data = [Path(path).read_bytes() for path in paths]
     numbers = list(range(len(data)))
     files = [{"bytes": each, "path": "x"} for each in data]
