@@ -48,7 +48,7 @@ class Parts:
         self.listing = self._folder / "listing"
         self.done = 0
         try:
-            with self._explain_full():
+            with self.explain_full():
                 make_folder(self._folder)
                 self._lock = (self._folder / "lock").open("wb")
         except OSError as error:
@@ -81,7 +81,7 @@ class Parts:
         if before is None:
             for path in self._folder.glob("part-*"):
                 path.unlink()
-            with self._explain_full():
+            with self.explain_full():
                 write_file(self._manifest, json.dumps(manifest, indent=2).encode())
             return
         if changed := [name for name in manifest if before.get(name) != manifest[name]]:
@@ -100,7 +100,7 @@ class Parts:
         table = pyarrow.Table.from_batches(batches)
         content = io.BytesIO()
         parquet.write_table(table, content)
-        with self._explain_full():
+        with self.explain_full():
             write_file(self._folder / f"part-{self.done:012}.parquet", content.getvalue())
         self.done += len(table)
 
@@ -113,7 +113,7 @@ class Parts:
 
         rows = max(1, min(MAX_ROW_GROUP, MAX_ROW_GROUP_VALUES // classes))
         merged = self._folder / "merged"
-        with self._explain_full():
+        with self.explain_full():
             with merged.open("wb") as file:
                 with parquet.ParquetWriter(file, schema) as writer:
                     for table in self._regroup(rows):
@@ -166,5 +166,6 @@ class Parts:
             return manifest if isinstance(manifest, dict) else None
         return None
 
-    def _explain_full(self) -> contextlib.AbstractContextManager[None]:
+    def explain_full(self) -> contextlib.AbstractContextManager[None]:
+        """Convert errors of a full disk to a `StorageFullError` that says how to continue."""
         return explain_full_storage(self._out, _ADVICE)

@@ -83,7 +83,8 @@ def predict_source(
     version = find_version(model)
     out = _check_output(out)
     with Parts(out) as parts:
-        opened = open_source(source, column=column, listing=parts.listing)
+        with parts.explain_full():
+            opened = open_source(source, column=column, listing=parts.listing)
         manifest = {
             "format": _FORMAT,
             "model": _identify(version),

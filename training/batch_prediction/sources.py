@@ -15,6 +15,7 @@ from training.batch_prediction.rows import Source
 from training.batch_prediction.table import Table
 from training.data.file_kind import describe_foreign_file
 from training.errors import PredictionError
+from training.storage import is_full
 
 _PARQUET = b"PAR1"
 _KINDS = "a folder, a pattern such as 'photos/*.jpg', a list of paths (.txt), a tar archive or a Parquet file"
@@ -35,6 +36,10 @@ def open_source(name: str, *, column: str | None, listing: Path) -> Source:
         source = _open(name, column, listing)
     except FileNotFoundError as error:
         raise PredictionError(f"{name} does not exist; expected {_KINDS}") from error
+    except OSError as error:
+        if is_full(error):  # the disk of the listing
+            raise
+        raise PredictionError(f"{error.filename or name} cannot be read: {error.strerror or error}") from error
     if not source.count:
         raise PredictionError(f"{name} has no images: {_explain_empty(name)}")
     return source
