@@ -14,6 +14,8 @@ INSTALLED := .venv/.installed
 MADE := .venv/.made-by-make
 # What else is there is not ours to clear or to remove: only what make has made, or an empty folder.
 OWNS_VENV = test ! -L .venv && { test ! -e .venv || test -e $(MADE) || test -e $(INSTALLED) || test -z "$$(ls -A .venv)"; }
+# What `make` installs: all but Ray, which brings a cluster's runtime and is needed only there.
+EXTRAS := training serving tracing signing convert batch dev
 LOCK := --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes
 
 DATASET ?= cifar10
@@ -54,7 +56,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 TIMED_TESTS := $(addprefix tests/serving/,test_soak.py test_memory_budget.py test_fairness.py test_overload.py \
 	test_budget_limits.py test_greenlets.py http/test_many_connections.py http/test_slow_clients.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-typicality bench-soak check coverage format screenshots dashboard-picture lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-batch bench-typicality bench-soak check coverage format screenshots dashboard-picture lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -149,6 +151,9 @@ bench-exported: $(INSTALLED)  ## exported models beside the same networks saved 
 bench-runtimes: $(INSTALLED)  ## exported models in TensorFlow, ONNX Runtime and LiteRT
 	@$(BIN)/python -m benchmarks.runtimes
 
+bench-batch: $(INSTALLED)  ## batch prediction beside the bare model and beside the decoder
+	@$(BIN)/python -m benchmarks.batch
+
 bench-typicality: $(INSTALLED)  ## how well an evaluated run tells outliers, and what that costs: RUN=runs/...
 	@test -n $(call quoted,RUN) || { echo "error: name an evaluated run: make bench-typicality RUN=runs/..." >&2; exit 2; }
 	@$(BIN)/python -m benchmarks.typicality $(call quoted,RUN)
@@ -172,7 +177,7 @@ dashboard-picture: $(INSTALLED)  ## the picture of the dashboard in docs/, drawn
 	@$(BIN)/python -m scripts.dashboard_picture $(call quoted,MODELS)
 
 lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
-	@uv pip compile $(LOCK) --all-extras pyproject.toml -o requirements.lock
+	@uv pip compile $(LOCK) $(addprefix --extra ,$(EXTRAS)) pyproject.toml -o requirements.lock
 	@uv pip compile $(LOCK) --extra serving --constraint requirements.lock pyproject.toml -o requirements-serving.lock
 
 clean:  ## remove .venv and caches; runs/ and models/ stay

@@ -11,7 +11,16 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin  # noqa: F401
+from PIL import (  # noqa: F401
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 from PIL import WebPImagePlugin as WebpImagePlugin  # noqa: F401
 
 from image_formats import jpeg, png
@@ -72,6 +81,8 @@ def decode_rgb(data: bytes, header: ImageHeader) -> Image.Image:
     # Each step reassigns `image`, which frees the memory of the previous step.
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:  # its message has a memory address
+        raise UnreadableImage("the image is damaged or cut off") from error
     except Exception as error:  # a damaged header can raise any error in Pillow's parsers
         raise UnreadableImage(f"the image is damaged or cut off ({error or type(error).__name__})") from error
     if header.format in ("WEBP", "AVIF"):

@@ -1,6 +1,6 @@
-"""Train image classifiers in Keras, evaluate them, and export them as SavedModels.
+"""Train image classifiers in Keras, evaluate them, export them as SavedModels, and predict many images.
 
-Importing this package does not import TensorFlow; the first use of `train`, `evaluate` or `export` does.
+Importing this package does not import TensorFlow; the first use of `train`, `evaluate`, `export` or `predict` does.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from image_formats import __version__
 
 if TYPE_CHECKING:
-    from training.api import evaluate, export, train
+    from training.api import evaluate, export, predict, train
     from training.config import TrainingConfig
     from training.data import Dataset, Split
 
-__all__ = ["Dataset", "Split", "TrainingConfig", "__version__", "evaluate", "export", "train"]
+__all__ = ["Dataset", "Split", "TrainingConfig", "__version__", "evaluate", "export", "predict", "train"]
 
 _MODULES = {"Dataset": "data", "Split": "data", "TrainingConfig": "config"} | dict.fromkeys(
-    ("evaluate", "export", "train"), "api"
+    ("evaluate", "export", "predict", "train"), "api"
 )
 
 

@@ -1,4 +1,4 @@
-"""Command line: `python -m training train | evaluate | export | import | convert | sign | samples`."""
+"""Command line: `python -m training train | evaluate | export | import | convert | predict | sign | samples`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from training.batch_prediction.command import predict_command
 from training.command_options import FOLDER, ImageSize, models_options, signature_options
 from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, STRATEGIES, VARIANTS, TrainingConfig
 from training.converter.convert import FORMATS, convert_model
@@ -71,7 +72,7 @@ def main() -> None:
     """Train image classifiers, evaluate them, and export them for serving.
 
     Exit codes: 0 success; 1 error in the data, the run or the export; 2 usage error; 3 the loss diverged; 4 disk full;
-    130 interrupted.
+    5 some images could not be read; 130 interrupted.
     """
 
 
@@ -258,6 +259,7 @@ def convert(model: Path, *, to: str, output: Path | None) -> None:
 
 
 main.add_command(import_command)
+main.add_command(predict_command)
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""The public functions of `training`: `train`, `evaluate` and `export`."""
+"""The public functions of `training`: `train`, `evaluate`, `export` and `predict`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from training.batch_prediction.prediction import BATCH_SIZE, PredictionSummary, predict_source
 from training.config import TrainingConfig
 from training.data import Dataset, load_dataset
 from training.errors import ModelError, RunError
@@ -161,6 +162,58 @@ def export(
     if mirror:
         raise ModelError("mirror is for runs, which can be evaluated with it: leave it out for a model")
     return import_model(source, models_dir=Path(models_dir), name=name, tell=_log, **signatures, **options)
+
+
+def predict(
+    model: Path | str,
+    source: Path | str,
+    out: Path | str,
+    *,
+    column: str | None = None,
+    batch_size: int = BATCH_SIZE,
+    jobs: int | None = None,
+    restart: bool = False,
+) -> PredictionSummary:
+    """Classify all images of a source with an exported model, into one Parquet file.
+
+    The file has a row for each image, in the order of the source: `source` (path, name in the archive or row number),
+    `index` int64, `label`, `class_id` int64, `confidence` float32, `probabilities` float32 (classes), where the model
+    tells them `typicality` float32, `is_typical` bool and `label_set` (labels), and `error`. An image that cannot be
+    read has nothing but its `error`. The same call continues a prediction that was interrupted.
+
+    Args:
+        model: `models/NAME`, for its newest version, or `models/NAME/VERSION`.
+        source: a folder, an image, a pattern such as `photos/*.jpg`, a list of paths (.txt), a tar archive, or a
+            Parquet file with encoded images or paths. Listed paths are relative to the working folder.
+        out: the file to write, `*.parquet`; an earlier one is replaced when the new one is complete.
+        column: of a Parquet source: bytes, text (paths), or a struct with the field `bytes`. By default the only
+            column of bytes or, without one, the only one of text.
+        batch_size: images in a call of the model.
+        jobs: threads; by default one for each core, as far as the largest images fit into memory.
+        restart: discard what an interrupted prediction has finished, instead of continuing.
+
+    Returns:
+        The file, the number of its rows, and how many of them have an error.
+
+    Raises:
+        PredictionError: the source is missing, damaged or has no images, the result cannot be written, finished parts
+            are of another prediction, the model is altered, fails or is not an image classifier, or pyarrow is not
+            installed.
+        ExportError: there is no such model.
+        StorageFullError: the disk is full.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from training import predict
+        >>> from training.data.dataset import write_samples
+        >>> paths = write_samples(dataset, Path("pictures"), per_class=1)
+        >>> summary = predict("models/shapes", "pictures", "predictions.parquet")
+        >>> summary.images, summary.unreadable
+        (10, 0)
+    """
+    return predict_source(
+        Path(model), str(source), Path(out), column=column, batch_size=batch_size, jobs=jobs, restart=restart
+    )
 
 
 def _is_model(source: Any) -> bool:

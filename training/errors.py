@@ -14,8 +14,10 @@ class TrainingError(Exception):
     +-- ClusterError              1   the workers of a distributed run cannot work together
     +-- ModelError                1   a model cannot be imported
     +-- ExportError               1   the exported model's outputs differ from the trained model's
+    +-- PredictionError           1   a source cannot be read, its predictions cannot be written, or the model fails
     +-- DivergedError             3   the loss became NaN or infinite
     +-- StorageFullError          4   the disk is full
+    +-- UnreadableImagesError     5   predictions are complete, but some images have an error instead
 
     Usage errors have exit code 2, Ctrl-C has 130.
     """
@@ -51,6 +53,10 @@ class ExportError(TrainingError):
     """The exported model's outputs differ from the trained model's, or it cannot be written; nothing is published."""
 
 
+class PredictionError(TrainingError):
+    """A source of images cannot be read, predictions cannot be written, or the model fails."""
+
+
 class DivergedError(TrainingError):
     """The loss became NaN or infinite."""
 
@@ -61,3 +67,9 @@ class StorageFullError(TrainingError):
     """The disk is full."""
 
     exit_code = 4
+
+
+class UnreadableImagesError(TrainingError):
+    """The predictions are complete, but some images could not be read: their rows have the reason."""
+
+    exit_code = 5

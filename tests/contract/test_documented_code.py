@@ -136,11 +136,17 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, shapes: Served) -> Iterat
     checkout.stop()
 
 
-@pytest.mark.parametrize("page", ["docs/getting-started.md", "docs/importing.md", "README.md", "docs/convert.md"])
+EXTRAS = {
+    "docs/convert.md": ("convert", ("tf2onnx", "onnxruntime", "ai_edge_litert")),
+    "docs/batch-prediction.md": ("batch", ("pyarrow",)),
+}
+
+
+@pytest.mark.parametrize("page", ["docs/getting-started.md", "docs/importing.md", "README.md", *EXTRAS])
 def test_every_block_of_code_runs(page: str, checkout: Checkout) -> None:
-    if page == "docs/convert.md":
-        for package in ("tf2onnx", "onnxruntime", "ai_edge_litert"):
-            pytest.importorskip(package, reason=f"needs {package}, of the extra [convert]")
+    extra, packages = EXTRAS.get(page, ("", ()))
+    for package in packages:
+        pytest.importorskip(package, reason=f"needs {package}, of the extra [{extra}]")
     blocks = [block for block in read_blocks(page) if block.language in ("sh", "python")]
     assert {block.language for block in blocks} == {"sh", "python"}
     for block in blocks:

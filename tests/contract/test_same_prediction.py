@@ -24,6 +24,7 @@ from client import Client, GrpcClient
 from serving.grpc.protos import open_inference_pb2
 from tests.contract.test_awkward_files import app1, damaged, exif, jpeg_with, png_with
 from tests.serving.image_files import chunk, segment
+from training.batch_prediction.prediction import predict_source
 from training.data.image_reading import read_image
 from training.data.shapes import draw_shapes
 
@@ -263,6 +264,48 @@ def test_other_formats_agree_where_accepted_and_are_refused_elsewhere(routes, na
         routes.saved_model_bytes(data)
     # The client decodes these itself for `image_bytes`; only the resize differs.
     np.testing.assert_allclose(routes.python_grpc_client(data), results[0], atol=NEARLY)
+
+
+def test_batch_prediction_gives_the_predictions_and_the_reasons_of_the_service(routes, shapes, tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pyarrow, of the extra [batch]")
+    refused = {
+        "cut off.png": FILES["png"][0][:300],
+        "damaged.png": SMALL_PNG[:100] + b"\0\0" + SMALL_PNG[102:],
+        "cut off.jpg": FILES["jpeg 4:2:0"][0][:300],
+        "text.png": b"no image",
+        "empty.png": b"",
+        "large.png": SMALL_PNG[:16] + (30_000).to_bytes(4) * 2 + SMALL_PNG[24:],
+    }
+    files = {name: data for name, (data, _) in FILES.items()} | OTHER_FORMATS | refused
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name.replace(":", "")).write_bytes(data)
+    summary = predict_source(shapes.version.parent, str(folder), tmp_path / "out.parquet", batch_size=16)
+    assert (summary.images, summary.unreadable) == (len(files), len(refused))
+    rows = {Path(row["source"]).name: row for row in pyarrow_rows(tmp_path / "out.parquet")}
+    for name, data in files.items():
+        row = rows[name.replace(":", "")]
+        response = routes.http.post("/predict", files={"image": ("image.png", data)})
+        if name in refused and "large" not in name:
+            assert (response.status_code, row["error"]) == (400, response.json()["errors"][0]["error"]), name
+        elif name in refused:
+            assert response.status_code == 413
+            for error in (row["error"], response.json()["error"]):
+                assert "the image has 30000 x 30000 pixels" in error
+        else:
+            (prediction,) = response.json()["predictions"]
+            expected = list(prediction["probabilities"].values())
+            np.testing.assert_allclose(row["probabilities"], expected, atol=SAME, err_msg=name)
+            for field in ("label", "class_id", "is_typical", "label_set"):
+                assert row[field] == prediction[field], name
+            assert row["typicality"] == pytest.approx(prediction["typicality"], rel=1e-3, abs=1e-3)
+
+
+def pyarrow_rows(path):
+    from pyarrow import parquet
+
+    return parquet.read_table(path).to_pylist()
 
 
 def test_the_orientation_and_the_transparency_of_awkward_files_count(routes):

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("blank_plots")
 
 
 def test_the_public_names_are_pinned():
-    assert training.__all__ == ["Dataset", "Split", "TrainingConfig", "__version__", "evaluate", "export", "train"]
+    functions = ["evaluate", "export", "predict", "train"]
+    assert training.__all__ == ["Dataset", "Split", "TrainingConfig", "__version__", *functions]
     assert all(hasattr(training, name) for name in training.__all__)
 
 
@@ -41,14 +42,15 @@ def test_submodules_do_not_replace_the_public_functions():
     import training.exporter.publish
     import training.trainer
 
-    assert all(callable(getattr(training, name)) for name in ("train", "evaluate", "export"))
+    assert all(callable(getattr(training, name)) for name in ("train", "evaluate", "export", "predict"))
 
 
 def test_the_examples_in_the_docstrings_run(tmp_path, monkeypatch, capsys):
-    """In one namespace: `evaluate` and `export` continue with the run that `train` trains."""
+    """In one namespace: the others continue with the run that `train` trains."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow, of the extra [batch]")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for function in (training.train, training.evaluate, training.export):
+    for function in (training.train, training.evaluate, training.export, training.predict):
         assert function.__doc__
         example = doctest.DocTestParser().get_doctest(function.__doc__, names, function.__name__, None, None)
         runner = doctest.DocTestRunner()

@@ -15,11 +15,15 @@ SUMS_FILE = Path("assets.extra", "SHA256SUMS")
 
 def write_checksums(folder: Path) -> None:
     """Write the checksums of all files under a version's folder, by relative path, to `SUMS_FILE`."""
-    sums = folder / SUMS_FILE
+    (folder / SUMS_FILE).write_text("".join(compute_checksums(folder)))
+
+
+def compute_checksums(folder: Path) -> list[str]:
+    """Return the lines of `SUMS_FILE`, sorted by path, of the files that a version has now."""
     lines = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path != sums:
+        if path.is_file() and path != folder / SUMS_FILE:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
-    sums.write_text("".join(lines))
+    return lines
