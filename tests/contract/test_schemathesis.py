@@ -60,7 +60,7 @@ def read_report(report: Path) -> tuple[list[dict[str, Any]], set[str]]:
 def test_the_service_conforms_to_its_description(service: Server, tmp_path: Path) -> None:
     report = tmp_path / "report.ndjson"
     options = ("--continue-on-failure", "--no-shrink", "--report-ndjson-path", str(report))
-    run = ("--no-color", "--config-file", str(CONFIG), "run", f"{service.url}/openapi.json", *options)
+    run: tuple[str, ...] = ("--no-color", "--config-file", str(CONFIG), "run", f"{service.url}/openapi.json", *options)
     run += ("--header", f"Authorization: Bearer {TOKEN}")  # the check ignored_auth leaves it out
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *run, *(MANY if REQUESTS else FEW)],
