@@ -13,6 +13,7 @@ from serving.errors import (
     ModelNotNamed,
     NotReady,
     Overloaded,
+    RateLimited,
     ServingError,
     TooLarge,
     UnreadableImages,
@@ -47,6 +48,7 @@ WITH_ATTRIBUTES: dict[type[ServingError], ServingError] = {
     ModelNotNamed: ModelNotNamed(["a", "b"]),
     Overloaded: Overloaded("no memory", shed_reason="memory", retry_after_s=7),
     ModelFailed: ModelFailed("too much", code="RESOURCE_EXHAUSTED"),
+    RateLimited: RateLimited("too many requests", retry_after_s=3),
 }
 
 
