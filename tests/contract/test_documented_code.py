@@ -232,7 +232,7 @@ def test_documented_responses_have_the_fields_of_real_ones(shapes: Served) -> No
 
 
 def test_documented_metrics_exist(shapes: Served) -> None:
-    text = (PROJECT / "docs" / "operations.md").read_text()
+    text = "".join((PROJECT / "docs" / name).read_text() for name in ("operations.md", "drift.md"))
     documented = set(re.findall(r"`((?:serving_|:tensorflow:)[a-z_:]+)`", text))
     page = httpx.get(shapes.server.url + "/metrics").text
     existing = set(re.findall(r"^# HELP ([a-z_:]+) ", page, re.MULTILINE))
