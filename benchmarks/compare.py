@@ -1,11 +1,14 @@
 """`make bench-compare BEFORE=commit`: this service beside the same service at an earlier commit.
 
 Both run at the same time and are measured in turn, so that a slow moment of the machine meets both. Printed are the
-medians of the ratios of the rounds, with their quartiles.
+medians of the ratios of the rounds, with their quartiles. `python -m benchmarks.compare HEAD --tokens-and-log` measures
+what access control and the request log cost.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import statistics
 import subprocess
@@ -23,6 +26,7 @@ from benchmarks.load import run_closed_loop, run_closed_loop_grpc
 from benchmarks.serve import FORMS, PROJECT, Contestant, export_article_model, start_ours
 
 WARM_S = 1
+TOKEN = "0123456789abcdef0123456789abcdef"  # of the benchmark's own service
 DEFAULT_FORMS = ("json", "base64", "upload", "v2")
 
 
@@ -67,7 +71,10 @@ def compare(before: Contestant, now: Contestant, *, form: str, connections: int,
 @click.option("--connections", type=int, multiple=True, default=(1, 32, 256))
 @click.option("--rounds", type=click.IntRange(3), default=9, help="Alternating.")
 @click.option("--seconds", type=click.IntRange(1), default=1, help="Of each round.")
-def main(commit: str, forms: Sequence[str], connections: Sequence[int], rounds: int, seconds: int) -> None:
+@click.option("--tokens-and-log", is_flag=True, help="This service checks a token, and logs each request as JSON.")
+def main(
+    commit: str, forms: Sequence[str], connections: Sequence[int], rounds: int, seconds: int, tokens_and_log: bool
+) -> None:
     """Measure this service beside the one at COMMIT, in requests a second."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with tempfile.TemporaryDirectory() as name:
@@ -75,13 +82,24 @@ def main(commit: str, forms: Sequence[str], connections: Sequence[int], rounds: 
         check_out(commit, folder / "before")
         models = folder / "models"
         export_article_model(models)
+        options: list[str] = []
+        headers: dict[str, str] = {}
+        if tokens_and_log:
+            tokens = folder / "tokens"
+            tokens.write_text(f"benchmark predict sha256:{hashlib.sha256(TOKEN.encode()).hexdigest()}\n")
+            tokens.chmod(0o600)
+            options = ["--auth-token-file", str(tokens), "--access-log", "--log-format", "json"]
+            headers = {"Authorization": f"Bearer {TOKEN}"}
         click.echo("| form | connections | before | now | ratio | quartiles | CPU for each request |")
         click.echo("|---|---:|---:|---:|---:|---|---:|")
         for form in forms:
             with ExitStack() as stack:
                 before = start_ours(form, models, folder / "before.log", project=folder / "before")
-                now = start_ours(form, models, folder / "now.log")
+                now = start_ours(form, models, folder / "now.log", options=options)
                 for contestant in (before, now):
+                    contestant.target = dataclasses.replace(
+                        contestant.target, headers={**contestant.target.headers, **headers}
+                    )
                     if contestant.process:
                         stack.enter_context(contestant.process)
                 for count in [4] if form.endswith("x64") else connections:

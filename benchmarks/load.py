@@ -97,12 +97,14 @@ def run_closed_loop_grpc(target: Target, *, connections: int, seconds: float) ->
 
     body = target.bodies[0]
     with grpc.insecure_channel(target.url, options=[("grpc.max_send_message_length", -1)]) as channel:
-        reply_bytes = _GRPC_HEAD_BYTES + len(channel.unary_unary(_GRPC_METHOD)(body, timeout=30))
+        metadata = [(name.lower(), value) for name, value in target.headers.items()]
+        reply_bytes = _GRPC_HEAD_BYTES + len(channel.unary_unary(_GRPC_METHOD)(body, metadata=metadata, timeout=30))
     with tempfile.TemporaryDirectory() as name:
         message, log = Path(name, "message"), Path(name, "log")
         message.write_bytes(bytes([0]) + len(body).to_bytes(4) + body)
         command = ["h2load", "-t1", f"-c{connections}", "-m1", f"-D{seconds:g}", "-d", str(message)]
         headers = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
+        headers += [part for name, value in metadata for part in ("-H", f"{name}: {value}")]
         url = f"http://{target.url}{_GRPC_METHOD}"
         done = subprocess.run(
             [*command, *headers, f"--log-file={log}", url], capture_output=True, text=True, check=True

@@ -150,13 +150,15 @@ def accepts(target: Target) -> Callable[[], bool]:
     return ask
 
 
-def start_ours(form: str, models: Path, log: Path, *, project: Path = PROJECT) -> Contestant:
-    """Start this service, or that of another checkout, with what it does by itself."""
+def start_ours(
+    form: str, models: Path, log: Path, *, project: Path = PROJECT, options: Sequence[str] = ()
+) -> Contestant:
+    """Start this service, or that of another checkout, with what it does by itself or with other `options`."""
     port, grpc_port = free_port(), free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "serving", "--models-dir", str(models), "--rest-port", str(port)]
     process = ServerProcess(
-        [*command, "--grpc-port", str(grpc_port), "--log-level", "warning"],
+        [*command, "--grpc-port", str(grpc_port), "--log-level", "warning", *options],
         is_ready=answers(url + "/readyz"),
         env={},
         log=log,
