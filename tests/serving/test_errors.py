@@ -51,7 +51,6 @@ WITH_ATTRIBUTES: dict[type[ServingError], ServingError] = {
     ModelControlOff: ModelControlOff(),
     RateLimited: RateLimited("too many", retry_after_s=7),
     ModelFailed: ModelFailed("too much", code="RESOURCE_EXHAUSTED"),
-    RateLimited: RateLimited("too many requests", retry_after_s=3),
 }
 
 
