@@ -178,7 +178,7 @@ dashboard-picture: $(INSTALLED)  ## the picture of the dashboard in docs/, drawn
 
 lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
 	@uv pip compile $(LOCK) $(addprefix --extra ,$(EXTRAS)) pyproject.toml -o requirements.lock
-	@uv pip compile $(LOCK) --extra serving --constraint requirements.lock pyproject.toml -o requirements-serving.lock
+	@uv pip compile $(LOCK) --extra serving --extra tracing --constraint requirements.lock pyproject.toml -o requirements-serving.lock
 
 clean:  ## remove .venv and caches; runs/ and models/ stay
 	@if $(OWNS_VENV); then rm -rf .venv; else echo ".venv was not made by make, so it stays"; fi
