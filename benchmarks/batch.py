@@ -78,7 +78,7 @@ def measure_prediction(version: Path, folder: Path, out: Path) -> float:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--small", type=click.IntRange(1), default=20_000, help="PNG files of 32x32 pixels.")
+@click.option("--small", type=click.IntRange(1), default=50_000, help="PNG files of 32x32 pixels.")
 @click.option("--photos", type=click.IntRange(1), default=80, help="JPEG files of 12 megapixels.")
 @click.option("--rounds", type=click.IntRange(1), default=7)
 @click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/batch.json"))

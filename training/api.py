@@ -189,7 +189,7 @@ def predict(
         column: of a Parquet source: bytes, text (paths), or a struct with the field `bytes`. By default the only
             column of bytes or, without one, the only one of text.
         batch_size: images in a call of the model.
-        jobs: threads; by default one for each core, as far as the largest images fit into memory.
+        jobs: threads; by default two for each core, as far as the largest images fit into memory.
         restart: discard what an interrupted prediction has finished, instead of continuing.
 
     Returns:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from training.errors import PredictionError
 from training.native_output import discard_stderr
@@ -68,10 +70,9 @@ class Classifier:
         self._files = self._bind(_FILES, "image_bytes")
         assert self._pixels is not None  # `serving_default`
         self.has_guard = all(name in self._pixels[1] for name in GUARD_OUTPUTS)
-        if self._files is not None and set(self._files[1]) != set(self._pixels[1]):
-            self._files = None  # the rows of one result have the same columns
-        self.decodes_files = self._files is not None
+        # The first call of a signature takes long, as TensorFlow then optimizes its graph.
         probabilities = self.classify(np.zeros((1, *self.image_size, 3), np.uint8))["probabilities"]
+        self.decodes_files = self._can_decode()
         if probabilities.ndim != 2:
             raise self._not_a_classifier()
         self.class_names = _read_class_names(version, count=probabilities.shape[1])
@@ -127,6 +128,18 @@ class Classifier:
                 f"the predictions of {self._version} depend on the other images of a batch, as with batch statistics: "
                 "predict one by one, with --batch-size 1"
             )
+
+    def _can_decode(self) -> bool:
+        pixels, files = self._pixels, self._files
+        if pixels is None or files is None or set(pixels[1]) != set(files[1]):  # one result has the same columns
+            return False
+        file = io.BytesIO()
+        Image.new("RGB", self.image_size[::-1]).save(file, "PNG")
+        try:
+            self.classify_files([file.getvalue()])
+        except InvalidFilesError:
+            return False
+        return True
 
     def _call(self, bound: Any, batch: np.ndarray) -> Outputs:
         run, names = bound

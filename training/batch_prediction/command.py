@@ -18,7 +18,7 @@ from training.errors import UnreadableImagesError
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
 @click.option("--column", help="Of a Parquet SOURCE: encoded images or paths.  [default: the only one that can be]")
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Images in a call of the model.")
-@click.option("--jobs", type=click.IntRange(1), help="Threads.  [default: one per core, as memory allows]")
+@click.option("--jobs", type=click.IntRange(1), help="Threads.  [default: two per core, as memory allows]")
 @click.option("--restart", is_flag=True, help="Discard what an interrupted run of another prediction has finished.")
 def predict_command(model: Path, source: str, **options: Any) -> None:
     """Classify all images of SOURCE with an exported MODEL, models/NAME or models/NAME/VERSION.

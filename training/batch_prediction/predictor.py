@@ -79,7 +79,7 @@ class Predictor:
                 found[index] = str(error)
                 continue
             is_exact = data.startswith(self._png_head) and len(data) <= self._png_bytes
-            if not is_exact or not png.is_opaque_and_upright(data):
+            if not is_exact or not (_is_plain(data) or png.is_opaque_and_upright(data)):
                 return None
         if not kept:
             return None
@@ -153,6 +153,11 @@ class Predictor:
                 "label_set": spread_lists(pa.array(names, pa.string()), members.sum(axis=1)),
             }
         return pa.RecordBatch.from_pydict(columns, schema=self.schema)
+
+
+def _is_plain(data: bytes) -> bool:
+    """Return whether a PNG file is grey or RGB with pixels right after its header: nothing makes it transparent."""
+    return data[25:26] in (b"\0", b"\2") and data[37:41] == b"IDAT"
 
 
 def make_schema(*, name: str, version: str, class_names: Sequence[str], has_guard: bool) -> pyarrow.Schema:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from image_formats.header import UnreadableImage
 
@@ -14,8 +14,7 @@ MAX_FILE_BYTES = 64 << 20  # of one image; the service's default maximum for one
 BATCH_BYTES = 16 << 20  # files of a batch; bounds the memory of a batch from an archive, and the time that it takes
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One image of a source.
 
     Attributes:
@@ -34,10 +33,7 @@ class Row:
         """Return the encoded image; raise `UnreadableImage` if it is missing, unreadable or too large."""
         if self.problem:
             raise UnreadableImage(self.problem)
-        data = self.content if isinstance(self.content, bytes) else _read_file(self.content)
-        if len(data) > MAX_FILE_BYTES:
-            raise UnreadableImage(describe_excess(len(data)))
-        return data
+        return self.content if isinstance(self.content, bytes) else _read_file(self.content, self.size)
 
 
 class Source(Protocol):
@@ -83,20 +79,25 @@ def as_text(path: str) -> str:
     return path if path.isascii() else os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _read_file(path: str) -> bytes:
-    # `os.open`, as a file object takes several times as long. A pipe would block, so it is not opened for waiting.
+def _read_file(path: str, size: int) -> bytes:
+    """Read a file that is expected to have `size` bytes."""
     try:
+        if size > MAX_FILE_BYTES:
+            raise UnreadableImage(describe_excess(size))
+        # `os.open`, as a file object takes several times as long. A pipe is not waited for.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
-            size = os.fstat(descriptor).st_size
-            if size > MAX_FILE_BYTES:
-                raise UnreadableImage(describe_excess(size))
             data = os.read(descriptor, size + 1)
-            if len(data) == size:
-                return data
+            if len(data) != size:  # it has changed since it was listed, or the system reads less at once
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+                    raise UnreadableImage("is not a regular file")  # reading a pipe could wait for ever
+                if status.st_size > MAX_FILE_BYTES:
+                    raise UnreadableImage(describe_excess(status.st_size))
+                data = Path(path).read_bytes()
+            return data
         finally:
             os.close(descriptor)
-        return Path(path).read_bytes()  # the file is being written, or the system reads less at once
     except FileNotFoundError as error:
         raise UnreadableImage("file not found") from error
     except IsADirectoryError as error:

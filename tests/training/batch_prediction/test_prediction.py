@@ -412,7 +412,7 @@ def test_a_model_whose_rows_influence_each_other_is_called_one_by_one(tmp_path: 
 
 def test_there_are_as_many_threads_as_large_images_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    for available, jobs in ((None, 64), (10**12, 64), (2 * 2**30, 4), (1000, 1)):
+    for available, jobs in ((None, 128), (10**12, 128), (2 * 2**30, 4), (1000, 1)):
         monkeypatch.setattr(prediction, "available_bytes", lambda available=available: available)
         assert prediction.count_jobs() == jobs
 

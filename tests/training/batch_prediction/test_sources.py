@@ -124,6 +124,9 @@ def test_missing_and_odd_files_become_rows_with_the_reason(tmp_path: Path) -> No
     os.truncate(tmp_path / "large.png", rows.MAX_FILE_BYTES + 1)
     names = ("missing.png", ".", "large.png", "empty.png", "pipe", "a\0b", "caf\udce9.png")
     listing = Listing([*(str(tmp_path / name) for name in names), None], tmp_path / "listing")
+    (tmp_path / "empty.png").write_bytes(b"changed")
+    writer = os.open(tmp_path / "pipe", os.O_RDWR)
+    os.write(writer, b"text")
     problems = []
     for row in listing.read(0):
         try:
@@ -134,12 +137,13 @@ def test_missing_and_odd_files_become_rows_with_the_reason(tmp_path: Path) -> No
         "file not found",
         "is a folder, not an image",
         "the file has 67,108,865 bytes; the maximum is 67,108,864",
-        "0",
-        "0",  # a pipe is not waited for
+        "7",
+        "is not a regular file",  # a pipe would be waited for
         "invalid file name: embedded null byte",
         "file not found",
         "the row has no path",
     ]
+    os.close(writer)
     assert [row.source for row in listing.read(6)] == [f"{tmp_path}/caf\\xe9.png", "7"]
 
 
