@@ -52,9 +52,10 @@ quoted = '$(subst ','\'',$(value $(1)))'
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 # Tests that measure latency, throughput or the memory of a whole service: one at a time, after all others, which run two
-# at a time.
+# at a time. With them those that log what is not Unicode: pytest's processes cannot send it to each other.
 TIMED_TESTS := $(addprefix tests/serving/,test_soak.py test_memory_budget.py test_fairness.py test_overload.py \
-	test_budget_limits.py test_greenlets.py http/test_many_connections.py http/test_slow_clients.py)
+	test_budget_limits.py test_greenlets.py http/test_many_connections.py http/test_slow_clients.py \
+	test_fault_isolation.py test_quoting.py)
 
 .PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-batch bench-typicality bench-soak check coverage format screenshots dashboard-picture lock clean
 

@@ -18,7 +18,6 @@ LONGEST = (
     "tests/training/test_commands.py",
     "tests/training/importer/test_tested_models.py",
     "tests/training/data/test_cifar10.py",
-    "tests/serving/test_fault_isolation.py",
     "tests/e2e/test_browser.py",
 )
 

@@ -29,7 +29,7 @@ from tests.serving.conftest import picture
 PROJECT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))]
 MAX_README_WORDS = 900
-LANGUAGES = {"", "sh", "python", "json", "mermaid"}
+LANGUAGES = {"", "sh", "python", "json", "mermaid", "yaml"}  # yaml: tests/deploy/test_manifests.py
 TIMEOUT_S = 120
 
 
