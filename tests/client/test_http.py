@@ -129,7 +129,6 @@ def test_retries_are_bounded(
             r"has several models; choose one with model \(--model\): a, b$",
         ),
         (respond(415, {"error": "send images"}), RequestRejected, r"\(415\): send images"),
-        (respond(429, {"error": "slower"}), RequestRejected, r"\(429\): slower"),
         (respond(500, {"error": "see the log"}), ServerFailed, r"failed \(500\): see the log"),
         (
             respond(502, b"<html>Bad Gateway</html>", "text/html"),

@@ -182,7 +182,7 @@ class Routes:
         (output,) = [output for output in response.json()["outputs"] if output["name"] == "probabilities"]
         return np.array(output["data"])
 
-    def v2_grpc(self, name, datatype, shape, raw):
+    def _v2_grpc(self, name, datatype, shape, raw):
         request = open_inference_pb2.ModelInferRequest(model_name=self.model, raw_input_contents=[raw])
         request.inputs.add(name=name, datatype=datatype, shape=shape)
         request.outputs.add(name="probabilities")
@@ -191,10 +191,10 @@ class Routes:
 
     def v2_grpc_pixels(self, data):
         pixels = self.pixels(data)[None]
-        return self.v2_grpc("images", "UINT8", pixels.shape, pixels.tobytes())
+        return self._v2_grpc("images", "UINT8", pixels.shape, pixels.tobytes())
 
     def v2_grpc_bytes(self, data):
-        return self.v2_grpc("image_bytes", "BYTES", [1], struct.pack("<I", len(data)) + data)
+        return self._v2_grpc("image_bytes", "BYTES", [1], struct.pack("<I", len(data)) + data)
 
     def rest(self, body):
         response = self.http.post(f"/v1/models/{self.model}:predict", content=json.dumps(body))
