@@ -135,7 +135,7 @@ def _read_model(text: str) -> tuple[str, Path]:
 @_option(
     "--auth-token-file",
     "Require one of the bearer tokens in this file, for everything but health checks. Each line is "
-    "NAME SCOPE[,SCOPE] sha256:HASH, made by python -m serving.access.",
+    "NAME SCOPE[,SCOPE] sha256:HASH, as the command serving.access prints it.",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
 )
 @_option("--metrics-public", "Serve the metrics without a token.", is_flag=True)

@@ -71,7 +71,7 @@ def _check_folder(config: ModelConfig) -> None:
     if keras := [entry.name for entry in content if entry.suffix in KERAS_SUFFIXES]:
         raise StartupError(
             f"--model {name}: {path} contains a Keras model ({', '.join(keras)}), not a SavedModel; "
-            "export it first: python -m training import"
+            "export it first, with the command import of training"
         )
     logger.warning("%s has neither saved_model.pb nor a numbered version yet; waiting for model %s", path, name)
 

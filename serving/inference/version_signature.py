@@ -59,8 +59,8 @@ class SignatureVerifier:
         signature = path / SIGNATURE_FILE
         if not signature.exists():
             raise ModelLoadError(
-                f"{path} is not signed, and only signed versions are served (--verify-key); sign it with: "
-                "python -m training sign VERSION --key PRIVATE_KEY",
+                f"{path} is not signed, and only signed versions are served (--verify-key); sign it with "
+                "the command sign of training",
                 code="FAILED_PRECONDITION",
             )
         content = read_file(signature, max_bytes=MAX_SIGNATURE_BYTES)

@@ -15,8 +15,12 @@ ROOT = Path(training.__file__).parent
     [
         ("__main__", set()),
         ("api", {"__init__.py"}),
+        ("batch_prediction", {"__main__.py", "api.py", "batch_prediction"}),
         ("converter", {"__main__.py", "converter"}),
-        ("exporter", {"__main__.py", "api.py", "command_options.py", "converter", "exporter", "importer"}),
+        (
+            "exporter",
+            {"__main__.py", "api.py", "batch_prediction", "command_options.py", "converter", "exporter", "importer"},
+        ),
         ("importer", {"__main__.py", "api.py", "importer"}),
         ("trainer", {"__main__.py", "api.py", "exporter"}),
         ("callbacks", {"trainer.py"}),

@@ -25,9 +25,9 @@ from training.batch_prediction.predictor import Predictor
 from training.batch_prediction.progress import PredictionProgress
 from training.batch_prediction.rows import Row, Source, make_batches
 from training.batch_prediction.sources import open_source
-from training.converter.convert import find_version
 from training.errors import PredictionError
 from training.exporter.checksums import SUMS_FILE, compute_checksums
+from training.exporter.versions import find_version
 from training.memory import available_bytes
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training.errors import ExportError
+from training.exporter.versions import find_version
 from training.native_output import discard_stderr
 from training.storage import explain_full_storage, make_folder, write_file
 
@@ -76,28 +77,6 @@ def convert_model(model: Path, *, to: str, output: Path | None = None) -> Path:
         make_folder(output.parent)
         write_file(output, content)
     return output
-
-
-def find_version(model: Path) -> Path:
-    """Return the folder of a version: `model` itself, or the newest version in it.
-
-    Raises:
-        ExportError: `model` is neither a version nor a folder of versions.
-    """
-    model = model.resolve()
-    if _is_version(model):
-        return model
-    versions = [path for path in model.glob("*") if path.name.isascii() and path.name.isdigit() and _is_version(path)]
-    if not versions:
-        reason = "neither it nor a version in it has a saved_model.pb" if model.is_dir() else "it does not exist"
-        raise ExportError(
-            f"{model} is not an exported model: {reason}. Name a model, models/NAME, or a version, models/NAME/VERSION"
-        )
-    return max(versions, key=lambda path: int(path.name))
-
-
-def _is_version(folder: Path) -> bool:
-    return (folder / "saved_model.pb").is_file()
 
 
 def _read_model_info(version: Path) -> tuple[str, tuple[str, ...]]:

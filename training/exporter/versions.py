@@ -53,6 +53,28 @@ def next_version(folder: Path) -> Iterator[tuple[int, Path]]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def find_version(model: Path) -> Path:
+    """Return the folder of a version: `model` itself, or the newest version in it.
+
+    Raises:
+        ExportError: `model` is neither a version nor a folder of versions.
+    """
+    model = model.resolve()
+    if _is_version(model):
+        return model
+    versions = [path for path in model.glob("*") if path.name.isascii() and path.name.isdigit() and _is_version(path)]
+    if not versions:
+        reason = "neither it nor a version in it has a saved_model.pb" if model.is_dir() else "it does not exist"
+        raise ExportError(
+            f"{model} is not an exported model: {reason}. Name a model, models/NAME, or a version, models/NAME/VERSION"
+        )
+    return max(versions, key=lambda path: int(path.name))
+
+
+def _is_version(folder: Path) -> bool:
+    return (folder / "saved_model.pb").is_file()
+
+
 def _version_numbers(*names: str) -> list[int]:
     """Return 0 and the version numbers among `names`. Servers ignore numbers over MAX_VERSION."""
     digits = (name for name in names if name.isascii() and name.isdigit())

@@ -68,7 +68,7 @@ def test_an_error_has_the_line_and_nothing_of_its_text(line: str, problem: str) 
 
 def test_a_file_without_tokens_is_an_error(tmp_path: Path) -> None:
     for content in ("", "# none\n"):
-        with pytest.raises(StartupError, match="has no token; add one with"):
+        with pytest.raises(StartupError, match="has no token; add a line"):
             TokenFile(write(tmp_path / "tokens", content))
     with pytest.raises(StartupError, match=r"cannot read the token file .*: No such file"):
         TokenFile(tmp_path / "missing")

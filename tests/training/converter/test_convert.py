@@ -17,9 +17,10 @@ import tensorflow as tf
 from tests.training.test_commands import call
 from training.config import TrainingConfig
 from training.converter import pixel_signature
-from training.converter.convert import FORMATS, convert_model, find_version
+from training.converter.convert import FORMATS, convert_model
 from training.errors import ExportError, StorageFullError
 from training.exporter.saved_model import write_extra_assets, write_saved_model
+from training.exporter.versions import find_version
 from training.models import build_model
 from training.models.inference_graph import InferenceGraph
 
