@@ -123,7 +123,8 @@ def parse_tokens(content: bytes, *, name: str) -> tuple[Token, ...]:
         tokens[token.digest] = token
     if not tokens:
         raise StartupError(
-            f"the token file {name} has no token; add a line as the command serving.access prints it (docs/access-control.md)"
+            f"the token file {name} has no token; add a line as the command serving.access prints it "
+            "(docs/access-control.md)"
         )
     return tuple(tokens.values())
 
