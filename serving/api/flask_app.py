@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping
+from functools import cache
 from io import BytesIO
 from typing import Any, cast
 
@@ -34,7 +35,6 @@ from serving.settings import Settings
 URGENT_PATHS = frozenset((b"/healthz", b"/readyz", b"/v2/health/live", b"/v2/health/ready"))
 
 MAX_KNOWN_PATHS = 256
-_CONVERTER = re.compile(r"<[^:<>]+:")  # in a rule: `<path:name>` is reported as `<name>`
 
 RETRY_AFTER_S = 1  # of responses that name no time of their own
 
@@ -173,9 +173,9 @@ class ServingApp(Flask):
         context = current_request.get()
         if not context.route:
             rule = request.url_rule
-            context.route = _CONVERTER.sub("<", rule.rule) if rule else "unmatched"
+            context.route = _readable(rule.rule) if rule else "unmatched"
         context.status = str(response.status_code)
-        response.headers["X-Request-ID"] = context.request_id
+        response.headers.add("X-Request-ID", context.request_id)
         return response
 
     def do_teardown_request(self, exc: BaseException | None = None) -> None:
@@ -183,6 +183,12 @@ class ServingApp(Flask):
         self.observer.end(current_request.get())
         if self.teardown_request_funcs or request_tearing_down.receivers:
             super().do_teardown_request(exc)
+
+
+@cache
+def _readable(rule: str) -> str:
+    """Return a rule without its converters: `<path:name>` is reported as `<name>`."""
+    return re.sub("<[^:<>]+:", "<", rule)
 
 
 def _describe(context: RequestContext, environ: Mapping[str, Any]) -> None:

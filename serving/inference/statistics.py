@@ -39,7 +39,10 @@ class Statistics:
     queued: Duration = field(default_factory=Duration)  # of successful requests
     computed: Duration = field(default_factory=Duration)  # the model calls with rows of each successful request
     calls: dict[int, Duration] = field(default_factory=dict)  # successful model calls, by their number of rows
+    # A lock each, because event loops record requests while threads record calls: one that waits for the other gives up
+    # the interpreter lock.
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _calls_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def record_success(self, rows: int, *, seconds: float, queue_s: float, model_s: float) -> None:
         """Record a request that has its outputs."""
@@ -58,7 +61,7 @@ class Statistics:
 
     def record_call(self, rows: int, seconds: float) -> None:
         """Record a successful model call."""
-        with self._lock:
+        with self._calls_lock:
             duration = self.calls.get(rows)
             if duration is None:
                 duration = self.calls[rows] = Duration()
