@@ -1,4 +1,4 @@
-"""The callback of a run: progress, learning rate, checkpoints, history, TensorBoard."""
+"""The callbacks of a run: progress and learning rate; checkpoints, history, TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 
 import keras
 import tensorflow as tf
+from typing_extensions import override
 
 from training.checkpoints import Checkpoints, TrainingState, read_best_state
 from training.config import TrainingConfig
@@ -21,14 +22,51 @@ from training.run_dir import RunDir
 logger = logging.getLogger(__name__)
 
 
-class RunCallback:
-    """The `TrainingCallback` of a run. Restores the run first, then saves it after every epoch.
+class ReplicaCallback:
+    """The `TrainingCallback` of every worker process: shows the progress, and changes the learning rate.
 
     Attributes:
         display: shows the progress; set it before training.
+        done: the number of completed epochs, before training.
     """
 
     display: ProgressDisplay
+
+    def __init__(self, config: TrainingConfig, optimizer: keras.optimizers.Optimizer) -> None:
+        self._config = config
+        self._optimizer = optimizer
+        self._plateau = PlateauSchedule(factor=config.plateau_factor, patience=config.plateau_patience)
+        self.done = 0
+
+    @property
+    def progress(self) -> list[float]:
+        """The completed epochs and the state of the learning rate's schedule."""
+        return [self.done, *self._plateau.state.values()]
+
+    @progress.setter
+    def progress(self, values: list[float]) -> None:
+        self.done = int(values[0])
+        self._plateau.restore(dict(zip(self._plateau.state, values[1:], strict=True)))
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        self.display.start_epoch(epoch)
+
+    def on_batch_end(self, step: int, *, loss: float, accuracy: float) -> None:
+        self.display.update(step, loss=loss, accuracy=accuracy)
+
+    def on_epoch_end(self, result: EpochResult) -> None:
+        self._change_learning_rate(result)
+        self.display.end_epoch(result, is_best=False)
+
+    def _change_learning_rate(self, result: EpochResult) -> None:
+        if self._config.recipe.uses_plateau:
+            self._optimizer.learning_rate.assign(
+                self._plateau.next_learning_rate(result.learning_rate, val_loss=result.val_loss)
+            )
+
+
+class RunCallback(ReplicaCallback):
+    """The `TrainingCallback` of the chief: restores the run first, then also saves it after every epoch."""
 
     def __init__(
         self,
@@ -39,28 +77,16 @@ class RunCallback:
         *,
         content_hash: str,
     ) -> None:
+        super().__init__(config, optimizer)
         self._run = run
-        self._config = config
         self._checkpoints = checkpoints
-        self._optimizer = optimizer
         self._content_hash = content_hash
-        self._plateau = PlateauSchedule(factor=config.plateau_factor, patience=config.plateau_patience)
         self._history: list[EpochResult] = []
         self._best_val_loss = math.inf
         self._writers = {
             name: tf.summary.create_file_writer(str(run.tensorboard / name))
             for name in (("train", "validation") if config.tensorboard else ())
         }
-
-    @property
-    def done(self) -> int:
-        """The number of completed epochs."""
-        return len(self._history)
-
-    @property
-    def progress(self) -> list[float]:
-        """The completed epochs and the state of the learning rate's schedule, for the other workers."""
-        return [self.done, *self._plateau.state.values()]
 
     def restore(self) -> None:
         """Restore the newest checkpoint, if there is one.
@@ -77,7 +103,7 @@ class RunCallback:
                 )
             return
         self._run.check_config(self._config, state.config or {})
-        done = len(state.history)
+        done = self.done = len(state.history)
         if done > self._config.epochs:
             raise RunError(
                 f"{self._run.path} has completed {done} epochs, more than the {self._config.epochs} requested: "
@@ -97,18 +123,10 @@ class RunCallback:
         self._best_val_loss = best.history[-1].val_loss
         self._run.write_history(self._history)
 
-    def on_epoch_begin(self, epoch: int) -> None:
-        self.display.start_epoch(epoch)
-
-    def on_batch_end(self, step: int, *, loss: float, accuracy: float) -> None:
-        self.display.update(step, loss=loss, accuracy=accuracy)
-
+    @override
     def on_epoch_end(self, result: EpochResult) -> None:
         self._history.append(result)
-        if self._config.recipe.uses_plateau:
-            self._optimizer.learning_rate.assign(
-                self._plateau.next_learning_rate(result.learning_rate, val_loss=result.val_loss)
-            )
+        self._change_learning_rate(result)
         state = TrainingState(
             history=tuple(self._history),
             plateau=self._plateau.state,
@@ -139,42 +157,3 @@ class RunCallback:
                 for metric, value in metrics[name].items():
                     tf.summary.scalar(metric, value)
             writer.flush()
-
-
-class FollowerCallback:
-    """The `TrainingCallback` of a worker that is not the chief: it changes the learning rate as the chief does.
-
-    Attributes:
-        display: shows the progress; set it before training.
-    """
-
-    display: ProgressDisplay
-
-    def __init__(self, config: TrainingConfig, optimizer: keras.optimizers.Optimizer) -> None:
-        self._config = config
-        self._optimizer = optimizer
-        self._plateau = PlateauSchedule(factor=config.plateau_factor, patience=config.plateau_patience)
-        self.done = 0
-
-    @property
-    def progress(self) -> list[float]:
-        """The completed epochs and the state of the learning rate's schedule."""
-        return [self.done, *self._plateau.state.values()]
-
-    @progress.setter
-    def progress(self, values: list[float]) -> None:
-        self.done = int(values[0])
-        self._plateau.restore(dict(zip(self._plateau.state, values[1:], strict=True)))
-
-    def on_epoch_begin(self, epoch: int) -> None:
-        self.display.start_epoch(epoch)
-
-    def on_batch_end(self, step: int, *, loss: float, accuracy: float) -> None:
-        self.display.update(step, loss=loss, accuracy=accuracy)
-
-    def on_epoch_end(self, result: EpochResult) -> None:
-        if self._config.recipe.uses_plateau:
-            self._optimizer.learning_rate.assign(
-                self._plateau.next_learning_rate(result.learning_rate, val_loss=result.val_loss)
-            )
-        self.display.end_epoch(result, is_best=False)

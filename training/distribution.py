@@ -90,14 +90,14 @@ class Distribution:
         """Make the distribution of a run; with several workers, wait until all of them are started.
 
         Raises:
-            ClusterError: `TF_CONFIG` is missing or invalid, or a worker cannot be reached.
+            ClusterError: `TF_CONFIG` is missing or invalid.
+            tf.errors.OpError: a worker cannot be reached; see `explain_lost_workers`.
         """
         import tensorflow as tf
 
         if config.strategy == "multiworker":
             cluster = Cluster.from_environment()
-            with explain_lost_workers():
-                return cls(tf.distribute.MultiWorkerMirroredStrategy(), cluster=cluster)
+            return cls(tf.distribute.MultiWorkerMirroredStrategy(), cluster=cluster)
         if config.strategy == "mirrored":
             devices = [device.name for kind in ("GPU", "CPU") for device in tf.config.list_logical_devices(kind)]
             gpus = [name for name in devices if "GPU" in name]
@@ -130,9 +130,8 @@ class Distribution:
             return [context.all_reduce(tf.distribute.ReduceOp.SUM, value) for value in sent]
 
         tensors = tuple(tf.convert_to_tensor(value) for value in values)
-        with explain_lost_workers():
-            sums = self.strategy.run(tf.function(add), args=tensors)
-            return [self.strategy.experimental_local_results(value)[0].numpy() for value in sums]
+        sums = self.strategy.run(tf.function(add), args=tensors)
+        return [self.strategy.experimental_local_results(value)[0].numpy() for value in sums]
 
     def check_equal(self, digest: str) -> None:
         """Raise `ClusterError` unless all workers have the same hexadecimal `digest` of config and data."""

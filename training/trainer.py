@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from training.callbacks import FollowerCallback, RunCallback
+from training.callbacks import ReplicaCallback, RunCallback
 from training.checkpoints import Checkpoints, read_best_state, restore_best
 from training.config import CHANGEABLE, TrainingConfig
 from training.data import Dataset, Split, input_pipeline
@@ -199,11 +199,11 @@ def _train(run: RunDir | None, config: TrainingConfig, dataset: Dataset, *, trai
     """Train the epochs that are left; `run` is None in a worker that is not the chief."""
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
-    distribution = Distribution.of(config)
-    distribution.check_batches(images=len(train.labels), batch_size=config.batch_size)
     values = {**json.loads(config.to_json()), **dict.fromkeys(CHANGEABLE - {"epochs"}), "content": dataset.content_hash}
-    distribution.check_equal(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
     with explain_lost_workers():
+        distribution = Distribution.of(config)
+        distribution.check_batches(images=len(train.labels), batch_size=config.batch_size)
+        distribution.check_equal(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
         _train_replicas(run, config, dataset, distribution, train=train, validation=validation)
 
 
@@ -222,14 +222,13 @@ def _train_replicas(
         model = _build(config, train.images.shape[1:], classes=len(dataset.class_names), dtype=config.dtype)
         optimizer = config.recipe.make_optimizer(config, steps_per_epoch=steps)
         optimizer.build(model.trainable_variables)
-    callback: RunCallback | FollowerCallback
     if run is None:
-        callback = FollowerCallback(config, optimizer)
+        callback = ReplicaCallback(config, optimizer)
     else:
         checkpoints = Checkpoints(run.checkpoints, model=model, optimizer=optimizer)
-        callback = RunCallback(run, config, checkpoints, optimizer, content_hash=dataset.content_hash)
+        callback = saved = RunCallback(run, config, checkpoints, optimizer, content_hash=dataset.content_hash)
         with distribution.strategy.scope():
-            callback.restore()
+            saved.restore()
         run.write_config(config)  # with more epochs, or a new path of the data
     if len(distribution.own) < distribution.replicas:
         with distribution.strategy.scope():
@@ -276,15 +275,12 @@ def _train_replicas(
         TRAIN_FUNCTIONS[config.loop](part.model, optimizer, loss, data, epochs=epochs, callback=callback)
 
 
-def _copy_from_chief(
-    distribution: Distribution, callback: RunCallback | FollowerCallback, variables: Sequence[Any]
-) -> None:
+def _copy_from_chief(distribution: Distribution, callback: ReplicaCallback, variables: Sequence[Any]) -> None:
     """Give the chief's weights, optimizer and progress, which it may have restored, to the other workers."""
     progress, *values = distribution.broadcast([np.array(callback.progress), *variables])
     if not distribution.is_chief:
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
-        assert isinstance(callback, FollowerCallback)
         callback.progress = [float(number) for number in progress]
 
 

@@ -177,13 +177,11 @@ def evaluation_batches(
         images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
         labels = np.concatenate([labels, np.full(missing, -1, np.int64)])
     images, labels = tf.constant(images), tf.constant(labels)
-    batches = tf.data.Dataset.range(0, len(labels), batch_size - batch_size % parts.count)
+    batch_size -= batch_size % parts.count
 
     def take(start: tf.Tensor) -> tf.data.Dataset:
-        rows = tf.range(start, tf.minimum(start + batch_size - batch_size % parts.count, len(labels)))
-        own = parts.rows(tf.size(rows))
-        return own.map(
-            lambda part: (tf.gather(images, tf.gather(rows, part)), tf.gather(labels, tf.gather(rows, part)))
-        )
+        size = tf.minimum(batch_size, tf.cast(len(labels) - start, tf.int32))
+        rows = parts.rows(size).map(lambda part: tf.cast(start, tf.int32) + part)
+        return rows.map(lambda own: (tf.gather(images, own), tf.gather(labels, own)))
 
-    return batches.flat_map(take).prefetch(2)
+    return tf.data.Dataset.range(0, len(labels), batch_size).flat_map(take).prefetch(2)
