@@ -1,6 +1,6 @@
 """Draws deploy/observability/dashboard.json from a run under load: docs/images/dashboard.png.
 
-Grafana is not in Debian, so this is no screenshot of it. A stock Prometheus scrapes the service meanwhile, each panel's
+It is not a Grafana screenshot, because Debian has no Grafana. A stock Prometheus scrapes the service, each panel's
 own queries are sent to Prometheus's HTTP API, and matplotlib draws the results in the dashboard's layout.
 """
 
