@@ -43,6 +43,7 @@ from serving.inference.version_signature import SignatureVerifier
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
 from serving.observer import RequestObserver
+from serving.request_context import RequestContext
 from serving.request_log import log_request
 from serving.settings import Settings, name_models
 from serving.tracing import make_tracing
@@ -75,8 +76,10 @@ def create_app(models: str | Path | Mapping[str, str | Path] | Settings = "model
     return app
 
 
-def make_app(settings: Settings) -> ServingApp:
+def make_app(settings: Settings, *, log: Callable[[RequestContext, float], None] = log_request) -> ServingApp:
     """Make the service for the models that the settings name; `app.watcher.start()` loads them.
+
+    `log` is called with each request that has ended, and its time in seconds, if there is a request log.
 
     Raises:
         StartupError: there is no model to serve, or the environment asks for traces that cannot be exported.
@@ -100,7 +103,7 @@ def make_app(settings: Settings) -> ServingApp:
         ),
         metrics=metrics,
         observer=(tracing.make_observer if tracing else RequestObserver)(
-            metrics, log=log_request if settings.access_log else None
+            metrics, log=log if settings.access_log else None
         ),
         liveness=liveness,
         memory=memory,

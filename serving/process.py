@@ -16,12 +16,11 @@ from prometheus_client import disable_created_metrics
 
 from serving.log_format import make_formatter
 from serving.log_output import BackgroundHandler
-from serving.request_log import access_logger
+from serving.request_log import COLLECT_S, access_logger
 
 logger = logging.getLogger("serving")
 
 STDOUT, STDERR = 1, 2  # file descriptors
-COLLECT_S = 0.05  # lines of requests are written together
 
 # How long a thread may hold the interpreter's lock while another waits for it. With Python's 5 ms, a model's thread
 # would wait for the event loop longer than a call of a small model takes.

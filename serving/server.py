@@ -23,6 +23,7 @@ from serving.http.server import listen
 from serving.memory import TRIM_BYTES, MemoryBudget
 from serving.process import SWITCH_INTERVAL_S, configure_metrics, exit_process
 from serving.process_memory import keep_freed_memory, return_freed_memory
+from serving.request_log import RequestLog
 from serving.settings import Settings, name_models
 from serving.tls import Certificates, TlsFiles
 
@@ -70,7 +71,8 @@ def serve_settings(settings: Settings) -> None:
     listener = open_port(settings.host, settings.rest_port, flag="--rest-port")
     if settings.grpc_port:
         open_port(settings.host, settings.grpc_port, flag="--grpc-port").close()  # gRPC opens its own
-    _ServerRun(make_app(settings), listener, certificates).run()
+    with RequestLog() as log:
+        _ServerRun(make_app(settings, log=log.add), listener, certificates).run()
 
 
 def open_port(host: str, port: int, *, flag: str) -> socket.socket:
