@@ -111,9 +111,14 @@ class ServingApp(Flask):
     def __call__(self, environ: Any, start_response: Any) -> Any:
         """Respond to a request as a WSGI application."""
         context = current_request.get()
+
+        def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+            headers.append(("X-Request-ID", context.request_id))  # to Werkzeug's headers it would take 4 us
+            return start_response(status, headers, *exc_info)
+
         if context.memory is not None:  # our own HTTP server has made the context
             _describe(context, environ)
-            return self.wsgi_app(environ, start_response)
+            return self.wsgi_app(environ, start)
         memory = RequestMemory(self.memory)
         context = RequestContext(time.monotonic() + self.settings.request_timeout_s, memory=memory)
         refusal = self.access.admit(environ) if self.access else None
@@ -121,13 +126,13 @@ class ServingApp(Flask):
         if refusal:
             context.status, context.route, context.shed_reason = refusal.status[:3], UNROUTED, refusal.shed_reason
             self.observer.report(context)
-            start_response(refusal.status, [*refusal.headers, ("X-Request-ID", context.request_id)])
+            start(refusal.status, refusal.headers)
             return [refusal.body]
         token = current_request.set(context)
         try:
             if self.loads_models:
                 self._load_models(environ["PATH_INFO"].encode("latin-1"), context)
-            return self.wsgi_app(environ, start_response)
+            return self.wsgi_app(environ, start)
         finally:
             current_request.reset(token)
             memory.release()
@@ -168,14 +173,14 @@ class ServingApp(Flask):
     def process_response(self, response: Response) -> Response:
         """Call the hooks, and note the status."""
         response = super().process_response(response)
-        if response.status_code in (429, 503) and "Retry-After" not in response.headers:
+        status = response.status_code
+        if status in (429, 503) and "Retry-After" not in response.headers:
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
         context = current_request.get()
         if not context.route:
             rule = request.url_rule
             context.route = _readable(rule.rule) if rule else "unmatched"
-        context.status = str(response.status_code)
-        response.headers.add("X-Request-ID", context.request_id)
+        context.status = str(status)
         return response
 
     def do_teardown_request(self, exc: BaseException | None = None) -> None:

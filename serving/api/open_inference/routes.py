@@ -114,9 +114,10 @@ def unload_model(model: str) -> Response:
 @blueprint.post("/models/<model>/versions/<version>/infer")
 def infer(model: str, version: str | None = None) -> Response:
     """Run a model: the signature in the parameter `signature_name`, or the one that has the request's inputs."""
-    found = current_app.inference.resolve(model, version=version)
+    inference = current_app.inference
+    found = inference.resolve(model, version=version)
     parsed = _parse_body(found)
-    result = run(current_app.inference, found, parsed)
+    result = run(inference, found, parsed)
     size = sum(array.nbytes for array in result.outputs.values())
     body, json_bytes = run_sized(size, render, parsed, result)
     if json_bytes is None:
@@ -127,9 +128,9 @@ def infer(model: str, version: str | None = None) -> Response:
 
 
 def _parse_body(version: ModelVersion) -> InferRequest:
-    header_length = request.headers.get(HEADER_LENGTH)
-    encoding = request.headers.get("Content-Encoding", "")
-    body, json_bytes = decompress(request.get_data(cache=False), encoding, header_length)
+    headers = request.headers
+    encoding = headers.get("Content-Encoding", "")
+    body, json_bytes = decompress(request.get_data(cache=False), encoding, headers.get(HEADER_LENGTH))
     arguments = json_bytes, version.name, version.predictor.signatures
     if json_bytes <= SMALL_BYTES:  # binary data is not parsed, so its size does not matter
         return parse(body, *arguments)
