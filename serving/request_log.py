@@ -77,7 +77,7 @@ class RequestLog:
     """Logs requests in a thread of its own, as a context manager.
 
     A call of the logger takes 14 us in a row of many, and 40 us between the other work of a request, whose code and
-    data it displaces from the CPU's caches (docs/design.md).
+    data it displaces from the CPU's caches.
     """
 
     def __init__(self) -> None:
