@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
@@ -276,16 +277,15 @@ def run_form(
     measures = [(contestant, count) for count in connections for contestant in contestants]
     for number in range(rounds):
         for contestant, count in measures if number % 2 == 0 else measures[::-1]:
-            contestant.measure(count, lambda c=contestant, n=count: run(c.target, connections=n, seconds=seconds))
+            contestant.measure(count, partial(run, contestant.target, connections=count, seconds=seconds))
     if form.startswith("grpc"):
         return
     for contestant in contestants:
         # Half of what it sustains: what its users see on an ordinary day.
         rate = statistics.median(m.requests_per_s for m in contestant.rounds[max(connections)]) / 2
         for _ in range(rounds):
-            contestant.measure(
-                "open", lambda c=contestant, r=rate: run_open_loop(c.target, requests_per_s=r, seconds=seconds)
-            )
+            send = partial(run_open_loop, contestant.target, requests_per_s=rate, seconds=seconds)
+            contestant.measure("open", send)
 
 
 def summarize(contestant: Contestant) -> list[dict[str, object]]:

@@ -126,7 +126,7 @@ def measure_worker(form: str, *, rounds: int, seconds: float) -> Measurement:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             click.echo("measuring the model and the core alone ...", err=True)
             model_s, ratios, stalls_per_s, stall_s = process.submit(_measure_core, cores[0], version).result()
-        service = start_ours(form, folder / "models", folder / "log", options=("--threads", "1"), cores=cores[:1])
+        service = start_ours(form, folder / "models", folder / "log", cores=cores[:1])
         assert service.process
         with service.process:
             os.sched_setaffinity(0, cores[-1:])
