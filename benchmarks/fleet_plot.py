@@ -14,8 +14,8 @@ from matplotlib import pyplot as plt
 from benchmarks.simulation import ServiceTimes, simulate_worker
 from benchmarks.worker_measurement import Level, Measurement
 
-REQUESTS = 20_000  # of each point of a curve
-POINTS = 16
+REQUESTS = 10_000  # of each point of a curve
+POINTS = 12
 COLORS = {"p99": "#b5452c", "p50": "#1f5f8b"}
 GREY = "#555555"
 

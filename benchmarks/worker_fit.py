@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.open_loop import draw_poisson
 from benchmarks.simulation import Outcome, ServiceTimes, simulate_worker
-from benchmarks.worker_measurement import Form, Level, Measurement
+from benchmarks.worker_measurement import Level, Measurement
 
 BAR = 0.15  # on the error of mean, p50 and p99
 # What is fitted, in logarithms: the rest is measured directly. The stalls, too, but on a core without load.
@@ -150,10 +150,13 @@ def read_fitted(measurement: Measurement) -> ServiceTimes:
     return replace(estimate(measurement), **measurement.fitted)
 
 
-def scale_to_form(times: ServiceTimes, reference: Form, form: Form) -> ServiceTimes:
-    """Return the service times for requests of another form: the event loop's follow from the CPU time of both."""
-    beside_s = [each.cpu_s - (times.call_s + times.model_call_s(1)) / each.rows_per_call for each in (reference, form)]
-    return replace(times, request_s=max(LEAST_S, times.request_s + beside_s[1] - beside_s[0]))
+def times_of(measurement: Measurement, form: str) -> ServiceTimes:
+    """Return the fitted service times for requests of any form: the event loop's follow from the CPU time of both."""
+    times = read_fitted(measurement)
+    forms = (measurement.forms[measurement.form], measurement.forms[form])
+    call_s = times.call_s + times.model_call_s(1)
+    reference_s, form_s = (each.cpu_s - call_s / each.rows_per_call for each in forms)
+    return replace(times, request_s=max(LEAST_S, times.request_s + form_s - reference_s))
 
 
 def format_table(predictions: Iterable[Prediction]) -> str:
