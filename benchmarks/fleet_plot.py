@@ -10,6 +10,9 @@ mpl.use("Agg")
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator, StrMethodFormatter
 
 from benchmarks.simulation import ServiceTimes, simulate_worker
 from benchmarks.worker_measurement import Level, Measurement
@@ -40,10 +43,10 @@ def plot_latencies(times: ServiceTimes, measured: Measurement, path: Path) -> No
             )  # fmt: skip
     _add_legend(axes)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
-    axes.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlim(left=0)
     axes.set_xlabel("requests/s, open loop")
     axes.set_title("Latency of one worker on one core, ms", loc="left", fontsize=11)
@@ -59,10 +62,10 @@ def _latency_ms(level: Level, name: str) -> float:
     return (level.p99_s if name == "p99" else level.p50_s) * 1e3
 
 
-def _add_legend(axes: plt.Axes) -> None:
+def _add_legend(axes: Axes) -> None:
     handles = [
-        plt.Line2D([], [], color=GREY, linewidth=1.8, label="simulated"),
-        plt.Line2D([], [], color=GREY, marker="o", linestyle="", label="measured"),
-        plt.Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white", label="measured, fitted to"),
+        Line2D([], [], color=GREY, linewidth=1.8, label="simulated"),
+        Line2D([], [], color=GREY, marker="o", linestyle="", label="measured"),
+        Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white", label="measured, fitted to"),
     ]
     axes.legend(handles=handles, loc="upper left", frameon=False)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import click
 import numpy as np
@@ -147,7 +148,8 @@ def read_fitted(measurement: Measurement) -> ServiceTimes:
         raise click.ClickException(
             "the measurement was not fitted yet; run `python -m benchmarks.fleet validate` first"
         )
-    return replace(estimate(measurement), **measurement.fitted)
+    values: dict[str, Any] = {**measurement.fitted}
+    return replace(estimate(measurement), **values)
 
 
 def times_of(measurement: Measurement, form: str) -> ServiceTimes:
