@@ -57,7 +57,7 @@ TIMED_TESTS := $(addprefix tests/serving/,test_soak.py test_memory_budget.py tes
 	test_budget_limits.py test_greenlets.py http/test_many_connections.py http/test_slow_clients.py \
 	test_fault_isolation.py test_quoting.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-batch bench-typicality bench-soak check coverage format screenshots dashboard-picture lock clean
+.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-batch bench-typicality bench-scale bench-soak check coverage format screenshots dashboard-picture lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -158,6 +158,9 @@ bench-batch: $(INSTALLED)  ## batch prediction beside the bare model and beside 
 bench-typicality: $(INSTALLED)  ## how well an evaluated run tells outliers, and what that costs: RUN=runs/...
 	@test -n $(call quoted,RUN) || { echo "error: name an evaluated run: make bench-typicality RUN=runs/..." >&2; exit 2; }
 	@$(BIN)/python -m benchmarks.typicality $(call quoted,RUN)
+
+bench-scale: $(INSTALLED)  ## requests a second against cores, workers and TensorFlow's threads (needs wrk and h2load)
+	@$(BIN)/python -m benchmarks.scale
 
 bench-soak: $(INSTALLED)  ## ten minutes of hostile and normal traffic under 2 GiB (needs Linux memory cgroups: root, or delegation)
 	@$(BIN)/python -m benchmarks.soak

@@ -1,18 +1,15 @@
-"""Load generators: closed loop by wrk, over gRPC by h2load, and open loop at a constant rate."""
+"""Load generators in a closed loop: by wrk, and over gRPC by h2load. `open_loop.py` has the open loop."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -68,14 +65,14 @@ class Measured:
         return self.requests / self.seconds
 
 
-def run_closed_loop(target: Target, *, connections: int, seconds: float) -> Measured:
+def run_closed_loop(target: Target, *, connections: int, seconds: float, threads: int = 1) -> Measured:
     """Send the next request on each of so many connections when the last is answered, by wrk."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "script.lua").write_text(_WRK_SCRIPT)
         for index, body in enumerate(target.bodies):
             (folder / f"{index}").write_bytes(body)
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s"]
+        command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s"]
         env = {
             "WRK_BODIES": ",".join(str(folder / str(index)) for index in range(len(target.bodies))),
             "WRK_HEADERS": "\n".join(f"{name}={value}" for name, value in target.headers.items()),
@@ -88,7 +85,7 @@ def run_closed_loop(target: Target, *, connections: int, seconds: float) -> Meas
     )
 
 
-def run_closed_loop_grpc(target: Target, *, connections: int, seconds: float) -> Measured:
+def run_closed_loop_grpc(target: Target, *, connections: int, seconds: float, threads: int = 1) -> Measured:
     """As `run_closed_loop`, calling Predict, by h2load: a client in Python takes as long for a call as the service.
 
     It sends the first body only, and does not know gRPC, where a refusal has the status 200: but no data.
@@ -102,7 +99,7 @@ def run_closed_loop_grpc(target: Target, *, connections: int, seconds: float) ->
     with tempfile.TemporaryDirectory() as name:
         message, log = Path(name, "message"), Path(name, "log")
         message.write_bytes(bytes([0]) + len(body).to_bytes(4) + body)
-        command = ["h2load", "-t1", f"-c{connections}", "-m1", f"-D{seconds:g}", "-d", str(message)]
+        command = ["h2load", f"-t{threads}", f"-c{connections}", "-m1", f"-D{seconds:g}", "-d", str(message)]
         headers = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
         headers += [part for name, value in metadata for part in ("-H", f"{name}: {value}")]
         url = f"http://{target.url}{_GRPC_METHOD}"
@@ -113,52 +110,6 @@ def run_closed_loop_grpc(target: Target, *, connections: int, seconds: float) ->
     data = re.search(r"\((\d+)\) data", done.stdout)
     assert data
     return _summarize(rows[:, 2] / 1e6, seconds, len(rows) - int(data[1]) // reply_bytes)
-
-
-def run_open_loop(target: Target, *, requests_per_s: float, seconds: float) -> Measured:
-    """Send requests when they are due, whatever became of those before; latencies count from when each was due."""
-    return asyncio.run(_send_on_time(target, requests_per_s, seconds))
-
-
-async def _send_on_time(target: Target, requests_per_s: float, seconds: float) -> Measured:
-    address = urlsplit(target.url)
-    host, port = address.hostname, address.port
-    headers = {"Host": f"{host}:{port}", **target.headers}
-    head = f"POST {address.path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    messages = [f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in target.bodies]
-    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-    latencies: list[float] = []
-    errors = 0
-
-    async def send(message: bytes, due_s: float) -> None:
-        nonlocal errors
-        try:
-            connection = idle.pop() if idle else await asyncio.open_connection(host, port)
-            connection[1].write(message)
-            head = await connection[0].readuntil(b"\r\n\r\n")
-            length = int(head.lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
-            await connection[0].readexactly(length)
-            errors += not head.startswith(b"HTTP/1.1 200")
-            if b"connection: close" in head.lower():
-                connection[1].close()
-            else:
-                idle.append(connection)
-        except (OSError, asyncio.IncompleteReadError, IndexError):
-            errors += 1
-        latencies.append(time.perf_counter() - due_s)
-
-    tasks = []
-    started_s = time.perf_counter()
-    for number in range(int(requests_per_s * seconds)):
-        due_s = started_s + number / requests_per_s
-        if (wait_s := due_s - time.perf_counter()) > 0:
-            await asyncio.sleep(wait_s)
-        tasks.append(asyncio.create_task(send(messages[number % len(messages)], due_s)))
-    await asyncio.wait_for(asyncio.gather(*tasks), 60)
-    elapsed_s = time.perf_counter() - started_s
-    for _, writer in idle:
-        writer.close()
-    return _summarize(latencies, elapsed_s, errors)
 
 
 def _summarize(latencies_s: Sequence[float] | np.ndarray, elapsed_s: float, errors: int) -> Measured:

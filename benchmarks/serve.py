@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
@@ -25,7 +26,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from benchmarks.load import Measured, Target, run_closed_loop, run_closed_loop_grpc, run_open_loop
+from benchmarks.load import Measured, Target, run_closed_loop, run_closed_loop_grpc
+from benchmarks.open_loop import run_open_loop
 from benchmarks.server_process import ServerProcess, free_port, resident_mb
 
 PROJECT = Path(__file__).parents[1]
@@ -56,12 +58,12 @@ class Contestant:
             self.memory_mb = self.process.memory_mb()
 
 
-def make_images(count: int) -> np.ndarray:
-    """Return pictures with something in them: smooth colours and noise, uint8 (count, 32, 32, 3)."""
+def make_images(count: int, side: int = 32) -> np.ndarray:
+    """Return pictures with something in them: smooth colours and noise, uint8 (count, side, side, 3)."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-    smooth = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in coarse]
-    return np.clip(np.stack(smooth) + rng.normal(0, 12, (count, 32, 32, 3)), 0, 255).astype(np.uint8)
+    smooth = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)) for image in coarse]
+    return np.clip(np.stack(smooth) + rng.normal(0, 12, (count, side, side, 3)), 0, 255).astype(np.uint8)
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -75,11 +77,11 @@ def as_multipart(png: bytes, *, field_name: str) -> tuple[bytes, str]:
     return request.read(), request.headers["content-type"]
 
 
-def make_target(url: str, form: str, *, key: str = "instances", field_name: str = "image") -> Target:
-    """Make the requests of one form, as one server wants them."""
+def make_target(url: str, form: str, *, key: str = "instances", field_name: str = "image", side: int = 32) -> Target:
+    """Make the requests of one form, as one server wants them, with images of `side` x `side` pixels."""
     if form.startswith(("v2", "grpc")):
-        return _make_tensor_target(url, form)
-    images = make_images(BODIES)
+        return _make_tensor_target(url, form, side)
+    images = make_images(BODIES, side)
     if form == "upload":
         # One boundary for all, so that all can have one header.
         bodies, kinds = zip(*(as_multipart(encode_png(image), field_name=field_name) for image in images), strict=True)
@@ -102,9 +104,9 @@ def make_target(url: str, form: str, *, key: str = "instances", field_name: str 
     return Target(url, {"Content-Type": "application/json"}, bodies)
 
 
-def _make_tensor_target(url: str, form: str) -> Target:
+def _make_tensor_target(url: str, form: str, side: int) -> Target:
     rows = 64 if form.endswith("x64") else 1
-    batches = make_images(BODIES * rows).reshape(BODIES, rows, 32, 32, 3)
+    batches = make_images(BODIES * rows, side).reshape(BODIES, rows, side, side, 3)
     if form.startswith("grpc"):
         from client.protos import prediction_pb2
 
@@ -150,13 +152,29 @@ def accepts(target: Target) -> Callable[[], bool]:
     return ask
 
 
+def make_path(form: str) -> str:
+    """Return this service's path for requests of a form over HTTP."""
+    paths = {"upload": "/predict", "v2": f"/v2/models/{MODEL}/infer"}
+    return paths.get(form.split()[0], f"/v1/models/{MODEL}:predict")
+
+
 def start_ours(
-    form: str, models: Path, log: Path, *, project: Path = PROJECT, options: Sequence[str] = ()
+    form: str,
+    models: Path,
+    log: Path,
+    *,
+    project: Path = PROJECT,
+    options: Sequence[str] = (),
+    cores: Sequence[int] = (),
 ) -> Contestant:
-    """Start this service, or that of another checkout, with what it does by itself or with other `options`."""
+    """Start this service, or that of another checkout, with what it does by itself or with other `options`.
+
+    With `cores`, it may use only these.
+    """
     port, grpc_port = free_port(), free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "serving", "--models-dir", str(models), "--rest-port", str(port)]
+    pinned = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
+    command = [*pinned, sys.executable, "-m", "serving", "--models-dir", str(models), "--rest-port", str(port)]
     process = ServerProcess(
         [*command, "--grpc-port", str(grpc_port), "--log-level", "warning", *options],
         is_ready=answers(url + "/readyz"),
@@ -164,9 +182,7 @@ def start_ours(
         log=log,
         cwd=project,
     )
-    paths = {"upload": "/predict", "v2": f"/v2/models/{MODEL}/infer"}
-    path = paths.get(form.split()[0], f"/v1/models/{MODEL}:predict")
-    address = f"127.0.0.1:{grpc_port}" if form.startswith("grpc") else url + path
+    address = f"127.0.0.1:{grpc_port}" if form.startswith("grpc") else url + make_path(form)
     return Contestant(OURS, make_target(address, form), process)
 
 
@@ -261,16 +277,15 @@ def run_form(
     measures = [(contestant, count) for count in connections for contestant in contestants]
     for number in range(rounds):
         for contestant, count in measures if number % 2 == 0 else measures[::-1]:
-            contestant.measure(count, lambda c=contestant, n=count: run(c.target, connections=n, seconds=seconds))
+            contestant.measure(count, partial(run, contestant.target, connections=count, seconds=seconds))
     if form.startswith("grpc"):
         return
     for contestant in contestants:
         # Half of what it sustains: what its users see on an ordinary day.
         rate = statistics.median(m.requests_per_s for m in contestant.rounds[max(connections)]) / 2
         for _ in range(rounds):
-            contestant.measure(
-                "open", lambda c=contestant, r=rate: run_open_loop(c.target, requests_per_s=r, seconds=seconds)
-            )
+            send = partial(run_open_loop, contestant.target, requests_per_s=rate, seconds=seconds)
+            contestant.measure("open", send)
 
 
 def summarize(contestant: Contestant) -> list[dict[str, object]]:

@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -22,13 +23,21 @@ class Service:
         models: the models folder.
         log: where its output goes.
         options: of its command line.
+        cores: that it may use only; all of this process if empty.
         cgroup: where it runs; None for that of this process.
 
     Raises:
         RuntimeError: it does not start; the end of its log is in the message.
     """
 
-    def __init__(self, models: Path, log: Path, *options: str, cgroup: MemoryCgroup | None = None) -> None:
+    def __init__(
+        self,
+        models: Path,
+        log: Path,
+        *options: str,
+        cores: Sequence[int] = (),
+        cgroup: MemoryCgroup | None = None,
+    ) -> None:
         port, grpc_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.grpc_address = f"127.0.0.1:{grpc_port}"
@@ -36,6 +45,8 @@ class Service:
         self.cgroup = cgroup
         command = [sys.executable, "-m", "serving", "--models-dir", str(models), "--rest-port", str(port)]
         command += ["--grpc-port", str(grpc_port), *options]
+        if cores:
+            command = ["taskset", "-c", ",".join(map(str, cores)), *command]
         self._process = ServerProcess(
             cgroup.wrap(command) if cgroup else command,
             is_ready=self.is_ready,
