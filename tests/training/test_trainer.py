@@ -18,6 +18,7 @@ import tensorflow as tf
 from PIL import Image
 
 from training.data.shapes import draw_shapes
+from training.data.shard_writer import write_shards
 
 EPOCHS = 4
 WAYS = {
@@ -117,6 +118,27 @@ def test_killed_and_resumed_run_is_bit_identical(undisturbed, pictures, tmp_path
     assert done.returncode == 0, done.stderr
     assert "epoch 1/4" not in done.stderr
     assert "epoch 4/4" in done.stderr
+    assert_same_run(run, reference)
+
+
+def test_streamed_run_equals_the_one_in_memory(undisturbed, pictures, tmp_path):
+    way, reference, _ = undisturbed
+    run, data = tmp_path / "streamed", pictures
+    if way == "custom":  # from shards, killed and resumed; the others from the folder
+        data = write_shards(pictures, tmp_path / "shards", shard_bytes=100_000).folder
+    with subprocess.Popen(
+        train_arguments(data, run, *WAYS[way], "--stream"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if way == "custom" and line.startswith("epoch 2/4"):
+                process.kill()
+                break
+    assert (process.returncode == 0) == (way != "custom")
+    if way == "custom":
+        done = call(command("train", "--resume", run, "--no-export"))
+        assert done.returncode == 0, done.stderr
+        assert "epoch 1/4" not in done.stderr
     assert_same_run(run, reference)
 
 
