@@ -204,8 +204,9 @@ def test_export_of_a_past_run(undisturbed, tmp_path):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_keeps_its_best_and_prints_the_resume_command(pictures, tmp_path, signal_number):
     run = tmp_path / "run"
+    options = ["--epochs", "9999", *(["--stream"] if signal_number == signal.SIGTERM else [])]
     with subprocess.Popen(
-        train_arguments(pictures, run, "--epochs", "9999"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        train_arguments(pictures, run, *options), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:  # so many epochs that it has not ended before the signal
         output = ""
         assert process.stderr

@@ -133,8 +133,9 @@ def stream_images(
     Raises:
         DatasetError: files are damaged, or differ in size.
     """
+    largest_side = LARGEST_OWN_SIDE if image_size is None and default_size else None
     try:
-        _stream(paths, sink, image_size, folder, largest_side=LARGEST_OWN_SIDE if default_size else None)
+        _stream(paths, sink, image_size, folder, largest_side=largest_side)
         return
     except _NoCommonSizeError as reason:
         if default_size is None:
@@ -156,14 +157,14 @@ def _stream(
     first = paths[0]
     damaged: list[str] = []
     # Closed on an error; otherwise its threads would go on.
-    with closing(_decode(paths, image_size, sink, title=f"reading {folder}")) as decoded:
+    with closing(_decode(paths, image_size, sink, folder, largest_side=largest_side)) as decoded:
         for path, read in zip(paths, decoded, strict=True):
             if isinstance(read, DatasetError):
                 damaged.append(str(read))
                 continue
             image, prepared = read
             if shape is None:
-                if image_size is None and largest_side is not None and max(image.shape[:2]) > largest_side:
+                if _is_large(image, largest_side):
                     raise _NoCommonSizeError(f"the images in {folder} are large, {path} is {format_size(image.shape)}")
                 shape, first = image.shape, path
                 sink.begin(*image.shape[:2])
@@ -183,7 +184,12 @@ def _stream(
 
 
 def _decode(
-    paths: Sequence[Path], image_size: tuple[int, int] | None, sink: ImageSink, *, title: str
+    paths: Sequence[Path],
+    image_size: tuple[int, int] | None,
+    sink: ImageSink,
+    folder: Path,
+    *,
+    largest_side: int | None,
 ) -> Generator[tuple[np.ndarray, Any] | DatasetError]:
     """Yield the images in order, decoded by a thread for each core; a few wait for the sink."""
 
@@ -192,12 +198,12 @@ def _decode(
             image = read_image(path, image_size=image_size)
         except DatasetError as error:
             return error
-        return image, sink.prepare(image)
+        return image, None if _is_large(image, largest_side) else sink.prepare(image)
 
     threads = count_decoding_threads()
     waiting: deque[Future[tuple[np.ndarray, Any] | DatasetError]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    with ImageProgress(total=len(paths), title=title) as progress:
+    with ImageProgress(total=len(paths), title=f"reading {folder}") as progress:
         try:
             for path in paths:
                 waiting.append(pool.submit(read, path))
@@ -209,6 +215,10 @@ def _decode(
                 progress.update(1)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _is_large(image: np.ndarray, largest_side: int | None) -> bool:
+    return largest_side is not None and max(image.shape[:2]) > largest_side
 
 
 def allocate_images(count: int, height: int, width: int) -> np.ndarray:

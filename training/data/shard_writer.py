@@ -11,7 +11,6 @@ import dataclasses
 import fcntl
 import io
 import json
-import logging
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from training.data.image_reading import DEFAULT_SIZE, stream_images
 from training.data.labelled_files import ImageCheck, LabelledFiles
 from training.data.shards import FORMAT, INDEX, MANIFEST, SUFFIX, Index
 from training.errors import DatasetError
-from training.storage import explain_full_storage, make_folder, sync, write_file
+from training.storage import explain_full_storage, is_full, make_folder, sync, write_file
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 SHARD_BYTES = 128 << 20
 _LOCK = "lock"
 _RECORD_HEAD, _RECORD_FRAME = 12, 16  # bytes of a TFRecord before its data, and before and after it
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,6 +103,8 @@ def _partial(out: Path) -> Iterator[Path]:
         make_folder(folder)
         lock = (folder / _LOCK).open("wb")
     except OSError as error:
+        if is_full(error):
+            raise
         raise DatasetError(f"{out} cannot be written: {error.filename}: {error.strerror}") from error
     with lock:
         try:
