@@ -123,8 +123,12 @@ def test_killed_and_resumed_run_is_bit_identical(undisturbed, pictures, tmp_path
 
 def test_streamed_run_equals_the_one_in_memory(undisturbed, pictures, tmp_path):
     way, reference, _ = undisturbed
+    if way == "airbench":
+        pytest.skip(
+            "one way is enough for each loop: batches with augmentation are compared in test_streamed_images.py"
+        )
     run, data = tmp_path / "streamed", pictures
-    if way == "custom":  # from shards, killed and resumed; the others from the folder
+    if way == "custom":  # from shards, killed and resumed; the other from the folder
         data = write_shards(pictures, tmp_path / "shards", shard_bytes=100_000).folder
     with subprocess.Popen(
         train_arguments(data, run, *WAYS[way], "--stream"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
