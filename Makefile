@@ -28,6 +28,7 @@ WEIGHTS ?=
 EPOCHS ?=
 BATCH_SIZE ?=
 IMAGE_SIZE ?=
+STREAM ?=
 SEED ?= 0
 RESUME ?=
 RUN ?=
@@ -57,7 +58,7 @@ TIMED_TESTS := $(addprefix tests/serving/,test_soak.py test_memory_budget.py tes
 	test_budget_limits.py test_greenlets.py http/test_many_connections.py http/test_slow_clients.py \
 	test_fault_isolation.py test_quoting.py)
 
-.PHONY: help install demo train import serve tfserving predict convert test test-fast test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-batch bench-typicality bench-scale bench-soak check coverage format screenshots dashboard-picture lock clean
+.PHONY: help install demo train shard import serve tfserving predict convert test test-fast test-workers test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-batch bench-typicality bench-scale bench-soak check coverage format screenshots dashboard-picture lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -77,15 +78,20 @@ $(INSTALLED): requirements.lock
 demo: $(INSTALLED)  ## everything once, offline: train on drawn shapes, export, serve, classify
 	@PORT=$(PORT) scripts/demo.sh
 
-train: $(INSTALLED)  ## train, evaluate and export: DATASET= DATA= IMAGE_SIZE=HxW VARIANT= PRESET= BACKBONE= WEIGHTS= LOOP= EPOCHS= BATCH_SIZE= SEED= NAME= or RESUME=runs/... EPOCHS= DATA= WEIGHTS=
+train: $(INSTALLED)  ## train, evaluate and export: DATASET= DATA= IMAGE_SIZE=HxW VARIANT= PRESET= BACKBONE= WEIGHTS= LOOP= EPOCHS= BATCH_SIZE= SEED= STREAM=1 NAME= or RESUME=runs/... EPOCHS= DATA= WEIGHTS=
 	@$(BIN)/python -m training train --models-dir $(call quoted,MODELS) $(if $(NAME),--name $(call quoted,NAME)) \
 		$(if $(DATA),--data $(call quoted,DATA)) $(if $(WEIGHTS),--weights $(call quoted,WEIGHTS)) \
-		$(if $(EPOCHS),--epochs $(EPOCHS)) \
+		$(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(STREAM),--stream) \
 		$(if $(RESUME),--resume $(call quoted,RESUME),\
 		--dataset $(DATASET) $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) \
 		--variant $(VARIANT) $(if $(PRESET),--preset $(PRESET)) --loop $(LOOP) \
 		$(if $(BACKBONE),--backbone $(BACKBONE)) \
 		$(if $(BATCH_SIZE),--batch-size $(BATCH_SIZE)) --seed $(SEED))
+
+shard: $(INSTALLED)  ## a folder of images as TFRecord shards, to train on with STREAM=1: DATA=folder OUTPUT=folder IMAGE_SIZE=HxW SEED=
+	@{ test -n $(call quoted,DATA) && test -n $(call quoted,OUTPUT); } || { echo "error: name two folders: make shard DATA=photos OUTPUT=shards" >&2; exit 2; }
+	@$(BIN)/python -m training shard --out $(call quoted,OUTPUT) $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) \
+		--seed $(SEED) -- $(call quoted,DATA)
 
 import: $(INSTALLED)  ## export a Keras model for serving: MODEL=model.keras LABELS=file-or-list INPUT_SCALE= DATA= IMAGE_SIZE=HxW NAME=
 	@test -n $(call quoted,MODEL) || { echo "error: name a model: make import MODEL=model.keras LABELS=cat,dog" >&2; exit 2; }
@@ -117,6 +123,9 @@ test: $(INSTALLED)  ## every test; those on real CIFAR-10 need CIFAR10_DATA=fold
 
 test-fast: $(INSTALLED)  ## the unit tests that are quick, in under a minute
 	@$(BIN)/python -m pytest -m "not slow" $(FAST_TESTS)
+
+test-workers: $(INSTALLED)  ## training with four processes, one of them killed (minutes on two cores)
+	@FOUR_WORKERS=1 $(BIN)/python -m pytest tests/training/test_distribution.py -k workers_train
 
 test-openapi: $(INSTALLED)  ## 2,000 generated requests against /openapi.json, with all checks of schemathesis
 	@OPENAPI_REQUESTS=2000 $(BIN)/python -m pytest -s tests/contract/test_schemathesis.py

@@ -12,12 +12,13 @@ import click
 
 from client.client import BatchingClient, Client, GrpcClient
 from client.errors import ClientError
-from client.images import MAX_IMAGE_BYTES, find_images
+from client.images import find_images
 from client.options import DEFAULT_BATCH_SIZE, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, MAX_VERSION
 from client.output import Output
 from client.predictions import Failure
 from client.table import plain, width
 from client.tls import TlsFiles
+from image_formats.files import MAX_FILE_BYTES
 
 STDIN = "-"
 EXIT_SOME_FAILED, EXIT_NO_RESPONSE, EXIT_INTERRUPTED = 1, 3, 130
@@ -269,7 +270,7 @@ def _expand(names: tuple[str, ...], *, on_failure: Callable[[str, str], None]) -
 
 
 def _read_stdin() -> bytes:
-    return sys.stdin.buffer.read(MAX_IMAGE_BYTES + 1)
+    return sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,11 @@ from PIL import Image
 from client.predictions import Failure
 from image_formats import jpeg, png
 from image_formats.decoding import read_rgb, turn_upright
-from image_formats.files import is_image_file, is_system_name
+from image_formats.files import MAX_FILE_BYTES, find_image_files
 from image_formats.header import UnreadableImage
 
 # One image: the path of a file, an encoded image, uint8 pixels (height, width, 3), or a Pillow image.
 ImageSource = str | os.PathLike[str] | bytes | np.ndarray[Any, Any] | Image.Image
-
-# Files with these suffixes are sent even if their content is not an image, so that damaged files are reported.
-IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".webp"})
-
-MAX_IMAGE_BYTES = 64 * 1024 * 1024  # the service's default maximum for one request
 
 _FORMATS_WITH_ORIENTATION = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
 # Modes that PNG stores without conversion. The conversion of others (CMYK, float) is for the caller to choose.
@@ -82,7 +77,7 @@ def load_image(source: ImageSource, *, index: int) -> LoadedImage | Failure:
             content = source
         elif isinstance(source, np.ndarray):
             content = _copy_pixels(source)
-            if content.nbytes > MAX_IMAGE_BYTES // 2:  # only the encoded size counts, so it has to be known here
+            if content.nbytes > MAX_FILE_BYTES // 2:  # only the encoded size counts, so it has to be known here
                 content = _encode_png(Image.fromarray(content))
         elif isinstance(source, Image.Image):
             content = _encode_png(_turn_upright(source))
@@ -93,8 +88,8 @@ def load_image(source: ImageSource, *, index: int) -> LoadedImage | Failure:
             )
         if len(content) == 0:
             raise UnreadableImage("the image is empty: it has no bytes")
-        if isinstance(content, bytes) and len(content) > MAX_IMAGE_BYTES:
-            raise UnreadableImage(f"the image is larger than {MAX_IMAGE_BYTES:,} bytes, the maximum")
+        if isinstance(content, bytes) and len(content) > MAX_FILE_BYTES:
+            raise UnreadableImage(f"the image is larger than {MAX_FILE_BYTES:,} bytes, the maximum")
     except UnreadableImage as error:
         return Failure(index, file, str(error))
     return LoadedImage(index=index, file=file, content=content)
@@ -114,7 +109,7 @@ def as_jpeg_or_png(image: LoadedImage | Failure) -> LoadedImage | Failure:
 
 
 def find_images(folder: str | os.PathLike[str], *, on_error: Callable[[OSError], None] | None = None) -> Iterator[Path]:
-    """Yield the image files in a folder and its subfolders: the files of each level by name, then its folders by name.
+    """Return the image files in a folder and its subfolders: the files of each level by name, then its folders by name.
 
     Image files are recognised by their content, and also by their suffix, so that damaged ones are not skipped
     silently. Hidden files and folders, whose names begin with a dot, are skipped, and so are those of file managers and
@@ -138,23 +133,15 @@ def find_images(folder: str | os.PathLike[str], *, on_error: Callable[[OSError],
             raise error
         on_error(error)
 
-    for parent, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not is_system_name(name))
-        for name in sorted(files):
-            # `os.path`, as creating a Path for each file is slow.
-            if not is_system_name(name) and (
-                os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
-                or is_image_file(os.path.join(parent, name))  # noqa: PTH118
-            ):
-                yield Path(parent, name)
+    return map(Path, find_image_files(os.fspath(folder), on_error=fail))
 
 
 def _read_file(file: str) -> bytes:
     try:
         with Path(file).open("rb") as stream:
             # Reading allocates as many bytes as requested, so request the file's size. A pipe reports the size 0.
-            size = os.fstat(stream.fileno()).st_size or MAX_IMAGE_BYTES
-            return stream.read(min(size, MAX_IMAGE_BYTES) + 1)
+            size = os.fstat(stream.fileno()).st_size or MAX_FILE_BYTES
+            return stream.read(min(size, MAX_FILE_BYTES) + 1)
     except FileNotFoundError as error:
         raise UnreadableImage("file not found") from error
     except IsADirectoryError as error:

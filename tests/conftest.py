@@ -8,6 +8,7 @@ import pytest
 # is left with a long one at the end.
 LONGEST = (
     "tests/training/test_trainer.py",
+    "tests/training/test_distribution.py",
     "tests/contract/test_documented_code.py",
     "tests/training/exporter/test_saved_model.py",
     "tests/training/exporter/test_export_run.py",

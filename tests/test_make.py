@@ -55,6 +55,17 @@ def test_backbone_and_weights_are_handed_on(project: Path) -> None:
     assert options(make(project, "train", "RESUME=run", "WEIGHTS=small.h5"))["--weights"] == "small.h5"
 
 
+def test_streaming_and_shards_are_handed_on(project: Path) -> None:
+    assert "--stream" in make(project, "train", "DATASET=folder", "DATA=shards", "STREAM=1")
+    assert "--stream" in make(project, "train", "RESUME=run", "STREAM=1")
+    assert "--stream" not in make(project, "train")
+    given = make(project, "shard", f"DATA={AWKWARD}", f"OUTPUT=shards {AWKWARD}", "IMAGE_SIZE=64x48", "SEED=3")
+    assert (options(given)["--out"], given[-1]) == (f"shards {AWKWARD}", AWKWARD)
+    assert (options(given)["--image-size"], options(given)["--seed"]) == ("64x48", "3")
+    done = subprocess.run(["make", "shard", "DATA=photos"], cwd=project, capture_output=True, text=True, check=False)
+    assert "name two folders: make shard DATA=photos OUTPUT=shards" in done.stderr
+
+
 def test_paths_may_hold_any_characters(project: Path) -> None:
     given = options(make(project, "train", "DATASET=folder", f"DATA={AWKWARD}", f"MODELS=models {AWKWARD}"))
     assert (given["--data"], given["--models-dir"]) == (AWKWARD, f"models {AWKWARD}")

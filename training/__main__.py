@@ -1,4 +1,4 @@
-"""Command line: `python -m training train | evaluate | export | import | convert | predict | sign | samples`."""
+"""Command line: `python -m training train | evaluate | export | import | convert | predict | shard | ...`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from training.command_options import FOLDER, ImageSize, models_options, signatur
 from training.config import CONV_ACTIVATIONS, DATASETS, DTYPES, LOOPS, STRATEGIES, VARIANTS, TrainingConfig
 from training.converter.convert import FORMATS, convert_model
 from training.data import load_dataset
+from training.data.shard_command import shard_command
 from training.distribution import Cluster
 from training.errors import RunError, StorageFullError, TrainingError
 from training.importer.command import import_command
@@ -63,7 +64,7 @@ def _data_options(command: _Command) -> _Command:
     size = "Resize all images.  [default: their own size; 96x96, transfer 160x160, if sizes differ or are large]"
     command = click.option("--image-size", type=ImageSize(), help=size)(command)
     command = click.option("--data", type=click.Path(path_type=Path), help="Path of the archive or folder.")(command)
-    text = "cifar10; shapes (drawn by this program, needs no data); or a folder of images by class."
+    text = "cifar10; shapes (drawn by this program, needs no data); or a folder of images by class, or of shards."
     return _choice("--dataset", DATASETS, text)(command)
 
 
@@ -119,6 +120,11 @@ def main() -> None:
     type=click.Choice(DTYPES),
     help="Of airbench's convolutions in training.  [default: mixed_bfloat16 if the CPU has instructions for it]",
 )
+@click.option(
+    "--stream/--no-stream",
+    default=_DEFAULTS.stream,
+    help="Read the images of a folder or of shards batch by batch: for more than fits into memory.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=_DEFAULTS.seed)
 @click.option("--deterministic", is_flag=True, help="Bit-identical results from the same seed; slower.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard logs into the run directory.")
@@ -127,7 +133,7 @@ def main() -> None:
     "--resume",
     type=FOLDER,
     help="Continue the run in this directory with its own settings. --epochs sets a new total, --data and "
-    "--weights a new path of the same files, --strategy other replicas.",
+    "--weights a new path of the same files, --strategy other replicas, --stream how images are read.",
 )
 @click.option("--export/--no-export", default=True, help="Export the best checkpoint.")
 @models_options("the dataset's")
@@ -158,7 +164,7 @@ def train(
             for parameter, value in {**config_values, "run": run_path}.items()
             if ctx.get_parameter_source("run_path" if parameter == "run" else parameter) is ParameterSource.COMMANDLINE
         }
-        changeable = ("data", "epochs", "strategy", "weights")
+        changeable = ("data", "epochs", "strategy", "stream", "weights")
         if fixed := [f"--{parameter.replace('_', '-')}" for parameter in given if parameter not in changeable]:
             raise click.UsageError(f"--resume continues a run with its own settings: leave out {', '.join(fixed)}")
         run = RunDir.open(resume)
@@ -260,6 +266,7 @@ def convert(model: Path, *, to: str, output: Path | None) -> None:
 
 main.add_command(import_command)
 main.add_command(predict_command)
+main.add_command(shard_command)
 
 
 @main.command()

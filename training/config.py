@@ -19,7 +19,7 @@ STRATEGIES = ("single", "mirrored", "multiworker")
 CONV_ACTIVATIONS = ("relu", "linear")
 DTYPES = ("float32", "mixed_bfloat16")
 # May differ when a run is resumed. Data and weights are compared by their content.
-CHANGEABLE = frozenset({"data", "epochs", "strategy", "tensorboard", "weights"})
+CHANGEABLE = frozenset({"data", "epochs", "strategy", "stream", "tensorboard", "weights"})
 _PATHS = ("data", "weights")
 
 
@@ -46,6 +46,7 @@ class TrainingConfig:
         plateau_patience: epochs without improvement before that.
         dtype: Keras dtype policy of airbench's convolutions in training, one of `DTYPES`. Evaluation and export use
             float32.
+        stream: read the images of an image folder or of shards batch by batch, instead of keeping them in memory.
         seed: of the validation split, the initial weights and the order of the images.
         deterministic: bit-identical results, slower.
         tensorboard: write TensorBoard logs into the run directory.
@@ -71,6 +72,7 @@ class TrainingConfig:
     plateau_factor: float = 0.2
     plateau_patience: int = 2
     dtype: str = "float32"
+    stream: bool = False
     seed: int = 0
     deterministic: bool = False
     tensorboard: bool = False
@@ -107,6 +109,8 @@ class TrainingConfig:
                 f"strategy {self.strategy} needs the loop custom: Keras's fit fails with several replicas "
                 "(https://github.com/keras-team/keras/issues/20585)"
             )
+        if self.stream and self.dataset != "folder":
+            raise ValueError(f"stream is for the dataset folder: the images of {self.dataset} fit into memory")
         for name in ("epochs", "batch_size", "plateau_patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")

@@ -9,10 +9,12 @@ import contextlib
 import os
 from pathlib import Path
 
+from image_formats.header import MAX_PIXELS
 from training.config import TrainingConfig
 from training.errors import MemoryTooSmallError
 
 _FLOAT = 4
+_DECODING_BYTES = 9 * MAX_PIXELS  # of the largest image: decoded, converted and rotated
 
 
 def require_memory(needed_bytes: int, purpose: str, *, advice: str) -> None:
@@ -72,6 +74,13 @@ def available_bytes(root: Path = Path("/")) -> int | None:
                 mount = root / "sys/fs/cgroup/memory"
                 amounts += _group_amounts(mount, group, "memory.limit_in_bytes", "memory.usage_in_bytes")
     return max(0, min(amounts)) if amounts else None
+
+
+def count_decoding_threads(per_core: int = 1) -> int:
+    """Return the number of threads to decode images with: `per_core` for each core, as far as large images fit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = available_bytes()
+    return per_core * cores if available is None else max(1, min(per_core * cores, available // _DECODING_BYTES))
 
 
 def format_bytes(count: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -10,10 +11,13 @@ from pathlib import Path
 
 from training.config import TrainingConfig
 from training.data import Dataset
+from training.data.streamed_images import StreamedImages
 from training.errors import ExportError, StorageFullError
 from training.memory import cache_bytes, checkpoint_bytes, export_bytes, format_bytes, network_bytes, require_memory
 
 _LONGEST_NAME = 200  # bytes; file systems allow 255, some of which hidden files of the export need
+_BATCHES_AHEAD = 8  # of streamed images, upper bound: read ahead, in training and evaluation
+_MIN_BATCH = 250  # of evaluation
 _REPORT_BYTES = 4 * 2**20  # report.md and its plots
 
 
@@ -62,18 +66,22 @@ def check_memory(config: TrainingConfig, dataset: Dataset) -> None:
         MemoryTooSmallError: it does not fit; the message has the numbers.
     """
     images = dataset.train.images
-    # Copied by the split into training and validation images, and by the input pipeline.
-    copies = 2 * images.nbytes
     shape, classes = images.shape[1:], len(dataset.class_names)
+    # Copied by the split into training and validation images, and by the input pipeline.
+    held, kind = 2 * len(images), "training images"
+    if isinstance(images, StreamedImages):
+        held, kind = min(held, _BATCHES_AHEAD * max(config.batch_size, _MIN_BATCH)), "streamed training images"
+    pixels = held * math.prod(shape)
     features = 2 * cache_bytes(config, len(images), shape, classes=classes)
     network = network_bytes(config, shape, classes=classes)
-    height, width = images.shape[1:3]
+    height, width = shape[:2]
     require_memory(
-        copies + features + network,
-        f"{len(images):,} training images of {height}x{width} ({format_bytes(copies)})"
+        pixels + features + network,
+        f"{len(images):,} {kind} of {height}x{width} ({format_bytes(pixels)})"
         f"{f', their features ({format_bytes(features)})' if features else ''} and the network with a batch of "
         f"{config.batch_size} ({format_bytes(network)})",
-        advice="choose a smaller --image-size or --batch-size",
+        advice="choose a smaller --image-size or --batch-size"
+        + ("" if isinstance(images, StreamedImages) or config.dataset != "folder" else ", or add --stream"),
     )
 
 

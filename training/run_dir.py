@@ -135,7 +135,7 @@ class RunDir:
             listed = ", ".join(f"{name} is {now!r} and was {then!r}" for name, (now, then) in changes.items())
             raise RunError(
                 f"{self.path / 'config.json'} was changed after the checkpoint was written: {listed}. Change it back, "
-                "or start a new run; only epochs, data, weights and tensorboard may change"
+                "or start a new run; only epochs, data, stream, weights and tensorboard may change"
             )
 
     def has_dataset(self) -> bool:

@@ -22,6 +22,7 @@ from training.checkpoints import Checkpoints, read_best_state, restore_best
 from training.config import CHANGEABLE, TrainingConfig
 from training.data import Dataset, Split, input_pipeline
 from training.data.class_sizes import balance_classes
+from training.data.streamed_images import Images, explain_unreadable, read_batches
 from training.distribution import Distribution, explain_lost_workers
 from training.errors import RunError
 from training.evaluation.calibration import apply_temperature, average_logits, fit_temperature
@@ -153,7 +154,7 @@ def load_best_model(run: RunDir, config: TrainingConfig | None = None) -> BestMo
     return BestModel(model=model, epoch=state.history[-1], config=config)
 
 
-def predict_probabilities(model: keras.Model, images: np.ndarray, *, mirror: bool = False) -> np.ndarray:
+def predict_probabilities(model: keras.Model, images: Images, *, mirror: bool = False) -> np.ndarray:
     """Return the model's probabilities, float32 (n, classes).
 
     Args:
@@ -161,13 +162,15 @@ def predict_probabilities(model: keras.Model, images: np.ndarray, *, mirror: boo
         images: uint8 (n, height, width, 3).
         mirror: average the logits of each image and its horizontal flip.
     """
-    if mirror:
-        return average_logits(predict_probabilities(model, images), predict_probabilities(model, images[:, :, ::-1]))
     predict = tf.function(lambda batch: model(batch, training=False), reduce_retracing=True)
-    batches = range(0, len(images), _EVALUATION_BATCH_SIZE)
-    return np.concatenate(
-        [predict(tf.constant(images[start : start + _EVALUATION_BATCH_SIZE])).numpy() for start in batches]
-    )
+
+    def predict_batch(batch: np.ndarray) -> np.ndarray:
+        probabilities: np.ndarray = predict(tf.constant(batch)).numpy()
+        if mirror:
+            probabilities = average_logits(probabilities, predict(tf.constant(batch[:, :, ::-1])).numpy())
+        return probabilities
+
+    return np.concatenate([predict_batch(batch) for batch in read_batches(images, _EVALUATION_BATCH_SIZE)])
 
 
 def _check_dataset(run: RunDir, dataset: Dataset) -> None:
@@ -200,7 +203,7 @@ def _train(run: RunDir | None, config: TrainingConfig, dataset: Dataset, *, trai
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     values = {**json.loads(config.to_json()), **dict.fromkeys(CHANGEABLE - {"epochs"}), "content": dataset.content_hash}
-    with explain_lost_workers():
+    with explain_lost_workers(), explain_unreadable(train.images):
         distribution = Distribution.of(config)
         distribution.check_batches(images=len(train.labels), batch_size=config.batch_size)
         distribution.check_equal(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())

@@ -15,6 +15,7 @@ from PIL import Image
 from client import images
 from client.images import LoadedImage, find_images, load_image
 from client.predictions import Failure
+from image_formats.files import MAX_FILE_BYTES
 from tests.client.conftest import pixels_of, png_of, write_png
 
 NOISE = np.random.default_rng(0).integers(0, 256, (9, 14, 3), np.uint8)
@@ -139,11 +140,11 @@ def test_file_without_permission_is_rejected(tmp_path: Path) -> None:
 def test_file_size_is_limited(tmp_path: Path) -> None:
     path = tmp_path / "huge.png"
     with path.open("wb") as stream:
-        stream.truncate(images.MAX_IMAGE_BYTES + 1)
+        stream.truncate(MAX_FILE_BYTES + 1)
     for source in (path, "/dev/zero"):
         assert "larger than 67,108,864 bytes" in why_rejected(source)
-    os.truncate(path, images.MAX_IMAGE_BYTES)
-    assert len(load(path).data) == images.MAX_IMAGE_BYTES
+    os.truncate(path, MAX_FILE_BYTES)
+    assert len(load(path).data) == MAX_FILE_BYTES
 
 
 def test_pipe_is_read_like_a_file(tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_every_form_gives_the_same_pixels() -> None:
 
 
 def test_size_of_encoded_pixels_is_limited(monkeypatch):
-    monkeypatch.setattr("client.images.MAX_IMAGE_BYTES", 20_000)
+    monkeypatch.setattr("client.images.MAX_FILE_BYTES", 20_000)
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
     assert "larger than 20,000 bytes" in why_rejected(noise)
     flat = np.zeros((90, 90, 3), np.uint8)  # larger in memory than 20,000 bytes, and not when it is sent

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from client import find_images, images, options
-from image_formats.files import SYSTEM_NAMES
+from client import find_images, options
+from image_formats.files import MAX_FILE_BYTES, SYSTEM_NAMES
 from image_formats.header import MAX_PIXELS
 from serving.inference import image_classifier, model_config
 from serving.inference.signatures import DEFAULT_SIGNATURE
 from serving.settings import Settings
-from training.batch_prediction import classifier, listing, rows
+from training.batch_prediction import classifier, listing
 from training.data import image_folder
 
 
@@ -31,15 +31,13 @@ def test_client_skips_the_system_files_that_training_skips(tmp_path: Path) -> No
 
 
 def test_client_has_the_services_limits() -> None:
-    assert Settings.max_request_bytes == images.MAX_IMAGE_BYTES
+    assert Settings.max_request_bytes == MAX_FILE_BYTES
     assert Settings.max_image_pixels == MAX_PIXELS
     assert options.DEFAULT_BATCH_SIZE == Settings.max_batch_size <= Settings.max_images
     assert options.MAX_VERSION == model_config.MAX_VERSION
 
 
 def test_batch_prediction_has_the_rules_of_client_and_service(tmp_path: Path) -> None:
-    assert listing.IMAGE_SUFFIXES == images.IMAGE_SUFFIXES
-    assert Settings.max_request_bytes == rows.MAX_FILE_BYTES
     assert classifier.GUARD_OUTPUTS == image_classifier.GUARD_OUTPUTS
     assert {*classifier._PIXELS, *classifier._FILES} == {
         *(image_classifier.GUARDED_SIGNATURE, image_classifier.GUARDED_FILES_SIGNATURE),

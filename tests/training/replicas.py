@@ -1,4 +1,4 @@
-"""Trains each variant with one replica and with two, and prints the losses of all steps as JSON."""
+"""Trains each variant with one replica and, streamed, with two, and prints the losses of all steps as JSON."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from training.config import TrainingConfig
+from training.data import Split
 from training.data.input_pipeline import LoopData, Parts, evaluation_batches, steps_per_epoch, training_batches
 from training.data.shapes import draw_shapes
+from training.data.streamed_images import ImageSource, StreamedImages
 from training.distribution import Distribution
 from training.history import EpochResult
 from training.loops.custom import train_custom
@@ -35,8 +38,16 @@ class Losses:
         self.values.append(result.val_loss)
 
 
+def stream(split: Split) -> Split:
+    """Return the split with streamed images."""
+    images = StreamedImages(ImageSource((32, 32), split.images.__getitem__), np.arange(len(split.images)))
+    return Split(images, split.labels)
+
+
 def train(variant: str, distribution: Distribution) -> list[float]:
     split, validation = draw_shapes(120, seed=0), draw_shapes(35, seed=1)
+    if distribution.replicas > 1:
+        split, validation = stream(split), stream(validation)
     keras.utils.set_random_seed(0)
     config = TrainingConfig.fill_in(variant=variant, loop="custom", epochs=1, dtype="float32")
     steps = steps_per_epoch(split, BATCH_SIZE)

@@ -157,3 +157,10 @@ def test_too_little_disk_space_error_has_the_numbers(tmp_path, monkeypatch):
     (run / "checkpoints" / "best" / "checkpoint-1.data").write_bytes(bytes(2**21))
     check(7 * 2**20, None)  # what is there already need not be written
     assert not os.path.lexists(models)
+
+
+def test_there_are_as_many_decoding_threads_as_large_images_fit_into_memory(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    for available, threads in ((None, 128), (10**12, 128), (2 * 2**30, 4), (1000, 1)):
+        monkeypatch.setattr(memory, "available_bytes", lambda available=available: available)
+        assert memory.count_decoding_threads(per_core=2) == threads

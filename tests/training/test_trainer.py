@@ -18,6 +18,7 @@ import tensorflow as tf
 from PIL import Image
 
 from training.data.shapes import draw_shapes
+from training.data.shard_writer import write_shards
 
 EPOCHS = 4
 WAYS = {
@@ -120,6 +121,31 @@ def test_killed_and_resumed_run_is_bit_identical(undisturbed, pictures, tmp_path
     assert_same_run(run, reference)
 
 
+def test_streamed_run_equals_the_one_in_memory(undisturbed, pictures, tmp_path):
+    way, reference, _ = undisturbed
+    if way == "airbench":
+        pytest.skip(
+            "one way is enough for each loop: batches with augmentation are compared in test_streamed_images.py"
+        )
+    run, data = tmp_path / "streamed", pictures
+    if way == "custom":  # from shards, killed and resumed; the other from the folder
+        data = write_shards(pictures, tmp_path / "shards", shard_bytes=100_000).folder
+    with subprocess.Popen(
+        train_arguments(data, run, *WAYS[way], "--stream"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if way == "custom" and line.startswith("epoch 2/4"):
+                process.kill()
+                break
+    assert (process.returncode == 0) == (way != "custom")
+    if way == "custom":
+        done = call(command("train", "--resume", run, "--no-export"))
+        assert done.returncode == 0, done.stderr
+        assert "epoch 1/4" not in done.stderr
+    assert_same_run(run, reference)
+
+
 def test_run_killed_ten_times_is_bit_identical(undisturbed, pictures, tmp_path):
     way, reference, _ = undisturbed
     if way != "custom":
@@ -182,8 +208,9 @@ def test_export_of_a_past_run(undisturbed, tmp_path):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_keeps_its_best_and_prints_the_resume_command(pictures, tmp_path, signal_number):
     run = tmp_path / "run"
+    options = ["--epochs", "9999", *(["--stream"] if signal_number == signal.SIGTERM else [])]
     with subprocess.Popen(
-        train_arguments(pictures, run, "--epochs", "9999"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        train_arguments(pictures, run, *options), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:  # so many epochs that it has not ended before the signal
         output = ""
         assert process.stderr

@@ -11,9 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from image_formats.content import HEAD_BYTES, name_format
-from image_formats.files import is_system_name
-from training.batch_prediction.listing import has_image_suffix
-from training.batch_prediction.rows import MAX_FILE_BYTES, Row, as_text, describe_excess
+from image_formats.files import MAX_FILE_BYTES, has_image_suffix, is_system_name
+from training.batch_prediction.rows import Row, as_text, describe_excess
 from training.errors import PredictionError
 
 _DAMAGES = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)

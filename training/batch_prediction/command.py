@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from training.batch_prediction.progress import format_rate, format_seconds
 from training.command_options import FOLDER
 from training.errors import UnreadableImagesError
+from training.image_progress import format_rate, format_seconds
 
 
 @click.command("predict")

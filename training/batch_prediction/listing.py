@@ -11,12 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from image_formats.files import is_image_file, is_system_name
+from image_formats.files import find_image_files
 from training.batch_prediction.rows import Row, as_text
 from training.errors import PredictionError
-
-# Files with these suffixes get a row even if their content is not an image, so that damaged ones are reported.
-IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".webp"})
 
 
 class Listing:
@@ -60,9 +57,7 @@ def _stat(path: str | None) -> tuple[int, int | None]:
 
 
 def find_images(folder: str) -> Iterator[str]:
-    """Yield the image files in a folder and below, sorted: the files of each level, then its folders.
-
-    The client's `find_images` yields the same files in the same order.
+    """Return the image files in a folder and below; see `find_image_files`.
 
     Raises:
         PredictionError: a folder cannot be listed.
@@ -71,17 +66,7 @@ def find_images(folder: str) -> Iterator[str]:
     def fail(error: OSError) -> None:
         raise PredictionError(f"{error.filename} cannot be read as a folder: {error.strerror}") from error
 
-    for parent, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not is_system_name(name))
-        for name in sorted(files):
-            path = os.path.join(parent, name)  # noqa: PTH118 - as above
-            if not is_system_name(name) and (has_image_suffix(name) or is_image_file(path)):
-                yield path
-
-
-def has_image_suffix(name: str) -> bool:
-    """Return whether a file's name ends like that of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - creating a Path is slow
+    return find_image_files(folder, on_error=fail)
 
 
 def match_files(pattern: str) -> Iterator[str]:

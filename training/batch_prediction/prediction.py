@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 import sys
 import time
 from collections import deque
@@ -19,16 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from image_formats.header import MAX_PIXELS
 from training.batch_prediction.parts import MAX_ROW_GROUP, Parts
 from training.batch_prediction.predictor import Predictor
-from training.batch_prediction.progress import PredictionProgress
 from training.batch_prediction.rows import Row, Source, make_batches
 from training.batch_prediction.sources import open_source
 from training.errors import PredictionError
 from training.exporter.checksums import SUMS_FILE, compute_checksums
 from training.exporter.versions import find_version
-from training.memory import available_bytes
+from training.image_progress import ImageProgress
+from training.memory import count_decoding_threads
 
 if TYPE_CHECKING:
     import pyarrow
@@ -40,7 +38,6 @@ PART_VALUES = 1 << 22  # probabilities in a part, which is in memory until it is
 # core made 0.93 to 0.98 and one 0.85 to 0.92 (PNG files of 32x32 pixels, two cores beside other work, 2026-11-27).
 _JOBS_PER_CORE = 2
 _BATCHES_PER_JOB = 2  # in flight
-_DECODING_BYTES = 9 * MAX_PIXELS  # of the largest image: decoded, converted and rotated
 _FORMAT = 1  # of the parts
 
 logger = logging.getLogger(__name__)
@@ -98,9 +95,10 @@ def predict_source(
         predictor = Predictor(version)
         if batch_size > 1:
             predictor.classifier.check_rows_independent()
+        jobs = jobs or count_decoding_threads(per_core=_JOBS_PER_CORE)
         started_s, done_before = time.perf_counter(), parts.done
         try:
-            _predict_rows(predictor, opened, parts, batch_size=batch_size, jobs=jobs or count_jobs())
+            _predict_rows(predictor, opened, parts, batch_size=batch_size, jobs=jobs)
         except BaseException:
             if parts.done:
                 logger.warning(
@@ -115,19 +113,11 @@ def predict_source(
     return PredictionSummary(out, opened.count, unreadable, first_error, seconds, opened.count - done_before)
 
 
-def count_jobs() -> int:
-    """Return the number of threads: two for each core, as far as the largest images fit into memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    available = available_bytes()
-    jobs = _JOBS_PER_CORE * cores
-    return jobs if available is None else max(1, min(jobs, available // _DECODING_BYTES))
-
-
 def _predict_rows(predictor: Predictor, source: Source, parts: Parts, *, batch_size: int, jobs: int) -> None:
     part_rows = max(batch_size, min(MAX_ROW_GROUP, PART_VALUES // len(predictor.classifier.class_names)))
     part: list[pyarrow.RecordBatch] = []
     written_s = time.monotonic()
-    with PredictionProgress(total=source.count, done=parts.done) as progress:
+    with ImageProgress(total=source.count, done=parts.done) as progress:
         for batch in _map_batches(predictor, source, parts.done, batch_size=batch_size, jobs=jobs):
             part.append(batch)
             progress.update(len(batch))

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from image_formats.files import MAX_FILE_BYTES
 from image_formats.header import UnreadableImage
 
-MAX_FILE_BYTES = 64 << 20  # of one image; the service's default maximum for one request
 BATCH_BYTES = 16 << 20  # files of a batch; bounds the memory of a batch from an archive, and the time that it takes
 
 

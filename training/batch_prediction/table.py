@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training.batch_prediction.rows import MAX_FILE_BYTES, Row, describe_excess
+from image_formats.files import MAX_FILE_BYTES
+from training.batch_prediction.rows import Row, describe_excess
 from training.errors import PredictionError
 
 _READ_ROWS = 64  # at once

@@ -1,7 +1,12 @@
-"""Folders of images by class: `train/<class>/*` and `test/<class>/*`, or `<class>/*`."""
+"""Folders of images by class: `train/<class>/*` and `test/<class>/*`, or `<class>/*`.
+
+`list_image_folder` finds the files. `load_image_folder` reads them into memory; or it reads each once to check it, and
+again whenever it is needed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
@@ -9,15 +14,18 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from image_formats.content import EXPECTED
 from image_formats.files import is_image_file, is_system_name
-from training.data.dataset import Dataset, Split
+from training.data.dataset import Dataset, Split, choose_rows
 from training.data.file_kind import describe_file
-from training.data.image_reading import DEFAULT_SIZE, read_images
+from training.data.image_reading import DEFAULT_SIZE, read_image, read_images, stream_images
+from training.data.labelled_files import ImageCheck, LabelledFiles
 from training.data.shared_images import warn_of_shared_images
+from training.data.streamed_images import Images, ImageSource, StreamedImages, select_images
 from training.errors import DatasetError
 
 TEST_FRACTION = 0.1  # of a folder without a test split
@@ -63,15 +71,8 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def load_image_folder(
-    folder: Path,
-    *,
-    image_size: tuple[int, int] | None,
-    seed: int,
-    default_size: tuple[int, int] | None = DEFAULT_SIZE,
-    test_fraction: float = TEST_FRACTION,
-) -> Dataset:
-    """Load an image folder.
+def list_image_folder(folder: Path, *, seed: int, test_fraction: float = TEST_FRACTION) -> LabelledFiles:
+    """Find the files of an image folder.
 
     Every file in a class folder and the folders below it must be an image. Hidden files and folders (`.DS_Store`,
     `._cat.jpg`) and those of file managers and file systems (`Thumbs.db`, `__MACOSX`, `@eaDir`, `lost+found`) are
@@ -80,14 +81,12 @@ def load_image_folder(
 
     Args:
         folder: in one of the two layouts, or with a single such folder in it.
-        image_size: (height, width) to resize to; `None` keeps small images of equal size.
         seed: of the test split, if there is no test folder.
-        default_size: (height, width) for large images and images of different sizes; see `read_images`.
         test_fraction: part of each class that is split off for testing, if there is no test folder.
 
     Raises:
-        DatasetError: the folder does not exist, a file is damaged, a class is empty, missing in `test/`, or too small.
-            The message names the file or class.
+        DatasetError: the folder does not exist, or a class is empty, missing in `test/`, or too small. The message
+            names the file or class.
     """
     if folder.is_file():
         raise DatasetError(f"{folder} {describe_file(folder)}")
@@ -97,8 +96,56 @@ def load_image_folder(
     if len(found) > 1:
         raise DatasetError(f"{folder} contains {len(found)} image folders, {_listed(found)}: name one of them")
     if has_splits(found[0]):
-        return _load_splits(found[0], image_size, default_size)
-    return _load_and_split(found[0], image_size, default_size, seed, test_fraction)
+        return _list_splits(found[0])
+    return _list_and_split(found[0], seed, test_fraction)
+
+
+def load_image_folder(
+    folder: Path,
+    *,
+    image_size: tuple[int, int] | None,
+    seed: int,
+    default_size: tuple[int, int] | None = DEFAULT_SIZE,
+    test_fraction: float = TEST_FRACTION,
+    stream: bool = False,
+) -> Dataset:
+    """Load an image folder; see `list_image_folder` for its files.
+
+    Args:
+        folder: in one of the two layouts, or with a single such folder in it.
+        image_size: (height, width) to resize to; `None` keeps small images of equal size.
+        seed: of the test split, if there is no test folder.
+        default_size: (height, width) for large images and images of different sizes; see `stream_images`.
+        test_fraction: part of each class that is split off for testing, if there is no test folder.
+        stream: do not keep the images in memory. All are read once, so that damaged files are found now, and again
+            whenever they are needed.
+
+    Raises:
+        DatasetError: the folder is unusable, or a file is damaged; the message names it.
+        MemoryTooSmallError: the images do not fit into memory.
+    """
+    files = list_image_folder(folder, seed=seed, test_fraction=test_fraction)
+    sizes: Any = {"image_size": image_size, "folder": files.folder, "default_size": default_size}
+    if stream:
+        check = ImageCheck(files)
+        stream_images(files.paths, check, **sizes)
+        return _make_dataset(files, _open_files(files.paths, check.image_size), content_hash=check.finish())
+    images = read_images(files.paths, **sizes)
+    digests = [hashlib.sha256(image.data).digest() for image in images]
+    warn_of_shared_images(digests, files.paths, train_count=len(files.train), folder=files.folder)
+    return _make_dataset(files, images)
+
+
+def _open_files(paths: list[Path], image_size: tuple[int, int]) -> StreamedImages:
+    source = ImageSource(image_size, lambda position: read_image(paths[position], image_size=image_size))
+    return StreamedImages(source, np.arange(len(paths)))
+
+
+def _make_dataset(files: LabelledFiles, images: Images, *, content_hash: str | None = None) -> Dataset:
+    count = len(files.train)
+    train = Split(select_images(images, slice(count)), files.train_labels)
+    test = Split(select_images(images, slice(count, None)), files.test_labels)
+    return Dataset(files.name, files.source, files.class_names, train, test, known_hash=content_hash)
 
 
 def _explain_no_images(folder: Path) -> str:
@@ -114,7 +161,7 @@ def _explain_no_images(folder: Path) -> str:
     return f"the files in its folders have unsupported types, {listed}; {EXPECTED}"
 
 
-def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size: tuple[int, int] | None) -> Dataset:
+def _list_splits(folder: Path) -> LabelledFiles:
     class_names = read_class_names(folder)
     splits = _find_splits(folder)
     for paths in splits.values():
@@ -149,29 +196,31 @@ def _load_splits(folder: Path, image_size: tuple[int, int] | None, default_size:
         raise DatasetError(f"{test_folder} has the {_classes(unknown)}, which {train_folder} lacks")
     paths, labels = _list_classes(train_folder, class_names, at_least=2, needed_for="to train and validate")
     test_paths, test_labels = _list_classes(test_folder, class_names, at_least=1, needed_for="to test")
-    images = read_images([*paths, *test_paths], image_size=image_size, folder=folder, default_size=default_size)
-    warn_of_shared_images(images, [*paths, *test_paths], is_test=np.arange(len(images)) >= len(paths), folder=folder)
-    train, test = Split(images[: len(paths)], labels), Split(images[len(paths) :], test_labels)
-    return Dataset(folder.resolve().name, _shown(folder), class_names, train, test)
+    return LabelledFiles(
+        folder=folder,
+        source=_shown(folder),
+        class_names=class_names,
+        train=paths,
+        train_labels=labels,
+        test=test_paths,
+        test_labels=test_labels,
+    )
 
 
-def _load_and_split(
-    folder: Path,
-    image_size: tuple[int, int] | None,
-    default_size: tuple[int, int] | None,
-    seed: int,
-    test_fraction: float,
-) -> Dataset:
+def _list_and_split(folder: Path, seed: int, test_fraction: float) -> LabelledFiles:
     class_names = read_class_names(folder)
     paths, labels = _list_classes(folder, class_names, at_least=3, needed_for="to train, validate and test")
-    images = read_images(paths, image_size=image_size, folder=folder, default_size=default_size)
-    split = Split(images, labels)
-    is_test = split.choose(test_fraction, seed=seed)
-    warn_of_shared_images(images, paths, is_test=is_test, folder=folder)
-    train, test = split.divide(is_test)
+    is_test = choose_rows(labels, test_fraction, seed=seed)
     part = "a tenth" if test_fraction == TEST_FRACTION else f"{test_fraction:.0%}"
-    source = f"{_shown(folder)} ({part} split off for testing, seed {seed})"
-    return Dataset(folder.resolve().name, source, class_names, train, test)
+    return LabelledFiles(
+        folder=folder,
+        source=f"{_shown(folder)} ({part} split off for testing, seed {seed})",
+        class_names=class_names,
+        train=[paths[row] for row in np.flatnonzero(~is_test)],
+        train_labels=labels[~is_test],
+        test=[paths[row] for row in np.flatnonzero(is_test)],
+        test_labels=labels[is_test],
+    )
 
 
 def _list_classes(

@@ -5,12 +5,14 @@ The order is a function of seed and epoch, so resuming needs no saved state of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
 
 from training.data import Split
+from training.data.streamed_images import Images, StreamedImages, read_batches
 from training.errors import DatasetError
 from training.models.presets import Augmentation
 
@@ -76,17 +78,18 @@ def training_batches(
     seed: int,
     first_epoch: int,
     augmentation: Augmentation | None = None,
-    inputs: np.ndarray | None = None,
+    inputs: Images | None = None,
     parts: Parts = Parts(),
 ) -> tf.data.Dataset:
     """Return endless shuffled batches of (images uint8 (batch, height, width, 3), labels int64 (batch,)).
 
     Each image occurs once in an epoch, whose last batch may be smaller. Epochs are counted from 0. With augmentation,
     every image is also flipped horizontally in every other epoch. `inputs` (n, ...) take the place of the images.
+    Streamed images are read four batches ahead.
     With several `parts`, those of this process follow each other; together they are the batches of a single replica.
     """
     # Outside the functions below, whose graphs would otherwise contain copies.
-    images = tf.constant(split.images if inputs is None else inputs)
+    read_images = _make_reader(split.images if inputs is None else inputs)
     labels = tf.constant(split.labels)
     positions = tf.range(len(split.labels))
     # The images that are flipped first; in later epochs they alternate (arXiv 2404.00498, section 3.6). So two epochs
@@ -102,11 +105,11 @@ def training_batches(
     if augmentation:
         sources = tf.constant(_augmented_sources(height, width, max_shift=augmentation.max_shift))
         if augmentation.cutout:
-            mean = tf.constant(split.images.mean(axis=(0, 1, 2)).round().astype(np.uint8))
+            mean = tf.constant(_mean_colour(split.images))
 
     def gather(all_rows: tf.Tensor, own: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         rows = tf.gather(all_rows, own)
-        batch = tf.gather(images, rows)
+        batch = read_images(rows)
         if augmentation:
             mirrored = tf.cast((tf.gather(flips, rows) + epoch) % 2, tf.int32)
             # All shifts are equally frequent; the first shift of a batch is random, as its first row is.
@@ -120,6 +123,24 @@ def training_batches(
 
     endless = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
     return endless.flat_map(epoch_order).map(gather).prefetch(4)
+
+
+def _make_reader(images: Images) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return a function from row numbers int32 (batch,) to those images, or other inputs of the model."""
+    if not isinstance(images, StreamedImages):
+        constant = tf.constant(images)
+        return lambda rows: tf.gather(constant, rows)
+    # Not stateful: the same rows are the same images, so op determinism does not turn off reading ahead.
+    return lambda rows: tf.ensure_shape(
+        tf.numpy_function(images.__getitem__, [rows], tf.uint8, stateful=False), [None, *images.shape[1:]]
+    )
+
+
+def _mean_colour(images: Images) -> np.ndarray:
+    """Return the mean of all pixels, uint8 (3,); streamed images are all read."""
+    sums = sum(batch.sum(axis=(0, 1, 2), dtype=np.int64) for batch in read_batches(images))
+    mean: np.ndarray = (sums / np.prod(images.shape[:3])).round().astype(np.uint8)
+    return mean
 
 
 def _augmented_sources(height: int, width: int, *, max_shift: int) -> np.ndarray:
@@ -165,23 +186,21 @@ def evaluation_batches(
     split: Split,
     *,
     batch_size: int,
-    inputs: np.ndarray | None = None,
+    inputs: Images | None = None,
     parts: Parts = Parts(),
 ) -> tf.data.Dataset:
     """Return `split` once, in order, in batches of (images uint8 or `inputs`, labels int64).
 
     With several `parts`, the last batch is filled up with copies whose label is -1, so that no part is empty.
     """
-    images, labels = split.images if inputs is None else inputs, split.labels
-    if missing := -len(labels) % parts.count:
-        images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
-        labels = np.concatenate([labels, np.full(missing, -1, np.int64)])
-    images, labels = tf.constant(images), tf.constant(labels)
+    read_images = _make_reader(split.images if inputs is None else inputs)
+    count = len(split.labels)
+    labels = tf.constant(np.pad(split.labels, (0, -count % parts.count), constant_values=-1))
     batch_size -= batch_size % parts.count
 
     def take(start: tf.Tensor) -> tf.data.Dataset:
         size = tf.minimum(batch_size, tf.cast(len(labels) - start, tf.int32))
         rows = parts.rows(size).map(lambda part: tf.cast(start, tf.int32) + part)
-        return rows.map(lambda own: (tf.gather(images, own), tf.gather(labels, own)))
+        return rows.map(lambda own: (read_images(tf.minimum(own, count - 1)), tf.gather(labels, own)))
 
     return tf.data.Dataset.range(0, len(labels), batch_size).flat_map(take).prefetch(2)

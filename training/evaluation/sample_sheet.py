@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from training.data.streamed_images import Images
 from training.evaluation.plots import GREEN, VERMILLION, shorten, with_style
 
 _COLUMNS, _ROWS = 8, 2  # of each block
@@ -15,9 +16,7 @@ _TITLE, _LINE = 0.35, 0.15  # heights of a block's title and of a line of a capt
 
 
 @with_style
-def plot_samples(
-    images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]
-) -> Figure:
+def plot_samples(images: Images, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> Figure:
     """Show random correct predictions, and the most confident errors.
 
     Args:

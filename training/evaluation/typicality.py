@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from training.data import Split
 from training.data.outliers import draw_outliers
+from training.data.streamed_images import Images, read_batches
 from training.evaluation.conformal import evaluate_sets, fit_set_threshold
 from training.evaluation.guard_evaluation import GuardEvaluation
 from training.evaluation.reference import Reference, summarize_predictions
@@ -79,7 +80,7 @@ def measure_reference(graph: InferenceGraph, guard: Guard, held_out: Split) -> R
     return summarize_predictions(outputs["probabilities"], outputs["typicality"])
 
 
-def measure_images(graph: InferenceGraph, images: np.ndarray) -> dict[str, np.ndarray]:
+def measure_images(graph: InferenceGraph, images: Images) -> dict[str, np.ndarray]:
     """Return `probabilities` float32 (n, classes), `energy` and `variation` float32 (n,) of images."""
     return _compute(_make_function(graph, _measure), images)
 
@@ -106,7 +107,6 @@ def _make_function(graph: InferenceGraph, outputs: Callable[..., dict[str, tf.Te
     return made
 
 
-def _compute(function: TensorFunction, images: np.ndarray) -> dict[str, np.ndarray]:
-    starts = range(0, len(images), _BATCH_SIZE)
-    batches = [function(tf.constant(images[start : start + _BATCH_SIZE])) for start in starts]
+def _compute(function: TensorFunction, images: Images) -> dict[str, np.ndarray]:
+    batches = [function(tf.constant(batch)) for batch in read_batches(images, _BATCH_SIZE)]
     return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in batches[0]}

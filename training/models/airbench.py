@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
+from training.data.streamed_images import Images
 from training.models import bf16_conv
 from training.models.presets import Block
 
@@ -45,14 +46,14 @@ class Whitening(layers.Layer):
         self.kernel = self.add_weight(name="filters", shape=shape, initializer="glorot_uniform", trainable=False)
         self.offset = self.add_weight(name="offset", shape=shape[-1:], initializer="zeros", trainable=False)
 
-    def adapt(self, images: np.ndarray) -> None:
+    def adapt(self, images: Images) -> None:
         """Compute the filters from images, uint8 (n, height, width, channels).
 
         They are the eigenvectors of the patches' covariance, each divided by the root of its eigenvalue.
         """
-        images = images[:WHITENED_IMAGES].astype(np.float32)
-        mean, deviation = images.mean(axis=(0, 1, 2)), images.std(axis=(0, 1, 2)) + 1e-6
-        windows = np.lib.stride_tricks.sliding_window_view((images - mean) / deviation, (PATCH, PATCH), axis=(1, 2))
+        some = images[:WHITENED_IMAGES].astype(np.float32)
+        mean, deviation = some.mean(axis=(0, 1, 2)), some.std(axis=(0, 1, 2)) + 1e-6
+        windows = np.lib.stride_tricks.sliding_window_view((some - mean) / deviation, (PATCH, PATCH), axis=(1, 2))
         patches = np.moveaxis(windows, 3, -1).reshape(-1, PATCH * PATCH * images.shape[-1])
         eigenvalues, eigenvectors = np.linalg.eigh(patches.T.astype(np.float64) @ patches / len(patches))
         whitening = eigenvectors / np.sqrt(np.maximum(eigenvalues, 0) + WHITENING_EPSILON)
@@ -229,7 +230,7 @@ class Airbench(keras.Model):
             classes, use_bias=False, kernel_initializer=keras.initializers.RandomUniform(-(3**0.5), 3**0.5)
         )
 
-    def adapt(self, images: np.ndarray) -> None:
+    def adapt(self, images: Images) -> None:
         """Compute the fixed filters from the training images, uint8 (n, height, width, 3)."""
         self.whitening.adapt(images)
 

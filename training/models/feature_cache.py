@@ -16,6 +16,7 @@ import tensorflow as tf
 from rich.console import Console
 from rich.progress import Progress
 
+from training.data.streamed_images import Images
 from training.models.transfer import TransferClassifier
 from training.storage import make_folder, write_file
 
@@ -24,7 +25,7 @@ PART_IMAGES = 4096
 logger = logging.getLogger(__name__)
 
 
-def compute_features(model: TransferClassifier, images: np.ndarray, *, cache: Path, batch_size: int) -> np.ndarray:
+def compute_features(model: TransferClassifier, images: Images, *, cache: Path, batch_size: int) -> np.ndarray:
     """Return the pooled features of the backbone, float32 (n, channels); read from `cache` as far as they are there.
 
     Args:
@@ -39,11 +40,12 @@ def compute_features(model: TransferClassifier, images: np.ndarray, *, cache: Pa
     features = np.empty((len(images), model.backbone.output_shape[-1]), np.float32)
     missing: list[tuple[int, Path]] = []
     for start in range(0, len(images), PART_IMAGES):
-        part = images[start : start + PART_IMAGES]
-        key = hashlib.sha256(weights.digest() + repr(part.shape).encode())
-        key.update(np.ascontiguousarray(part).data)
+        stop = min(start + PART_IMAGES, len(images))
+        key = hashlib.sha256(weights.digest() + repr((stop - start, *images.shape[1:])).encode())
+        for row in range(start, stop, batch_size):
+            key.update(np.ascontiguousarray(images[row : min(row + batch_size, stop)]).data)
         path = cache / f"{key.hexdigest()}.npy"
-        if not _read_part(path, features[start : start + PART_IMAGES]):
+        if not _read_part(path, features[start:stop]):
             missing.append((start, path))
     if not missing:
         return features

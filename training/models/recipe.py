@@ -16,9 +16,9 @@ from training.models.presets import Preset
 
 if TYPE_CHECKING:
     import keras
-    import numpy as np
 
     from training.config import TrainingConfig
+    from training.data.streamed_images import Images
     from training.models.inference_graph import InferenceGraph
 
 Shape = tuple[int, int, int]  # (height, width, channels) of an image
@@ -50,8 +50,8 @@ class TrainedPart(NamedTuple):
     """
 
     model: keras.Model
-    train: np.ndarray
-    validation: np.ndarray
+    train: Images
+    validation: Images
 
 
 class Recipe(ABC):
@@ -105,8 +105,8 @@ class Recipe(ABC):
         self,
         model: keras.Model,
         config: TrainingConfig,  # noqa: ARG002
-        train: np.ndarray,
-        validation: np.ndarray,
+        train: Images,
+        validation: Images,
         *,
         is_new: bool,  # noqa: ARG002
         cache: Path,  # noqa: ARG002
@@ -116,7 +116,7 @@ class Recipe(ABC):
         Args:
             model: built for `config`.
             config: of the run.
-            train: the training images, uint8 (n, height, width, 3).
+            train: the training images, uint8 (n, height, width, 3), in memory or streamed.
             validation: the validation images.
             is_new: the weights are random; otherwise they were restored from a checkpoint.
             cache: folder for what a resumed run need not compute again.

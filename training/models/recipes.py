@@ -16,9 +16,9 @@ from training.models.transfer_recipe import TransferRecipe
 
 if TYPE_CHECKING:
     import keras
-    import numpy as np
 
     from training.config import TrainingConfig
+    from training.data.streamed_images import Images
     from training.models.inference_graph import InferenceGraph
 
 
@@ -109,8 +109,8 @@ class AirbenchRecipe(Recipe):
         self,
         model: keras.Model,
         config: TrainingConfig,
-        train: np.ndarray,
-        validation: np.ndarray,
+        train: Images,
+        validation: Images,
         *,
         is_new: bool,
         cache: Path,

@@ -22,9 +22,9 @@ from training.models.recipe import NetworkSize, Recipe, Shape, TrainedPart
 
 if TYPE_CHECKING:
     import keras
-    import numpy as np
 
     from training.config import TrainingConfig
+    from training.data.streamed_images import Images
     from training.models.inference_graph import InferenceGraph
 
 
@@ -69,8 +69,8 @@ class TransferRecipe(Recipe):
         self,
         model: keras.Model,
         config: TrainingConfig,
-        train: np.ndarray,
-        validation: np.ndarray,
+        train: Images,
+        validation: Images,
         *,
         is_new: bool,
         cache: Path,

@@ -27,10 +27,10 @@ from training.batch_prediction.classifier import Classifier
 from training.batch_prediction.parts import Parts
 from training.batch_prediction.prediction import predict_source
 from training.batch_prediction.predictor import Predictor
-from training.batch_prediction.progress import PredictionProgress
 from training.batch_prediction.rows import Row
 from training.errors import ExportError, PredictionError
 from training.exporter.checksums import write_checksums
+from training.image_progress import ImageProgress
 
 pytest.importorskip("pyarrow", reason="needs pyarrow, of the extra [batch]")
 from pyarrow import parquet
@@ -410,19 +410,12 @@ def test_a_model_whose_rows_influence_each_other_is_called_one_by_one(tmp_path: 
     assert predict_source(version, str(pictures), tmp_path / "out.parquet", batch_size=1).images == COUNT
 
 
-def test_there_are_as_many_threads_as_large_images_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    for available, jobs in ((None, 128), (10**12, 128), (2 * 2**30, 4), (1000, 1)):
-        monkeypatch.setattr(prediction, "available_bytes", lambda available=available: available)
-        assert prediction.count_jobs() == jobs
-
-
 def test_progress_has_the_speed_and_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("training.batch_prediction.progress.time.perf_counter", lambda: now)
-    with PredictionProgress(total=100_000, done=20_000) as progress:
+    monkeypatch.setattr("training.image_progress.time.perf_counter", lambda: now)
+    with ImageProgress(total=100_000, done=20_000) as progress:
         for now in (130.0, 161.0, 162.0):  # noqa: B007
             progress.update(10_000)
     assert capfd.readouterr().err == "40,000 of 100,000 images  328 images/s  3:03 left\n"

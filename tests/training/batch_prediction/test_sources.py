@@ -13,6 +13,7 @@ from typing import Literal
 
 import pytest
 
+from image_formats.files import MAX_FILE_BYTES
 from image_formats.header import UnreadableImage
 from tests.training.batch_prediction.pictures import encode, write_pictures
 from training.batch_prediction import rows
@@ -121,7 +122,7 @@ def test_missing_and_odd_files_become_rows_with_the_reason(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty.png").touch()
     (tmp_path / "large.png").write_bytes(b"")
-    os.truncate(tmp_path / "large.png", rows.MAX_FILE_BYTES + 1)
+    os.truncate(tmp_path / "large.png", MAX_FILE_BYTES + 1)
     names = ("missing.png", ".", "large.png", "empty.png", "pipe", "a\0b", "caf\udce9.png")
     listing = Listing([*(str(tmp_path / name) for name in names), None], tmp_path / "listing")
     (tmp_path / "empty.png").write_bytes(b"changed")

@@ -1,4 +1,4 @@
-"""Progress of a prediction on standard error: a bar on a terminal, elsewhere a line a minute."""
+"""Progress over many images on standard error: a bar on a terminal, elsewhere a line a minute."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ from rich.progress import BarColumn, Progress, TextColumn
 _LINE_EVERY_S = 60.0
 
 
-class PredictionProgress:
-    """Shows how many of `total` images are done, how fast, and the time left; `done` are from an earlier run."""
+class ImageProgress:
+    """Shows how many of `total` images are done, how fast, and the time left.
 
-    def __init__(self, *, total: int, done: int) -> None:
+    Args:
+        total: number of images.
+        done: how many of them an earlier run did.
+        title: what is done with the images.
+    """
+
+    def __init__(self, *, total: int, done: int = 0, title: str = "") -> None:
         self._console = Console(stderr=True, highlight=False)
         self._total = total
+        self._title = f"{title}  " if title else ""
         self._first = self._done = done
         self._started = self._shown = time.perf_counter()
         self._bar = Progress(
@@ -41,7 +48,8 @@ class PredictionProgress:
         now = time.perf_counter()
         images_per_s = (self._done - self._first) / max(now - self._started, 1e-6)
         left_s = (self._total - self._done) / images_per_s
-        text = f"{self._done:,} of {self._total:,} images  {format_rate(images_per_s)}  {format_seconds(left_s)} left"
+        speed = f"{format_rate(images_per_s)}  {format_seconds(left_s)} left"
+        text = f"{self._title}{self._done:,} of {self._total:,} images  {speed}"
         if self._console.is_terminal:
             self._bar.update(self._task, completed=self._done, description=text)
         elif now - self._shown >= _LINE_EVERY_S:
