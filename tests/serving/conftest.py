@@ -122,7 +122,8 @@ class Server:
     def wait_for(self, path: str, status: int = 200) -> httpx.Response:
         """Wait until it answers with this status, and return the answer."""
         self.wait_until(self.accepts)
-        self.wait_until(lambda: httpx.get(self.url + path).status_code == status)
+        # The port is open before TensorFlow is imported, which takes seconds on a busy machine.
+        self.wait_until(lambda: httpx.get(self.url + path, timeout=60).status_code == status)
         return httpx.get(self.url + path)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
