@@ -36,6 +36,8 @@ class ModelVersion:
     predictor: Predictor
     info: ModelInfo = field(default_factory=ModelInfo)
     statistics: Statistics = field(default_factory=Statistics)
+    # Of a remote version that was chosen by default: another one may take its place while a request is in flight.
+    is_replaceable: bool = False
 
 
 @dataclass(frozen=True)
