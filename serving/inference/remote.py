@@ -65,7 +65,7 @@ class RemoteRepository(ModelRepository):
         self._resolver = AddressResolver(address)
         self._channels = Channels(authority=address.partition(",")[0].strip())
         self._servers: dict[str, Stubs] = {}  # each by its own channel, for the polls
-        self._backend_problems: dict[str, str] = {}  # of the servers that did not answer the last poll
+        self._backend_problems: dict[str, str] = {}  # of the servers that did not respond to the last poll
         self._predictors: dict[tuple[str, int], RemotePredictor] = {}
         self._defaults: dict[str, ModelVersion] = {}  # read without the lock: replaced as a whole
         self._polled_s: dict[str, float] = {}  # when the last poll of each model began
@@ -122,8 +122,8 @@ class RemoteRepository(ModelRepository):
             raise kind(message)
 
     @property
+    @override
     def backends(self) -> Mapping[str, bool]:
-        """The address of each server, and whether it answered the last poll."""
         return {address: address not in self._backend_problems for address in self._servers}
 
     def refresh(self, name: str, version: int, since_s: float, deadline_s: float) -> bool:

@@ -38,13 +38,15 @@ OUTLIERS = {
     "failurePercentageEjection": {"threshold": 95, "minimumHosts": 2, "requestVolume": 20},
 }
 
-_OPTIONS = (
+OPTIONS = (
     ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
     ("grpc.max_send_message_length", -1),
-    # A connection whose backend hangs is closed, so that its requests are retried elsewhere within their deadline.
-    # More frequent pings would be abuse to a stock server: it allows three without data in between.
+    # A connection whose backend hangs is closed after at most 20 s, so that its requests are retried elsewhere within
+    # their deadline of 30 s. gRPC 1.85 waits for the answer to a ping as long as the last option says, by default a
+    # minute. More frequent pings would be abuse to a stock server, which allows three without data in between.
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.per_rpc_retry_buffer_size", MAX_RESPONSE_BYTES),  # larger requests would not be retried
@@ -80,7 +82,7 @@ class Channels:
             channel = grpc.insecure_channel(
                 make_target(key),
                 options=[
-                    *_OPTIONS,
+                    *OPTIONS,
                     ("grpc.default_authority", self._authority),
                     ("grpc.service_config", json.dumps(make_service_config(is_balanced=len(key) > 1))),
                 ],

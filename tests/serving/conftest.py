@@ -82,8 +82,8 @@ def picture(colour: str, size: tuple[int, int] = (32, 32), kind: str = "PNG") ->
 class Server:
     """`python -m serving` in a process of its own."""
 
-    def __init__(self, models_dir: Path, log: Path, *options: str) -> None:
-        self.port, self.grpc_port = free_ports(2)
+    def __init__(self, models_dir: Path, log: Path, *options: str, ports: tuple[int, int] | None = None) -> None:
+        self.port, self.grpc_port = ports or free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         command = [sys.executable, "-m", "serving", "--models-dir", str(models_dir)]
