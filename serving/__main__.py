@@ -55,12 +55,17 @@ def _read_model(text: str) -> tuple[str, Path]:
     "Serve what this TensorFlow Serving model config says, instead of all that is in --models-dir.",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
 )
-@_option("--remote", "Let the TensorFlow Serving at this gRPC address do the inference.", metavar="HOST:PORT")
+@_option(
+    "--remote",
+    "Let the servers at these gRPC addresses do the inference: TensorFlow Serving, or this service. A name stands for "
+    "all its addresses.",
+    metavar="HOST:PORT[,...]",
+)
 @click.option(
     "--remote-model",
     "remote_models",
     multiple=True,
-    help="A model to ask it for; may be repeated.  [default: the names in --models-dir]",
+    help="A model to ask them for; may be repeated.  [default: the names in --models-dir]",
 )
 @click.option(
     "--require-model",

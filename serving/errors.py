@@ -119,6 +119,10 @@ class ModelNotFound(ServingError):
     code = "NOT_FOUND"
 
 
+class VersionUnloaded(ModelNotFound):
+    """The remote servers have unloaded the version since it was resolved; a newer one may have taken its place."""
+
+
 class Unauthenticated(ServingError):
     """The caller has no valid token."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from serving.errors import StartupError
 from serving.images.decoding import PILLOW_MAX_PIXELS
 from serving.images.limits import ImageLimits
+from serving.inference.remote_addresses import parse_addresses
 from serving.log_format import LOG_FORMATS
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -32,7 +33,7 @@ class Settings:
     models_dir: Path = Path("models")
     models: tuple[tuple[str, Path], ...] = ()  # name and folder of each, instead of all that is in models_dir
     model_config_file: Path | None = None
-    remote: str | None = None
+    remote: str | None = None  # HOST:PORT, or several separated by commas
     remote_models: tuple[str, ...] = ()
     require_models: tuple[str, ...] = ()
     poll_interval_s: float = 1.0
@@ -105,6 +106,8 @@ class Settings:
                 raise StartupError(f"--model and {flag} both say which models to serve; give one of them")
         if self.remote and self.model_config_file:
             raise StartupError("--remote and --model-config-file: the models are either there or here, not both")
+        if self.remote:
+            parse_addresses(self.remote)
         if self.remote_models and not self.remote:
             raise StartupError("--remote-model names a model at another server; name that too, with --remote")
         if self.grpc_port and self.grpc_port == self.rest_port:

@@ -16,7 +16,7 @@ METRICS_PATHS = frozenset(("/metrics", "/monitoring/prometheus/metrics"))
 OPEN_METHODS = frozenset(
     (
         "/grpc.health.v1.Health/Check",
-        "/grpc.health.v1.Health/Watch",  # UNIMPLEMENTED, which tells clients to poll Check
+        "/grpc.health.v1.Health/Watch",
         "/inference.GRPCInferenceService/ServerLive",
         "/inference.GRPCInferenceService/ServerReady",
     )

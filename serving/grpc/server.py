@@ -26,10 +26,11 @@ from tensorflow_serving.apis import (
 )
 
 from serving.access.policy import AccessPolicy
-from serving.errors import ModelNotFound, StartupError
+from serving.errors import StartupError
 from serving.greenlets import LoopGreenlets, lower_priority
 from serving.grpc.access import GuardedHandlers
 from serving.grpc.handlers import make_handler
+from serving.grpc.health import HEALTH_SERVICE, HealthService
 from serving.grpc.open_inference import LONG_METHODS, OPEN_INFERENCE_SERVICE, POOL, GrpcInferenceService
 from serving.grpc.receiving import CHANNEL_OPTIONS, COPIES, MessageReceiver
 from serving.grpc.services import ModelService, PredictionService
@@ -40,11 +41,14 @@ from serving.observer import RequestObserver
 
 PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
 MODEL_SERVICE = "tensorflow.serving.ModelService"
-HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 # Calls that are not yet processed. gRPC refuses further ones without details, so the limit is high: the batcher does
 # the load shedding, with an error message.
 MAX_PENDING_CALLS = 100_000
+
+# A client that pings a connection more often than this while no data are sent is disconnected. gRPC's default of 5
+# minutes would be too long for the keep-alive of --remote, which finds servers that hang.
+MIN_PING_INTERVAL_MS = 5_000
 
 _LONG_METHODS = ("HandleReloadConfigRequest", *LONG_METHODS)  # they block for long: they load models
 
@@ -115,7 +119,11 @@ class GrpcServer:
 
     def stop(self, *, grace_s: float) -> None:
         """Graceful shutdown: refuse new calls, and wait up to `grace_s` for in-flight calls."""
-        asyncio.run_coroutine_threadsafe(self._server.stop(grace_s), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._stop(grace_s), self._loop).result()
+
+    async def _stop(self, grace_s: float) -> None:
+        self._health.drain()
+        await self._server.stop(grace_s)
 
     async def _start(
         self, address: str, observer: RequestObserver, budget: MemoryBudget, policy: AccessPolicy, threads: int
@@ -126,15 +134,18 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", self._max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 *CHANNEL_OPTIONS,
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
                 ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
                 ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
             ]
         )
+        receiver = MessageReceiver(self._max_message_bytes)
+        self._health = HealthService(_KNOWN, self._is_serving, receiver, budget)
         make = partial(
             make_handler,
             greenlets=LoopGreenlets(ThreadPoolExecutor(threads, "grpc", initializer=lower_priority)),
             budget=budget,
-            receiver=MessageReceiver(self._max_message_bytes),
+            receiver=receiver,
             observer=observer,
         )
         prediction = PredictionService(self._inference, max_bytes=self._max_message_bytes)
@@ -150,7 +161,7 @@ class GrpcServer:
                 "HandleReloadConfigRequest": (models.handle_reload_config_request, reload),
             },
             OPEN_INFERENCE_SERVICE: GrpcInferenceService(self._inference, self._liveness).methods(),
-            HEALTH_SERVICE: {"Check": (self._check_health, health_pb2.HealthCheckRequest)},
+            HEALTH_SERVICE: {"Check": (self._health.check, health_pb2.HealthCheckRequest)},
         }
         guarded = GuardedHandlers(policy, observer)
         for service, methods in services.items():
@@ -164,6 +175,8 @@ class GrpcServer:
                 )
                 for name, (method, request) in methods.items()
             }
+            if service == HEALTH_SERVICE:
+                handlers["Watch"] = self._health.make_watch_handler()
             guarded.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         _describe_services()
         described = (*services, reflection.SERVICE_NAME)
@@ -181,16 +194,8 @@ class GrpcServer:
         await server.start()
         return server
 
-    def _check_health(self, request: Any) -> Any:
-        """Return the health of a service, or of the server, computed from readiness and liveness.
-
-        The method Watch is UNIMPLEMENTED: clients then poll Check.
-        """
-        if request.service not in _KNOWN:
-            raise ModelNotFound(f"unknown service {request.service}; expected one of {', '.join(_KNOWN[1:])}")
-        serving = self._inference.not_ready_because is None and self._liveness.problem is None
-        states = health_pb2.HealthCheckResponse
-        return states(status=states.SERVING if serving else states.NOT_SERVING)
+    def _is_serving(self) -> bool:
+        return self._inference.not_ready_because is None and self._liveness.problem is None
 
 
 class _Pools:

@@ -53,7 +53,7 @@ class PredictionService:
         result = self._inference.predict(version, InferenceRequest(name, {**signature.defaults, **inputs}))
         response = predict_pb2.PredictResponse()
         response.model_spec.name = version.name
-        response.model_spec.version.value = version.version
+        response.model_spec.version.value = result.version.version
         response.model_spec.signature_name = name
         for alias in output_names:
             array, tensor = result.outputs[alias], response.outputs[alias]

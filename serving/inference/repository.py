@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
@@ -36,6 +36,8 @@ class ModelVersion:
     predictor: Predictor
     info: ModelInfo = field(default_factory=ModelInfo)
     statistics: Statistics = field(default_factory=Statistics)
+    # Of a remote version that was chosen by default: another one may take its place while a request is in flight.
+    is_replaceable: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,11 @@ class ModelRepository(ABC):
         """List the statuses of a model's versions, newest first; empty if it has none."""
         statuses = self._statuses.get(name, {})
         return [self._with_folder_problem(statuses[version]) for version in sorted(statuses, reverse=True)]
+
+    @property
+    def backends(self) -> Mapping[str, bool]:
+        """The address of each remote server, and whether it responded to the last poll; empty without any."""
+        return {}
 
     @property
     def folder_problems(self) -> Sequence[FolderProblem]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serving.errors import InvalidRequest, ModelControlOff
+from serving.errors import InvalidRequest, ModelControlOff, VersionUnloaded
 from serving.greenlets import run_blocking
 from serving.inference.model_config import read_version_number
 from serving.inference.repository import ModelRepository, ModelVersion, VersionStatus
@@ -88,6 +88,8 @@ class InferenceService:
     def predict(self, version: ModelVersion, request: InferenceRequest) -> InferenceResult:
         """Run a signature before the deadline of the current request.
 
+        The version of the result is another one where remote servers have replaced the default version meanwhile.
+
         Raises:
             InvalidRequest: the inputs do not fit the signature, or the model rejects them.
             TooLarge: the request has more than `max_rows` rows.
@@ -102,6 +104,11 @@ class InferenceService:
         started_s, queue_s, model_s = time.perf_counter(), context.queue_s, context.model_s
         try:
             outputs = version.predictor.predict(signature.name, request.inputs, deadline_s=context.deadline_s)
+        except VersionUnloaded:
+            if version.is_replaceable and (successor := self._find_successor(version, request)):
+                return InferenceService.predict(self, successor, request)
+            version.statistics.record_failure(time.perf_counter() - started_s)
+            raise
         except BaseException:
             version.statistics.record_failure(time.perf_counter() - started_s)
             raise
@@ -114,6 +121,17 @@ class InferenceService:
         if version.info.reference is not None:
             self._record_outputs(version, outputs)
         return InferenceResult(version, signature, outputs)
+
+    def _find_successor(self, version: ModelVersion, request: InferenceRequest) -> ModelVersion | None:
+        """Return the default version that has replaced an unloaded one, if it has the signature of the request."""
+        number = self.repository.resolve(version.name).version
+        if number == version.version:
+            return None
+        successor = self.repository.resolve(version.name, version=number)  # as if named: it is not replaced again
+        if request.signature not in successor.predictor.signatures:
+            return None
+        current_request.get().version = number
+        return successor
 
     def status(self, model: str, version: int | str | None = None) -> list[VersionStatus]:
         """Return the statuses of a model's versions, newest first, or of one version.

@@ -65,7 +65,25 @@ class RepositoryCollector(Collector):
             count = self._repository.load_counts(model)
             loads.add_metric([model], count.loaded)
             failures.add_metric([model], count.failed)
-        return [ready, states, errors, warnings, folders, warmups, load_seconds, warmup_seconds, loads, failures]
+        remote = gauge(
+            "serving_remote_backend_up", "1 if a backend of --remote responded to the last poll.", labels=["backend"]
+        )
+        for address, is_up in self._repository.backends.items():
+            remote.add_metric([address], float(is_up))
+        remotes = [remote] if remote.samples else []
+        return [
+            *remotes,
+            ready,
+            states,
+            errors,
+            warnings,
+            folders,
+            warmups,
+            load_seconds,
+            warmup_seconds,
+            loads,
+            failures,
+        ]
 
 
 def find_known(repository: ModelRepository) -> set[tuple[str, int | None]]:

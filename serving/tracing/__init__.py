@@ -20,7 +20,7 @@ def make_tracing(environ: Mapping[str, str], *, remote: str | None = None) -> Tr
     Args:
         environ: the variables of OpenTelemetry: `OTEL_EXPORTER_OTLP_ENDPOINT` or `OTEL_TRACES_EXPORTER` turn traces
             on, `OTEL_TRACES_EXPORTER=none` and `OTEL_SDK_DISABLED=true` turn them off.
-        remote: address of the remote server, "host:port", if the inference is done there.
+        remote: addresses of the remote servers, "host:port[,host:port...]", if the inference is done there.
 
     Raises:
         StartupError: the extra is not installed, or the exporter is not supported.

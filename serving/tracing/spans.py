@@ -58,7 +58,7 @@ class Tracing:
 
     Args:
         exporter: "otlp" (over HTTP) or "console".
-        remote: address of the remote server, or None.
+        remote: address of the remote server, or of several, separated by commas; or None.
     """
 
     def __init__(self, exporter: str, *, remote: str | None = None) -> None:
@@ -101,7 +101,7 @@ class Tracing:
         """Start the span of the remote call, if there is a remote server; its context goes into the call's metadata."""
         if self._remote is None or context.span is None:
             return None
-        host, _, port = self._remote.rpartition(":")
+        host, _, port = self._remote.rpartition(":") if "," not in self._remote else (self._remote, "", "")
         span = self._tracer.start_span(
             "tensorflow.serving.PredictionService/Predict",
             context=set_span_in_context(context.span),

@@ -14,7 +14,7 @@ from serving.access.__main__ import main as make_token
 from serving.api import compression, json_cost, json_process
 from serving.api.predict import messages
 from serving.api.tensorflow_serving import json_document
-from serving.grpc import receiving
+from serving.grpc import health, receiving
 from serving.http import handshake, parser, protocol, request, server
 from serving.images import limits as image_limits
 from serving.images.limits import decode_cost
@@ -71,6 +71,7 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.splitline
         ("gRPC message", f"at most {GRPC_SHARE * 48:.0f}/48 of the memory budget", "--max-request-bytes"),
         ("time for a gRPC message", f"{receiving.TIMEOUT_S:.0f} s", None),
         ("time for a gRPC message", f"{receiving.CONTENDED_TIMEOUT_S:.0f} s while others wait", None),
+        ("watches of the gRPC health service", f"{health.MAX_WATCHES:,}", None),
     ],
 )
 def test_each_row_has_the_default_and_the_option(limit: str, default: str, option: str | None) -> None:

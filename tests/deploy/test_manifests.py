@@ -24,6 +24,7 @@ from serving.__main__ import main
 from serving.grpc.handlers import OBJECT_BYTES
 from serving.grpc.receiving import COPIES
 from serving.images.limits import decode_cost
+from serving.inference.remote_addresses import RESOLVE_INTERVAL_S, parse_addresses
 from serving.memory import MemoryBudget
 from serving.process_memory import SAFETY_SHARE
 from serving.settings import Settings
@@ -100,6 +101,73 @@ def test_names_in_the_manifests_lead_somewhere() -> None:
                 assert manifest["spec"]["scaleTargetRef"]["name"] == name
             if manifest["kind"] == "PodDisruptionBudget":
                 assert manifest["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+
+
+def manifests_of(name: str, kind: str) -> list[dict[str, Any]]:
+    """Return the manifests of a kind that belong to a Deployment: of its name, or one that begins with it."""
+    return [each for each in MANIFESTS if each["kind"] == kind and each["metadata"]["name"].startswith(name)]
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_a_rolling_update_and_an_eviction_leave_the_pods_that_are_needed(name: str) -> None:
+    spec = DEPLOYMENTS[name]["spec"]
+    assert "replicas" not in spec  # the autoscaler's, which an apply would reset
+    assert spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    dns_cache_s = 5
+    assert spec["minReadySeconds"] > RESOLVE_INTERVAL_S + dns_cache_s + Settings.poll_interval_s
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["readinessProbe"]
+    assert container["lifecycle"]["preStop"]["sleep"]["seconds"] >= 5
+    (budget,) = manifests_of(name, "PodDisruptionBudget")
+    (scaler,) = manifests_of(name, "HorizontalPodAutoscaler")
+    assert budget["spec"]["maxUnavailable"] < scaler["spec"]["minReplicas"] <= scaler["spec"]["maxReplicas"]
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_the_pods_are_spread_over_zones_and_nodes(name: str) -> None:
+    pod = DEPLOYMENTS[name]["spec"]["template"]
+    constraints = pod["spec"]["topologySpreadConstraints"]
+    assert [each["topologyKey"] for each in constraints] == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+    for each in constraints:
+        assert each["labelSelector"]["matchLabels"] == pod["metadata"]["labels"]
+        assert each["whenUnsatisfiable"] == "ScheduleAnyway"  # on one node too
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_a_headless_service_names_the_grpc_address_of_every_pod(name: str) -> None:
+    pod = DEPLOYMENTS[name]["spec"]["template"]
+    ports = {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
+    headless = [each for each in manifests_of(name, "Service") if each["spec"].get("clusterIP") == "None"]
+    (spec,) = [each["spec"] for each in headless]
+    assert spec["selector"] == pod["metadata"]["labels"]
+    (port,) = spec["ports"]
+    assert port["port"] == ports[port["targetPort"]]  # without a cluster IP no port is translated
+    address = f"{headless[0]['metadata']['name']}:{port['port']}"
+    parse_addresses(address)
+    assert f"--remote {address}" in (DEPLOY / "kubernetes" / "service.yaml").read_text()
+    assert f"--remote {address}" in (PROJECT / "docs" / "remote.md").read_text()
+
+
+def test_the_autoscaler_uses_metrics_that_the_adapter_provides() -> None:
+    (scaler,) = manifests_of("image-classifier", "HorizontalPodAutoscaler")
+    metrics = scaler["spec"]["metrics"]
+    used = {metric["pods"]["metric"]["name"] for metric in metrics if metric["type"] == "Pods"}
+    rules = yaml.safe_load((DEPLOY / "observability" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    assert (
+        used == {rule["name"]["as"] for rule in rules} == {"serving_queue_wait_seconds", "serving_requests_in_flight"}
+    )
+    assert [metric["resource"]["name"] for metric in metrics if metric["type"] == "Resource"] == ["cpu"]
+    pod = DEPLOYMENTS["image-classifier"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    annotations = pod["metadata"]["annotations"]  # with which Prometheus finds the pods
+    assert int(annotations["prometheus.io/port"]) == container["ports"][0]["containerPort"]
+    assert "cpu" in container["resources"]["requests"]  # of which the utilization is a share
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl")
+def test_kubectl_builds_what_the_kustomization_lists() -> None:
+    done = subprocess.run(["kubectl", "kustomize", DEPLOY / "kubernetes"], capture_output=True, text=True, check=True)
+    assert sorted(map(named, yaml.safe_load_all(done.stdout))) == sorted(map(named, MANIFESTS))
 
 
 def test_a_pod_is_given_longer_than_the_service_takes_to_stop() -> None:
@@ -238,7 +306,7 @@ def our_commands() -> list[list[str]]:
         KSERVE["spec"]["predictor"]["containers"][0]["args"],
         RUNTIME_CONTAINER["args"],
         COMPOSE["services"]["service"]["command"],
-        ["--remote", "tensorflow-serving:8500", "--remote-model", "cifar10"],  # docs/deploying.md
+        ["--remote", "tensorflow-serving-backends:8500", "--remote-model", "cifar10"],  # docs/deploying.md
     ]
 
 

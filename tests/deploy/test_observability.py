@@ -21,6 +21,9 @@ needs_prometheus = pytest.mark.skipif(find_missing() is not None, reason=f"{find
 # These have no data before something happens, or for a model without a reference of its validation images.
 DRIFT = {"Drift", "Predicted classes", "Mean confidence"}
 RULES: list[dict[str, Any]] = yaml.safe_load((OBSERVABILITY / "alerts.yml").read_text())["groups"][0]["rules"]
+ADAPTER: list[dict[str, Any]] = yaml.safe_load((OBSERVABILITY / "prometheus-adapter.yaml").read_text())["rules"][
+    "custom"
+]
 PANELS = [panel for panel in read_panels() if panel["type"] != "row"]
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 METRIC = re.compile(r"\b((?:serving|process|python)_[a-z_]+)\b(?=[{\[ )]|$)")
@@ -74,7 +77,9 @@ def test_rules_and_dashboard_use_only_metrics_that_exist(server: Server) -> None
     existing = {"up", *types}
     for name, kind in types.items():
         existing |= {name + suffix for suffix in ("_bucket", "_sum", "_count") if kind == "histogram"}
-    used = {name for query in [*QUERIES, *(rule["expr"] for rule in RULES)] for name in METRIC.findall(query)}
+    adapted = [rule[key] for rule in ADAPTER for key in ("seriesQuery", "metricsQuery")]
+    queries = [*QUERIES, *adapted, *(rule["expr"] for rule in RULES)]
+    used = {name for query in queries for name in METRIC.findall(query)}
     assert len(used) > 25
     assert used <= existing
 
@@ -102,8 +107,55 @@ def test_a_stock_prometheus_scrapes_the_service_and_evaluates_every_rule_and_pan
         health = {rule["name"]: (rule["health"], rule.get("lastError", "")) for rule in group["rules"]}
         assert health == {rule["alert"]: ("ok", "") for rule in RULES}
         assert {alert["labels"]["alertname"] for alert in prometheus.get("alerts")["alerts"]} <= {"ServingErrors"}
+        for rule in ADAPTER:  # also before anything has waited
+            (result,) = prometheus.get("query", query=fill_in_adapter(rule["metricsQuery"]))["result"]
+            assert (list(result["metric"]), float(result["value"][1]) >= 0) == (["job"], True), rule["name"]
         predict(server)  # rates need a change between two scrapes
         server.wait_until(lambda: find_empty_panels(prometheus) <= {"Shed requests", "Problems of versions", *DRIFT})
+
+
+def test_the_rules_of_the_adapter_have_the_fields_that_it_knows() -> None:
+    """Those of `DiscoveryRule` in prometheus-adapter's configuration."""
+    for rule in ADAPTER:
+        assert rule.keys() == {"seriesQuery", "resources", "name", "metricsQuery"}
+        assert rule["resources"] == {"overrides": {kind: {"resource": kind} for kind in ("namespace", "pod")}}
+        assert {'namespace!=""', 'pod!=""'} <= set(re.split("[{},]", rule["seriesQuery"]))
+        assert set(re.findall("<<[^>]*>>", rule["metricsQuery"])) == {"<<.GroupBy>>", "<<.LabelMatchers>>"}
+
+
+@needs_prometheus
+def test_the_metric_of_the_queue_wait_is_the_mean_of_all_requests(tmp_path: Path) -> None:
+    """Requests at 4/s, half of which wait for 50 ms: 25 ms. Without requests it is 0."""
+    (rule,) = [rule for rule in ADAPTER if rule["name"]["as"] == "serving_queue_wait_seconds"]
+    expression = rule["metricsQuery"].replace("<<.GroupBy>>", "pod").replace("<<.LabelMatchers>>", 'namespace="a"')
+    samples = {
+        'serving_queue_seconds_sum{namespace="a",pod="busy"}': "0+6x10",  # in a minute
+        'serving_request_rows_count{namespace="a",pod="busy"}': "0+240x10",
+        'serving_requests_in_flight{namespace="a",pod="busy"}': "1x10",
+        'serving_requests_in_flight{namespace="a",pod="idle"}': "1x10",
+    }
+    case = {
+        "interval": "1m",
+        "input_series": [{"series": series, "values": values} for series, values in samples.items()],
+        "promql_expr_test": [
+            {
+                "expr": expression,
+                "eval_time": "8m",
+                "exp_samples": [
+                    {"labels": '{pod="busy"}', "value": 0.025},
+                    {"labels": '{pod="idle"}', "value": 0},
+                ],
+            }
+        ],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"tests": [case]}))
+    done = subprocess.run(["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def fill_in_adapter(query: str) -> str:
+    """Replace the adapter's variables; the Prometheus of the test has no pods, so that a job stands for one."""
+    return query.replace("<<.GroupBy>>", "job").replace("<<.LabelMatchers>>", 'job="serving"')
 
 
 def find_empty_panels(prometheus: Prometheus) -> set[str]:

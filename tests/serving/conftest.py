@@ -82,8 +82,8 @@ def picture(colour: str, size: tuple[int, int] = (32, 32), kind: str = "PNG") ->
 class Server:
     """`python -m serving` in a process of its own."""
 
-    def __init__(self, models_dir: Path, log: Path, *options: str) -> None:
-        self.port, self.grpc_port = free_ports(2)
+    def __init__(self, models_dir: Path, log: Path, *options: str, ports: tuple[int, int] | None = None) -> None:
+        self.port, self.grpc_port = ports or free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         command = [sys.executable, "-m", "serving", "--models-dir", str(models_dir)]
@@ -122,7 +122,8 @@ class Server:
     def wait_for(self, path: str, status: int = 200) -> httpx.Response:
         """Wait until it answers with this status, and return the answer."""
         self.wait_until(self.accepts)
-        self.wait_until(lambda: httpx.get(self.url + path).status_code == status)
+        # The port is open before TensorFlow is imported, which takes seconds on a busy machine.
+        self.wait_until(lambda: httpx.get(self.url + path, timeout=60).status_code == status)
         return httpx.get(self.url + path)
 
     def stop(self, number: int = signal.SIGTERM) -> int:

@@ -53,8 +53,11 @@ def test_health_check(stubs: Any) -> None:
     for service in ("", "PredictionService", "ModelService", "tensorflow.serving.PredictionService"):
         response = stubs.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
         assert response.status == health_pb2.HealthCheckResponse.SERVING
+        assert next(stubs.health.Watch(health_pb2.HealthCheckRequest(service=service), timeout=60)) == response
     unknown = health_pb2.HealthCheckRequest(service="x")
     assert refusal(lambda: stubs.health.Check(unknown))[0] == "NOT_FOUND"
+    watched = next(stubs.health.Watch(unknown, timeout=60))
+    assert watched.status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 def test_reflection_describes_the_services(stubs: Any) -> None:
@@ -149,12 +152,20 @@ def test_a_configuration_names_folders_of_the_models_folder_only(
     assert status_of(stubs, "colours")[0] == (10, "AVAILABLE", "")
 
 
-def test_health_is_not_serving_after_the_only_model_is_removed(own: tuple[Server, Any], models_dir: Path) -> None:
+def test_health_follows_the_models_until_the_server_stops(own: tuple[Server, Any], models_dir: Path) -> None:
     server, stubs = own
-    shutil.rmtree(models_dir / "colours")
+    states = health_pb2.HealthCheckResponse
+    watch = stubs.health.Watch(health_pb2.HealthCheckRequest(), timeout=120)
+    assert next(watch).status == states.SERVING
+    (models_dir / "colours").rename(models_dir.parent / "away")
     server.wait_for("/readyz", 503)
     assert httpx.get(server.url + "/readyz").json()["reason"] == "no model is available"
     assert httpx.get(server.url + "/healthz").status_code == 200
     response = stubs.health.Check(health_pb2.HealthCheckRequest(), timeout=60)
-    assert response.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert response.status == states.NOT_SERVING
     assert httpx.post(server.url + "/predict", content=b"x", headers={"Content-Type": "image/png"}).status_code == 404
+    assert next(watch).status == states.NOT_SERVING
+    (models_dir.parent / "away").rename(models_dir / "colours")
+    assert next(watch).status == states.SERVING
+    assert server.stop() == 0
+    assert [response.status for response in watch] == [states.NOT_SERVING]  # ended by the server, not cancelled

@@ -16,7 +16,9 @@ import pytest
 from tensorflow_serving.apis import prediction_service_pb2_grpc
 
 from serving.errors import InvalidRequest, ModelFailed, ModelNotFound
-from serving.inference.remote import RemotePredictor, RemoteRepository
+from serving.inference.remote import RemoteRepository
+from serving.inference.remote_channels import Channels
+from serving.inference.remote_predictor import RemotePredictor
 from serving.inference.signatures import Signature, TensorSpec
 from tests.serving.conftest import Server, picture
 
@@ -131,19 +133,17 @@ def send() -> Iterator[Callable[..., Scripted]]:
     server = grpc.server(futures.ThreadPoolExecutor(2))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    stubs = Channels("somewhere:8500").connect([f"127.0.0.1:{port}"])
     spec = TensorSpec("x", "DT_FLOAT", (None,), "x:0")
     signature = Signature("serving_default", "predict", {"x": spec}, {"x": spec})
 
     def send(scripted: Scripted, deadline_s: float | None = None) -> Scripted:
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(scripted, server)
-        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-        predictor = RemotePredictor(stub, "m", 1, {"serving_default": signature}, address="somewhere:8500")
+        predictor = RemotePredictor(stubs, "m", 1, {"serving_default": signature}, address="somewhere:8500")
         predictor.predict("serving_default", {"x": np.zeros(1, np.float32)}, deadline_s=deadline_s)
         return scripted
 
     yield send
-    channel.close()
     server.stop(None)
 
 

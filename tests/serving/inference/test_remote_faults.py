@@ -16,7 +16,6 @@ import tensorflow as tf
 from flask.testing import FlaskClient
 from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import (
-    get_model_metadata_pb2,
     get_model_status_pb2,
     model_service_pb2_grpc,
     predict_pb2,
@@ -25,80 +24,12 @@ from tensorflow_serving.apis import (
 from werkzeug.test import TestResponse
 
 from serving.api.flask_app import ServingApp
-from serving.app import make_app
 from serving.server_process import free_ports
-from serving.settings import Settings
 from tests.serving.conftest import Server, picture
+from tests.serving.inference.backend import Backend, leave, make_remote_app, predict, v2_request
 
 PREDICT = "tensorflow.serving.PredictionService"
 JSON = {"content_type": "application/json"}
-
-
-def leave(message: Any) -> None:
-    """Change nothing."""
-
-
-class Backend(prediction_service_pb2_grpc.PredictionServiceServicer, model_service_pb2_grpc.ModelServiceServicer):
-    """A gRPC server with the model `m` (x float32 (n, 2) to y = 2 x, k int64 (n,)) and editable responses."""
-
-    def __init__(self) -> None:
-        self.limit = 10**9
-        self.rows: list[int] = []
-        self.edit_response: Callable[[Any], None] = leave
-        self.edit_metadata: Callable[[Any], None] = leave
-        self.edit_status: Callable[[Any], None] = leave
-        self.refusal: str | None = None
-        self._server = grpc.server(futures.ThreadPoolExecutor(4))
-        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(self, self._server)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
-        self.address = f"127.0.0.1:{self.port}"
-        self._server.start()
-
-    def stop(self) -> None:
-        self._server.stop(None).wait()
-
-    def GetModelStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
-        if request.model_spec.name == "missing":
-            context.abort(grpc.StatusCode.NOT_FOUND, "Could not find any versions of model missing")
-        response = get_model_status_pb2.GetModelStatusResponse()
-        response.model_version_status.add(version=1, state=get_model_status_pb2.ModelVersionStatus.AVAILABLE)
-        if request.model_spec.name == "m":
-            self.edit_status(response.model_version_status[0])
-        return response
-
-    def GetModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        described = get_model_metadata_pb2.SignatureDefMap()
-        definition = described.signature_def["serving_default"]
-        definition.method_name = "tensorflow/serving/predict"
-        for tensors, name, dtype, shape in (
-            (definition.inputs, "x", types_pb2.DT_FLOAT, (-1, 2)),
-            (definition.outputs, "y", types_pb2.DT_FLOAT, (-1, 2)),
-            (definition.outputs, "k", types_pb2.DT_INT64, (-1,)),
-        ):
-            tensors[name].name = name + ":0"
-            tensors[name].dtype = dtype
-            for size in shape:
-                tensors[name].tensor_shape.dim.add().size = size
-        if request.model_spec.name == "m":
-            self.edit_metadata(definition)
-        response = get_model_metadata_pb2.GetModelMetadataResponse()
-        response.metadata["signature_def"].Pack(described)
-        return response
-
-    def Predict(self, request: Any, context: Any) -> Any:  # noqa: N802
-        x = tf.make_ndarray(request.inputs["x"])
-        self.rows.append(len(x))
-        if self.refusal is not None:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, self.refusal)
-        if len(x) > self.limit:
-            message = f"Task size {len(x)} is larger than maximum input batch size {self.limit}"
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
-        response = predict_pb2.PredictResponse()
-        response.outputs["y"].CopyFrom(tf.make_tensor_proto(2 * x))
-        response.outputs["k"].CopyFrom(tf.make_tensor_proto(np.arange(len(x), dtype=np.int64)))
-        self.edit_response(response)
-        return response
 
 
 @pytest.fixture
@@ -108,20 +39,11 @@ def backend() -> Iterator[Backend]:
     backend.stop()
 
 
-def make_remote_app(address: str, *models: str) -> ServingApp:
-    return make_app(Settings(models_dir=Path("unused"), remote=address, remote_models=models or ("m",)))
-
-
 @pytest.fixture
 def app(backend: Backend) -> ServingApp:
     app = make_remote_app(backend.address)
     app.inference.repository.load()
     return app
-
-
-def predict(client: FlaskClient, rows: int = 1, model: str = "m") -> TestResponse:
-    x = [[float(i), 0.5] for i in range(rows)]
-    return client.post(f"/v1/models/{model}:predict", json={"inputs": x})
 
 
 @pytest.mark.parametrize("limit", [64, 7, 1])
@@ -142,10 +64,6 @@ def test_a_reduced_maximum_batch_size_is_detected(app: ServingApp, backend: Back
         assert response is not None
         assert len(response["outputs"]["y"]) == 20
     assert app.test_client().post("/v2/models/m/infer", json=v2_request(10)).status_code == 200
-
-
-def v2_request(rows: int) -> dict[str, Any]:
-    return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, 2], "data": [1.0] * 2 * rows}]}
 
 
 def test_outputs_that_cannot_be_concatenated_are_refused(backend: Backend) -> None:
