@@ -18,7 +18,7 @@ TRUE = ServiceTimes(
     request_sigma=0.4, offset_s=150e-6, stalls_per_s=20, stall_s=(1e-4, 5e-4),
 )  # fmt: skip
 RATE_PER_S = 1_500.0  # of the closed loop
-REQUESTS = 1_500  # of each level
+REQUESTS = 800  # of each level
 
 
 def simulate_level(share: float, number: int) -> Level:
