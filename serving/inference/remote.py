@@ -199,9 +199,9 @@ class RemoteRepository(ModelRepository):
         if not response.metadata["signature_def"].Unpack(described):
             raise ValueError("expected a SignatureDefMap as metadata")
         signatures = read_signature_defs(described.signature_def)
-        refresh = partial(self.refresh, name, version)
-        predictor = RemotePredictor(stubs, name, version, signatures, address=self._address, refresh=refresh)
+        predictor = RemotePredictor(stubs, name, version, signatures, address=self._address)
         info = ModelInfo(read_label_names(predictor))  # model.json stays on the server's disk
+        predictor.refresh = partial(self.refresh, name, version)  # not before: it would wait for this poll
         statistics = Statistics()
         wrapped = self._wrap_predictor(name, CountedPredictor(predictor, statistics))
         self._predictors[name, version] = predictor
@@ -245,11 +245,12 @@ class RemoteRepository(ModelRepository):
 
     def _report_backends(self, answers: Mapping[str, _Answer]) -> None:
         """Log which servers stop and start to respond."""
-        problems = {
-            address: error_message(answer, address)
-            for address, answer in answers.items()
-            if isinstance(answer, grpc.RpcError) and answer.code() != grpc.StatusCode.NOT_FOUND
-        }
+        problems: dict[str, str] = {}
+        for address, answer in answers.items():
+            if not isinstance(answer, grpc.RpcError) and isinstance(answer, Exception):
+                problems[address] = _describe_invalid(answer, address)
+            elif isinstance(answer, grpc.RpcError) and answer.code() != grpc.StatusCode.NOT_FOUND:
+                problems[address] = error_message(answer, address)
         if len(self._servers) > 1:
             for address in problems.keys() - self._backend_problems.keys():
                 logger.warning("%s", printable(problems[address]))
@@ -274,14 +275,17 @@ class RemoteRepository(ModelRepository):
             self._unload(name, keep=set())
 
     def _report_invalid(self, name: str, error: Exception) -> None:
-        message = f"invalid response from TensorFlow Serving at {self._address}: {error}"
-        self._report(name, InvalidBackendResponse, message)
+        self._report(name, InvalidBackendResponse, _describe_invalid(error, self._address))
 
     def _report(self, name: str, kind: type[ServingError], message: str) -> None:
         problem = kind, hide_paths(printable(message))
         if self._problems.get(name) != problem:
             logger.warning("model %s: %s", name, printable(message))
         self._problems[name] = problem
+
+
+def _describe_invalid(error: Exception, address: str) -> str:
+    return f"invalid response from TensorFlow Serving at {address}: {error}"
 
 
 def _read_statuses(name: str, call: Any) -> _Answer:

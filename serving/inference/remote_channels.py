@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
 
+PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
 MAX_RESPONSE_BYTES = 1024 * 1024 * 1024
 
 # Predict is idempotent: a model call changes nothing, so a request may be sent again wherever it was lost. gRPC ends
@@ -111,7 +112,8 @@ def make_service_config(*, is_balanced: bool) -> dict[str, Any]:
     such as a stock TensorFlow Serving, as healthy.
     """
     config: dict[str, Any] = {
-        "methodConfig": [{"name": [{}], "retryPolicy": RETRY_POLICY}],
+        # Not of the ModelService: polls are repeated anyway, and must not use up the tokens.
+        "methodConfig": [{"name": [{"service": PREDICTION_SERVICE}], "retryPolicy": RETRY_POLICY}],
         "retryThrottling": RETRY_THROTTLING,
     }
     if is_balanced:

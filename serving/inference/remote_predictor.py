@@ -47,13 +47,14 @@ _UNPARSABLE = "Exception deserializing response!"  # gRPC's details for a respon
 class RemotePredictor:
     """Predictor for one model version on remote servers. Every request names the version, so all its parts get it.
 
+    The attribute `refresh` polls the version again, and sets `stubs`; see `RemoteRepository.refresh`.
+
     Args:
         stubs: the servers that have the version. The poll replaces the attribute when others have it.
         model: name of the model.
         version: number of the version.
         signatures: the version's signatures.
         address: of the servers, for error messages.
-        refresh: polls the version again, and sets `stubs`; see `RemoteRepository.refresh`.
     """
 
     def __init__(
@@ -64,14 +65,13 @@ class RemotePredictor:
         signatures: Mapping[str, Signature],
         *,
         address: str,
-        refresh: _Refresh = lambda *_: False,
     ) -> None:
         self.stubs = stubs
         self.signatures = signatures
         self._model = model
         self._version = version
         self._address = address
-        self._refresh = refresh
+        self.refresh: _Refresh = lambda *_: False
         self._max_rows: float = math.inf  # the servers' maximum batch size, once one has reported it
 
     def predict(
@@ -158,7 +158,7 @@ class RemotePredictor:
                 return stubs.prediction.Predict(request, timeout=timeout_s, metadata=metadata)
             except grpc.RpcError as error:
                 is_unloaded = error.code() == grpc.StatusCode.NOT_FOUND
-                if is_unloaded and not self._refresh(time.monotonic(), deadline_s):
+                if is_unloaded and not self.refresh(time.monotonic(), deadline_s):
                     raise VersionUnloaded(error_message(error, self._address)) from error
                 if not is_unloaded or self.stubs is stubs:
                     raise _to_serving_error(error, self._address) from error
