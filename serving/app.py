@@ -89,7 +89,7 @@ def make_app(settings: Settings) -> ServingApp:
     metrics.watch(repository)
     metrics.process.watch_memory(memory)
     drift = DriftMonitor(repository)
-    metrics.registry.register(drift)
+    metrics.watch_drift(drift)
     app = ServingApp(
         settings,
         inference=(tracing.make_inference if tracing else InferenceService)(
