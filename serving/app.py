@@ -39,6 +39,7 @@ from serving.inference.row_independence import find_dependent_signatures
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.service import InferenceService
 from serving.inference.signatures import Predictor
+from serving.inference.version_loader import InProcessLoader
 from serving.inference.version_signature import SignatureVerifier
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
@@ -184,8 +185,9 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
     return LocalRepository(
         choose_models(settings),
         required=settings.require_models,
-        load_predictor=partial(SavedModelPredictor, intra_op_threads=settings.intra_op_threads),
-        find_dependent=find_dependent_signatures,
+        loader=InProcessLoader(
+            partial(SavedModelPredictor, intra_op_threads=settings.intra_op_threads), find_dependent_signatures
+        ),
         wrap_predictor=batch,
         verify_signature=SignatureVerifier(settings.verify_key) if settings.verify_key else None,
     )
