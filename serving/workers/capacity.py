@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +24,14 @@ def choose_worker_count(settings: Settings) -> int:
     """Return the number of workers: that of the settings, or for `auto` as many as processors and memory allow.
 
     Raises:
-        StartupError: so many workers do not fit the memory.
+        StartupError: so many workers do not fit the memory, or the system is not Linux.
     """
     if settings.workers == 1:
         return 1
+    if not hasattr(os, "memfd_create"):
+        if settings.workers == "auto":
+            return 1
+        raise StartupError(f"--workers {settings.workers} needs Linux; leave it out, or run several services")
     worker_bytes, limit_bytes = measure_worker(settings), memory_limit_bytes()
     fitting = max(1, (limit_bytes - SUPERVISOR_BYTES) // worker_bytes)
     if not isinstance(settings.workers, int):
