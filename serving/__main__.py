@@ -32,6 +32,10 @@ def _read_model(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _read_workers(value: str | int) -> int | str:
+    return int(value) if str(value).isdecimal() else value  # the default is a number
+
+
 @click.command(context_settings={"auto_envvar_prefix": "SERVING", "show_default": True})
 @click.option(
     "--models-dir",
@@ -76,7 +80,7 @@ def _read_model(text: str) -> tuple[str, Path]:
 )
 @_option("--poll-interval-s", "Seconds between two checks for new, changed and deleted versions.")
 @_option("--host", "Address to listen on; 0.0.0.0 for all.")
-@_option("--rest-port", "Port of the HTTP API and the page.")
+@_option("--rest-port", "Port of the HTTP API and the page; 0 for a free one.")
 @_option("--grpc-port", "Port of the gRPC API; 0 for none.")
 @_option(
     "--threads", "Threads that parse and decode large requests.  [default: the number of cores]", show_default=False
@@ -86,6 +90,13 @@ def _read_model(text: str) -> tuple[str, Path]:
     "Concurrent calls of each model. Long requests have calls of their own, one fewer, but at least 1.  "
     "[default: the number of cores]",
     show_default=False,
+)
+@_option(
+    "--workers",
+    "Processes that serve, each with all models; auto: as many as processors and memory allow. The limits on "
+    "connections and on memory, --threads and --concurrency are divided between them.",
+    type=_read_workers,
+    metavar="N|auto",
 )
 @_option(
     "--intra-op-threads",

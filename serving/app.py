@@ -39,6 +39,7 @@ from serving.inference.row_independence import find_dependent_signatures
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.service import InferenceService
 from serving.inference.signatures import Predictor
+from serving.inference.version_loader import InProcessLoader
 from serving.inference.version_signature import SignatureVerifier
 from serving.memory import MemoryBudget
 from serving.metrics import Metrics
@@ -60,8 +61,8 @@ def create_app(models: str | Path | Mapping[str, str | Path] | Settings = "model
     Args:
         models: the folder: `<name>/<version>/saved_model.pb`; or the name and folder of each model, as for
             `--model`; or all settings. New versions replace old ones while it runs.
-        options: other settings by their names in `serving.Settings`, such as `max_batch_size`. Those of ports and of
-            connections have no effect here.
+        options: other settings by their names in `serving.Settings`, such as `max_batch_size`. Those of ports, of
+            connections and of workers have no effect here.
 
     Raises:
         StartupError: a setting is invalid, or the folder is missing.
@@ -76,10 +77,20 @@ def create_app(models: str | Path | Mapping[str, str | Path] | Settings = "model
     return app
 
 
-def make_app(settings: Settings, *, log: Callable[[RequestContext, float], None] = log_request) -> ServingApp:
+def make_app(
+    settings: Settings,
+    *,
+    follow: Callable[..., ModelRepository] | None = None,
+    processes: int = 1,
+    log: Callable[[RequestContext, float], None] = log_request,
+) -> ServingApp:
     """Make the service for the models that the settings name; `app.watcher.start()` loads them.
 
-    `log` is called with each request that has ended, and its time in seconds, if there is a request log.
+    Args:
+        settings: of the service.
+        follow: see `make_repository`.
+        processes: see `MemoryBudget`.
+        log: called with each request that has ended and its time in seconds, if the settings ask for a request log.
 
     Raises:
         StartupError: there is no model to serve, or the environment asks for traces that cannot be exported.
@@ -87,12 +98,12 @@ def make_app(settings: Settings, *, log: Callable[[RequestContext, float], None]
     tracing = make_tracing(os.environ, remote=settings.remote)
     metrics = Metrics()
     liveness = Liveness()
-    memory = MemoryBudget(settings.memory_budget)
-    repository = make_repository(settings, metrics, liveness)
+    memory = MemoryBudget(settings.memory_budget, processes=processes)
+    repository = make_repository(settings, metrics, liveness, follow=follow)
     metrics.watch(repository)
     metrics.process.watch_memory(memory)
     drift = DriftMonitor(repository)
-    metrics.registry.register(drift)
+    metrics.watch_drift(drift)
     app = ServingApp(
         settings,
         inference=(tracing.make_inference if tracing else InferenceService)(
@@ -156,8 +167,21 @@ def add_access(app: ServingApp) -> None:
             return response
 
 
-def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) -> ModelRepository:
+def make_repository(
+    settings: Settings,
+    metrics: Metrics,
+    liveness: Liveness,
+    *,
+    follow: Callable[..., ModelRepository] | None = None,
+) -> ModelRepository:
     """Make the model repository; its models are not loaded yet.
+
+    Args:
+        settings: of the service.
+        metrics: of the predictors and queues.
+        liveness: watches model calls.
+        follow: makes the repository of a worker process from the arguments `loader` and `wrap_predictor` of
+            `LocalRepository`; the supervisor tells it what to serve.
 
     Raises:
         StartupError: the models folder does not exist, the model config is invalid, or --verify-key cannot be used.
@@ -184,11 +208,15 @@ def make_repository(settings: Settings, metrics: Metrics, liveness: Liveness) ->
         metrics.predictions.watch_queue(model, batcher)
         return batcher
 
+    loader = InProcessLoader(
+        partial(SavedModelPredictor, intra_op_threads=settings.intra_op_threads), find_dependent_signatures
+    )
+    if follow is not None:
+        return follow(loader=loader, wrap_predictor=batch)
     return LocalRepository(
         choose_models(settings),
         required=settings.require_models,
-        load_predictor=partial(SavedModelPredictor, intra_op_threads=settings.intra_op_threads),
-        find_dependent=find_dependent_signatures,
+        loader=loader,
         wrap_predictor=batch,
         verify_signature=SignatureVerifier(settings.verify_key) if settings.verify_key else None,
     )

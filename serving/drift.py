@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +38,14 @@ class Counts:
     confidence: float = 0.0
     typical_rows: int = 0  # rows with a typicality
     typicality: float = 0.0
+
+    def add(self, other: Counts) -> None:
+        """Add the sums over other predictions."""
+        self.classes += other.classes
+        self.rows += other.rows
+        self.confidence += other.confidence
+        self.typical_rows += other.typical_rows
+        self.typicality += other.typicality
 
 
 @dataclass
@@ -74,12 +82,8 @@ class Window:
         with self.lock:
             self._drop_old()
             total = Counts(np.zeros(len(self.reference.class_shares), np.int64))
-            for part in (each.counts for each in self.slices):
-                total.classes += part.classes
-                total.rows += part.rows
-                total.confidence += part.confidence
-                total.typical_rows += part.typical_rows
-                total.typicality += part.typicality
+            for part in self.slices:
+                total.add(part.counts)
         return total
 
     def _count_queued(self) -> None:
@@ -124,6 +128,11 @@ class DriftMonitor(Collector):
     def __init__(self, repository: ModelRepository) -> None:
         self._repository = repository
         self._windows: dict[tuple[str, int], Window] = {}
+        self.others: Sequence[Mapping[tuple[str, int], Counts]] = ()  # sums of other processes, for the metrics
+
+    def totals(self) -> dict[tuple[str, int], Counts]:
+        """Return the sums of each version in the last hour, in this process."""
+        return {key: window.total() for key, window in tuple(self._windows.items())}
 
     def record(self, version: ModelVersion, outputs: Mapping[str, np.ndarray]) -> None:
         """Add the outputs of a request to a version that has a reference."""
@@ -169,6 +178,7 @@ class DriftMonitor(Collector):
             assert reference is not None
             window = self._windows.get((version.name, version.version))
             total = window.total() if window is not None and window.reference == reference else None
+            total = self._add_others((version.name, version.version), total)
             expected_means["confidence"].add_metric(labels, reference.mean_confidence)
             expected_means["typicality"].add_metric(labels, reference.mean_typicality)
             rows.add_metric(labels, total.rows if total else 0)
@@ -186,6 +196,14 @@ class DriftMonitor(Collector):
             if total.rows >= max(MIN_ROWS, MIN_ROWS_PER_CLASS * len(names)):
                 psi.add_metric(labels, stability_index(total.classes, reference))
         return [rows, psi, shares, expected, *means.values(), *expected_means.values()]
+
+    def _add_others(self, key: tuple[str, int], total: Counts | None) -> Counts | None:
+        for counts in (other[key] for other in self.others if key in other):
+            if total is None:
+                total = Counts(np.zeros_like(counts.classes))
+            if total.classes.shape == counts.classes.shape:
+                total.add(counts)
+        return total
 
     def _available(self) -> list[ModelVersion]:
         """Return the available versions with a reference, and forget the windows of others."""

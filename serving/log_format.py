@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from datetime import UTC, datetime
+from typing import Any
 
 import orjson
 from typing_extensions import override
@@ -20,10 +21,11 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class TextFormatter(logging.Formatter):
-    """One line a record, and the indented lines of its exception."""
+    """One line a record, and the indented lines of its exception; `worker` is the number of a worker process."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    def __init__(self, worker: int | None = None) -> None:
+        process = "" if worker is None else f" [worker {worker}]"
+        super().__init__(f"%(asctime)s %(levelname)s{process} %(name)s: %(message)s")
 
     @override
     def formatMessage(self, record: logging.LogRecord) -> str:
@@ -42,7 +44,14 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record: `time` (UTC), `level`, `logger`, `message`, and the fields of a request."""
+    """One JSON object a record: `time` (UTC), `level`, `logger`, `message`, and the fields of a request.
+
+    A worker process adds its number as `worker`.
+    """
+
+    def __init__(self, worker: int | None = None) -> None:
+        super().__init__()
+        self._process: dict[str, Any] = {} if worker is None else {"worker": worker}
 
     @override
     def format(self, record: logging.LogRecord) -> str:
@@ -51,6 +60,7 @@ class JsonFormatter(logging.Formatter):
             "time": time.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
+            **self._process,
         }
         if isinstance(record.msg, RequestLine):
             document |= {"message": "request", **record.msg.fields()}
@@ -67,9 +77,9 @@ class JsonFormatter(logging.Formatter):
         return line if line.isascii() and "\x7f" not in line else _CONTROL.sub(lambda c: f"\\u{ord(c[0]):04x}", line)
 
 
-def make_formatter(log_format: str) -> logging.Formatter:
-    """Return the formatter of one of LOG_FORMATS."""
-    return JsonFormatter() if log_format == "json" else TextFormatter()
+def make_formatter(log_format: str, *, worker: int | None = None) -> logging.Formatter:
+    """Return the formatter of one of LOG_FORMATS, for a worker process with this number."""
+    return JsonFormatter(worker) if log_format == "json" else TextFormatter(worker)
 
 
 def _escape(text: str) -> str:

@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import select
+import sys
 import threading
 import weakref
+from collections.abc import Iterable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -33,13 +35,16 @@ class BackgroundHandler(logging.Handler):
         descriptor: of a file, pipe or terminal; written without a buffer of the process.
         collect_s: how long lines are collected and then written together. A line at a time would wake the thread for
             each request, which takes the interpreter's lock from the event loop.
+        is_shared: whether other processes write to it, too. Then lines are written in pieces of whole lines that a
+            pipe takes at once, so that no line of another process gets into one.
     """
 
-    def __init__(self, descriptor: int, *, collect_s: float = 0.0) -> None:
+    def __init__(self, descriptor: int, *, collect_s: float = 0.0, is_shared: bool = False) -> None:
         super().__init__()
         self.dropped = 0
         self._descriptor = descriptor
         self._collect_s = collect_s
+        self._piece_bytes = select.PIPE_BUF if is_shared else sys.maxsize
         self._lines: SimpleQueue[str | threading.Event] = SimpleQueue()  # an event is set once it is reached
         self._is_flushing = threading.Event()
         self._thread = threading.Thread(target=self._write_lines, name="log", daemon=True)
@@ -77,12 +82,23 @@ class BackgroundHandler(logging.Handler):
                     items.append(self._lines.get_nowait())
             lines = [item for item in items if isinstance(item, str)]
             try:
-                self._write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+                for piece in self._join(lines):
+                    self._write(piece)
             except OSError:  # closed, or its reader has gone
                 self.dropped += len(lines)
             for item in items:
                 if isinstance(item, threading.Event):
                     item.set()
+
+    def _join(self, lines: Iterable[str]) -> Iterator[bytes]:
+        piece = bytearray()
+        for line in lines:
+            data = f"{line}\n".encode("utf-8", "backslashreplace")
+            if piece and len(piece) + len(data) > self._piece_bytes:
+                yield bytes(piece)
+                piece.clear()
+            piece += data
+        yield bytes(piece)
 
     def _write(self, data: bytes) -> None:
         remaining = memoryview(data)

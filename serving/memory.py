@@ -44,13 +44,15 @@ class MemoryBudget:
     Args:
         total_bytes: the size of both pools together; None: the free memory of the container or machine, updated by
             `adapt`.
+        processes: among how many processes the memory of the container or machine is divided.
     """
 
-    def __init__(self, total_bytes: int | None = None) -> None:
+    def __init__(self, total_bytes: int | None = None, *, processes: int = 1) -> None:
+        self._processes = processes
         self._is_fixed = total_bytes is not None
         self.small = Pool("memory for small requests")
         self.large = Pool("memory")
-        self._divide(free_bytes() if total_bytes is None else total_bytes)
+        self._divide(free_bytes(processes=processes) if total_bytes is None else total_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -73,7 +75,7 @@ class MemoryBudget:
         """
         used_bytes = self.used_bytes
         if not self._is_fixed and (in_use or not used_bytes):
-            self._divide(free_bytes() + used_bytes)
+            self._divide(free_bytes(processes=self._processes) + used_bytes)
 
     def _divide(self, total_bytes: int) -> None:
         small_bytes = int(total_bytes * SMALL_SHARE)

@@ -41,7 +41,7 @@ def open_standard_streams() -> None:
     logging.raiseExceptions = False
 
 
-def configure_logging(level: str, *, log_format: str, log_requests: bool) -> None:
+def configure_logging(level: str, *, log_format: str, log_requests: bool, worker: int | None = None) -> None:
     """Write log messages of a level and above to standard error, and the request log to standard output.
 
     Warnings and uncaught exceptions become log messages.
@@ -50,9 +50,11 @@ def configure_logging(level: str, *, log_format: str, log_requests: bool) -> Non
         level: one of `settings.LOG_LEVELS`.
         log_format: one of `log_format.LOG_FORMATS`.
         log_requests: whether there is a request log.
+        worker: the number of a worker process, which shares the streams with others.
     """
-    formatter = make_formatter(log_format)
-    errors = BackgroundHandler(STDERR)
+    formatter = make_formatter(log_format, worker=worker)
+    is_shared = worker is not None
+    errors = BackgroundHandler(STDERR, is_shared=is_shared)
     errors.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=[errors])
     logging.captureWarnings(True)
@@ -61,7 +63,7 @@ def configure_logging(level: str, *, log_format: str, log_requests: bool) -> Non
         "thread %s has ended", args.thread.name if args.thread else "", exc_info=args.exc_value
     )
     if log_requests:
-        requests = BackgroundHandler(STDOUT, collect_s=COLLECT_S)
+        requests = BackgroundHandler(STDOUT, collect_s=COLLECT_S, is_shared=is_shared)
         requests.setFormatter(formatter)
         access_logger.addHandler(requests)
         access_logger.propagate = False

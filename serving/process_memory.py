@@ -16,39 +16,50 @@ KEPT_BYTES = 32 * 1024 * 1024  # largest freed block that the allocator keeps; g
 ARENAS = 4  # glibc's default is eight per core, and each keeps its own freed blocks
 
 
-def free_bytes() -> int:
-    """Return the memory for requests: the limit of the container or machine minus the resident set of this process."""
-    return max(0, int((memory_limit_bytes() - resident_bytes()) * SAFETY_SHARE))
+def free_bytes(*, processes: int = 1) -> int:
+    """Return the memory for requests: the limit of the container or machine minus the resident set of this process.
+
+    Where several processes serve, each has an equal part of the limit.
+    """
+    return max(0, int((memory_limit_bytes() // processes - resident_bytes()) * SAFETY_SHARE))
 
 
 def memory_limit_bytes() -> int:
     """Return the smallest memory limit of this process: of its cgroups, or the memory of the machine."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:
-                limits += _read_limits(Path("/sys/fs/cgroup"), path, "memory.max")
-                limits += _read_limits(Path("/sys/fs/cgroup/unified"), path, "memory.max")
-            elif "memory" in controllers.split(","):
-                limits += _read_limits(Path("/sys/fs/cgroup/memory"), path, "memory.limit_in_bytes")
+    for folder in cgroup_folders("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # version 2 and 1
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                limits.append(int((folder / name).read_text()))
     return min(limits)
 
 
-def _read_limits(root: Path, group: str, name: str) -> list[int]:
-    """Read the limits of a cgroup and its ancestors; in a container only the root may be visible."""
-    limits = []
-    folder = root / group.lstrip("/")
-    for place in {root, folder, *(parent for parent in folder.parents if parent.is_relative_to(root))}:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int((place / name).read_text()))
-    return limits
+def cgroup_folders(controller: str) -> set[Path]:
+    """Return the folders of this process' cgroups, version 2 and 1, and of their ancestors.
+
+    In a container only the root may be visible.
+    """
+    found: set[Path] = set()
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                tops = [root, root / "unified"]
+            elif controller in controllers.split(","):
+                tops = [root / controller, root / controllers]
+            else:
+                continue
+            for top in tops:
+                folder = top / path.lstrip("/")
+                found |= {top, folder, *(parent for parent in folder.parents if parent.is_relative_to(top))}
+    return found
 
 
-def resident_bytes() -> int:
-    """Return the resident set size of this process; 0 without /proc."""
+def resident_bytes(process: int | str = "self") -> int:
+    """Return the resident set size of a process, by default this one; 0 without /proc."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 

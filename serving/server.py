@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,14 +18,15 @@ from serving.api.flask_app import URGENT_PATHS, ServingApp
 from serving.app import choose_models, make_app, name_remote_models
 from serving.errors import StartupError
 from serving.http.protocol import SharedState
+from serving.http.server import Balance, listen
 from serving.http.server import Server as HttpServer
-from serving.http.server import listen
 from serving.memory import TRIM_BYTES, MemoryBudget
 from serving.process import SWITCH_INTERVAL_S, configure_metrics, exit_process
 from serving.process_memory import keep_freed_memory, return_freed_memory
 from serving.request_log import RequestLog
 from serving.settings import Settings, name_models
 from serving.tls import Certificates, TlsFiles
+from serving.workers.capacity import choose_worker_count
 
 if TYPE_CHECKING:
     from serving.grpc.server import GrpcServer
@@ -65,14 +66,45 @@ def serve_settings(settings: Settings) -> None:
         name_remote_models(settings)
     else:
         choose_models(settings)  # the folders have to exist; versions may come later
-    certificates = None
-    if settings.tls_cert and settings.tls_key:
-        certificates = Certificates(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
+    if (workers := choose_worker_count(settings)) > 1:
+        from serving.workers.supervisor import Supervisor
+
+        Supervisor(settings, workers).run()
+        return
+    certificates = read_certificates(settings)
     listener = open_port(settings.host, settings.rest_port, flag="--rest-port")
     if settings.grpc_port:
         open_port(settings.host, settings.grpc_port, flag="--grpc-port").close()  # gRPC opens its own
     with RequestLog() as log:
-        _ServerRun(make_app(settings, log=log.add), listener, certificates).run()
+        app = make_app(settings, log=log.add)
+        log_start(settings, listener.getsockname()[1], app.inference.repository.all_names())
+        ServerRun(app, listener, certificates).run()
+
+
+def log_start(settings: Settings, rest_port: int, names: Sequence[str], *, processes: int = 1) -> None:
+    """Log the addresses and the models."""
+    logger.info(
+        "listening on %s://%s:%d%s%s, %s",
+        "https" if settings.tls_cert else "http",
+        settings.host,
+        rest_port,
+        f" and for gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else "",
+        f" with {processes} workers" if processes > 1 else "",
+        f"loading {', '.join(names)}"
+        if names
+        else f"waiting for a model: <name>/<version>/saved_model.pb in {settings.models_dir}",
+    )
+
+
+def read_certificates(settings: Settings) -> Certificates | None:
+    """Return the certificates of the service, None without TLS.
+
+    Raises:
+        StartupError: a file is unreadable or invalid.
+    """
+    if not (settings.tls_cert and settings.tls_key):
+        return None
+    return Certificates(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
 
 
 def open_port(host: str, port: int, *, flag: str) -> socket.socket:
@@ -89,11 +121,29 @@ def open_port(host: str, port: int, *, flag: str) -> socket.socket:
         ) from error
 
 
-class _ServerRun:
-    """One run of the server, from the first connection to the last response."""
+class ServerRun:
+    """One run of the server, from the first connection to the last response.
 
-    def __init__(self, app: ServingApp, listener: socket.socket, certificates: Certificates | None) -> None:
+    Args:
+        app: the service.
+        listener: of the HTTP server.
+        certificates: for TLS.
+        balance: where other processes accept from the same listener.
+        shared_age_s: see `GrpcServer`.
+    """
+
+    def __init__(
+        self,
+        app: ServingApp,
+        listener: socket.socket,
+        certificates: Certificates | None,
+        *,
+        balance: Balance | None = None,
+        shared_age_s: float | None = None,
+    ) -> None:
         self._app = app
+        self._balance = balance
+        self._shared_age_s = shared_age_s
         self._settings = app.settings
         self._listener = listener
         self._certificates = certificates
@@ -101,24 +151,14 @@ class _ServerRun:
         self._grpc_server: GrpcServer | None = None
 
     def run(self) -> None:
+        """Serve until a signal."""
         app, settings = self._app, self._settings
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         configure_metrics()
-        names = ", ".join(app.inference.repository.all_names())
-        logger.info(
-            "listening on %s://%s:%d%s, %s",
-            "https" if self._certificates else "http",
-            settings.host,
-            settings.rest_port,
-            f" and for gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else "",
-            f"loading {names}"
-            if names
-            else f"waiting for a model: <name>/<version>/saved_model.pb in {settings.models_dir}",
-        )
         # HTTP responds before the models are loaded: alive, and not ready. gRPC does as soon as TensorFlow is imported.
         if self._certificates:
             self._certificates.watch()
-        app.watcher.start(before_load=self._start_grpc, on_error=_give_up)
+        app.watcher.start(before_load=self.start_grpc, on_error=give_up)
         threading.Thread(target=watch_memory, args=(app.memory,), name="memory", daemon=True).start()
         http_server = HttpServer(
             lambda: SharedState(
@@ -136,7 +176,8 @@ class _ServerRun:
             on_stop=self._is_stopping.set,
             on_second_signal=lambda number: exit_process(128 + number),
             ssl_context=self._certificates.get_ssl_context if self._certificates else None,
-            on_lag=app.metrics.process.observe_loop_lag,
+            on_lag=self.observe_lag,
+            balance=self._balance,
         )
         app.metrics.process.watch_connections(lambda: http_server.connections, limit=http_server.max_connections)
         http_server.run(sockets=[self._listener])
@@ -144,7 +185,11 @@ class _ServerRun:
             self._grpc_server.stop(grace_s=settings.drain_timeout_s)
         app.observer.close()
 
-    def _start_grpc(self) -> None:
+    def observe_lag(self, seconds: float) -> None:
+        """Record how late the event loop is; called ten times a second, by the event loop."""
+        self._app.metrics.process.observe_loop_lag(seconds)
+
+    def start_grpc(self) -> None:
         """Start the gRPC server; it shuts down when the HTTP server begins to. Raises StartupError for the port."""
         app, settings = self._app, self._settings
         if not settings.grpc_port:
@@ -162,6 +207,7 @@ class _ServerRun:
             threads=settings.threads,
             max_message_bytes=settings.max_request_bytes,
             credentials=self._certificates.make_grpc_credentials() if self._certificates else None,
+            shared_age_s=self._shared_age_s,
         )
         self._grpc_server = server
 
@@ -185,7 +231,8 @@ def watch_memory(budget: MemoryBudget) -> NoReturn:
         budget.adapt()
 
 
-def _give_up(error: Exception) -> NoReturn:
+def give_up(error: Exception) -> NoReturn:
+    """End the process because of an error at its start."""
     if isinstance(error, StartupError):
         reason = str(error)
     else:

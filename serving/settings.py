@@ -20,6 +20,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 # Those that this process may use; macOS only tells how many there are.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MIN_MEMORY_BUDGET = 16 * 1024 * 1024
+MAX_WORKERS = 1_024
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Settings:
     require_models: tuple[str, ...] = ()
     poll_interval_s: float = 1.0
     host: str = "127.0.0.1"
-    rest_port: int = 8501
+    rest_port: int = 8501  # 0: a free one
     grpc_port: int = 8500  # 0: none
     threads: int = CORES  # they parse and decode; requests wait for the model without a thread
     concurrency: int = CORES
@@ -69,6 +70,7 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     forwarded_allow_ips: str = ""  # addresses and networks of trusted proxies, separated by commas
     url_prefix: str = ""
+    workers: int | str = 1  # processes; "auto": as many as processors and memory allow
 
     @property
     def image_limits(self) -> ImageLimits:
@@ -77,7 +79,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, smallest, largest in (
-            ("rest_port", 1, 65_535),
+            ("rest_port", 0, 65_535),
             ("grpc_port", 0, 65_535),
             ("poll_interval_s", 0.01, 86_400),
             ("concurrency", 1, 1_024),
@@ -100,6 +102,9 @@ class Settings:
             if value is not None and not smallest <= value <= largest:
                 flag = name.replace("_", "-")
                 raise StartupError(f"--{flag} must be from {smallest} to {largest}, not {value}")
+        is_count = isinstance(self.workers, int) and 1 <= self.workers <= MAX_WORKERS
+        if self.workers != "auto" and not is_count:
+            raise StartupError(f"--workers must be from 1 to {MAX_WORKERS}, or auto, not {self.workers}")
         check_model_names(self.models)
         for flag, value in (("--remote", self.remote), ("--model-config-file", self.model_config_file)):
             if self.models and value:

@@ -49,6 +49,10 @@ MAX_PENDING_CALLS = 100_000
 # A client that pings a connection more often than this while no data are sent is disconnected. gRPC's default of 5
 # minutes would be too long for the keep-alive of --remote, which finds servers that hang.
 MIN_PING_INTERVAL_MS = 5_000
+# Of connections to a port that several processes share: the client is told to open the next one, without a failed call.
+# So the connections of a process end within this time once new ones go to the others.
+AGE_OPTIONS = ("grpc.max_connection_age_ms", "grpc.max_connection_age_grace_ms")
+OLDEST_CALL_S = 3_600
 
 _LONG_METHODS = ("HandleReloadConfigRequest", *LONG_METHODS)  # they block for long: they load models
 
@@ -86,6 +90,8 @@ class GrpcServer:
         threads: worker threads for large requests.
         max_message_bytes: the largest request.
         credentials: `grpc.ServerCredentials` for TLS, or None.
+        shared_age_s: the age of connections at which clients open new ones, where other processes listen on the same
+            port; None: none does.
 
     Raises:
         StartupError: listening on the address failed.
@@ -103,10 +109,12 @@ class GrpcServer:
         threads: int,
         max_message_bytes: int,
         credentials: Any = None,
+        shared_age_s: float | None = None,
     ) -> None:
         self._inference = inference
         self._liveness = liveness
         self._credentials = credentials
+        self._shared_age_s = shared_age_s
         self._max_message_bytes = min(max_message_bytes, budget.large.body_limit // COPIES)
         # gRPC logs an error when a client disconnects before its response was sent.
         logging.getLogger("grpc._cython.cygrpc").addFilter(lambda line: "ExecuteBatchError" not in line.getMessage())
@@ -125,12 +133,18 @@ class GrpcServer:
         self._health.drain()
         await self._server.stop(grace_s)
 
+    def _sharing_options(self) -> list[tuple[str, int]]:
+        if self._shared_age_s is None:
+            return [("grpc.so_reuseport", 0)]
+        ages = int(self._shared_age_s * 1000), OLDEST_CALL_S * 1000
+        return [("grpc.so_reuseport", 1), *zip(AGE_OPTIONS, ages, strict=True)]
+
     async def _start(
         self, address: str, observer: RequestObserver, budget: MemoryBudget, policy: AccessPolicy, threads: int
     ) -> grpc.aio.Server:
         server = grpc.aio.server(
             options=[
-                ("grpc.so_reuseport", 0),
+                *self._sharing_options(),
                 ("grpc.max_receive_message_length", self._max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 *CHANNEL_OPTIONS,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 import uvicorn
 from typing_extensions import override
@@ -37,6 +37,7 @@ ACCEPT_FOR_S = 0.01  # per iteration of the event loop
 LOG_INTERVAL_S = 5.0  # between two log lines about refused connections
 TICKS_PER_SECOND = 10  # of uvicorn's main loop
 CHECK_INTERVAL_S = 1.0  # between two checks of the connections' timeouts
+YIELD_S = 0.002  # for which a process with more connections than others leaves new ones to them
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -54,6 +55,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Balance(Protocol):
+    """Divides new connections between processes that accept from the same listening socket."""
+
+    def should_accept(self, connections: int) -> bool:
+        """Return False if another process has fewer connections; `connections` is the number of this one."""
+
+    def stop(self) -> None:
+        """Tell the others that this process accepts no more."""
+
+
 class Server(uvicorn.Server):
     """uvicorn's server with a connection limit; `run` serves requests until SIGTERM, SIGINT or SIGHUP.
 
@@ -67,6 +78,7 @@ class Server(uvicorn.Server):
         on_lag: called ten times a second with the seconds by which a timer of the event loop was late.
         on_second_signal: called with the number of the second signal; expected to end the process.
         ssl_context: for HTTPS: returns the context of the current certificate, called for each connection.
+        balance: where other processes accept from the same listening socket.
     """
 
     shared: SharedState
@@ -81,6 +93,7 @@ class Server(uvicorn.Server):
         on_second_signal: Callable[[int], None],
         ssl_context: Callable[[], ssl.SSLContext] | None = None,
         on_lag: Callable[[float], None] = lambda _: None,
+        balance: Balance | None = None,
     ) -> None:
         # Connection calls the WSGI application itself, so the ASGI application is never called.
         super().__init__(
@@ -93,6 +106,7 @@ class Server(uvicorn.Server):
         self._on_second_signal = on_second_signal
         self._ssl_context = ssl_context
         self._on_lag = on_lag
+        self._balance = balance
         self._ticked_s = math.inf
         self._checked_s = math.inf  # last check of the connections' timeouts
 
@@ -100,11 +114,13 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         assert sockets
         self.shared = self._make_shared()
+        balance = self._balance
         self._acceptor = Acceptor(
             sockets[0],
             partial(Connection, self.config, self.server_state, self.shared),
             self._close_longest_idle,
             may_accept=lambda: self.connections < self.max_connections,
+            should_accept=lambda: balance is None or balance.should_accept(self.connections),
             ssl_context=self._ssl_context,
         )
         self.started = True
@@ -112,6 +128,8 @@ class Server(uvicorn.Server):
     @property
     def connections(self) -> int:
         """The number of open connections."""
+        if not self.started:
+            return 0
         return len(self.server_state.connections) + len(self._acceptor.connecting)
 
     @override
@@ -119,6 +137,8 @@ class Server(uvicorn.Server):
         now_s = asyncio.get_running_loop().time()
         self._on_lag(max(0.0, now_s - self._ticked_s - 1 / TICKS_PER_SECOND))
         self._ticked_s = now_s
+        if self._balance is not None:
+            self._balance.should_accept(self.connections)  # tells the others how many there are
         if counter % TICKS_PER_SECOND == 0:
             self.shared.date_header = f"date: {formatdate(usegmt=True)}\r\n\r\n"
             self._check_timeouts()
@@ -158,6 +178,8 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         self._on_stop()
         self._acceptor.close()
+        if self._balance is not None:
+            self._balance.stop()
         self.shared.is_stopping = True
         for connection in tuple(self.server_state.connections):
             connection.shutdown()
@@ -203,6 +225,7 @@ class Acceptor:
         make_protocol: makes the protocol of a connection.
         make_room: called at the connection limit; returns whether a connection was closed.
         may_accept: returns whether the number of connections is below the limit.
+        should_accept: returns whether other processes should not take the next connection instead.
         ssl_context: see `Server`.
     """
 
@@ -213,6 +236,7 @@ class Acceptor:
         make_room: Callable[[], bool] = lambda: False,
         *,
         may_accept: Callable[[], bool] = lambda: True,
+        should_accept: Callable[[], bool] = lambda: True,
         ssl_context: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -220,6 +244,8 @@ class Acceptor:
         self._make_protocol = make_protocol
         self._make_room = make_room
         self._may_accept = may_accept
+        self._should_accept = should_accept
+        self._has_yielded = False
         self._handshakes = Handshakes(ssl_context, make_protocol) if ssl_context else None
         # Accepted connections that have no transport yet, oldest first, with the time that they were accepted.
         self.connecting: dict[asyncio.Task[None], float] = {}
@@ -233,6 +259,11 @@ class Acceptor:
             if not self._may_accept() and not self._close_oldest_handshake() and not self._make_room():
                 self._pause("the connection limit is reached")
                 return
+            if not self._should_accept() and not self._has_yielded:
+                self._has_yielded = True  # once: the others may be hung
+                self._stop_reading(YIELD_S)
+                return
+            self._has_yielded = False
             try:
                 connection, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError):
@@ -279,8 +310,11 @@ class Acceptor:
         if reason and now_s - self._logged_s > LOG_INTERVAL_S:
             self._logged_s = now_s
             logger.error("cannot accept connections: %s", reason)
+        self._stop_reading(RETRY_S if reason else 0)
+
+    def _stop_reading(self, seconds: float) -> None:
         self._loop.remove_reader(self._listener)
-        self._loop.call_later(RETRY_S if reason else 0, self._resume)
+        self._loop.call_later(seconds, self._resume)
 
     def _resume(self) -> None:
         if self._listener.fileno() >= 0:

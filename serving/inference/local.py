@@ -13,7 +13,7 @@ from typing_extensions import override
 from serving.errors import ModelFailed, ModelLoadError, StartupError
 from serving.inference.model_config import ModelConfig, Volumes, describe_unreadable
 from serving.inference.model_folders import find_model_versions
-from serving.inference.model_info import INFO_FILE, read_label_names, read_model_info
+from serving.inference.model_info import INFO_FILE, read_model_info
 from serving.inference.repository import (
     MAX_MESSAGE,
     FolderProblem,
@@ -22,7 +22,6 @@ from serving.inference.repository import (
     ModelVersion,
     VersionStatus,
 )
-from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Predictor
 from serving.inference.statistics import CountedPredictor, Statistics
 from serving.inference.version_files import (
@@ -34,7 +33,8 @@ from serving.inference.version_files import (
     read_stamp,
     verify_checksums,
 )
-from serving.inference.warmup import WARMUP_FILE, replay_warmup_records
+from serving.inference.version_loader import InProcessLoader, VersionLoader
+from serving.inference.warmup import WARMUP_FILE
 from serving.quoting import hide_paths, printable
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,7 @@ class LocalRepository(ModelRepository):
     Args:
         configs: returns the models to serve; called at every poll.
         required: see `ModelRepository`.
-        load_predictor: loads a predictor from a version's folder; raises `ModelLoadError`.
-        find_dependent: returns the signatures of a version whose rows influence each other.
+        loader: loads versions; by default in this process, with SavedModelPredictor.
         wrap_predictor: wraps the warmed-up predictor for requests, for example in a `Batcher`. Its arguments are the
             model's name, the predictor, and the signatures whose requests must not be batched.
         verify_signature: verifies the signature of a version's folder before anything of it is loaded; raises
@@ -77,15 +76,13 @@ class LocalRepository(ModelRepository):
         configs: Callable[[], Sequence[ModelConfig]],
         *,
         required: Sequence[str] = (),
-        load_predictor: Callable[[Path], Predictor] = SavedModelPredictor,
-        find_dependent: Callable[[Path, Predictor], Collection[str]] = lambda *_: (),
+        loader: VersionLoader | None = None,
         wrap_predictor: Callable[[str, Predictor, Collection[str]], Predictor] = lambda _, predictor, __: predictor,
         verify_signature: Callable[[Path], None] | None = None,
     ) -> None:
         super().__init__((), required=required)
         self._list_configs = configs
-        self._load_predictor = load_predictor
-        self._find_dependent = find_dependent
+        self._loader = loader or InProcessLoader()
         self._wrap_predictor = wrap_predictor
         self._verify_signature = verify_signature
         self._volumes = Volumes()
@@ -310,23 +307,19 @@ class LocalRepository(ModelRepository):
             raise ModelLoadError(f"{path}: the name is not valid UTF-8; rename the folder", code="INVALID_ARGUMENT")
         model_stamp, info_stamp = read_model_stamp(path), read_stamp(path / INFO_FILE)
         warmup_stamp = read_stamp(path / WARMUP_FILE)
-        started_s = time.perf_counter()
-        predictor = self._load_predictor(path)
-        loaded_s = time.perf_counter()
-        records = replay_warmup_records(path, predictor)
-        warmed_up_s = time.perf_counter()
-        unbatched = self._find_dependent(path, predictor)
+        loaded = self._loader.load(path)
         status = VersionStatus(
             name,
             version,
             state="AVAILABLE",
-            warmup_records=records,
-            load_s=warmed_up_s - started_s,
-            warmup_s=warmed_up_s - loaded_s,
+            warmup_records=loaded.warmup.records,
+            load_s=loaded.load_s,
+            warmup_s=loaded.warmup_s,
         )
-        loaded = _LoadedVersion(path, predictor, unbatched, model_stamp, info_stamp, warmup_stamp)
-        self._publish(status, loaded, verified=stamp)
-        return records
+        unbatched = loaded.warmup.unbatched
+        stamped = _LoadedVersion(path, loaded.predictor, unbatched, model_stamp, info_stamp, warmup_stamp)
+        self._publish(status, stamped, verified=stamp)
+        return loaded.warmup.records
 
     def _publish(
         self,
@@ -357,7 +350,7 @@ class LocalRepository(ModelRepository):
         if self._verify_signature is not None and verified is not None and read_stamp(loaded.path) != verified:
             raise ModelLoadError(f"{loaded.path} changed while it was loaded; it will be verified again")
         if not info.class_names:
-            info = replace(info, class_names=read_label_names(loaded.predictor))
+            info = replace(info, class_names=self._loader.read_label_names(loaded.predictor))
         warnings = {"model_info": info_problem or problem, "warmup": warmup_problem, "dependent_rows": ""}
         if loaded.unbatched:
             warnings["dependent_rows"] = (
@@ -401,13 +394,13 @@ class LocalRepository(ModelRepository):
         if warmup_stamp != loaded.warmup_stamp:
             try:
                 verify_checksums(loaded.path, only=[WARMUP_FILE])
-                records = replay_warmup_records(loaded.path, loaded.predictor)
-                unbatched = self._find_dependent(loaded.path, loaded.predictor)
+                warmup = self._loader.warm_up(loaded.path, loaded.predictor)
             except Exception as error:  # the version stays available
                 problem = f"{error}"
             else:
-                status = replace(status, warmup_records=records)
-                logger.info("%s version %d: %d warm-up records replayed", name, version, records)
+                unbatched = warmup.unbatched
+                status = replace(status, warmup_records=warmup.records)
+                logger.info("%s version %d: %d warm-up records replayed", name, version, warmup.records)
         elif "warmup" in status.warnings:
             problem = f"{loaded.path / WARMUP_FILE} cannot be replayed"
         refreshed = replace(loaded, unbatched=unbatched, info_stamp=info_stamp, warmup_stamp=warmup_stamp)

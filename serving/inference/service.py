@@ -7,7 +7,7 @@ version, validates the inputs, and applies the limits and the deadline.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from serving.greenlets import run_blocking
 from serving.inference.model_config import read_version_number
 from serving.inference.repository import ModelRepository, ModelVersion, VersionStatus
 from serving.inference.signatures import Signature, check_inputs, check_rows, count_rows
+from serving.inference.statistics import Statistics
 from serving.request_context import current_request
 
 
@@ -61,6 +62,8 @@ class InferenceService:
         self._record_outputs = record_outputs
         self.max_rows = max_rows
         self.allows_model_control = allow_model_control
+        # Replaced where several processes serve the same versions.
+        self.read_statistics: Callable[[Sequence[ModelVersion]], list[Statistics]] = _own_statistics
 
     def resolve(self, model: str, *, version: int | str | None = None, label: str | None = None) -> ModelVersion:
         """Return the newest version of a model, or the version with this number or label.
@@ -170,3 +173,7 @@ class InferenceService:
     def not_ready_because(self) -> str | None:
         """The reason why the service is not ready, or None if it is ready."""
         return self.repository.not_ready_because
+
+
+def _own_statistics(versions: Sequence[ModelVersion]) -> list[Statistics]:
+    return [version.statistics for version in versions]

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,11 @@ class Duration:
         """Count one more."""
         self.count += 1
         self.total_s += seconds
+
+    def merge(self, other: Duration) -> None:
+        """Add what was counted elsewhere."""
+        self.count += other.count
+        self.total_s += other.total_s
 
 
 @dataclass(eq=False, slots=True)
@@ -43,6 +49,20 @@ class Statistics:
     # the interpreter lock.
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _calls_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Locks cannot be pickled; a copy has its own.
+        durations = self.succeeded, self.failed, self.queued, self.computed
+        return Statistics, (self.last_request_ms, self.rows, *durations, self.calls.copy())
+
+    def add(self, other: Statistics) -> None:
+        """Add what another process has counted."""
+        self.last_request_ms = max(self.last_request_ms, other.last_request_ms)
+        self.rows += other.rows
+        for name in ("succeeded", "failed", "queued", "computed"):
+            getattr(self, name).merge(getattr(other, name))
+        for rows, duration in other.calls.items():
+            self.calls.setdefault(rows, Duration()).merge(duration)
 
     def record_success(self, rows: int, *, seconds: float, queue_s: float, model_s: float) -> None:
         """Record a request that has its outputs."""
@@ -72,7 +92,7 @@ class CountedPredictor:
     """Predictor that records the calls of another one."""
 
     def __init__(self, inner: Predictor, statistics: Statistics) -> None:
-        self._inner = inner
+        self.inner = inner
         self._statistics = statistics
         self.signatures: Mapping[str, Signature] = inner.signatures
 
@@ -81,7 +101,7 @@ class CountedPredictor:
     ) -> dict[str, np.ndarray]:
         """See `Predictor.predict`."""
         started_s = time.perf_counter()
-        outputs = self._inner.predict(signature, inputs, deadline_s=deadline_s)
+        outputs = self.inner.predict(signature, inputs, deadline_s=deadline_s)
         seconds = time.perf_counter() - started_s
         rows = next((array.shape[0] for array in inputs.values() if array.ndim), 1)
         self._statistics.record_call(rows, seconds)

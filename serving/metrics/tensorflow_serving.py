@@ -88,23 +88,30 @@ class TensorFlowServingMetrics:
         for code in {*_STATUS.values(), "INTERNAL", "UNKNOWN", "DATA_LOSS"}:
             self._requests.remove(model, code)
 
-    def render(self, call_rows: Histogram) -> bytes:
-        """Return the counters whose names do not end with "_total", in Prometheus' text format."""
+    def collect_counters(self, call_rows: Histogram) -> list[Metric]:
+        """Return the counters whose names do not end with "_total"; see `render_counters`."""
         (requests,) = self._requests.collect()
-        counts = sorted(
-            (sample.labels["model"], sample.labels["status"], sample.value)
-            for sample in requests.samples
-            if sample.name.endswith("_total")
+        counts = Metric(PREFIX + "request_count", "Completed predict requests.", "counter")
+        for sample in requests.samples:
+            if sample.name.endswith("_total"):
+                labels = {"model_name": sample.labels["model"], "status": sample.labels["status"]}
+                counts.add_sample(counts.name, labels, sample.value)
+        calls = Metric(PREFIX + "batching_session:wrapped_run_count", "Model calls.", "counter")
+        calls.add_sample(
+            calls.name, {}, sum(buckets.get(math.inf, 0) for buckets, _ in read_histogram(call_rows).values())
         )
-        lines = _begin_counter("request_count", "Completed predict requests.")
-        lines += [
-            f'{PREFIX}request_count{{model_name="{_escape(model)}",status="{status}"}} {count:.0f}'
-            for model, status, count in counts
-        ]
-        calls = sum(buckets.get(math.inf, 0) for buckets, _ in read_histogram(call_rows).values())
-        lines += _begin_counter("batching_session:wrapped_run_count", "Model calls.")
-        lines.append(f"{PREFIX}batching_session:wrapped_run_count {calls:.0f}")
-        return ("\n".join(lines) + "\n").encode()
+        return [counts, calls]
+
+
+def render_counters(counters: Iterable[Metric]) -> bytes:
+    """Return counters in Prometheus' text format, where prometheus_client would append "_total" to their names."""
+    lines = []
+    for counter in counters:
+        lines += [f"# HELP {counter.name} {counter.documentation}", f"# TYPE {counter.name} counter"]
+        for sample in sorted(counter.samples, key=lambda sample: sorted(sample.labels.items())):
+            labels = ",".join(f'{name}="{_escape(value)}"' for name, value in sample.labels.items())
+            lines.append(f"{sample.name}{f'{{{labels}}}' if labels else ''} {sample.value:.0f}")
+    return ("\n".join(lines) + "\n").encode()
 
 
 class DerivedMetrics(Collector):
@@ -172,10 +179,6 @@ def _sum(histograms: dict[str, tuple[_Buckets, float]]) -> tuple[_Buckets, float
         for bound, count in buckets.items():
             summed[bound] = summed.get(bound, 0) + count
     return summed or {math.inf: 0}, sum(total for _, total in histograms.values())
-
-
-def _begin_counter(name: str, documentation: str) -> list[str]:
-    return [f"# HELP {PREFIX}{name} {documentation}", f"# TYPE {PREFIX}{name} counter"]
 
 
 def _escape(label: str) -> str:

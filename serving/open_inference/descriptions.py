@@ -15,7 +15,7 @@ from serving.inference.batcher import Batcher
 from serving.inference.repository import ModelVersion, VersionStatus
 from serving.inference.service import InferenceService
 from serving.inference.signatures import DEFAULT_SIGNATURE, Signature, TensorSpec
-from serving.inference.statistics import Duration
+from serving.inference.statistics import Duration, Statistics
 from serving.open_inference.requests import find_signature
 from serving.open_inference.tensors import datatype_of
 
@@ -114,7 +114,8 @@ def describe_statistics(inference: InferenceService, model: str | None, version:
     else:
         found = inference.resolve(model, version=version)
         versions = [found] if version is not None else repository.available(model)
-    return {"model_stats": [_describe_statistics(version) for version in versions]}
+    statistics = inference.read_statistics(versions)
+    return {"model_stats": [_describe_statistics(*each) for each in zip(versions, statistics, strict=True)]}
 
 
 def list_models(inference: InferenceService, *, ready_only: bool) -> list[dict[str, str]]:
@@ -161,9 +162,8 @@ def _describe_status(status: VersionStatus) -> dict[str, str]:
     return {"name": status.name, "version": str(status.version), "state": state, "reason": reason}
 
 
-def _describe_statistics(version: ModelVersion) -> dict[str, Any]:
+def _describe_statistics(version: ModelVersion, statistics: Statistics) -> dict[str, Any]:
     """Return the statistics of a version. Triton's times to copy inputs and outputs are part of `compute_infer`."""
-    statistics = version.statistics
     calls = sorted(statistics.calls.copy().items())
     none = _describe_duration(Duration())
     durations: Mapping[str, Duration] = {

@@ -81,6 +81,11 @@ def test_a_layer_does_not_import_what_is_above_it(package: str) -> None:
     assert find_forbidden(PROJECT / package, FORBIDDEN[package]) == {}
 
 
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_only_the_server_knows_of_worker_processes(package: str) -> None:
+    assert find_forbidden(PROJECT / package, ("serving.workers",)) == {}
+
+
 @pytest.mark.parametrize("package", ["serving", "training", "client", "image_formats"])
 def test_no_module_imports_a_command_line(package: str) -> None:
     assert find_forbidden(PROJECT / package, COMMAND_LINES) == {}

@@ -82,11 +82,18 @@ def picture(colour: str, size: tuple[int, int] = (32, 32), kind: str = "PNG") ->
 class Server:
     """`python -m serving` in a process of its own."""
 
-    def __init__(self, models_dir: Path, log: Path, *options: str, ports: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        models_dir: Path,
+        log: Path,
+        *options: str,
+        ports: tuple[int, int] | None = None,
+        program: tuple[str, str] = ("-m", "serving"),
+    ) -> None:
         self.port, self.grpc_port = ports or free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
-        command = [sys.executable, "-m", "serving", "--models-dir", str(models_dir)]
+        command = [sys.executable, *program, "--models-dir", str(models_dir)]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [*command, "--rest-port", str(self.port), "--grpc-port", str(self.grpc_port), *options],

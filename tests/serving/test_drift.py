@@ -17,6 +17,7 @@ from serving.api.flask_app import ServingApp
 from serving.app import make_app
 from serving.drift import Window, stability_index
 from serving.inference.model_info import Reference
+from serving.metrics.snapshot import Snapshot
 from serving.settings import Settings
 from tests.serving.conftest import picture
 
@@ -141,3 +142,19 @@ def test_an_export_without_a_reference_has_no_drift_metrics(tmp_path: Path, colo
     app.inference.repository.load()
     assert app.test_client().post("/predict", data=picture("red"), content_type="image/png").status_code == 200
     assert not [name for name, _ in read_metrics(app) if "drift" in name or "validation" in name or "mean" in name]
+
+
+def test_predictions_of_other_processes_count(app: ServingApp) -> None:
+    """With several workers, each renders the drift of all of them."""
+    image = picture("red")
+    for _ in range(3):
+        assert app.test_client().post("/predict", data=image, content_type="image/png").status_code == 200
+    window = Window(REFERENCE)
+    window.record(make_outputs(np.array([2, 2, 2, 2, 2, 2, 2, 2, 2])))
+    app.metrics.read_others = lambda: [Snapshot(drift={("colours", 7): window.total()})]
+    metrics = read_metrics(app)
+    assert metrics["serving_drift_rows", ""] == 12
+    shares = {label: metrics["serving_class_share", label] for label in ("red", "green", "blue")}
+    assert shares == {"red": 0.25, "green": 0.0, "blue": 0.75}
+    app.metrics.read_others = tuple
+    assert read_metrics(app)["serving_drift_rows", ""] == 3

@@ -29,6 +29,7 @@ from serving.inference.model_config import ModelConfig, ModelsFolder, VersionPol
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.service import InferenceService
 from serving.inference.signatures import Predictor
+from serving.inference.version_loader import InProcessLoader
 from serving.settings import Settings
 from tests.serving.conftest import Server, picture
 
@@ -291,7 +292,7 @@ def test_any_exception_during_loading_affects_only_its_model(
         return ()
 
     repository = LocalRepository(
-        ModelsFolder(models_dir), load_predictor=Failing, find_dependent=find_dependent, wrap_predictor=wrap
+        ModelsFolder(models_dir), loader=InProcessLoader(Failing, find_dependent), wrap_predictor=wrap
     )
     app = make_app(Settings(models_dir=models_dir))
     app.inference.repository = repository

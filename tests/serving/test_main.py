@@ -128,7 +128,7 @@ def test_the_other_commands_need_no_such_function_either(module: str) -> None:
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path, models_dir: Path) -> None:
     assert "there is no models folder" in refusal("--models-dir", str(tmp_path / "nowhere"))
-    assert "--rest-port must be from 1 to 65535" in refusal("--rest-port", "0")
+    assert "--rest-port must be from 0 to 65535" in refusal("--rest-port", "65536")
     assert "cannot listen on 192.0.2.1:8501" in refusal("--models-dir", str(models_dir), "--host", "192.0.2.1")
     assert "not a valid integer" in refusal("--threads", "many", code=2)
 

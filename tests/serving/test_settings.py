@@ -20,7 +20,7 @@ def test_the_defaults_are_valid_and_fixed() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("rest_port", 0),
+        ("rest_port", -1),
         ("rest_port", 65_536),
         ("threads", 0),
         ("max_request_bytes", 0),
@@ -31,6 +31,8 @@ def test_the_defaults_are_valid_and_fixed() -> None:
         ("max_images", 0),
         ("drain_timeout_s", 0),
         ("grpc_port", -1),
+        ("workers", 0),
+        ("workers", "many"),
         ("poll_interval_s", 0.0),
         ("max_batch_size", 0),
         ("max_queue_size", 0),

@@ -19,6 +19,7 @@ from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
 from serving.inference.repository import ModelRepository
 from serving.inference.saved_model import SavedModelPredictor
+from serving.inference.version_loader import InProcessLoader
 from serving.settings import Settings
 from tests.serving.conftest import Server
 from tests.serving.saved_models import write_warmup_records
@@ -100,7 +101,7 @@ def test_warmup_records_are_replayed_once_when_they_arrive(models_dir: Path, col
 
     extra = models_dir / "colours" / "10" / "assets.extra"
     shutil.rmtree(extra)
-    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=Counted)
+    repository = LocalRepository(ModelsFolder(models_dir), loader=InProcessLoader(Counted))
     repository.load()
     assert calls == []
     shutil.copytree(colours / "assets.extra", extra)

@@ -16,6 +16,7 @@ from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder, find_versions
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Predictor
+from serving.inference.version_loader import InProcessLoader
 
 
 def load(models_dir: Path) -> LocalRepository:
@@ -164,7 +165,7 @@ def test_a_version_is_not_available_before_its_warm_up(models_dir: Path) -> None
             assert leave.wait(60)
             return super().predict(*args, **options)
 
-    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=Hesitant)
+    repository = LocalRepository(ModelsFolder(models_dir), loader=InProcessLoader(Hesitant))
     assert not repository.ready
     loading = threading.Thread(target=repository.load)
     loading.start()
@@ -196,7 +197,7 @@ def test_requests_go_through_the_wrapper_and_warm_up_does_not(models_dir: Path) 
         wrapped.append(name)
         return predictor
 
-    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=Counted, wrap_predictor=wrap)
+    repository = LocalRepository(ModelsFolder(models_dir), loader=InProcessLoader(Counted), wrap_predictor=wrap)
     repository.load()
     assert (wrapped, calls) == (["colours"], ["bare", "bare"])
 

@@ -14,6 +14,7 @@ from serving.inference import version_files
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
 from serving.inference.version_files import FIRST_DELAY_S, LONGEST_DELAY_S, MAX_ENTRIES, Retries, read_stamp
+from serving.inference.version_loader import InProcessLoader
 
 KEY = ("m", 1)
 
@@ -151,7 +152,7 @@ def test_a_failure_without_file_changes_is_retried(
             raise MemoryError
         return SavedModelPredictor(path)
 
-    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=load)
+    repository = LocalRepository(ModelsFolder(models_dir), loader=InProcessLoader(load))
     repository.load()
     for _ in range(5):
         repository.poll()

@@ -21,6 +21,7 @@ from serving.errors import ModelLoadError, StartupError
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
 from serving.inference.saved_model import SavedModelPredictor
+from serving.inference.version_loader import InProcessLoader
 from serving.inference.version_signature import SIGNATURE_FILE, SignatureVerifier
 from tests.serving.inference.test_local import publish, states, wait_until
 from training.__main__ import main as training
@@ -201,7 +202,7 @@ def test_nothing_of_a_version_is_read_before_its_signature_is_verified(
     signed = models_dir / "colours" / "2"
     sign_version(signed, keys.private)
     repository = LocalRepository(
-        ModelsFolder(models_dir), load_predictor=load, verify_signature=SignatureVerifier(keys.public)
+        ModelsFolder(models_dir), loader=InProcessLoader(load), verify_signature=SignatureVerifier(keys.public)
     )
     repository.load()
     assert loaded == [signed]
@@ -234,7 +235,7 @@ def test_a_version_that_changes_while_it_is_loaded_is_verified_again(
     sign_version(models_dir / "colours" / "2", keys.private)
     publish(version, models_dir, 11)
     repository = LocalRepository(
-        ModelsFolder(models_dir), load_predictor=load, verify_signature=SignatureVerifier(keys.public)
+        ModelsFolder(models_dir), loader=InProcessLoader(load), verify_signature=SignatureVerifier(keys.public)
     )
     repository.load()
     assert changed

@@ -15,6 +15,7 @@ from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelsFolder
 from serving.inference.saved_model import SavedModelPredictor
 from serving.inference.signatures import Signature, TensorSpec
+from serving.inference.version_loader import InProcessLoader
 from serving.settings import Settings
 from tests.serving.saved_models import save_colour_classifier
 
@@ -138,13 +139,13 @@ def test_the_model_info_has_the_number_of_classes_if_the_signature_has_not(
     for version in (2, 10):
         (models_dir / "colours" / str(version) / "assets.extra" / "tf_serving_warmup_requests").unlink()
     app = make_app(Settings(models_dir=models_dir))
-    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=UncountedPredictor)
+    repository = LocalRepository(ModelsFolder(models_dir), loader=InProcessLoader(UncountedPredictor))
     app.inference.repository = repository
     repository.load()
     (model,) = app.test_client().get("/models.json").json or []
     assert (model["height"], model["width"], model["class_names"]) == (8, 9, ["red", "green", "blue"])
     (models_dir / "colours" / "10" / "assets.extra" / "model.json").unlink()
-    repository = LocalRepository(ModelsFolder(models_dir), load_predictor=UncountedPredictor)
+    repository = LocalRepository(ModelsFolder(models_dir), loader=InProcessLoader(UncountedPredictor))
     app.inference.repository = repository
     repository.load()
     (model,) = app.test_client().get("/models.json").json or []

@@ -1,0 +1,1 @@
+"""Several processes that serve the same models on the same ports, and their supervisor. See docs/workers.md."""
