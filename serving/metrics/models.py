@@ -70,9 +70,8 @@ class RepositoryCollector(Collector):
         )
         for address, is_up in self._repository.backends.items():
             remote.add_metric([address], float(is_up))
-        remotes = [remote] if remote.samples else []
         return [
-            *remotes,
+            remote,
             ready,
             states,
             errors,
