@@ -646,7 +646,7 @@ def test_freed_pages_are_returned_before_a_large_release(monkeypatch: pytest.Mon
 
 def test_the_budget_adapts_to_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"bytes": 800 * MB}
-    monkeypatch.setattr(memory, "free_bytes", lambda: free["bytes"])
+    monkeypatch.setattr(memory, "free_bytes", lambda **_: free["bytes"])
     budget = MemoryBudget()
     assert budget.total_bytes == 800 * MB
     free["bytes"] = 400 * MB

@@ -94,6 +94,7 @@ def test_free_bytes_is_the_limit_minus_the_resident_set(monkeypatch: pytest.Monk
     monkeypatch.setattr(process_memory, "memory_limit_bytes", lambda: 1_000)
     monkeypatch.setattr(process_memory, "resident_bytes", lambda: 400)
     assert process_memory.free_bytes() == 450  # with a margin
+    assert process_memory.free_bytes(processes=2) == 75  # of its half
     monkeypatch.setattr(process_memory, "resident_bytes", lambda: 1_400)
     assert process_memory.free_bytes() == 0
 
