@@ -16,6 +16,10 @@ MADE := .venv/.made-by-make
 OWNS_VENV = test ! -L .venv && { test ! -e .venv || test -e $(MADE) || test -e $(INSTALLED) || test -z "$$(ls -A .venv)"; }
 # What `make` installs: all but Ray, which brings a cluster's runtime and is needed only there.
 EXTRAS := training serving tracing signing convert batch dev
+# Dependencies of TensorFlow that the service does not import: the image is made without them. For `tensorflow` it has
+# `tensorflow-cpu`.
+NOT_IN_IMAGE := tensorflow keras h5py libclang markdown markdown-it-py mdurl namex optree pygments rich setuptools \
+	tensorboard tensorboard-data-server wheel
 LOCK := --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes
 
 DATASET ?= cifar10
@@ -39,6 +43,8 @@ PORT ?= 8501
 GRPC_PORT ?= 8500
 URL ?=
 GRPC ?=
+BUILD_OPTIONS ?=
+CONTAINER_IMAGE ?=
 IMAGE ?=
 MODEL ?=
 TO ?=
@@ -58,7 +64,7 @@ TIMED_TESTS := $(addprefix tests/serving/,test_soak.py test_memory_budget.py tes
 	test_budget_limits.py test_greenlets.py http/test_many_connections.py http/test_slow_clients.py \
 	test_fault_isolation.py test_quoting.py)
 
-.PHONY: help install demo train shard import serve tfserving predict convert test test-fast test-workers test-openapi test-clients test-tfserving bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-batch bench-typicality bench-scale bench-soak check coverage format screenshots dashboard-picture lock clean
+.PHONY: help install demo train shard import serve tfserving predict convert test test-fast test-workers test-openapi test-clients test-tfserving image test-containers bench-serve bench-client bench-train bench-compare bench-exported bench-runtimes bench-batch bench-typicality bench-scale bench-soak check coverage format screenshots dashboard-picture lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS=$$'\t' read -r name does; do \
@@ -142,6 +148,14 @@ test-tfserving: $(INSTALLED)  ## the recorded exchanges against any running Tens
 	@$(if $(URL),TFSERVING_URL=$(URL) $(BIN)/python -m pytest tests/contract/test_golden_exchanges.py)
 	@$(if $(GRPC),TFSERVING_GRPC=$(GRPC) $(BIN)/python -m pytest tests/contract/test_grpc_exchanges.py)
 
+image:  ## build deploy/Dockerfile as image-classifier-serving (needs docker with BuildKit): BUILD_OPTIONS=
+	@scripts/base_image.sh
+	@DOCKER_BUILDKIT=1 docker build $(BUILD_OPTIONS) -f deploy/Dockerfile -t image-classifier-serving .
+
+test-containers: $(INSTALLED)  ## the image in hardened containers: shutdown, kills, limits (needs docker): CONTAINER_IMAGE= or BUILD_OPTIONS=
+	@test -n "$(CONTAINER_IMAGE)" || $(MAKE) --no-print-directory image
+	@CONTAINER_IMAGE=$(or $(CONTAINER_IMAGE),image-classifier-serving) $(BIN)/python -m pytest tests/deploy/test_containers.py
+
 bench-serve: $(INSTALLED)  ## this service beside the plain Flask script, LitServe, BentoML (needs wrk and h2load; installs the peers once)
 	@$(BIN)/python -m benchmarks.serve
 
@@ -191,7 +205,8 @@ dashboard-picture: $(INSTALLED)  ## the picture of the dashboard in docs/, drawn
 
 lock: $(INSTALLED)  ## choose dependency versions anew (needs uv)
 	@uv pip compile $(LOCK) $(addprefix --extra ,$(EXTRAS)) pyproject.toml -o requirements.lock
-	@uv pip compile $(LOCK) --extra serving --extra tracing --constraint requirements.lock pyproject.toml -o requirements-serving.lock
+	@uv pip compile $(LOCK) --extra serving --extra tracing --constraint requirements.lock \
+		$(addprefix --no-emit-package ,$(NOT_IN_IMAGE)) pyproject.toml deploy/requirements-image.in -o requirements-image.lock
 
 clean:  ## remove .venv and caches; runs/ and models/ stay
 	@if $(OWNS_VENV); then rm -rf .venv; else echo ".venv was not made by make, so it stays"; fi

@@ -13,4 +13,4 @@ command -v docker >/dev/null || fail "docker is not installed; the same models a
 docker compose version >/dev/null 2>&1 || fail "docker has no compose plugin; install docker-compose-plugin (Compose v2)"
 docker info >/dev/null 2>&1 || fail "the docker daemon cannot be reached; start it, or add yourself to the group docker"
 echo "the page and the API: http://127.0.0.1:8501/   TensorFlow Serving itself: REST on 8601, gRPC on 8600"
-exec docker compose -p image-classifier -f compose.yaml up --build
+BACKEND=tensorflow-serving exec docker compose -p image-classifier -f compose.yaml up --build tensorflow-serving service

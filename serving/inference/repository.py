@@ -188,7 +188,7 @@ class ModelRepository(ABC):
 
     def _not_available(self, name: str, version: int | None) -> ServingError:
         available = sorted(self._available.get(name, {}))
-        if not self._loaded and not available and name in self._names:
+        if not available and name in self._names and (not self._loaded or self._is_loading(name)):
             return NotReady(f"model {name} is still being loaded; try again in a few seconds")
         if name not in self._names:
             error = self._unknown_model(name)
@@ -200,6 +200,10 @@ class ModelRepository(ABC):
         wanted = f"Latest({name})" if version is None else f"Specific({name}, {version})"
         error.tensorflow_serving = ModelNotFound(f"Servable not found for request: {wanted}")
         return error
+
+    def _is_loading(self, name: str) -> bool:
+        """Return whether a version is on its way: in a remote server that has been restarted, for example."""
+        return any(status.state in ("START", "LOADING") for status in self.list_versions(name))
 
     def _unknown_model(self, name: str) -> ModelNotFound:
         names = ", ".join(self._names)
@@ -344,8 +348,9 @@ class ModelRepository(ABC):
         if gone := available.keys() - keep:
             for version in gone:
                 logger.info("unloading %s version %d", name, version)
-                status = self._statuses.get(name, {}).get(version, VersionStatus(name, version))
-                self._set_status(replace(status, state="UNLOADING", error_code="OK", error_message="", warnings=()))
+                status = self._statuses.get(name, {}).get(version, VersionStatus(name, version, state="AVAILABLE"))
+                if status.state == "AVAILABLE":  # a remote server has reported another state already
+                    self._set_status(replace(status, state="UNLOADING", error_code="OK", error_message="", warnings=()))
             kept = {version: loaded for version, loaded in available.items() if version in keep}
             others = {other: versions for other, versions in self._available.items() if other != name}
             self._available = {**others, name: kept} if kept else others

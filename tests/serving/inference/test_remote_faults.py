@@ -215,6 +215,27 @@ def test_an_invalid_model_description_is_502_and_does_not_affect_others(
     assert "invalid response" in problems["m"]
 
 
+def test_a_model_that_a_restarted_server_loads_again_is_503(app: ServingApp, backend: Backend) -> None:
+    client = app.test_client()
+    assert predict(client).status_code == 200
+    states = get_model_status_pb2.ModelVersionStatus
+
+    def report(state: int, error_code: int = 0) -> TestResponse:
+        def edit(status: Any) -> None:
+            status.state, status.status.error_code = state, error_code
+
+        backend.edit_status = edit
+        app.inference.repository.poll()
+        return predict(client)
+
+    for state in (states.START, states.LOADING):
+        response = report(state)
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+        assert "still being loaded" in (response.json or {})["error"]
+    assert report(states.END, error_code=2).status_code == 404
+    assert report(states.AVAILABLE).status_code == 200
+
+
 def send_every_request(client: FlaskClient) -> dict[str, TestResponse]:
     form = {"image": (io.BytesIO(picture("red")), "a.png")}
     return {
