@@ -55,6 +55,10 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+async def _not_called(scope: object, receive: object, send: object) -> None:
+    """Stand in for an ASGI application: connections call the WSGI application themselves."""
+
+
 class Balance(Protocol):
     """Divides new connections between processes that accept from the same listening socket."""
 
@@ -95,9 +99,8 @@ class Server(uvicorn.Server):
         on_lag: Callable[[float], None] = lambda _: None,
         balance: Balance | None = None,
     ) -> None:
-        # Connection calls the WSGI application itself, so the ASGI application is never called.
         super().__init__(
-            uvicorn.Config(lambda: None, loop="uvloop", ws="none", lifespan="off", log_config=None, access_log=False)
+            uvicorn.Config(_not_called, loop="uvloop", ws="none", lifespan="off", log_config=None, access_log=False)
         )
         self._make_shared = make_shared
         self.max_connections = min(max_connections, allowed_connections())

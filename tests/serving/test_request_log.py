@@ -164,6 +164,7 @@ def test_errors_of_the_app_have_an_id_and_a_clients_invalid_one_is_replaced(serv
 def test_library_and_event_lines_are_json_too(server: Server) -> None:
     events = [line for line in lines(server) if line["logger"] != "serving.access"]
     assert any("listening on" in line["message"] for line in events)
+    assert not [line for line in events if line["level"] in ("warning", "error")]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in events)
 
 
