@@ -80,7 +80,9 @@ class FollowingRepository(ModelRepository):
             name: {number: self._serve_version(name, number, served) for number, served in versions.items()}
             for name, versions in state.versions.items()
         }
-        gone = _loads(self._state) - _loads(state)
+        # Before the old versions are released: what releases them looks whether their load is still served.
+        for load in _loads(self._state) - _loads(state):
+            self._predictors.pop(load, None)
         with self._update_lock:
             self._state = state
             self._names = state.names
@@ -90,8 +92,6 @@ class FollowingRepository(ModelRepository):
             self._folder_problems = state.folder_problems
             self._load_counts = dict(state.load_counts)
             self._loaded = state.is_loaded
-        for load in gone:
-            self._predictors.pop(load, None)
         if state.is_loaded:
             self._has_loaded.set()
 
