@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from serving.inference.model_info import ModelInfo
 from serving.inference.signatures import Signature
 from serving.workers.follower import FollowingRepository
@@ -18,6 +20,11 @@ class Predictor:
     def __init__(self, inner: Any = None) -> None:
         self.inner = inner
         self.signatures: Mapping[str, Signature] = {}
+
+    def predict(
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
+        raise NotImplementedError
 
 
 def test_a_version_is_forgotten_before_it_is_released() -> None:
