@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 
-# On the machine for which the bounds were set: two cores of an AMD EPYC (Zen 4).
+# Estimated for the machine for which the bounds were set, two cores of an AMD EPYC (Zen 4).
 REFERENCE_S = 0.045
 
 
