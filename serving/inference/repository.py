@@ -297,11 +297,16 @@ class ModelRepository(ABC):
         """Load the models for the first time."""
         self.poll()
         self._loaded = True
+        self._on_change()
 
     def poll(self) -> None:
         """Load new versions and unload removed ones (version swap, hot reload)."""
         with self._update_lock:
             self._poll()
+            self._on_change()
+
+    def _on_change(self) -> None:  # noqa: B027 - a hook, which most subclasses do not need
+        """Do what is due after a change of what is served or reported, or when there may be one."""
 
     def poll_forever(self, interval_s: float) -> NoReturn:
         """Poll every `interval_s` seconds and unload released versions; never returns."""
@@ -341,6 +346,7 @@ class ModelRepository(ABC):
     def _replace(self, loaded: ModelVersion) -> None:
         versions = {**self._available.get(loaded.name, {}), loaded.version: loaded}
         self._available = {**self._available, loaded.name: versions}
+        self._on_change()
 
     def _unload(self, name: str, *, keep: set[int]) -> None:
         """Stop serving versions of a model; each is unloaded after its last in-flight request (graceful unload)."""
@@ -354,6 +360,7 @@ class ModelRepository(ABC):
             kept = {version: loaded for version, loaded in available.items() if version in keep}
             others = {other: versions for other, versions in self._available.items() if other != name}
             self._available = {**others, name: kept} if kept else others
+        self._on_change()
 
     def _finish_unloading(self, name: str, version: int) -> None:
         gc.collect()  # TensorFlow's Python objects form reference cycles
@@ -370,6 +377,7 @@ class ModelRepository(ABC):
         for path in sorted({problem.path for problem in before} - {problem.path for problem in now}):
             logger.warning("%s is readable again, or no longer configured", path)
         self._folder_problems = tuple(problems)
+        self._on_change()
 
     def _set_status(self, status: VersionStatus) -> None:
         message = hide_paths(printable(status.error_message))[:MAX_MESSAGE]
@@ -379,3 +387,4 @@ class ModelRepository(ABC):
         for version in sorted(version for version, other in statuses.items() if other.state == "END")[:-MAX_ENDED]:
             del statuses[version]
         self._statuses = {**self._statuses, status.name: statuses}
+        self._on_change()

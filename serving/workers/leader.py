@@ -20,7 +20,6 @@ from typing_extensions import override
 from serving.errors import ModelLoadError
 from serving.inference.local import LocalRepository
 from serving.inference.model_config import ModelConfig
-from serving.inference.repository import FolderProblem, ModelVersion, VersionStatus
 from serving.inference.signatures import Predictor, Signature
 from serving.inference.statistics import CountedPredictor
 from serving.inference.version_files import read_model_stamp
@@ -238,37 +237,8 @@ class LeadingRepository(LocalRepository):
                     self._unload(name, keep=set(self._available.get(name, ())) - {version})
 
     @override
-    def load(self) -> None:
-        super().load()
-        self.apply()
-
-    @override
-    def _poll(self) -> None:
-        super()._poll()
-        self.apply()
-
-    @override
-    def _replace(self, loaded: ModelVersion) -> None:
-        super()._replace(loaded)
-        self.apply()
-
-    @override
-    def _unload(self, name: str, *, keep: set[int]) -> None:
-        super()._unload(name, keep=keep)
-        self.apply()
-
-    @override
-    def _set_status(self, status: VersionStatus) -> None:
-        super()._set_status(status)
-        self.apply()
-
-    @override
-    def _set_folder_problems(self, problems: Sequence[FolderProblem]) -> None:
-        super()._set_folder_problems(problems)
-        self.apply()
-
-    def apply(self) -> None:
-        """Tell the workers what this repository serves and reports, if that has changed."""
+    def _on_change(self) -> None:
+        """Tell the workers what this repository serves and reports, if that has changed, and wait until they do."""
         self._members.apply(self._make_state)
 
     def _make_state(self) -> State:
