@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -107,14 +107,14 @@ def read_certificates(settings: Settings) -> Certificates | None:
     return Certificates(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
 
 
-def open_port(host: str, port: int, *, flag: str) -> socket.socket:
-    """Listen on a port.
+def open_port(host: str, port: int, *, flag: str, take: Callable[[str, int], socket.socket] = listen) -> socket.socket:
+    """Listen on a port, or `take` it in another way.
 
     Raises:
         StartupError: the port is in use, or the address is not one of this machine's.
     """
     try:
-        return listen(host, port)
+        return take(host, port)
     except OSError as error:
         raise StartupError(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and {flag}"

@@ -11,8 +11,6 @@ import struct
 import time
 from pathlib import Path
 
-from serving.errors import StartupError
-
 SO_ATTACH_FILTER = 26  # Linux
 ACCEPT_S = 0.3  # in which gRPC accepts what waits
 _NOT_ACCEPTING = -1
@@ -27,14 +25,11 @@ _DROP_SYN = (
 )
 
 
-def hold_port(host: str, port: int, *, flag: str) -> socket.socket:
+def hold_port(host: str, port: int) -> socket.socket:
     """Take a port on which other processes of this user may listen from now on, with SO_REUSEPORT.
 
     The port is bound before that is allowed, so a port that another program uses is an error here, even if that
-    program would share it.
-
-    Raises:
-        StartupError: the port is in use, or the address is not one of this machine's.
+    program would share it. Raises OSError if it is, or if the address is not one of this machine's.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     holder = socket.socket(family, kind, protocol)
@@ -42,11 +37,9 @@ def hold_port(host: str, port: int, *, flag: str) -> socket.socket:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(address)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    except OSError as error:
+    except OSError:
         holder.close()
-        raise StartupError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and {flag}"
-        ) from error
+        raise
     return holder
 
 

@@ -113,7 +113,9 @@ class Supervisor:
         self._worker_settings = divide_settings(settings, count)
         self._listener = open_port(settings.host, settings.rest_port, flag="--rest-port")
         self._grpc_port = (
-            hold_port(settings.host, settings.grpc_port, flag="--grpc-port") if settings.grpc_port else None
+            open_port(settings.host, settings.grpc_port, flag="--grpc-port", take=hold_port)
+            if settings.grpc_port
+            else None
         )
         self._table = ConnectionTable(2 * count)
         self._workers: list[WorkerProcess] = []
