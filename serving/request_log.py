@@ -81,7 +81,7 @@ class RequestLog:
     """
 
     def __init__(self) -> None:
-        self._lines: SimpleQueue[RequestLine] = SimpleQueue()
+        self._lines: SimpleQueue[RequestLine | None] = SimpleQueue()  # None: the end
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
 
@@ -92,6 +92,7 @@ class RequestLog:
     def __exit__(self, *_: object) -> None:
         """Log the lines that remain, for at most CLOSE_TIMEOUT_S."""
         self._is_closing.set()
+        self._lines.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
 
     def add(self, context: RequestContext, seconds: float) -> None:
@@ -102,13 +103,13 @@ class RequestLog:
             log_request(context, seconds)
 
     def _run(self) -> None:
-        while not self._is_closing.wait(COLLECT_S):
-            self._log_collected()
-        self._log_collected()
-
-    def _log_collected(self) -> None:
-        for _ in range(self._lines.qsize()):
-            _log(self._lines.get_nowait())
+        while True:
+            first = self._lines.get()
+            self._is_closing.wait(COLLECT_S)
+            for line in (first, *(self._lines.get_nowait() for _ in range(self._lines.qsize()))):
+                if line is None:
+                    return
+                _log(line)
 
 
 def log_request(context: RequestContext, seconds: float) -> None:
