@@ -173,14 +173,14 @@ def start_ours(
     """
     port, grpc_port = free_port(), free_port()
     url = f"http://127.0.0.1:{port}"
-    pinned = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
-    command = [*pinned, sys.executable, "-m", "serving", "--models-dir", str(models), "--rest-port", str(port)]
+    command = [sys.executable, "-m", "serving", "--models-dir", str(models), "--rest-port", str(port)]
     process = ServerProcess(
         [*command, "--grpc-port", str(grpc_port), "--log-level", "warning", *options],
         is_ready=answers(url + "/readyz"),
         env={},
         log=log,
         cwd=project,
+        cores=cores,
     )
     address = f"127.0.0.1:{grpc_port}" if form.startswith("grpc") else url + make_path(form)
     return Contestant(OURS, make_target(address, form), process)

@@ -36,6 +36,7 @@ class ServerProcess:
         env: beside the environment.
         log: where its output goes.
         cwd: the folder that it runs in; None: this process's.
+        cores: that it may use only; all of this process if empty.
 
     Raises:
         RuntimeError: it ends, or is not ready in two minutes; the end of its log is in the message.
@@ -49,8 +50,11 @@ class ServerProcess:
         env: Mapping[str, str],
         log: Path,
         cwd: Path | None = None,
+        cores: Sequence[int] = (),
     ) -> None:
         started_s = time.perf_counter()
+        if cores:
+            command = ["taskset", "-c", ",".join(map(str, cores)), *command]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 command,

@@ -45,13 +45,12 @@ class Service:
         self.cgroup = cgroup
         command = [sys.executable, "-m", "serving", "--models-dir", str(models), "--rest-port", str(port)]
         command += ["--grpc-port", str(grpc_port), *options]
-        if cores:
-            command = ["taskset", "-c", ",".join(map(str, cores)), *command]
         self._process = ServerProcess(
             cgroup.wrap(command) if cgroup else command,
             is_ready=self.is_ready,
             env={"PYTHONPATH": str(PROJECT), "TF_CPP_MIN_LOG_LEVEL": "3"},
             log=log,
+            cores=cores,
         )
 
     @property
