@@ -1,9 +1,8 @@
 """What a fleet of workers needs, by simulation: replicas for a load, a rolling update, the loss of a zone, and a plan.
 
-A replica is one worker on one core. The load balancer chooses one at random for each request, which is the worst of the
-usual rules: whatever is known about the replicas can only shorten the queues. Requests that are spread at random over
-n replicas arrive at each as a Poisson process of 1/n of the rate, so a replica can be simulated alone, whatever the
-size of the fleet.
+A replica is one worker on one core. The load balancer chooses a replica at random for each request. This is the
+pessimistic case: a balancer that knows the load of the replicas has shorter queues. With n replicas, requests arrive at
+each as a Poisson process of 1/n of the rate. So a single replica is simulated for a fleet of any size.
 """
 
 from __future__ import annotations

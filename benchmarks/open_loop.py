@@ -1,4 +1,4 @@
-"""Open-loop load generator: requests are sent when they are due, whatever became of those before.
+"""Open-loop load generator: requests are sent when they are due, without waiting for earlier responses.
 
 Latencies count from when a request was due, so a server that stops for a second delays all requests due in it (no
 coordinated omission). One thread sends and receives over non-blocking sockets, without an event loop's overhead: about

@@ -98,7 +98,7 @@ class Measurement:
         """Read what `save` has written.
 
         Raises:
-            click.ClickException: there is no such file, or it is another one.
+            click.ClickException: the file is missing, or is not a measurement.
         """
         try:
             document = json.loads(path.read_text())

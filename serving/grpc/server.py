@@ -49,8 +49,8 @@ MAX_PENDING_CALLS = 100_000
 # A client that pings a connection more often than this while no data are sent is disconnected. gRPC's default of 5
 # minutes would be too long for the keep-alive of --remote, which finds servers that hang.
 MIN_PING_INTERVAL_MS = 5_000
-# Of connections to a port that several processes share: the client is told to open the next one, without a failed call.
-# So the connections of a process end within this time once new ones go to the others.
+# The age at which the server asks a client to reconnect (GOAWAY), without a failed call, where several processes share
+# a port. So a process that leaves the port loses its connections within this time.
 AGE_OPTIONS = ("grpc.max_connection_age_ms", "grpc.max_connection_age_grace_ms")
 OLDEST_CALL_S = 3_600
 

@@ -40,8 +40,8 @@ _Answer = list[VersionStatus] | Exception  # of one server, about one model
 class RemoteRepository(ModelRepository):
     """The versions that remote servers report as AVAILABLE: TensorFlow Serving, or this service.
 
-    With several servers, a version is AVAILABLE if one of them has it, and its requests go to those that have it. The
-    default version is the one that most servers have, of these the newest.
+    With several servers, a version is AVAILABLE if at least one server has it. Its requests go to the servers that have
+    it. The default version is the one that most servers have; of several such versions, the newest.
 
     Args:
         address: the servers' gRPC addresses, "host:port[,host:port...]". A name stands for all its addresses.

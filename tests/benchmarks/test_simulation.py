@@ -1,4 +1,4 @@
-"""The simulation against queueing theory, and what has to hold whatever the service times are."""
+"""The simulation against queueing theory, and what has to hold for any service times."""
 
 from __future__ import annotations
 
