@@ -203,4 +203,7 @@ def evaluation_batches(
         rows = parts.rows(size).map(lambda part: tf.cast(start, tf.int32) + part)
         return rows.map(lambda own: (read_images(tf.minimum(own, count - 1)), tf.gather(labels, own)))
 
-    return tf.data.Dataset.range(0, len(labels), batch_size).flat_map(take).prefetch(2)
+    starts = tf.data.Dataset.range(0, len(labels), batch_size)
+    # With a known number of batches, Keras does not warn at their end that data are missing.
+    counted = tf.data.experimental.assert_cardinality(len(starts) * len(parts.own))
+    return starts.flat_map(take).apply(counted).prefetch(2)

@@ -5,6 +5,7 @@ import pytest
 
 from training.data import Split
 from training.data.input_pipeline import (
+    Parts,
     evaluation_batches,
     split_validation,
     steps_per_epoch,
@@ -85,6 +86,12 @@ def test_evaluation_batches_contain_everything_once_in_order():
     batches = numbers(evaluation_batches(numbered_images(50), batch_size=16))
     assert [len(batch) for batch in batches] == [16, 16, 16, 2]
     assert list(itertools.chain(*batches)) == list(range(50))
+
+
+@pytest.mark.parametrize("parts", [Parts(), Parts(4, range(1, 3))])
+def test_the_number_of_evaluation_batches_is_known(parts):
+    batches = evaluation_batches(numbered_images(50), batch_size=16, parts=parts)
+    assert len(batches) == len(list(batches)) == 4 * len(parts.own)
 
 
 def corner_images(count, size=20):
