@@ -225,14 +225,20 @@ def holds(server: Server, client: Client) -> bool:
     return client.socket.getsockname()[1] in held_ports(server)
 
 
-def held_ports(server: Server) -> set[int]:
-    """Client ports of the server's open connections; a socket that the process has closed has no inode."""
-    ports = set()
+def send_queues(server: Server) -> dict[int, int]:
+    """Bytes that the client has not received, by its port, of the server's open connections."""
+    queues = {}
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
+        # A socket that the process has closed has no inode.
         if int(fields[1].split(":")[1], 16) == server.port and fields[9] != "0" and fields[3] != "0A":
-            ports.add(int(fields[2].split(":")[1], 16))
-    return ports
+            queues[int(fields[2].split(":")[1], 16)] = int(fields[4].split(":")[0], 16)
+    return queues
+
+
+def held_ports(server: Server) -> set[int]:
+    """Client ports of the server's open connections."""
+    return set(send_queues(server))
 
 
 def wait_until(condition: Callable[[], bool], what: str, within_s: float = 10) -> None:
