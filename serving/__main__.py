@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from serving.errors import StartupError
 from serving.log_format import LOG_FORMATS
-from serving.process import configure_logging, exit_process, open_standard_streams
+from serving.process import configure_logging, end_at_early_sigterm, exit_process, open_standard_streams
 from serving.process_memory import keep_freed_memory
 from serving.server import serve_settings
 from serving.settings import LOG_LEVELS, Settings
@@ -186,6 +186,7 @@ def main(context: click.Context, /, **options: Any) -> None:
 
     Every option can also be set in the environment: --rest-port as SERVING_REST_PORT, and so on.
     """
+    end_at_early_sigterm()
     open_standard_streams()
     keep_freed_memory()
     try:

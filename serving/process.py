@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 from typing import NoReturn
@@ -39,6 +40,12 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: this one
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
     logging.raiseExceptions = False
+
+
+def end_at_early_sigterm() -> None:
+    """As the first process of a container, end at SIGTERM until the server handles it: the kernel would ignore it."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
 
 def configure_logging(level: str, *, log_format: str, log_requests: bool, worker: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -264,6 +266,27 @@ def test_a_signal_to_the_whole_group_while_loading_ends_it_well(
     server.wait_for("/healthz")
     os.killpg(server.process.pid, number)  # as a terminal does with Ctrl-C
     assert server.process.wait(timeout=60) == 0
+
+
+NAMESPACE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+
+
+def can_make_a_namespace() -> bool:
+    return bool(shutil.which(NAMESPACE[0])) and subprocess.run([*NAMESPACE, "true"], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_make_a_namespace(), reason="processes cannot have a namespace of their own here")
+def test_the_first_process_of_a_container_ends_at_sigterm_while_it_starts(models_dir: Path) -> None:
+    ports = (f"--rest-port={free_ports(1)[0]}", "--grpc-port=0")
+    command = [*NAMESPACE, sys.executable, "-m", "serving", "--models-dir", str(models_dir), *ports]
+    with subprocess.Popen(command, cwd=PROJECT) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while process.poll() is None:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                for child in children.read_text().split():
+                    os.kill(int(child), signal.SIGTERM)
+            time.sleep(0.05)
+    assert process.returncode == 128 + signal.SIGTERM  # 0 if only the server stopped it, later
 
 
 def test_one_bad_model_leaves_the_rest_serving_and_broken_bytes_do_no_harm(
