@@ -39,10 +39,10 @@ def choose_worker_count(settings: Settings) -> int:
     if settings.workers > fitting:
         raise StartupError(
             f"--workers {settings.workers} needs about "
-            f"{_mib(settings.workers * worker_bytes + SUPERVISOR_BYTES)}: {_mib(worker_bytes)} for each "
-            f"({_mib(WORKER_BYTES)} for the process, {_mib(MIN_MEMORY_BUDGET)} for requests, and {COPIES} times the "
-            f"model files) and {_mib(SUPERVISOR_BYTES)} for the supervisor; the container or machine has "
-            f"{_mib(limit_bytes)}, enough for --workers {fitting}"
+            f"{format_mib(settings.workers * worker_bytes + SUPERVISOR_BYTES)}: {format_mib(worker_bytes)} for each "
+            f"({format_mib(WORKER_BYTES)} for the process, {format_mib(MIN_MEMORY_BUDGET)} for requests, and "
+            f"{COPIES} times the model files) and {format_mib(SUPERVISOR_BYTES)} for the supervisor; the container or "
+            f"machine has {format_mib(limit_bytes)}, enough for --workers {fitting}"
         )
     return settings.workers
 
@@ -99,7 +99,8 @@ def _list_models(settings: Settings) -> list[ModelConfig]:
     return []
 
 
-def _mib(size_bytes: int) -> str:
+def format_mib(size_bytes: int) -> str:
+    """Return a size as the messages on memory have it, such as 1,024 MiB."""
     return f"{size_bytes / MIB:,.0f} MiB"
 
 

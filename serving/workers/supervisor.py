@@ -31,7 +31,7 @@ from serving.process import exit_process
 from serving.process_memory import memory_limit_bytes, resident_bytes
 from serving.server import log_start, open_port
 from serving.settings import Settings
-from serving.workers.capacity import divide_settings, measure_worker
+from serving.workers.capacity import divide_settings, format_mib, measure_worker
 from serving.workers.channel import Channel, ChannelClosed
 from serving.workers.leader import JoinFailed, LeadingRepository, Members
 from serving.workers.messages import (
@@ -268,10 +268,10 @@ class Supervisor:
         used_bytes = resident_bytes() + sum(resident_bytes(worker.process.pid) for worker in self._workers)
         if (free_bytes := memory_limit_bytes() - used_bytes) < needed_bytes:
             logger.error(
-                "the workers are not replaced: a new one starts before an old one ends, and needs about %s MB; only "
-                "%s MB are free; restart the service instead",
-                f"{needed_bytes / 1e6:,.0f}",
-                f"{free_bytes / 1e6:,.0f}",
+                "the workers are not replaced: a new one starts before an old one ends, and needs about %s; only %s "
+                "are free; restart the service instead",
+                format_mib(needed_bytes),
+                format_mib(free_bytes),
             )
             return
         logger.info("replacing all workers, one by one")
