@@ -19,6 +19,7 @@ from training.api import train
 from training.config import TrainingConfig
 from training.data import Dataset, Split
 from training.data.input_pipeline import LoopData, evaluation_batches, training_batches
+from training.data.streamed_images import ImageSource, StreamedImages
 from training.errors import WeightsError
 from training.exporter.publish import export_run
 from training.loops import TRAIN_FUNCTIONS
@@ -214,6 +215,19 @@ def test_features_are_read_again_and_only_what_is_missing_is_computed(result, da
     changed[0] = 255 - changed[0]
     assert (compute(changed)[0] != first[0]).any()
     assert caplog.messages[2:] == ["computing the features of 20 images with MobileNetV3Small"]
+
+
+def test_features_of_streamed_images_are_those_of_the_images_in_memory(result, dataset, tmp_path, caplog):
+    images = dataset.train.images[:50]
+    streamed = StreamedImages(ImageSource(images.shape[1:3], images.__getitem__), np.arange(50))
+    model = result.best.model
+    caplog.set_level(logging.INFO)
+    features = compute_features(model, streamed, cache=tmp_path / "features", batch_size=8)
+    again = compute_features(model, images, cache=tmp_path / "features", batch_size=8)
+    np.testing.assert_array_equal(again, features)
+    assert len(caplog.messages) == 1, "the second time, they are read from the same files"
+    fresh = compute_features(model, images, cache=tmp_path / "fresh", batch_size=8)
+    np.testing.assert_array_equal(features, fresh)
 
 
 def test_weights_of_keras_2_are_loaded_from_keras_s_cache(backbone, network, tmp_path, monkeypatch):
