@@ -117,13 +117,19 @@ def _predict_rows(predictor: Predictor, source: Source, parts: Parts, *, batch_s
     part_rows = max(batch_size, min(MAX_ROW_GROUP, PART_VALUES // len(predictor.classifier.class_names)))
     part: list[pyarrow.RecordBatch] = []
     written_s = time.monotonic()
-    with ImageProgress(total=source.count, done=parts.done) as progress:
+    # Another thread writes: meanwhile the threads that predict would run out of batches.
+    with ImageProgress(total=source.count, done=parts.done) as progress, ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
         for batch in _map_batches(predictor, source, parts.done, batch_size=batch_size, jobs=jobs):
             part.append(batch)
             progress.update(len(batch))
             if sum(map(len, part)) >= part_rows or time.monotonic() - written_s >= PART_S:
-                parts.write(part)
+                if writing:
+                    writing.result()  # one part waits at most
+                writing = writer.submit(parts.write, part)
                 part, written_s = [], time.monotonic()
+        if writing:
+            writing.result()
         if part:
             parts.write(part)
     if parts.done != source.count:
