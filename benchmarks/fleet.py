@@ -56,8 +56,8 @@ def main() -> None:
 @main.command()
 @_file
 @click.option("--form", type=click.Choice(FORMS), default="json", help="What the requests of the load levels hold.")
-@click.option("--rounds", type=click.IntRange(2), default=4, help="Alternating.")
-@click.option("--seconds", type=click.IntRange(1), default=4, help="Of each load level in each round.")
+@click.option("--rounds", type=click.IntRange(2), default=9, help="Alternating.")
+@click.option("--seconds", type=click.IntRange(1), default=3, help="Of each load level in each round.")
 def measure(path: Path, form: str, rounds: int, seconds: int) -> None:
     """Measure the service on one core with an open-loop load from another (needs wrk, and a quiet machine)."""
     measured = measure_worker(form, rounds=rounds, seconds=seconds)

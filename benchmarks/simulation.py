@@ -36,7 +36,8 @@ class ServiceTimes:
 
     request_s: float  # of the event loop, for a request, without the model
     call_s: float  # for a model call, beside the model: the threads hand over, the batch is put together
-    wake_s: float = 0.0  # for the event loop to wake up, when it had nothing to do
+    wake_s: float = 0.0  # for the core to begin again after it was idle for long: it slept, and its caches are cold
+    cooling_s: float = 0.0  # of idle time, after which it takes 63 % of that
     rows: Sequence[int] = (1,)  # ascending batch sizes, and the time of the model's call with each
     model_s: Sequence[float] = (0.0,)
     model_ratios: Sequence[float] = (1.0,)  # of single calls to these times; drawn at random
@@ -64,12 +65,18 @@ class Request:
 
 
 class Core:
-    """One core, which its threads share equally (processor sharing). `halt` takes it from all of them."""
+    """One core, which its threads share equally (processor sharing). `halt` takes it from all of them.
 
-    def __init__(self, env: simpy.Environment) -> None:
-        self._env = env
+    Args:
+        env: the simulation.
+        wake_s: that the first computation takes longer after a long idle time.
+        cooling_s: see `ServiceTimes`.
+    """
+
+    def __init__(self, env: simpy.Environment, wake_s: float = 0.0, cooling_s: float = 0.0) -> None:
+        self._env, self._wake_s, self._cooling_s = env, wake_s, cooling_s
         self._left_s: dict[simpy.Event, float] = {}  # of each running computation
-        self._updated_s = 0.0
+        self._updated_s = self._idle_since_s = 0.0
         self._halts = 0
         self._timer: simpy.Event | None = None
         self.busy_s = 0.0
@@ -77,6 +84,8 @@ class Core:
     def run(self, work_s: float) -> simpy.Event:
         """Start a computation that takes so long alone; returns the event of its end."""
         self._update()
+        if self._wake_s and not self._left_s and self._env.now > self._idle_since_s:
+            work_s += self._wake_s * -math.expm1((self._idle_since_s - self._env.now) / self._cooling_s)
         ended = self._env.event()
         self._left_s[ended] = work_s
         self._set_timer()
@@ -114,6 +123,7 @@ class Core:
         self._update()
         ended = min(self._left_s, key=self._left_s.__getitem__)
         del self._left_s[ended]
+        self._idle_since_s = self._env.now
         ended.succeed()
         self._set_timer()
 
@@ -139,7 +149,7 @@ class Worker:
     ) -> None:
         self._env, self._times, self._on_end = env, times, on_end
         self._settings = settings or Settings()
-        self.core = Core(env)
+        self.core = Core(env, times.wake_s, times.cooling_s)
         self.calls = 0
         self.unfinished: set[Request] = set()
         self.accepts = True
@@ -205,8 +215,6 @@ class Worker:
             if not self._ready and not self._arrived:
                 self._wake = self._env.event()
                 yield self._wake
-                if self._times.wake_s:
-                    yield self.core.run(self._times.wake_s)
             for _ in range(len(self._ready)):
                 yield from self._ready.popleft()()
             if self._arrived:

@@ -13,11 +13,11 @@ import numpy as np
 
 from benchmarks.open_loop import draw_poisson
 from benchmarks.simulation import Outcome, ServiceTimes, simulate_worker
-from benchmarks.worker_measurement import Level, Measurement
+from benchmarks.worker_measurement import Level, Measurement, summarize
 
 BAR = 0.15  # on the error of mean, p50 and p99
 # What is fitted, in logarithms: the rest is measured directly. The stalls, too, but on a core without load.
-FREE = ("request_s", "call_s", "wake_s", "request_sigma", "offset_s", "stalls_per_s")
+FREE = ("request_s", "call_s", "wake_s", "cooling_s", "request_sigma", "offset_s", "stalls_per_s")
 FITTED_REQUESTS = 4_000  # at least so many of each level are simulated for a fit, if there are
 MAX_STEPS = 10
 DIFFERENCE = 0.1  # for the derivatives
@@ -50,11 +50,10 @@ class Prediction:
 def predict(times: ServiceTimes, level: Level) -> Prediction:
     """Simulate every round of a level, with the same requests due at the same times."""
     outcomes = [_simulate_round(times, level, seed) for seed in level.seeds]
-    latencies_s = np.concatenate([outcome.latencies_s for outcome in outcomes])
-    p50_s, p99_s = np.percentile(latencies_s, [50, 99])
+    mean_s, p50_s, p99_s = summarize([outcome.latencies_s for outcome in outcomes])
     cpu_s = float(np.mean([outcome.busy_share for outcome in outcomes])) / level.requests_per_s
     rows = float(np.mean([outcome.rows_per_call for outcome in outcomes]))
-    return Prediction(level, float(latencies_s.mean()), float(p50_s), float(p99_s), cpu_s, rows)
+    return Prediction(level, mean_s, p50_s, p99_s, cpu_s, rows)
 
 
 def _simulate_round(times: ServiceTimes, level: Level, seed: int) -> Outcome:
@@ -116,7 +115,8 @@ def estimate(measurement: Measurement) -> ServiceTimes:
         model_s=measurement.model_s,
         model_ratios=measurement.model_ratios,
         request_sigma=0.3,
-        wake_s=LEAST_S,
+        wake_s=3e-4,
+        cooling_s=2e-3,
         offset_s=1e-4,
         stalls_per_s=max(0.1, measurement.stalls_per_s),
         stall_s=measurement.stall_s,

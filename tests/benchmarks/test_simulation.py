@@ -16,7 +16,13 @@ SERVICE_S = 1e-3
 REQUESTS = 25_000
 ONE_BY_ONE = Settings(max_batch_size=1, max_queue_size=1_000_000)
 TIMES = ServiceTimes(
-    request_s=300e-6, call_s=100e-6, wake_s=20e-6, rows=(1, 8, 64), model_s=(0.4e-3, 1.1e-3, 6e-3), request_sigma=0.3
+    request_s=300e-6,
+    call_s=100e-6,
+    wake_s=20e-6,
+    cooling_s=1e-3,
+    rows=(1, 8, 64),
+    model_s=(0.4e-3, 1.1e-3, 6e-3),
+    request_sigma=0.3,
 )
 
 
@@ -60,6 +66,22 @@ def test_a_core_is_shared_equally() -> None:
         env.process(compute(each))
     env.run()
     assert np.mean(taken_s) == pytest.approx(SERVICE_S / 0.4, rel=0.06)
+
+
+def test_the_first_computation_after_an_idle_time_takes_longer() -> None:
+    env = simpy.Environment()
+    core, ends_s = Core(env, wake_s=1.0, cooling_s=2.0), []
+
+    def compute():
+        for idle_s in (0.0, 2.0, 1e9):
+            yield env.timeout(idle_s)
+            started_s = env.now
+            yield core.run(3.0)
+            ends_s.append(env.now - started_s)
+
+    env.process(compute())
+    env.run()
+    assert ends_s == pytest.approx([3.0, 3.0 + 1 - math.exp(-1), 4.0])
 
 
 def test_a_halted_core_computes_nothing() -> None:
