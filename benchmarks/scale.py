@@ -159,6 +159,10 @@ def _run_rounds(
             measured = run(targets[setting], connections=connections, seconds=seconds, threads=threads)
             if measured.errors:
                 raise click.ClickException(f"{form}, {setting}: {measured.errors} requests failed")
+            if not measured.requests:
+                raise click.ClickException(
+                    f"{form}, {setting}: no request was finished in {seconds:g} s; raise --seconds"
+                )
             results[setting].append(measured)
     return results
 
