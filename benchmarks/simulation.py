@@ -37,7 +37,7 @@ class ServiceTimes:
     request_s: float  # of the event loop, for a request, without the model
     call_s: float  # for a model call, beside the model: the threads hand over, the batch is put together
     wake_s: float = 0.0  # for the core to begin again after it was idle for long: it slept, and its caches are cold
-    cooling_s: float = 0.0  # of idle time, after which it takes 63 % of that
+    cooling_s: float = 1e-3  # of idle time, after which it takes 63 % of that
     rows: Sequence[int] = (1,)  # ascending batch sizes, and the time of the model's call with each
     model_s: Sequence[float] = (0.0,)
     model_ratios: Sequence[float] = (1.0,)  # of single calls to these times; drawn at random
@@ -73,7 +73,7 @@ class Core:
         cooling_s: see `ServiceTimes`.
     """
 
-    def __init__(self, env: simpy.Environment, wake_s: float = 0.0, cooling_s: float = 0.0) -> None:
+    def __init__(self, env: simpy.Environment, wake_s: float = 0.0, cooling_s: float = 1e-3) -> None:
         self._env, self._wake_s, self._cooling_s = env, wake_s, cooling_s
         self._left_s: dict[simpy.Event, float] = {}  # of each running computation
         self._updated_s = self._idle_since_s = 0.0
