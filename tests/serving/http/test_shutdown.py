@@ -115,7 +115,7 @@ def test_a_second_signal_exits_immediately(gated: Callable[..., Gated], number: 
         time.sleep(0.5)
         assert model.server.process.poll() is None, "the server must wait for in-flight requests"
         model.server.process.send_signal(number)
-        model.server.process.wait(timeout=1)
+        model.server.process.wait(timeout=20)  # not the 60 s of the drain timeout
     assert "Traceback" not in model.server.log, model.server.log
 
 
