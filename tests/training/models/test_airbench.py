@@ -81,7 +81,7 @@ def test_cropped_pixels_do_not_influence_the_output(size):
     model = build_model("airbench", (size, size, 3), classes=10)
     images = random_images(count=2, shape=(size, size, 3))
     whole = model.block1(model.whitening(images))
-    np.testing.assert_allclose(model.block1(model.whitening(images[:, :31, :31])), whole, atol=1e-5)
+    np.testing.assert_allclose(model.block1(model.whitening(images[:, :31, :31])), whole, atol=1e-4)
     assert whole.shape == (2, 14, 14, PRESETS["quick"].blocks[0].filters)
 
 
