@@ -284,9 +284,11 @@ def test_the_first_process_of_a_container_ends_at_sigterm_while_it_starts(models
         while process.poll() is None:
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 for child in children.read_text().split():
-                    os.kill(int(child), signal.SIGTERM)
+                    if "serving" in Path(f"/proc/{child}/cmdline").read_text():
+                        os.kill(int(child), signal.SIGTERM)
             time.sleep(0.05)
-    assert process.returncode == 128 + signal.SIGTERM  # 0 if only the server stopped it, later
+    # 0 if only the server stopped it, later. `unshare` ends as its child did.
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 def test_one_bad_model_leaves_the_rest_serving_and_broken_bytes_do_no_harm(
