@@ -485,7 +485,12 @@ def test_the_process_serves_a_valid_model_beside_every_faulty_one(
     assert (reply["model"]["version"], reply["predictions"][0]["label"]) == (11, "blue")
     for page in PAGES:
         assert httpx.get(server.url + page).status_code == 200, page
-    shown = {model["name"]: model["error"] for model in httpx.get(server.url + "/readyz").json()["models"]}
+
+    def read_errors() -> dict[str, Any]:
+        return {model["name"]: model["error"] for model in httpx.get(server.url + "/readyz").json()["models"]}
+
+    server.wait_until(lambda: all(map(read_errors().get, names)))  # the first ones may still be loaded
+    shown = read_errors()
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         stub = model_service_pb2_grpc.ModelServiceStub(channel)
         for name in names:
