@@ -22,7 +22,8 @@ HARDENED = (
     *("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges:true"),
     *("--pids-limit", "512", "--tmpfs", "/tmp:size=64m"),
 )
-MOUNT_POINTS = ("/models",)
+# Of the volume, and of the process that `init: true` starts first.
+MOUNT_POINTS = ("/models", "/sbin/docker-init", "/usr/sbin/docker-init")
 STARTED_WITHIN_S = 300.0
 # A connection that the container did not accept; any other error is a request that failed.
 NOT_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout)

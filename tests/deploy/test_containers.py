@@ -130,7 +130,8 @@ def test_nothing_is_written_outside_of_tmpfs(container: HardenedContainer) -> No
 
 
 def test_stop_during_the_start_ends_the_container(models: Path) -> None:
-    container = Container(docker("run", "--detach", "--volume", f"{models}:/models:ro", IMAGE))
+    """With a first process that passes signals on: the kernel ignores them for process 1 until it handles them."""
+    container = Container(docker("run", "--detach", "--init", "--volume", f"{models}:/models:ro", IMAGE))
     try:
         docker("stop", "--time", "120", container.name)
         assert container.state["ExitCode"] in (0, 128 + signal.SIGTERM)
