@@ -272,7 +272,8 @@ NAMESPACE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-
 
 
 def can_make_a_namespace() -> bool:
-    return bool(shutil.which(NAMESPACE[0])) and subprocess.run([*NAMESPACE, "true"], check=False).returncode == 0
+    command = [*NAMESPACE, "true"]
+    return bool(shutil.which(NAMESPACE[0])) and not subprocess.run(command, capture_output=True, check=False).returncode
 
 
 @pytest.mark.skipif(not can_make_a_namespace(), reason="processes cannot have a namespace of their own here")
