@@ -15,7 +15,8 @@ from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_p
 PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
 MAX_RESPONSE_BYTES = 1024 * 1024 * 1024
 
-# Predict is idempotent: a model call changes nothing, so a request may be sent again wherever it was lost. gRPC ends
+# Predict is idempotent: a model call changes nothing, so a request may be sent again wherever it was lost. Servers of
+# gRPC cancel calls that arrive at the moment when they stop; a call that this process cancels is not retried. gRPC ends
 # the retries at the deadline of the call. A backoff of milliseconds would lose calls: gRPC 1.85 forgets a retry whose
 # timer ends too early (grpc/grpc#41036).
 RETRY_POLICY = {
@@ -23,9 +24,9 @@ RETRY_POLICY = {
     "initialBackoff": "0.1s",
     "maxBackoff": "1s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
-# Each UNAVAILABLE attempt takes a token and each success gives a tenth of one back; below half of the tokens nothing is
+# Each of these attempts takes a token and each success gives a tenth of one back; below half of the tokens nothing is
 # retried. 500 requests in flight can lose their backend at once, and an overloaded backend gets a tenth more calls.
 RETRY_THROTTLING = {"maxTokens": 1000, "tokenRatio": 0.1}
 

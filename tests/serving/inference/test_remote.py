@@ -167,9 +167,9 @@ def test_grpc_codes_are_mapped_to_http_statuses_without_retries(
     assert len(scripted.codes) == 1
 
 
-def test_only_unavailable_is_retried(send: Callable[..., Scripted]) -> None:
-    unavailable = grpc.StatusCode.UNAVAILABLE
-    scripted = Scripted(unavailable, unavailable, grpc.StatusCode.INTERNAL, unavailable)
+def test_only_lost_calls_are_retried(send: Callable[..., Scripted]) -> None:
+    unavailable, cancelled = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED  # by a server that stops
+    scripted = Scripted(unavailable, cancelled, grpc.StatusCode.INTERNAL, unavailable)
     with pytest.raises(ModelFailed, match="as scripted") as raised:
         send(scripted)
     assert (raised.value.status, scripted.codes) == (500, [unavailable])
