@@ -44,8 +44,9 @@ class HealthService:
         self._is_serving = is_serving
         self._receiver = receiver
         self._budget = budget
-        self._is_draining = False
+        self._is_draining = self._is_ended = False
         self._watches = 0
+        self._reported = int(_States.UNKNOWN)
         self._changed = asyncio.Event()  # set at a change, and replaced
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
 
@@ -64,24 +65,40 @@ class HealthService:
         """
         return grpc.stream_stream_rpc_method_handler(self._watch)
 
-    def drain(self) -> None:
-        """Report NOT_SERVING from now on, and end the watches: the server waits for calls in progress."""
+    async def drain(self, leave_s: float) -> None:
+        """Report NOT_SERVING from now on, and end the watches: the server waits for calls in progress.
+
+        Clients that watch get `leave_s` to send their next calls elsewhere. gRPC cancels those that arrive while the
+        server stops.
+        """
         self._is_draining = True
         self._ticker.cancel()
-        self._changed.set()
+        if self._watches:
+            self._update()
+            await asyncio.sleep(leave_s)
+        self._is_ended = True
+        self._notify()
 
     def _status(self) -> int:
         serves = not self._is_draining and self._is_serving()
         return int(_States.SERVING if serves else _States.NOT_SERVING)
 
-    async def _tick(self) -> None:
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _update(self) -> int:
+        """Compute the status, and let all watches report it if it differs from what any of them has reported last."""
         status = self._status()
+        if status != self._reported:
+            self._reported = status
+            self._notify()
+        return status
+
+    async def _tick(self) -> None:
         while True:
+            self._update()
             await asyncio.sleep(WATCH_INTERVAL_S)
-            if self._status() != status:
-                status = self._status()
-                self._changed.set()
-                self._changed = asyncio.Event()
 
     async def _watch(self, _: Any, call: Any) -> AsyncIterator[bytes]:
         if self._watches >= MAX_WATCHES:
@@ -91,12 +108,12 @@ class HealthService:
             is_known = await self._receive_service(call) in self._services
             last = None
             while True:
+                status = self._update() if is_known else int(_States.SERVICE_UNKNOWN)
                 changed = self._changed
-                status = self._status() if is_known else int(_States.SERVICE_UNKNOWN)
                 if status != last:
                     yield _States(status=status).SerializeToString()
                     last = status
-                if self._is_draining:
+                if self._is_ended:
                     return
                 await changed.wait()
         finally:

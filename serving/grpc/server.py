@@ -54,6 +54,9 @@ MIN_PING_INTERVAL_MS = 5_000
 AGE_OPTIONS = ("grpc.max_connection_age_ms", "grpc.max_connection_age_grace_ms")
 OLDEST_CALL_S = 3_600
 
+# How long clients that watch the health have to send their next calls elsewhere, before the server stops.
+LEAVE_S = 1.0
+
 _LONG_METHODS = ("HandleReloadConfigRequest", *LONG_METHODS)  # they block for long: they load models
 
 # TensorFlow Serving's health service uses the short names.
@@ -130,7 +133,7 @@ class GrpcServer:
         asyncio.run_coroutine_threadsafe(self._stop(grace_s), self._loop).result()
 
     async def _stop(self, grace_s: float) -> None:
-        self._health.drain()
+        await self._health.drain(min(LEAVE_S, grace_s))
         await self._server.stop(grace_s)
 
     def _sharing_options(self) -> list[tuple[str, int]]:

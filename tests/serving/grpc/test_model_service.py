@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -167,5 +168,8 @@ def test_health_follows_the_models_until_the_server_stops(own: tuple[Server, Any
     assert next(watch).status == states.NOT_SERVING
     (models_dir.parent / "away").rename(models_dir / "colours")
     assert next(watch).status == states.SERVING
-    assert server.stop() == 0
-    assert [response.status for response in watch] == [states.NOT_SERVING]  # ended by the server, not cancelled
+    server.process.send_signal(signal.SIGTERM)
+    assert next(watch).status == states.NOT_SERVING
+    assert status_of(stubs, "colours")[0][1] == "AVAILABLE"  # a call sent before this client could go elsewhere
+    assert list(watch) == []  # ended by the server, not cancelled
+    assert server.process.wait(timeout=60) == 0
