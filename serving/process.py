@@ -6,6 +6,7 @@ Only the command line and `serve` apply them; importing a module changes nothing
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -26,6 +27,8 @@ STDOUT, STDERR = 1, 2  # file descriptors
 # How long a thread may hold the interpreter's lock while another waits for it. With Python's 5 ms, a model's thread
 # would wait for the event loop longer than a call of a small model takes.
 SWITCH_INTERVAL_S = 1e-4
+
+_importing = threading.Lock()  # two threads must not import TensorFlow at the same time
 
 
 def open_standard_streams() -> None:
@@ -87,6 +90,26 @@ def configure_tensorflow() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Convolutions by oneDNN, which TensorFlow itself chooses only on CPUs with AVX-512 VNNI: a third faster on others.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+
+def import_tensorflow() -> None:
+    """Import TensorFlow without Keras, and without garbage collections: in about half the time, with 50 MB less.
+
+    TensorFlow imports Keras, and with it Matplotlib, to register Keras' optimizers, which serving never needs. A later
+    `import keras` works as usual; one in another thread at this moment would fail, so libraries do not call this.
+    """
+    configure_tensorflow()
+    with _importing:
+        hides_keras = "keras" not in sys.modules
+        if hides_keras:
+            sys.modules["keras"] = None  # type: ignore[assignment]  # how Python marks a module that cannot be imported
+        gc.disable()  # each collection would go through all that is imported, which stays
+        try:
+            import tensorflow  # noqa: F401
+        finally:
+            gc.enable()
+            if hides_keras:
+                del sys.modules["keras"]
 
 
 def exit_process(code: int) -> NoReturn:

@@ -21,7 +21,7 @@ from serving.http.protocol import SharedState
 from serving.http.server import Balance, listen
 from serving.http.server import Server as HttpServer
 from serving.memory import TRIM_BYTES, MemoryBudget
-from serving.process import SWITCH_INTERVAL_S, configure_metrics, exit_process
+from serving.process import SWITCH_INTERVAL_S, configure_metrics, exit_process, import_tensorflow
 from serving.process_memory import keep_freed_memory, return_freed_memory
 from serving.request_log import RequestLog
 from serving.settings import Settings, name_models
@@ -75,6 +75,8 @@ def serve_settings(settings: Settings) -> None:
     listener = open_port(settings.host, settings.rest_port, flag="--rest-port")
     if settings.grpc_port:
         open_port(settings.host, settings.grpc_port, flag="--grpc-port").close()  # gRPC opens its own
+    if settings.remote:
+        import_tensorflow()  # its messages are in TensorFlow's package
     with RequestLog() as log:
         app = make_app(settings, log=log.add)
         log_start(settings, listener.getsockname()[1], app.inference.repository.all_names())
@@ -158,7 +160,7 @@ class ServerRun:
         # HTTP responds before the models are loaded: alive, and not ready. gRPC does as soon as TensorFlow is imported.
         if self._certificates:
             self._certificates.watch()
-        app.watcher.start(before_load=self.start_grpc, on_error=give_up)
+        app.watcher.start(before_load=self.before_load, on_error=give_up)
         threading.Thread(target=watch_memory, args=(app.memory,), name="memory", daemon=True).start()
         http_server = HttpServer(
             lambda: SharedState(
@@ -189,7 +191,12 @@ class ServerRun:
         """Record how late the event loop is; called ten times a second, by the event loop."""
         self._app.metrics.process.observe_loop_lag(seconds)
 
-    def start_grpc(self) -> None:
+    def before_load(self) -> None:
+        """Import TensorFlow and start the gRPC server, before the first model is loaded."""
+        import_tensorflow()
+        self._start_grpc()
+
+    def _start_grpc(self) -> None:
         """Start the gRPC server; it shuts down when the HTTP server begins to. Raises StartupError for the port."""
         app, settings = self._app, self._settings
         if not settings.grpc_port:

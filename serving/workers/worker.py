@@ -26,7 +26,7 @@ from serving.inference.repository import ModelRepository, ModelVersion
 from serving.inference.statistics import Statistics
 from serving.metrics.models import find_known
 from serving.metrics.snapshot import Snapshot
-from serving.process import configure_logging, configure_tensorflow, exit_process
+from serving.process import configure_logging, exit_process, import_tensorflow
 from serving.process_memory import keep_freed_memory
 from serving.request_log import RequestLog
 from serving.server import ServerRun, read_certificates
@@ -78,7 +78,6 @@ class Worker:
         self._channel = Channel(connection, self._handle, on_close=lambda: exit_process(1))
         self._is_connected = False
         self._may_accept = threading.Event()
-        self._tensorflow_lock = threading.Lock()  # two threads must not import it at the same time
         # One thread, so that versions change in the order of the messages.
         self._models = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._tasks = ThreadPoolExecutor(2, thread_name_prefix="supervisor", initializer=lower_priority)
@@ -87,6 +86,8 @@ class Worker:
     def run(self) -> None:
         """Serve until the supervisor or a signal ends it."""
         settings = self._setup.settings
+        if settings.remote:
+            import_tensorflow()  # its messages are in TensorFlow's package
         log = RequestLog()
         self._app = app = make_app(settings, follow=self._follow, processes=self._setup.count, log=log.add)
         certificates = read_certificates(settings)
@@ -97,7 +98,6 @@ class Worker:
             self._listener,
             certificates,
             channel=self._channel,
-            tensorflow_lock=self._tensorflow_lock,
             balance=self._table.entry(self._setup.index),
             shared_age_s=self._setup.connection_age_s,
         )
@@ -140,8 +140,7 @@ class Worker:
     def _change_models(self, repository: FollowingRepository, message: Any) -> Any:
         match message:
             case Load():
-                with self._tensorflow_lock:
-                    import tensorflow  # noqa: F401
+                import_tensorflow()
                 return repository.load_version(message)
             case WarmUpAgain():
                 return repository.warm_up(message)
@@ -198,10 +197,9 @@ class Worker:
 class _WorkerRun(ServerRun):
     """The run of a worker's server, which tells the supervisor that it works."""
 
-    def __init__(self, *arguments: Any, channel: Channel, tensorflow_lock: threading.Lock, **options: Any) -> None:
+    def __init__(self, *arguments: Any, channel: Channel, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._channel = channel
-        self._tensorflow_lock = tensorflow_lock
         self._beat_s = 0.0
 
     @override
@@ -213,9 +211,8 @@ class _WorkerRun(ServerRun):
             self._channel.post(Beat(self._app.liveness.problem))
 
     @override
-    def start_grpc(self) -> None:
-        with self._tensorflow_lock:
-            super().start_grpc()
+    def before_load(self) -> None:
+        super().before_load()
         self._channel.post(Serving())
 
 
@@ -246,7 +243,6 @@ def main() -> None:
     configure_logging(
         settings.log_level, log_format=settings.log_format, log_requests=settings.access_log, worker=setup.number
     )
-    configure_tensorflow()
     worker = Worker(connection, setup, socket.socket(fileno=listener), ConnectionTable(size, table))
     try:
         worker.run()
