@@ -1,4 +1,7 @@
-"""Half a minute of `make bench-soak`: every attack at least once, under the memory limit of the Kubernetes manifest."""
+"""Half a minute of `make bench-soak`: every attack at least once, under the memory limit of the Kubernetes manifest.
+
+Latency is for `make bench-soak` on a quiet machine; its bar here only catches clients that hang.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def test_half_a_minute_of_hostile_and_normal_traffic(tmp_path: Path) -> None:
         "--slice-seconds",
         "1",
         "--max-p99-s",
-        "3",
+        "60",
         "--log",
         str(tmp_path / "log"),
     ]
