@@ -190,10 +190,7 @@ def test_an_export_of_a_run_that_another_process_is_training_disturbs_nothing(ru
             assert call("export", run, "--models-dir", tmp_path / "models", "--name", "pets") == 0
             epochs = len((run / "history.csv").read_text().splitlines()) - 1
             assert any(line.startswith(f"epoch {epochs + 1:>4}/9999") for line in training.stderr)
-            training.terminate()
-            assert "keeps its best checkpoint" in training.communicate(timeout=60)[1]
-            assert training.returncode == 130
-        finally:
+        finally:  # interrupts: test_trainer.py
             training.kill()
     assert call("evaluate", run) == 0
     info = json.loads((tmp_path / "models" / "pets" / "1" / "assets.extra" / "model.json").read_text())
