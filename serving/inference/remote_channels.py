@@ -26,8 +26,9 @@ RETRY_POLICY = {
     "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
-# Each of these attempts takes a token and each success gives a tenth of one back; below half of the tokens nothing is
-# retried. 500 requests in flight can lose their backend at once, and an overloaded backend gets a tenth more calls.
+# Each attempt with such a code takes a token and each success gives a tenth of one back; below half of the tokens
+# nothing is retried. 500 requests in flight can lose their backend at once, and an overloaded backend gets a tenth more
+# calls.
 RETRY_THROTTLING = {"maxTokens": 1000, "tokenRatio": 0.1}
 
 # A backend of which almost every call fails is left out for a time, at most half of the backends. Errors that a client
