@@ -15,6 +15,7 @@ from training.checkpoints import Checkpoints, TrainingState, read_best_state
 from training.config import TrainingConfig
 from training.errors import RunError
 from training.history import EpochResult
+from training.interrupts import DeferredInterrupts
 from training.optimizers.schedules import PlateauSchedule
 from training.progress import ProgressDisplay
 from training.run_dir import RunDir
@@ -27,10 +28,12 @@ class ReplicaCallback:
 
     Attributes:
         display: shows the progress; set it before training.
+        interrupts: hold signals back until the end of a batch; set it before training.
         done: the number of completed epochs, before training.
     """
 
     display: ProgressDisplay
+    interrupts: DeferredInterrupts
 
     def __init__(self, config: TrainingConfig, optimizer: keras.optimizers.Optimizer) -> None:
         self._config = config
@@ -49,10 +52,15 @@ class ReplicaCallback:
         self._plateau.restore(dict(zip(self._plateau.state, values[1:], strict=True)))
 
     def on_epoch_begin(self, epoch: int) -> None:
+        self.interrupts.check()
         self.display.start_epoch(epoch)
 
     def on_batch_end(self, step: int, *, loss: float, accuracy: float) -> None:
         self.display.update(step, loss=loss, accuracy=accuracy)
+        self.interrupts.check()
+
+    def on_validation_batch_end(self) -> None:
+        self.interrupts.check()
 
     def on_epoch_end(self, result: EpochResult) -> None:
         self._change_learning_rate(result)

@@ -32,6 +32,7 @@ from training.evaluation.reference import Reference
 from training.evaluation.report import write_report
 from training.evaluation.typicality import evaluate_guard, fit_guard, measure_reference
 from training.history import EpochResult
+from training.interrupts import DeferredInterrupts
 from training.loops import TRAIN_FUNCTIONS
 from training.models import build_model
 from training.models.losses import ClassWeightedLoss
@@ -274,7 +275,7 @@ def _train_replicas(
         loss = ClassWeightedLoss(loss, weights)
     epochs = range(done + 1, config.epochs + 1)
     display = ProgressDisplay(epochs=epochs, steps_per_epoch=steps, images_per_epoch=images)
-    with distribution.strategy.scope(), display as callback.display:
+    with distribution.strategy.scope(), display as callback.display, DeferredInterrupts() as callback.interrupts:
         TRAIN_FUNCTIONS[config.loop](part.model, optimizer, loss, data, epochs=epochs, callback=callback)
 
 

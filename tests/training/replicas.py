@@ -34,6 +34,9 @@ class Losses:
     def on_batch_end(self, step: int, *, loss: float, accuracy: float) -> None:  # noqa: ARG002
         self.values.append(loss)
 
+    def on_validation_batch_end(self) -> None:
+        pass
+
     def on_epoch_end(self, result: EpochResult) -> None:
         self.values.append(result.val_loss)
 

@@ -91,13 +91,14 @@ def copied(result, tmp_path):
 
 
 def call(*arguments):
-    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = ["training", *map(str, arguments)]
     try:
         return run_command_line()
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_only_the_head_is_trained(result, backbone, weights):
@@ -185,6 +186,9 @@ class Silent:
         pass
 
     def on_batch_end(self, step, *, loss, accuracy):
+        pass
+
+    def on_validation_batch_end(self):
         pass
 
     def on_epoch_end(self, result):

@@ -10,13 +10,19 @@ from training.history import EpochResult
 
 
 class TrainingCallback(Protocol):
-    """Called by every loop; shows progress, saves checkpoints, changes the learning rate."""
+    """Called by every loop; shows progress, saves checkpoints, changes the learning rate.
+
+    Its methods may raise `KeyboardInterrupt`, which ends the loop.
+    """
 
     def on_epoch_begin(self, epoch: int) -> None:
         """Handle the start of `epoch`, counted from 1."""
 
     def on_batch_end(self, step: int, *, loss: float, accuracy: float) -> None:
         """Handle the end of a batch. `step` counts from 1; loss and accuracy are means over the epoch so far."""
+
+    def on_validation_batch_end(self) -> None:
+        """Handle the end of a batch of validation images."""
 
     def on_epoch_end(self, result: EpochResult) -> None:
         """Handle the end of an epoch, after validation. May change the optimizer's learning rate."""

@@ -81,6 +81,7 @@ def train_custom(
         totals = np.zeros(3)
         for batch in data.validation:
             totals += read(validation_step(*batch))
+            callback.on_validation_batch_end()
         val_loss, val_accuracy = totals[:2] / totals[2]
         check_finite(val_loss, epoch=epoch, step=data.steps_per_epoch)
         result = EpochResult(

@@ -37,6 +37,9 @@ class _KerasCallback(keras.callbacks.Callback):
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         self._trained = time.perf_counter()
 
+    def on_test_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        self._callback.on_validation_batch_end()
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         assert logs is not None
         check_finite(logs["val_loss"], epoch=self._epoch, step=self.params["steps"])

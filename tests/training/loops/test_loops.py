@@ -23,12 +23,16 @@ class Recorder:
 
     def __init__(self):
         self.started, self.steps, self.results = [], [], []
+        self.validation_batches = 0
 
     def on_epoch_begin(self, epoch):
         self.started.append(epoch)
 
     def on_batch_end(self, step, *, loss, accuracy):
         self.steps.append((step, loss, accuracy))
+
+    def on_validation_batch_end(self):
+        self.validation_batches += 1
 
     def on_epoch_end(self, result):
         self.results.append(result)
@@ -90,6 +94,7 @@ def test_the_callback_is_called_for_every_epoch_and_batch(loop, shapes):
     assert recorder.started == [2, 3]
     assert [result.epoch for result in recorder.results] == [2, 3]
     assert [step for step, _, _ in recorder.steps] == [1, 2, 3, 4] * 2
+    assert recorder.validation_batches == 2 * 2  # 70 images in batches of 64
     for result in recorder.results:
         assert result.images_per_s > 0
         assert result.seconds > 0
