@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -334,7 +335,15 @@ def run_command_line() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for quiet in ("absl", "httpx", "matplotlib", "tensorflow"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell ignores it: `command &`
+        signal.signal(signal.SIGINT, interrupt)
     try:
         main(standalone_mode=False)
     except TrainingError as error:
@@ -351,11 +360,11 @@ def run_command_line() -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         return TrainingError.exit_code
     except Exception as error:
-        return _explain(error)
+        return _explain(error, was_interrupted=bool(interrupts))
     return 0
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: Exception, *, was_interrupted: bool) -> int:
     """Print an error that is not a `TrainingError`; return the exit code."""
     if is_full(error):
         click.echo(f"error: disk full: {error}", err=True)
@@ -368,6 +377,10 @@ def _explain(error: Exception) -> int:
     if isinstance(error, MemoryError) or "OOM when allocating" in text:
         click.echo(f"error: not enough memory ({text}): choose a smaller --image-size or --batch-size", err=True)
         return TrainingError.exit_code
+    if was_interrupted:
+        # TensorFlow's imports catch a KeyboardInterrupt, and fail later.
+        click.echo(f"interrupted ({type(error).__name__}: {text})", err=True)
+        return _INTERRUPTED
     click.echo(f"error: unexpected {type(error).__name__}: {text}", err=True)
     with contextlib.suppress(OSError):
         with tempfile.NamedTemporaryFile("w", prefix="training-error-", suffix=".txt", delete=False) as file:

@@ -39,13 +39,14 @@ def pictures(tmp_path_factory):
 
 def call(*arguments):
     """Run a command in this process, which has TensorFlow loaded already; return its exit code."""
-    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = ["training", *map(str, arguments)]
     try:
         return run_command_line()
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def train(pictures, run, *more):
@@ -190,7 +191,10 @@ def test_an_export_of_a_run_that_another_process_is_training_disturbs_nothing(ru
             assert call("export", run, "--models-dir", tmp_path / "models", "--name", "pets") == 0
             epochs = len((run / "history.csv").read_text().splitlines()) - 1
             assert any(line.startswith(f"epoch {epochs + 1:>4}/9999") for line in training.stderr)
-        finally:  # interrupts: test_trainer.py
+            training.terminate()
+            assert "keeps its best checkpoint" in training.communicate(timeout=60)[1]
+            assert training.returncode == 130
+        finally:
             training.kill()
     assert call("evaluate", run) == 0
     info = json.loads((tmp_path / "models" / "pets" / "1" / "assets.extra" / "model.json").read_text())
@@ -328,3 +332,19 @@ def test_every_error_ends_with_a_message_and_a_documented_exit_code(monkeypatch,
         (written,) = tmp_path.glob("training-error-*.txt")
         assert str(written) in error_output
         assert "Traceback" in written.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_an_import_catches_is_no_unexpected_error(monkeypatch, tmp_path, capfd, number):
+    def open_run(path):
+        try:
+            signal.raise_signal(number)
+        except BaseException:  # as TensorFlow's imports do
+            return path.attribute_of_a_module_half_imported
+        return None
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("training.run_dir.RunDir.open", open_run)
+    assert call("export", tmp_path) == 130
+    assert "interrupted (AttributeError: " in capfd.readouterr().err
+    assert not list(tmp_path.glob("training-error-*.txt"))
