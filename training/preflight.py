@@ -16,7 +16,7 @@ from training.errors import ExportError, StorageFullError
 from training.memory import cache_bytes, checkpoint_bytes, export_bytes, format_bytes, network_bytes, require_memory
 
 _LONGEST_NAME = 200  # bytes; file systems allow 255, some of which hidden files of the export need
-_BATCHES_AHEAD = 8  # of streamed images, upper bound: read ahead, in training and evaluation
+_STREAMED_BATCHES = 6 + 4  # upper bound: those of training that wait or are read, and evaluation's with the model's
 _MIN_BATCH = 250  # of evaluation
 _REPORT_BYTES = 4 * 2**20  # report.md and its plots
 
@@ -70,7 +70,7 @@ def check_memory(config: TrainingConfig, dataset: Dataset) -> None:
     # Copied by the split into training and validation images, and by the input pipeline.
     held, kind = 2 * len(images), "training images"
     if isinstance(images, StreamedImages):
-        held, kind = min(held, _BATCHES_AHEAD * max(config.batch_size, _MIN_BATCH)), "streamed training images"
+        held, kind = min(held, _STREAMED_BATCHES * max(config.batch_size, _MIN_BATCH)), "streamed training images"
     pixels = held * math.prod(shape)
     features = 2 * cache_bytes(config, len(images), shape, classes=classes)
     network = network_bytes(config, shape, classes=classes)

@@ -85,7 +85,7 @@ def training_batches(
 
     Each image occurs once in an epoch, whose last batch may be smaller. Epochs are counted from 0. With augmentation,
     every image is also flipped horizontally in every other epoch. `inputs` (n, ...) take the place of the images.
-    Streamed images are read four batches ahead.
+    Four batches wait to be taken; two more of streamed images are read meanwhile.
     With several `parts`, those of this process follow each other; together they are the batches of a single replica.
     """
     # Outside the functions below, whose graphs would otherwise contain copies.
@@ -122,7 +122,9 @@ def training_batches(
         return batch, tf.gather(labels, rows)
 
     endless = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
-    return endless.flat_map(epoch_order).map(gather).prefetch(4)
+    # Of streamed images two batches at a time: by default TensorFlow takes as many as there are cores.
+    parallel = 2 if isinstance(split.images, StreamedImages) else None
+    return endless.flat_map(epoch_order).map(gather, num_parallel_calls=parallel).prefetch(4)
 
 
 def _make_reader(images: Images) -> Callable[[tf.Tensor], tf.Tensor]:
