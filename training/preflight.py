@@ -16,7 +16,7 @@ from training.errors import ExportError, StorageFullError
 from training.memory import cache_bytes, checkpoint_bytes, export_bytes, format_bytes, network_bytes, require_memory
 
 _LONGEST_NAME = 200  # bytes; file systems allow 255, some of which hidden files of the export need
-_STREAMED_BATCHES = 6 + 4  # upper bound: those of training that wait or are read, and evaluation's with the model's
+_STREAMED_BATCHES = 6 + 4  # upper bound: those of training that wait or are read, and those of evaluation
 _MIN_BATCH = 250  # of evaluation
 _REPORT_BYTES = 4 * 2**20  # report.md and its plots
 

@@ -89,7 +89,8 @@ def training_batches(
     With several `parts`, those of this process follow each other; together they are the batches of a single replica.
     """
     # Outside the functions below, whose graphs would otherwise contain copies.
-    read_images = _make_reader(split.images if inputs is None else inputs)
+    source = split.images if inputs is None else inputs
+    read_images = _make_reader(source)
     labels = tf.constant(split.labels)
     positions = tf.range(len(split.labels))
     # The images that are flipped first; in later epochs they alternate (arXiv 2404.00498, section 3.6). So two epochs
@@ -123,7 +124,7 @@ def training_batches(
 
     endless = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
     # Of streamed images two batches at a time: by default TensorFlow takes as many as there are cores.
-    parallel = 2 if isinstance(split.images, StreamedImages) else None
+    parallel = 2 if isinstance(source, StreamedImages) else None
     return endless.flat_map(epoch_order).map(gather, num_parallel_calls=parallel).prefetch(4)
 
 
