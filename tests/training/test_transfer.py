@@ -3,8 +3,6 @@
 import dataclasses
 import logging
 import shutil
-import signal
-import sys
 
 import h5py
 import keras
@@ -13,8 +11,8 @@ import pytest
 import tensorflow as tf
 from keras.src.legacy.saving import legacy_h5_format
 
+from tests.training.test_commands import call
 from training import trainer
-from training.__main__ import run_command_line
 from training.api import train
 from training.config import TrainingConfig
 from training.data import Dataset, Split
@@ -88,17 +86,6 @@ def network():
 def copied(result, tmp_path):
     shutil.copytree(result.run.path, tmp_path / "run")
     return RunDir.open(tmp_path / "run")
-
-
-def call(*arguments):
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = ["training", *map(str, arguments)]
-    try:
-        return run_command_line()
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def test_only_the_head_is_trained(result, backbone, weights):
